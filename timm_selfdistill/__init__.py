@@ -1,0 +1,1 @@
+"""Turn any timm backbone into its own teacher."""

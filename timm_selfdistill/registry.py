@@ -1,0 +1,75 @@
+"""Named classes and functions that a recipe or a third party refers to by a string."""
+
+import difflib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A mapping from name to class or function that refuses duplicates and explains unknown names.
+
+    Entries come from the `register` decorator and, on the first look-up, from the installed packages' entry-point
+    group.
+
+    Args:
+        kind: What is registered, as error messages name it, for example "head".
+        group: Entry-point group, for example "timm_selfdistill.heads".
+    """
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._entries: dict[str, T] = {}
+        self._entry_points_loaded = False
+        self._broken: dict[str, str] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that registers its argument as `name`.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+
+        def decorate(entry: T) -> T:
+            self._add(name, entry)
+            return entry
+
+        return decorate
+
+    def get(self, name: str) -> T:
+        """Return the entry called `name`.
+
+        Raises:
+            ValueError: If there is none; the message lists the names there are.
+        """
+        self._load_entry_points()
+        if name in self._entries:
+            return self._entries[name]
+        if name in self._broken:
+            raise ValueError(f"{self.kind} {name!r} is installed but cannot be loaded: {self._broken[name]}")
+        close = difflib.get_close_matches(str(name), self._entries, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown {self.kind} {name!r}; known are {', '.join(self.names())}.{hint}")
+
+    def names(self) -> list[str]:
+        """Return all names, sorted."""
+        self._load_entry_points()
+        return sorted(self._entries)
+
+    def _add(self, name: str, entry: T) -> None:
+        if name in self._entries and self._entries[name] is not entry:
+            raise ValueError(f"A {self.kind} named {name!r} is already registered: {self._entries[name]!r}.")
+        self._entries[name] = entry
+
+    def _load_entry_points(self) -> None:
+        if self._entry_points_loaded:
+            return
+        self._entry_points_loaded = True
+        for point in entry_points(group=self.group):
+            try:
+                self._add(point.name, point.load())
+            except Exception as error:  # third-party code may fail in any way, and must not break the others
+                self._broken[point.name] = f"{point.value}: {error}"
