@@ -1,8 +1,17 @@
 """The self-distilling model: a timm backbone with classifiers on its intermediate features."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import timm
+import torch
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, Exits, find_exit_points, pool_feature
+from timm_selfdistill.heads import ExitHead
+from timm_selfdistill.stem import use_small_stem
 
 
 class ExitOutput(NamedTuple):
@@ -15,3 +24,310 @@ class ExitOutput(NamedTuple):
 
     logits: tuple[Tensor, ...]
     features: tuple[Tensor, ...]
+
+
+def wrap(
+    backbone: str | nn.Module,
+    *,
+    num_classes: int | None = None,
+    exits: Exits = 3,
+    head: str = "auto",
+    head_kwargs: Mapping[str, Any] | None = None,
+    hint_adapter: bool = False,
+    small_stem: bool = False,
+    image_size: int | tuple[int, int] | None = None,
+    pretrained: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> "SelfDistillModel":
+    """Turn a timm model into its own teacher by hanging classifiers on its intermediate features.
+
+    Args:
+        backbone: Name of a timm model, or a timm model (wrapped as it is, its hooks apart).
+        num_classes: Number of classes of a backbone given by name; its default otherwise.
+        exits: How many exits, spread evenly over the backbone's cost; or for each exit an index into `feature_info`
+            (int), a share of the cost (float) or a module path (str).
+        head: Name of a registered head, or "auto" to choose by the layout of each tap.
+        head_kwargs: Further arguments of the head.
+        hint_adapter: Report each exit's feature through a trainable linear layer (the journal version).
+        small_stem: Replace a ResNet's stem by a 3x3 convolution with stride 1, for images of about 32 px.
+        image_size: Input height and width in pixels of the dry run; the backbone's own by default.
+        pretrained: Load the pretrained weights of a backbone given by name.
+        model_kwargs: Further arguments of `timm.create_model` for a backbone given by name.
+
+    Returns:
+        The wrapped model.
+
+    Raises:
+        ValueError: If the backbone cannot be wrapped, or if an exit, head or option is unknown; the message lists
+            what is allowed.
+    """
+    if isinstance(backbone, SelfDistillModel):
+        raise ValueError("The model is wrapped already; wrap its .backbone to choose other exits.")
+    if isinstance(backbone, str):
+        kwargs = dict(model_kwargs or {}) | ({} if num_classes is None else {"num_classes": num_classes})
+        backbone = _create_backbone(backbone, pretrained, kwargs)
+    elif num_classes is not None or pretrained or model_kwargs:
+        raise ValueError(
+            "num_classes, pretrained and model_kwargs create a backbone from its name; for the "
+            f"{type(backbone).__name__} given, call its reset_classifier(num_classes) first."
+        )
+    if small_stem:
+        use_small_stem(backbone)
+    taps = find_exit_points(backbone, exits, image_size)
+    build = partial(_build_heads, head=head, head_kwargs=dict(head_kwargs or {}), hint_adapter=hint_adapter)
+    return SelfDistillModel(backbone, taps, build)
+
+
+HeadBuilder = Callable[[BackboneTaps, int], nn.ModuleList]
+
+
+class SelfDistillModel(nn.Module):
+    """A timm backbone and its exits; made by `wrap`.
+
+    `model(x)` is the backbone's own forward, bit for bit. It answers what timm asks of a model; `backbone` is the
+    untouched timm model.
+
+    Args:
+        backbone: The timm model.
+        taps: Where the exits hang and where the teacher's feature is read.
+        build_heads: Builds the exits' networks for taps and a number of classes.
+    """
+
+    backbone: Backbone
+
+    def __init__(self, backbone: Backbone, taps: BackboneTaps, build_heads: HeadBuilder) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.taps = taps
+        self.build_heads = build_heads
+        parameter = next(backbone.parameters())
+        self.heads = build_heads(taps, self.num_classes).to(device=parameter.device, dtype=parameter.dtype)
+        self._tape = _Tape()
+        # Hooks are functions bound to the tape, not closures: copied with the model, they write to the copy's tape.
+        for index, point in enumerate(taps.points):
+            module = backbone.get_submodule(point.module)
+            module.register_forward_hook(partial(_record_tap, self._tape, index, point.member))
+        self._read_classifiers()
+
+    def forward(self, x: Tensor, return_exits: bool = False) -> Tensor | ExitOutput:
+        """Classify a batch.
+
+        Args:
+            x: Images [B, C, H, W].
+            return_exits: Also run the exits.
+
+        Returns:
+            The backbone's logits [B, num_classes]; with `return_exits` an `ExitOutput` instead.
+        """
+        if not return_exits:
+            return self._run_backbone(x)
+        tape = self._tape
+        tape.start()
+        try:
+            logits = self._run_backbone(x)
+            taps = [tape.taps[index] for index in range(self.num_exits)]
+            feature = torch.stack(tape.features).mean(0) if len(tape.features) > 1 else tape.features[0]
+        finally:
+            # Recomputation under gradient checkpointing calls the hooks again: by then they record nothing.
+            tape.stop()
+        outputs = [head(tap) for head, tap in zip(self.heads, taps, strict=True)]
+        return ExitOutput((*(out[0] for out in outputs), logits), (*(out[1] for out in outputs), feature))
+
+    def forward_exit(self, x: Tensor, exit: int) -> Tensor:
+        """Classify a batch at one exit, running nothing behind it.
+
+        Args:
+            x: Images [B, C, H, W].
+            exit: Index of the exit, 0 the shallowest; `num_exits` is the backbone's own classifier.
+
+        Returns:
+            Logits [B, num_classes].
+
+        Raises:
+            ValueError: If there is no such exit.
+        """
+        if not 0 <= exit <= self.num_exits:
+            raise ValueError(f"There is no exit {exit}; allowed are 0 to {self.num_exits} (the backbone's own).")
+        if exit == self.num_exits:
+            return self._run_backbone(x)
+        tape = self._tape
+        tape.start(stop_at=exit)
+        try:
+            self.backbone(x)
+        except _Reached:
+            tap = tape.taps[exit]
+        finally:
+            tape.stop()
+        logits: Tensor = self.heads[exit](tap)[0]
+        return logits
+
+    @property
+    def points(self) -> tuple[ExitPoint, ...]:
+        """The exit points, shallow to deep."""
+        return self.taps.points
+
+    @property
+    def num_exits(self) -> int:
+        """Number K of added exits; the backbone's own classifier has index K."""
+        return len(self.taps.points)
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """Names of the K exits and of the backbone's own classifier."""
+        return (*(point.name for point in self.taps.points), self.taps.classifiers[0])
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+        return int(self.backbone.num_classes)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the backbone's last feature map."""
+        return int(self.backbone.num_features)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The backbone's pretrained configuration."""
+        return dict(self.backbone.pretrained_cfg)
+
+    @property
+    def feature_info(self) -> Any:
+        """The backbone's `feature_info`."""
+        return self.backbone.feature_info
+
+    def get_classifier(self) -> nn.Module:
+        """Return the backbone's own classifier."""
+        classifier: nn.Module = self.backbone.get_classifier()
+        return classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier of the backbone and of every exit.
+
+        Args:
+            num_classes: Number of logits, at least 1.
+            global_pool: The backbone's pooling; unchanged by default. Where it changes the width of the teacher's
+                feature, the exits are built anew.
+
+        Raises:
+            ValueError: If `num_classes` is not positive.
+        """
+        if num_classes < 1:
+            raise ValueError(
+                f"num_classes must be at least 1, got {num_classes}; for a backbone without a classifier, "
+                "call reset_classifier on model.backbone."
+            )
+        parameter = next(self.backbone.parameters())
+        pool = {} if global_pool is None else {"global_pool": global_pool}
+        self.backbone.reset_classifier(num_classes, **pool)
+        self.backbone.to(device=parameter.device, dtype=parameter.dtype)
+        found = find_exit_points(self.backbone, [point.name for point in self.points])
+        width_changed = found.feature_dim != self.taps.feature_dim
+        self.taps = BackboneTaps(self.points, found.classifiers, found.feature_dim)
+        self._read_classifiers()
+        if width_changed:
+            heads = self.build_heads(self.taps, num_classes)
+            self.heads = heads.to(device=parameter.device, dtype=parameter.dtype)
+            return
+        for head in self.heads:
+            assert isinstance(head, ExitHead)
+            head.reset_classifier(num_classes)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Switch gradient checkpointing of the backbone; the exits run once a step either way."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the backbone's parameters that timm exempts from weight decay."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {f"backbone.{name}" for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """Return a function from parameter name to layer, for layer-wise learning-rate decay.
+
+        The backbone's parameters keep the layers that timm gives them; the exits share the last one, the classifier's.
+        """
+        layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
+        last = max(layers.values())
+        prefix = "backbone."
+        return lambda name: layers[name.removeprefix(prefix)] if name.startswith(prefix) else last
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the backbone's last feature map, unpooled."""
+        features: Tensor = self.backbone.forward_features(x)
+        return features
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the backbone's logits, or the feature before its classifier, for its last feature map."""
+        output: Tensor = self.backbone.forward_head(x, pre_logits=pre_logits)
+        return output
+
+    def _run_backbone(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.backbone(x)
+        return logits
+
+    def _read_classifiers(self) -> None:
+        """Record what enters the backbone's classifier: the teacher's feature."""
+        for name in self.taps.classifiers:
+            module = self.backbone.get_submodule(name)
+            if not any(_is_bound_to(hook, self._tape) for hook in module._forward_pre_hooks.values()):
+                module.register_forward_pre_hook(partial(_record_feature, self._tape))
+
+
+class _Reached(Exception):
+    """Ends a backbone's forward at the exit that was asked for."""
+
+
+class _Tape:
+    """What the hooks of one model recorded in the forward that is under way."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.stop_at: int | None = None
+        self.taps: dict[int, Tensor] = {}
+        self.features: list[Tensor] = []
+
+    def start(self, stop_at: int | None = None) -> None:
+        """Record from now on; with `stop_at`, end the forward at that tap."""
+        self.active, self.stop_at = True, stop_at
+
+    def stop(self) -> None:
+        """Record no more and let go of what was recorded."""
+        self.active, self.stop_at = False, None
+        self.taps, self.features = {}, []
+
+
+def _record_tap(tape: _Tape, index: int, member: int | None, module: nn.Module, args: Any, output: Any) -> None:
+    if not tape.active:
+        return
+    tape.taps[index] = output if member is None else output[member]
+    if tape.stop_at == index:
+        raise _Reached
+
+
+def _record_feature(tape: _Tape, module: nn.Module, args: Any) -> None:
+    if tape.active:
+        tape.features = [*tape.features, pool_feature(args[0])]
+
+
+def _is_bound_to(hook: Callable[..., Any], tape: _Tape) -> bool:
+    return isinstance(hook, partial) and bool(hook.args) and hook.args[0] is tape
+
+
+def _create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Backbone:
+    """Create a timm model, with a message about an unknown name or argument instead of a traceback."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (RuntimeError, TypeError) as error:
+        close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
+        hint = f" Similar names: {', '.join(close)}." if close else ""
+        raise ValueError(f"timm cannot create {name!r} with {kwargs}: {error}.{hint}") from error
+
+
+def _build_heads(
+    taps: BackboneTaps, num_classes: int, head: str, head_kwargs: Mapping[str, Any], hint_adapter: bool
+) -> nn.ModuleList:
+    """Build the network of every exit."""
+    return nn.ModuleList(
+        ExitHead(point, taps.feature_dim, num_classes, head, head_kwargs, hint_adapter) for point in taps.points
+    )

@@ -1,0 +1,250 @@
+"""The classifiers that hang on a backbone's taps: each maps its tap to the teacher's feature width, then to logits."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import ConvNormAct
+from torch import Tensor, nn
+
+from timm_selfdistill.exits import ExitPoint
+from timm_selfdistill.registry import Registry
+
+HEADS: Registry[type[nn.Module]] = Registry("head", "timm_selfdistill.heads")
+register_head = HEADS.register
+
+
+def list_heads() -> list[str]:
+    """Return the names of all registered heads; "auto", which chooses by the tap's layout, is allowed beside them."""
+    return HEADS.names()
+
+
+class ExitHead(nn.Module):
+    """An exit's network: a body that embeds the tap, and a linear classifier on what the body returns.
+
+    Args:
+        point: The exit point whose tap is read.
+        feature_dim: Width D of the teacher's feature.
+        num_classes: Number of logits.
+        head: Name of a registered body, or "auto": `bottleneck` for NCHW taps, `token` for NLC and NHWC.
+        head_kwargs: Further arguments of the body.
+        hint_adapter: Report the feature through a trainable linear layer, as the journal version does before it
+            compares features; the classifier still reads the body's own output.
+
+    Raises:
+        ValueError: If the name or an argument of the head is unknown, or the head cannot read the tap's layout.
+    """
+
+    def __init__(
+        self,
+        point: ExitPoint,
+        feature_dim: int,
+        num_classes: int,
+        head: str = "auto",
+        head_kwargs: Mapping[str, Any] | None = None,
+        hint_adapter: bool = False,
+    ) -> None:
+        super().__init__()
+        self.body = _build_body(head, point, feature_dim, head_kwargs or {})
+        self.classifier = nn.Linear(feature_dim, num_classes)
+        self.adapter = nn.Linear(feature_dim, feature_dim) if hint_adapter else nn.Identity()
+
+    def forward(self, tap: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits [B, num_classes] and the feature [B, D] that the hint compares."""
+        feature = self.body(tap)
+        return self.classifier(feature), self.adapter(feature)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a new one of `num_classes` logits."""
+        old = self.classifier
+        self.classifier = nn.Linear(old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype)
+
+
+@register_head("bottleneck")
+class Bottleneck(nn.Module):
+    """Bottleneck of the ICCV version: 1x1, then k x k with stride k, then 1x1 to the teacher's width, then pooling.
+
+    Batch norm and ReLU follow each convolution. The shallower the exit, the larger k: it brings the tap down to the
+    grid of the backbone's deepest feature map (8, 4 and 2 on a ResNet), at most 8, the largest the paper's networks
+    need. Borders that k does not divide are padded with zeros, so that every input size works.
+
+    Paper: "Be Your Own Teacher", ICCV 2019, https://arxiv.org/abs/1905.08094. It leaves the bottleneck's form open;
+    this is the form of its widely used re-implementation.
+
+    Args:
+        point: The exit point whose tap is read.
+        feature_dim: Width D of the teacher's feature.
+        width: Channels inside; a quarter of `feature_dim` by default.
+    """
+
+    def __init__(self, point: ExitPoint, feature_dim: int, width: int | None = None) -> None:
+        super().__init__()
+        self.point = point
+        width = _positive("width", width if width is not None else max(1, feature_dim // 4))
+        self.stride = 2 ** _halvings(point)
+        self.reduce = ConvNormAct(point.channels, width, 1)
+        self.shrink = ConvNormAct(width, width, self.stride, stride=self.stride, padding=0)
+        self.expand = ConvNormAct(width, feature_dim, 1)
+
+    def forward(self, tap: Tensor) -> Tensor:
+        """Map the tap to a feature [B, D]."""
+        x = self.reduce(as_map(tap, self.point))
+        bottom, right = -x.shape[2] % self.stride, -x.shape[3] % self.stride
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom))
+        return pooled(self.expand(self.shrink(x)))
+
+
+@register_head("sepconv_attention")
+class SepConvAttention(nn.Module):
+    """Head of the journal version: a chain of stride-2 separable convolutions behind a spatial attention.
+
+    The attention is a separable convolution at half resolution, upsampled, through a sigmoid, and multiplies the tap.
+    The chain has one link for each halving down to the grid of the backbone's deepest feature map (3, 2 and 1 on a
+    ResNet); its widths grow geometrically from the tap's channels to the teacher's width.
+
+    Paper: "Self-Distillation: Towards Efficient and Compact Neural Networks", TPAMI 44(8), 2022,
+    https://doi.org/10.1109/TPAMI.2021.3067100. The published code fixes the sizes to a CIFAR ResNet.
+
+    Args:
+        point: The exit point whose tap is read.
+        feature_dim: Width D of the teacher's feature.
+        attention: Whether the chain is behind the spatial attention.
+    """
+
+    def __init__(self, point: ExitPoint, feature_dim: int, attention: bool = True) -> None:
+        super().__init__()
+        self.point = point
+        links = _halvings(point)
+        growth = (feature_dim / point.channels) ** (1 / links)
+        widths = [point.channels, *(round(point.channels * growth**n) for n in range(1, links)), feature_dim]
+        self.attention = SeparableConv(point.channels, point.channels) if attention else None
+        self.chain = nn.Sequential(*(SeparableConv(a, b) for a, b in pairwise(widths)))
+
+    def forward(self, tap: Tensor) -> Tensor:
+        """Map the tap to a feature [B, D]."""
+        x = as_map(tap, self.point)
+        if self.attention is not None:
+            weight = F.interpolate(self.attention(x), size=x.shape[2:], mode="bilinear", align_corners=False)
+            x = x * weight.sigmoid()
+        return pooled(self.chain(x))
+
+
+class SeparableConv(nn.Sequential):
+    """Two depthwise-pointwise pairs of 3x3 convolutions, the first with stride 2, batch norm and ReLU after each.
+
+    Args:
+        in_channels: Channels of the input, and of the first pair.
+        out_channels: Channels of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=1, groups=in_channels, bias=False),
+            ConvNormAct(in_channels, in_channels, 1),
+            nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
+            ConvNormAct(in_channels, out_channels, 1),
+        )
+
+
+@register_head("linear")
+class LinearHead(nn.Module):
+    """Mean over positions, layer norm and one linear layer to the teacher's width: the cheapest exit.
+
+    Args:
+        point: The exit point whose tap is read.
+        feature_dim: Width D of the teacher's feature.
+    """
+
+    def __init__(self, point: ExitPoint, feature_dim: int) -> None:
+        super().__init__()
+        self.point = point
+        self.norm = nn.LayerNorm(point.channels)
+        self.proj = nn.Linear(point.channels, feature_dim)
+
+    def forward(self, tap: Tensor) -> Tensor:
+        """Map the tap to a feature [B, D]."""
+        feature: Tensor = self.proj(self.norm(as_tokens(tap, self.point).mean(1)))
+        return feature
+
+
+@register_head("token")
+class TokenHead(nn.Module):
+    """Layer norm and a two-layer perceptron on every token, then the mean over the tokens.
+
+    Prefix tokens (class, distillation, registers) together weigh as much as all the tokens of the grid together.
+
+    Args:
+        point: The exit point whose tap is read.
+        feature_dim: Width D of the teacher's feature.
+        width: Hidden width of the perceptron; `feature_dim` by default.
+    """
+
+    def __init__(self, point: ExitPoint, feature_dim: int, width: int | None = None) -> None:
+        super().__init__()
+        self.point = point
+        width = _positive("width", width if width is not None else feature_dim)
+        self.norm = nn.LayerNorm(point.channels)
+        self.mlp = nn.Sequential(nn.Linear(point.channels, width), nn.GELU(), nn.Linear(width, feature_dim))
+
+    def forward(self, tap: Tensor) -> Tensor:
+        """Map the tap to a feature [B, D]."""
+        x: Tensor = self.mlp(self.norm(as_tokens(tap, self.point)))
+        prefix = self.point.num_prefix_tokens
+        grid = x[:, prefix:].mean(1)
+        return (grid + x[:, :prefix].mean(1)) / 2 if prefix else grid
+
+
+def as_map(tap: Tensor, point: ExitPoint) -> Tensor:
+    """Return a tap of any layout as a feature map [B, C, H, W], without its prefix tokens."""
+    if point.layout == "NCHW":
+        return tap
+    if point.layout == "NHWC":
+        return tap.permute(0, 3, 1, 2)
+    if point.grid is None:
+        raise ValueError(f"The tokens of {point.name!r} form no grid, so a convolutional head cannot read them.")
+    tokens = tap[:, point.num_prefix_tokens :].transpose(1, 2)
+    if tokens.shape[2] == math.prod(point.grid):
+        return tokens.reshape(*tokens.shape[:2], *point.grid)
+    height = round(math.sqrt(tokens.shape[2] * point.grid[0] / point.grid[1]))
+    return tokens.reshape(*tokens.shape[:2], height, tokens.shape[2] // height)
+
+
+def as_tokens(tap: Tensor, point: ExitPoint) -> Tensor:
+    """Return a tap of any layout as tokens [B, L, C], its prefix tokens in front."""
+    if point.layout == "NCHW":
+        return tap.flatten(2).transpose(1, 2)
+    return tap.flatten(1, 2) if point.layout == "NHWC" else tap
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Return the mean over the positions of a feature map [B, C, H, W]."""
+    return x.mean((2, 3))
+
+
+def _build_body(head: str, point: ExitPoint, feature_dim: int, head_kwargs: Mapping[str, Any]) -> nn.Module:
+    """Build the registered body `head`."""
+    if head == "auto":
+        head = "bottleneck" if point.layout == "NCHW" else "token"
+    cls = HEADS.get(head)
+    allowed = [name for name in inspect.signature(cls).parameters if name not in ("point", "feature_dim")]
+    unknown = sorted(set(head_kwargs) - set(allowed))
+    if unknown:
+        raise ValueError(
+            f"Head {head!r} takes no argument {', '.join(unknown)}; allowed are {', '.join(allowed) or 'none'}."
+        )
+    return cls(point, feature_dim, **head_kwargs)
+
+
+def _halvings(point: ExitPoint) -> int:
+    """Return how often the tap's grid is halved to reach the deepest one, between 1 and the paper's 3."""
+    return min(3, max(1, round(math.log2(point.downsample))))
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} of a head must be a positive number of channels, got {value!r}.")
+    return value
