@@ -1,0 +1,520 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from timm_selfdistill.losses import (
+    PRESETS,
+    SelfDistillationConfig,
+    SelfDistillationLoss,
+    divergences,
+    get_loss,
+    list_divergences,
+    list_losses,
+    list_presets,
+    list_teachers,
+    register_divergence,
+    register_loss,
+    register_teacher,
+    self_distillation,
+    teachers,
+)
+from timm_selfdistill.model import ExitOutput
+
+BATCH, CLASSES, WIDTH = 6, 5, 7
+
+
+def make_output(exits=3, dtype=torch.float64, scale=2.0, seed=0, batch=BATCH):
+    generator = torch.Generator().manual_seed(seed)
+
+    def entries(width):
+        tensors = [
+            scale * torch.randn(batch, width, generator=generator, dtype=torch.float64) for _ in range(exits + 1)
+        ]
+        return tuple(tensor.to(dtype).requires_grad_() for tensor in tensors)
+
+    return ExitOutput(entries(CLASSES), entries(WIDTH))
+
+
+def make_target(batch=BATCH, seed=1):
+    return torch.randint(CLASSES, (batch,), generator=torch.Generator().manual_seed(seed))
+
+
+def make_soft_target(seed=2):
+    return torch.randn(BATCH, CLASSES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).softmax(-1)
+
+
+# The reference: the formulas of the papers, sample by sample, in float64.
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    return x - x.exp().sum().log()
+
+
+def reference_ce(logits, target, smoothing=0.0):
+    total = 0.0
+    for row, label in zip(logits, target, strict=True):
+        wanted = label if label.ndim else torch.eye(CLASSES, dtype=torch.float64)[label]
+        wanted = (1 - smoothing) * wanted + smoothing / CLASSES
+        total = total - (wanted * log_softmax(row)).sum()
+    return total / len(logits)
+
+
+def reference_kl(student, teacher, temperature):
+    total = 0.0
+    for s, t in zip(student, teacher.detach(), strict=True):
+        log_s, log_t = log_softmax(s / temperature), log_softmax(t / temperature)
+        total = total + (log_t.exp() * (log_t - log_s)).sum()
+    return total / len(student)
+
+
+def reference_mse(student, teacher):
+    return ((student - teacher.detach()) ** 2).sum() / student.numel()
+
+
+def reference_hint(feature, teacher, squared):
+    total = 0.0
+    for f, t in zip(feature, teacher.detach(), strict=True):
+        distance = ((f - t) ** 2).sum()
+        total = total + (distance if squared else distance.sqrt())
+    return total / len(feature)
+
+
+def reference_terms(preset, out, target):
+    """What each preset's paper adds up, as published numbers, not as the package's."""
+    exits = range(len(out.logits) - 1)
+    ce = {f"ce/{i}": reference_ce(logits, target) for i, logits in enumerate(out.logits)}
+    kl = {f"kd/{i}": reference_kl(out.logits[i], out.logits[-1], 3.0) for i in exits}
+    hint = {
+        f"hint/{i}": reference_hint(out.features[i], out.features[-1], squared=preset == "byot-iccv2019") for i in exits
+    }
+    if preset == "byot-iccv2019":
+        kl = {name: 9.0 * value for name, value in kl.items()}
+        weights = {"ce": 0.9, "kd": 0.1, "hint": 1.28e-4}
+    elif preset == "byot-tpami2021":
+        weights = {"ce": 0.7, "kd": 0.3, "hint": 0.03 * math.sqrt(128)}
+    elif preset == "deep-supervision":
+        kl, hint, weights = {}, {}, {"ce": 1.0}
+    else:
+        last = ce[f"ce/{len(exits)}"]
+        return {"loss": last, "ce/0": last}
+    terms = {**ce, **kl, **hint}
+    deepest = f"ce/{len(exits)}"
+    loss = sum(value * (1.0 if name == deepest else weights[name.split("/")[0]]) for name, value in terms.items())
+    return {"loss": loss, **terms}
+
+
+def gradients(loss, out):
+    tensors = [*out.logits, *out.features]
+    return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("exits", [1, 3])
+@pytest.mark.parametrize("preset", ["byot-iccv2019", "byot-tpami2021", "deep-supervision", "none"])
+def test_preset_gives_the_published_terms_and_gradients(preset, exits, soft):
+    out, target = make_output(exits), make_soft_target() if soft else make_target()
+    terms = SelfDistillationLoss.from_preset(preset)(out, target)
+    expected = reference_terms(preset, out, target)
+    assert list(terms) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            terms[name], value, msg=lambda text, name=name: f"{name}: {text}", check_device=False
+        )
+    for ours, theirs in zip(gradients(terms["loss"], out), gradients(expected["loss"], out), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_three_exits_give_the_ten_terms_of_the_paper():
+    terms = SelfDistillationLoss()(make_output(3), make_target())
+    names = [f"ce/{i}" for i in range(4)] + [f"kd/{i}" for i in range(3)] + [f"hint/{i}" for i in range(3)]
+    assert list(terms) == ["loss", *names]
+    assert all(value.ndim == 0 for value in terms.values())
+
+
+def test_only_the_loss_carries_a_gradient():
+    terms = SelfDistillationLoss()(make_output(), make_target())
+    assert [name for name, value in terms.items() if value.requires_grad] == ["loss"]
+
+
+def test_default_is_the_conference_preset():
+    assert SelfDistillationLoss().config == SelfDistillationLoss.from_preset("byot-iccv2019").config
+    assert list_presets() == sorted(PRESETS) == ["byot-iccv2019", "byot-tpami2021", "deep-supervision", "none"]
+
+
+def test_iccv_hint_weight_is_the_published_weight_on_sums_at_batch_128():
+    out = make_output(batch=128)
+    loss = SelfDistillationLoss.from_preset("byot-iccv2019", ce_weight=0, deepest_ce_weight=0, kd_weight=0)
+    terms = loss(out, make_target(128))
+    published = sum(1e-6 * ((feature - out.features[-1]) ** 2).sum() for feature in out.features[:-1])
+    torch.testing.assert_close(terms["loss"], published)
+
+
+def test_tpami_hint_weight_is_the_published_weight_on_the_batch_norm_for_equally_far_samples():
+    directions = nn.functional.normalize(make_output(batch=128).features[0].detach(), dim=-1)
+    teacher = make_output(batch=128, seed=5).features[-1].detach()
+    feature = (teacher + 3.0 * directions).requires_grad_()
+    logits = make_output(1, batch=128).logits
+    loss = SelfDistillationLoss.from_preset("byot-tpami2021", ce_weight=0, deepest_ce_weight=0, kd_weight=0)
+    ours = loss(ExitOutput(logits, (feature, teacher)), make_target(128))["loss"]
+    published = 0.03 * torch.dist(feature, teacher)
+    torch.testing.assert_close(ours, published)
+    torch.testing.assert_close(torch.autograd.grad(ours, feature), torch.autograd.grad(published, feature))
+
+
+@pytest.mark.parametrize("teacher", ["deepest", "ensemble", "next-deeper"])
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+@pytest.mark.parametrize("t_squared", [False, True])
+def test_divergence_and_teacher_by_name(teacher, divergence, t_squared):
+    out, target = make_output(), make_target()
+    loss = SelfDistillationLoss(
+        SelfDistillationConfig(teacher=teacher, divergence=divergence, t_squared=t_squared, temperature=2.0)
+    )
+    terms = loss(out, target)
+    chosen = {
+        "deepest": [out.logits[3]] * 3,
+        "ensemble": [(out.logits[0] + out.logits[1] + out.logits[2] + out.logits[3]) / 4] * 3,
+        "next-deeper": [out.logits[1], out.logits[2], out.logits[3]],
+    }[teacher]
+    for i in range(3):
+        if divergence == "kl":
+            expected = reference_kl(out.logits[i], chosen[i], 2.0) * (4.0 if t_squared else 1.0)
+        else:
+            expected = reference_mse(out.logits[i], chosen[i])
+        torch.testing.assert_close(terms[f"kd/{i}"], expected.detach())
+
+
+@pytest.mark.parametrize("teacher", ["deepest", "ensemble", "next-deeper"])
+def test_teachers_get_no_gradient(teacher):
+    out = make_output()
+    loss = SelfDistillationLoss.from_preset("byot-iccv2019", ce_weight=0, deepest_ce_weight=0, teacher=teacher)
+    loss(out, make_target())["loss"].backward()
+    assert out.features[-1].grad is None
+    assert not out.logits[-1].grad.any()
+    assert all(entry.grad.abs().sum() > 0 for entry in (*out.logits[:-1], *out.features[:-1]))
+    if teacher == "next-deeper":  # an exit that also teaches learns only from its own teacher
+        expected = reference_kl(out.logits[1], out.logits[2], 3.0) * 9 * 0.1
+        torch.testing.assert_close(out.logits[1].grad, torch.autograd.grad(expected, out.logits[1])[0])
+
+
+@pytest.mark.parametrize("preset", ["byot-iccv2019", "byot-tpami2021"])
+def test_order_of_the_batch_does_not_matter(preset):
+    out, target, loss = make_output(), make_target(), SelfDistillationLoss.from_preset(preset)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    permuted = ExitOutput(tuple(x[order] for x in out.logits), tuple(x[order] for x in out.features))
+    torch.testing.assert_close(loss(permuted, target[order]), loss(out, target))
+
+
+@pytest.mark.parametrize("preset", ["byot-iccv2019", "byot-tpami2021"])
+def test_loss_does_not_depend_on_the_batch_size(preset):
+    out, target, loss = make_output(), make_target(), SelfDistillationLoss.from_preset(preset)
+    twice = ExitOutput(tuple(torch.cat([x, x]) for x in out.logits), tuple(torch.cat([x, x]) for x in out.features))
+    torch.testing.assert_close(loss(twice, torch.cat([target, target])), loss(out, target))
+
+
+@pytest.mark.parametrize(
+    ("weight", "gone"),
+    [
+        ("ce_weight", {"ce/0", "ce/1", "ce/2"}),
+        ("deepest_ce_weight", {"ce/3"}),
+        ("kd_weight", {"kd/0", "kd/1", "kd/2"}),
+        ("hint_weight", {"hint/0", "hint/1", "hint/2"}),
+    ],
+)
+def test_zero_weight_removes_its_terms_and_nothing_else(weight, gone):
+    out, target = make_output(), make_target()
+    full = SelfDistillationLoss()(out, target)
+    terms = SelfDistillationLoss.from_preset("byot-iccv2019", **{weight: 0.0})(out, target)
+    assert set(full) - set(terms) == gone
+    contribution = getattr(PRESETS["byot-iccv2019"], weight) * sum(full[name] for name in gone)
+    torch.testing.assert_close(terms["loss"], full["loss"] - contribution)
+    for name in set(terms) - {"loss"}:
+        torch.testing.assert_close(terms[name], full[name])
+
+
+def test_zero_weight_does_not_run_its_computation(monkeypatch):
+    monkeypatch.setitem(divergences.HINT_DISTANCES, "l2", lambda difference: pytest.fail("computed"))
+    loss = SelfDistillationLoss.from_preset("deep-supervision", hint_distance="l2")
+    monkeypatch.setattr(loss, "_distill", lambda logits, target: pytest.fail("computed"))
+    loss(ExitOutput(make_output().logits, ()), make_target())
+
+
+def test_none_needs_only_the_backbones_logits():
+    loss, out, target = SelfDistillationLoss.from_preset("none"), make_output(), make_target()
+    assert not loss.needs_exits
+    expected = loss(out, target)
+    assert list(expected) == ["loss", "ce/0"]
+    for features in ((), out.features[-1:]):
+        torch.testing.assert_close(loss(ExitOutput(out.logits[-1:], features), target), expected)
+    for preset in ("byot-iccv2019", "byot-tpami2021", "deep-supervision"):
+        assert SelfDistillationLoss.from_preset(preset).needs_exits
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_hot_target_equals_class_indices(smoothing):
+    out, target = make_output(), make_target()
+    loss = SelfDistillationLoss.from_preset("byot-iccv2019", label_smoothing=smoothing)
+    one_hot = nn.functional.one_hot(target, CLASSES).to(torch.bfloat16)
+    torch.testing.assert_close(loss(out, one_hot), loss(out, target))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_label_smoothing_is_torchs(soft):
+    out, target = make_output(), make_soft_target() if soft else make_target()
+    terms = SelfDistillationLoss.from_preset("byot-iccv2019", label_smoothing=0.2)(out, target)
+    plain = SelfDistillationLoss()(out, target)
+    for i, logits in enumerate(out.logits):
+        theirs = nn.functional.cross_entropy(logits, target, label_smoothing=0.2)
+        torch.testing.assert_close(terms[f"ce/{i}"], theirs.detach())
+        torch.testing.assert_close(terms[f"ce/{i}"], reference_ce(logits, target, 0.2).detach())
+    torch.testing.assert_close(terms["kd/0"], plain["kd/0"])
+
+
+def test_equal_exits_have_zero_divergence_and_hint_and_a_finite_gradient():
+    out = make_output(0)
+    feature = out.features[0]
+    same = ExitOutput(
+        tuple(out.logits[0].detach().clone().requires_grad_() for _ in range(3)),
+        tuple(feature.detach().clone().requires_grad_() for _ in range(3)),
+    )
+    for distance in ("l2", "squared_l2"):
+        terms = SelfDistillationLoss.from_preset("byot-tpami2021", hint_distance=distance)(same, make_target())
+        assert terms["kd/0"] == terms["hint/0"] == terms["hint/1"] == 0
+        assert all(gradient.isfinite().all() for gradient in gradients(terms["loss"], same))
+
+
+def extreme_output(dtype):
+    huge = 3e38 if dtype != torch.float16 else 65504.0
+    rows = torch.tensor(
+        [
+            [huge, -huge, 0, 1, 2],
+            [-huge, huge, huge, 0, -1],
+            [-huge, -huge, -huge, -huge, huge],
+            [huge, huge, huge, huge, huge],
+            [-huge, 0, 0, 0, -huge],
+            [1e4, -1e4, 1e4, 0, 3],
+        ]
+    )
+    logits = tuple(rows.roll(shift, 0).roll(-shift, 1).to(dtype).requires_grad_() for shift in range(4))
+    features = tuple(entry.detach().clone().requires_grad_() for entry in logits)
+    assert all(entry.isfinite().all() for entry in logits)
+    return ExitOutput(logits, features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+@pytest.mark.parametrize("teacher", ["deepest", "ensemble", "next-deeper"])
+@pytest.mark.parametrize("temperature", [1e-6, 0.5, 3.0, 1e6])
+def test_huge_logits_and_features_give_finite_values_and_gradients(dtype, divergence, teacher, temperature):
+    for distance in ("l2", "squared_l2"):
+        for target in (make_target(), make_soft_target(), nn.functional.one_hot(make_target(), CLASSES).float()):
+            for smoothing in (0.0, 0.1):
+                out = extreme_output(dtype)
+                loss = SelfDistillationLoss.from_preset(
+                    "byot-iccv2019",
+                    divergence=divergence,
+                    teacher=teacher,
+                    temperature=temperature,
+                    hint_distance=distance,
+                    label_smoothing=smoothing,
+                )
+                terms = loss(out, target)
+                assert all(value.isfinite() for value in terms.values()), terms
+                for gradient in gradients(terms["loss"], out):
+                    assert not gradient.isnan().any()
+                    assert gradient.dtype == dtype
+                    assert dtype == torch.float16 or gradient.isfinite().all()
+
+
+def test_a_diverged_network_is_not_hidden():
+    out = make_output()
+    logits = (torch.full_like(out.logits[0], math.nan), *out.logits[1:])
+    assert SelfDistillationLoss()(ExitOutput(logits, out.features), make_target())["loss"].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_inputs_and_autocast_are_computed_in_float32(dtype):
+    out = make_output(dtype=dtype, scale=8.0)
+    exact = SelfDistillationLoss()(
+        ExitOutput(tuple(x.double() for x in out.logits), tuple(x.double() for x in out.features)), make_target()
+    )
+    plain = SelfDistillationLoss()(out, make_target())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = SelfDistillationLoss()(out, make_target())
+    for name, value in exact.items():
+        assert plain[name].dtype == inside[name].dtype == torch.float32
+        torch.testing.assert_close(plain[name], inside[name], rtol=0, atol=0)
+        torch.testing.assert_close(plain[name].double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_exits_may_differ_in_precision():
+    out = make_output(dtype=torch.bfloat16)
+    mixed = ExitOutput((*out.logits[:-1], out.logits[-1].float()), (*out.features[:-1], out.features[-1].float()))
+    torch.testing.assert_close(SelfDistillationLoss()(mixed, make_target()), SelfDistillationLoss()(out, make_target()))
+
+
+@pytest.mark.parametrize("preset", ["byot-iccv2019", "byot-tpami2021", "none"])
+def test_compiles_as_one_graph(preset):
+    loss, target = SelfDistillationLoss.from_preset(preset, label_smoothing=0.1), make_target()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    out = make_output(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, eager = compiled(out, target), loss(out, target)
+    torch.testing.assert_close(ours, eager)
+    torch.testing.assert_close(gradients(ours["loss"], out), gradients(eager["loss"], out))
+
+
+def test_loss_has_no_state_and_can_be_copied():
+    loss = SelfDistillationLoss.from_preset("byot-tpami2021")
+    assert not loss.state_dict()
+    assert not list(loss.parameters())
+    out, target = make_output(), make_target()
+    torch.testing.assert_close(copy.deepcopy(loss)(out, target), loss(out, target))
+    assert "kd_weight=0.3" in repr(loss)
+
+
+def test_preset_overrides_change_only_what_they_name():
+    config = SelfDistillationLoss.from_preset("byot-tpami2021", temperature=4, kd_weight=0.5).config
+    assert (config.temperature, config.kd_weight) == (4, 0.5)
+    assert (config.ce_weight, config.t_squared, config.hint_distance) == (0.7, False, "l2")
+    assert PRESETS["byot-tpami2021"].temperature == 3.0
+
+
+def test_unknown_preset_and_setting_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"'byot'; known are byot-iccv2019, byot-tpami2021, deep-supervision, none"):
+        SelfDistillationLoss.from_preset("byot")
+    with pytest.raises(ValueError, match=r"temprature; known are ce_weight, .*temperature"):
+        SelfDistillationLoss.from_preset("none", temprature=3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ce_weight", -0.1),
+        ("kd_weight", math.nan),
+        ("hint_weight", math.inf),
+        ("deepest_ce_weight", "1"),
+        ("kd_weight", True),
+        ("kd_weight", None),
+        ("temperature", 0.0),
+        ("temperature", -3.0),
+        ("temperature", math.inf),
+        ("label_smoothing", 1.1),
+        ("label_smoothing", -0.1),
+        ("t_squared", 1),
+        ("hint_distance", "cosine"),
+    ],
+)
+def test_config_refuses_bad_values(name, value):
+    with pytest.raises(ValueError, match=rf"{name} is {value!r}; allowed"):
+        SelfDistillationConfig(**{name: value})
+
+
+def test_config_refuses_a_loss_without_terms():
+    with pytest.raises(ValueError, match="All weights are 0"):
+        SelfDistillationLoss.from_preset("none", deepest_ce_weight=0)
+
+
+def test_unknown_divergence_and_teacher_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"Unknown divergence 'kll'; known are kl, mse. Did you mean 'kl'"):
+        SelfDistillationLoss.from_preset("byot-iccv2019", divergence="kll")
+    with pytest.raises(ValueError, match="Unknown teacher 'ema'; known are deepest, ensemble, next-deeper"):
+        SelfDistillationLoss.from_preset("byot-iccv2019", teacher="ema")
+
+
+def bad_calls():
+    out, target = make_output(), make_target()
+    logits, features = out
+    yield "no logits", ExitOutput((), ()), target, "holds logits nothing"
+    yield "only the backbone", ExitOutput(logits[-1:], features[-1:]), target, "return_exits=True"
+    yield "not [B, C]", ExitOutput(tuple(x[0] for x in logits), features), target, r"one shape \[B, C\]"
+    yield "other classes", ExitOutput((logits[0][:, :2], *logits[1:]), features), target, r"\[6, 2\]"
+    yield "integer logits", ExitOutput(tuple(x.long() for x in logits), features), target, "allowed are floating"
+    yield "empty batch", ExitOutput(tuple(x[:0] for x in logits), features), target[:0], "none of them empty"
+    yield "no features", ExitOutput(logits, ()), target, "holds features nothing"
+    yield "fewer features", ExitOutput(logits, features[1:]), target, r"one \[B, D\] for each \[B, C\]"
+    yield "another batch", ExitOutput(logits, tuple(x[:2] for x in features)), target, r"one \[B, D\] for each"
+    yield "other width", ExitOutput(logits, (features[0][:, :3], *features[1:])), target, r"one shape \[B, D\]"
+    yield (
+        "int32 target",
+        out,
+        target.int(),
+        r"target is torch.int32 \[6\]; allowed are class indices, torch.int64 \[6\]",
+    )
+    yield "short target", out, target[:3], r"target is torch.int64 \[3\]"
+    yield "integer one-hot", out, nn.functional.one_hot(target, CLASSES), r"floating \[6, 5\]"
+    yield "float indices", out, target.float(), r"target is torch.float32 \[6\]"
+    yield "wrong classes", out, torch.rand(BATCH, CLASSES + 1), r"target is torch.float32 \[6, 6\]"
+
+
+@pytest.mark.parametrize(("out", "target", "message"), [pytest.param(*case, id=name) for name, *case in bad_calls()])
+def test_wrong_shapes_and_dtypes_are_refused(out, target, message):
+    with pytest.raises(ValueError, match=message):
+        SelfDistillationLoss()(out, target)
+
+
+@pytest.fixture
+def scratch_registries(monkeypatch):
+    for registry in (divergences._DIVERGENCES, teachers._TEACHERS, self_distillation._LOSSES):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+
+def test_registries_list_what_is_shipped():
+    assert {"kl", "mse"} <= set(list_divergences())
+    assert {"deepest", "ensemble", "next-deeper"} <= set(list_teachers())
+    assert get_loss("self-distillation") is SelfDistillationLoss
+
+
+@pytest.mark.usefixtures("scratch_registries")
+def test_registered_divergence_and_teacher_are_used_by_name():
+    seen = {}
+
+    @register_divergence("needs-target")
+    def needs_target(student, teacher, target, *, temperature, scale):
+        seen.update(target=target, temperature=temperature, scale=scale, teacher=teacher)
+        return scale * (student - teacher).gather(-1, target.expand(len(student), -1)[..., None]).square().mean((1, 2))
+
+    @register_teacher("zero")
+    def zero(logits):
+        assert not logits.requires_grad
+        return torch.zeros_like(logits[:-1])
+
+    assert "needs-target" in list_divergences()
+    assert "zero" in list_teachers()
+    out, target = make_output(), make_target()
+    loss = SelfDistillationLoss.from_preset("byot-iccv2019", divergence="needs-target", teacher="zero", temperature=2.0)
+    terms = loss(out, target)
+    assert seen["target"] is target
+    assert (seen["temperature"], seen["scale"]) == (2.0, 4.0)
+    for i in range(3):
+        expected = 4 * sum(out.logits[i][b, target[b]] ** 2 for b in range(BATCH)) / BATCH
+        torch.testing.assert_close(terms[f"kd/{i}"], expected.detach())
+    for register, name in ((register_divergence, "kl"), (register_teacher, "zero")):
+        with pytest.raises(ValueError, match="already registered"):
+            register(name)(lambda *args: None)
+
+
+@pytest.mark.usefixtures("scratch_registries")
+def test_registered_functions_with_a_wrong_result_are_named():
+    register_divergence("scalar")(lambda student, *args, **kwargs: student.mean())
+    register_teacher("too-many")(lambda logits: logits)
+    with pytest.raises(ValueError, match=r"Divergence 'scalar' returned \[\]; .* per exit, \[3\]"):
+        SelfDistillationLoss.from_preset("byot-iccv2019", divergence="scalar")(make_output(), make_target())
+    with pytest.raises(ValueError, match=r"Teacher 'too-many' returned \[4, 6, 5\]; .* \[3, 6, 5\]"):
+        SelfDistillationLoss.from_preset("byot-iccv2019", teacher="too-many")(make_output(), make_target())
+
+
+@pytest.mark.usefixtures("scratch_registries")
+def test_loss_classes_are_registered():
+    @register_loss("mine")
+    class Mine(nn.Module):
+        needs_exits = False
+
+    assert get_loss("mine") is Mine
+    assert "mine" in list_losses()
+    with pytest.raises(ValueError, match="already registered"):
+        register_loss("self-distillation")(Mine)
+    with pytest.raises(ValueError, match=r"Unknown loss 'selfdistillation'.*Did you mean 'self-distillation'"):
+        get_loss("selfdistillation")

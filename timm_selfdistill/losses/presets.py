@@ -1,0 +1,117 @@
+"""The settings of the self-distillation loss, and the published ones by name."""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from .divergences import HINT_DISTANCES
+
+
+@dataclass(frozen=True)
+class SelfDistillationConfig:
+    """Settings of `SelfDistillationLoss`; the defaults are those of the preset byot-iccv2019.
+
+    Args:
+        ce_weight: Weight of each added exit's cross-entropy with the target; both papers use 1 - kd_weight.
+        deepest_ce_weight: Weight of the backbone's own cross-entropy with the target.
+        kd_weight: Weight of each exit's divergence from its teacher.
+        hint_weight: Weight of each exit's distance from the backbone's feature.
+        temperature: Softmax temperature of both sides of the divergence; not used by "mse".
+        t_squared: Multiply what is computed at the temperature T by T^2, which keeps its gradient independent of T.
+        divergence: Name of a registered divergence.
+        teacher: Name of a registered teacher.
+        hint_distance: "squared_l2", the squared Euclidean distance of the two features, or "l2", the distance; either
+            is summed over the feature's width and averaged over the batch, so it does not depend on the batch size.
+        label_smoothing: Share of the target given evenly to all classes, as `F.cross_entropy` does it, for class
+            indices and for probabilities alike. Leave it 0 where the targets are smoothed already, as timm's Mixup
+            does.
+
+    Raises:
+        ValueError: If a value is not allowed. Names of divergence and teacher are looked up by the loss.
+    """
+
+    ce_weight: float = 0.9
+    deepest_ce_weight: float = 1.0
+    kd_weight: float = 0.1
+    hint_weight: float = 1e-6 * 128
+    temperature: float = 3.0
+    t_squared: bool = True
+    divergence: str = "kl"
+    teacher: str = "deepest"
+    hint_distance: str = "squared_l2"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        weights = ("ce_weight", "deepest_ce_weight", "kd_weight", "hint_weight")
+        for name in weights:
+            self._check_number(name, 0.0, math.inf)
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"All weights are 0; at least one of {', '.join(weights)} must be positive.")
+        # Limits far from any useful value, within which no logits can overflow float32.
+        self._check_number("temperature", 1e-6, 1e6)
+        self._check_number("label_smoothing", 0.0, 1.0)
+        if not isinstance(self.t_squared, bool):
+            raise ValueError(f"t_squared is {self.t_squared!r}; allowed are True and False.")
+        if self.hint_distance not in HINT_DISTANCES:
+            raise ValueError(f"hint_distance is {self.hint_distance!r}; allowed are {', '.join(HINT_DISTANCES)}.")
+
+    def _check_number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not low <= value <= high:
+            allowed = f"{low:g} or more" if math.isinf(high) else f"from {low:g} to {high:g}"
+            raise ValueError(f"{name} is {value!r}; allowed is a finite number, {allowed}.")
+
+
+BYOT_ICCV2019: Final = SelfDistillationConfig()
+"""Be Your Own Teacher, ICCV 2019, https://arxiv.org/abs/1905.08094
+
+For each exit i with logits z_i and feature F_i, and C the backbone's own:
+`(1 - a) CE(z_i, y) + a T^2 KL(softmax(z_C / T) || softmax(z_i / T)) + l ||F_i - F_C||^2`, and `CE(z_C, y)`; each term
+a mean over the batch. The paper names neither a, T nor l. They are those of a widely used re-implementation,
+https://github.com/luanyunteng/pytorch-be-your-own-teacher: a = 0.1, T = 3, and 1e-6 for the squares summed over the
+batch of 128, which is l = 1.28e-4 for their mean.
+
+That code differs from the paper, and from here, in this: it also weights the backbone's CE by 1 - a
+(`deepest_ce_weight=0.9` does so); it writes soft cross-entropy for KL (same gradient); and it leaves out of the hint
+where both features are negative or zero (no difference behind a ReLU).
+"""
+
+BYOT_TPAMI2021: Final = SelfDistillationConfig(
+    ce_weight=0.7, kd_weight=0.3, hint_weight=0.03 * math.sqrt(128), t_squared=False, hint_distance="l2"
+)
+"""Self-Distillation: Towards Efficient and Compact Neural Networks, TPAMI 44(8), https://doi.org/10.1109/TPAMI.2021.3067100
+
+For each exit i: `(1 - a) CE(z_i, y) + a KL(softmax(z_C / T) || softmax(z_i / T)) + l ||A_i F_i - F_C||`, and
+`CE(z_C, y)`; each term a mean over the batch. a = 0.3 and T = 3, without T^2, are those of the authors' code,
+https://github.com/ArchipLab-LinfengZhang/pytorch-self-distillation-final. A_i is a trainable linear adapter: it
+belongs to the model (`wrap(..., hint_adapter=True)`).
+
+That code takes `torch.dist` of the two [B, D] matrices times 0.03, which is the root of the summed squares of the whole
+batch and so grows with sqrt(B). Here l = 0.03 sqrt(128) for the mean of the samples' distances: at the published batch
+of 128 the same value and gradient when all samples are equally far, a smaller value otherwise. It also leaves the hint
+out for the deepest added exit (its comment says the shallowest); here every exit has one. It writes soft cross-entropy
+for KL (same gradient).
+"""
+
+DEEP_SUPERVISION: Final = SelfDistillationConfig(ce_weight=1.0, kd_weight=0.0, hint_weight=0.0)
+"""Deeply-Supervised Nets, AISTATS 2015, https://arxiv.org/abs/1409.5185, and the ablation a = l = 0 of ICCV 2019.
+
+`CE(z_i, y)` for each exit and the backbone, each with weight 1 and a mean over the batch: what the exits alone do,
+without any distillation. The 2015 paper uses squared hinge losses whose weights fade; the ablation, as here, does not.
+"""
+
+NONE: Final = SelfDistillationConfig(ce_weight=0.0, kd_weight=0.0, hint_weight=0.0)
+"""The baseline: `CE(z_C, y)`, a mean over the batch, of the backbone alone; the exits need not run."""
+
+PRESETS: Final[dict[str, SelfDistillationConfig]] = {
+    "byot-iccv2019": BYOT_ICCV2019,
+    "byot-tpami2021": BYOT_TPAMI2021,
+    "deep-supervision": DEEP_SUPERVISION,
+    "none": NONE,
+}
+
+
+def list_presets() -> list[str]:
+    """Return the names of the presets of `SelfDistillationLoss`, sorted."""
+    return sorted(PRESETS)

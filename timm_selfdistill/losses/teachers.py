@@ -1,0 +1,33 @@
+"""Whose logits each exit learns from."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..registry import Registry
+
+Teacher = Callable[[Tensor], Tensor]
+"""From the detached logits of all exits and the backbone [K + 1, B, C] to those each exit learns from [K, B, C]."""
+
+_TEACHERS: Registry[Teacher] = Registry("teacher", "timm_selfdistill.teachers")
+register_teacher = _TEACHERS.register
+get_teacher = _TEACHERS.get
+list_teachers = _TEACHERS.names
+
+
+@register_teacher("deepest")
+def deepest(logits: Tensor) -> Tensor:
+    """The backbone's own logits, for every exit."""
+    return logits[-1:].expand_as(logits[:-1])
+
+
+@register_teacher("ensemble")
+def ensemble(logits: Tensor) -> Tensor:
+    """The mean of the logits of all exits and the backbone, for every exit."""
+    return logits.mean(0, keepdim=True).expand_as(logits[:-1])
+
+
+@register_teacher("next-deeper")
+def next_deeper(logits: Tensor) -> Tensor:
+    """The logits of the next exit, for the last added exit the backbone's."""
+    return logits[1:]
