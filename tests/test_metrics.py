@@ -1,0 +1,264 @@
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult, ExpectedCalibrationError, TopKAccuracy
+from timm_selfdistill.model import ExitOutput
+
+
+def outputs(*logits: Tensor) -> ExitOutput:
+    return ExitOutput(tuple(logits), tuple(logits))
+
+
+def test_top_k_accuracy_counts_labels_among_the_first_k() -> None:
+    ranked = [[3, 1, 0, 2, 4], [0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [2, 1, 0, 3, 4]]
+    assert TopKAccuracy().compute(predictions=ranked, references=[3, 4, 0, 1]) == {"top1": 25.0, "top5": 75.0}
+    assert TopKAccuracy(k=(2,)).compute(predictions=np.array(ranked), references=[3, 4, 0, 1]) == {"top2": 50.0}
+
+
+def test_metrics_accumulate_batches_and_start_afresh() -> None:
+    metric = TopKAccuracy(k=(1,))
+    metric.add_batch(predictions=[[0, 1]], references=[0])
+    metric.add_batch(predictions=[[0, 1], [0, 1]], references=[1, 1])
+    assert metric.compute()["top1"] == pytest.approx(100 / 3)
+    assert metric.compute(predictions=[[0, 1]], references=[0]) == {"top1": 100.0}
+
+
+def test_calibration_error_follows_the_paper() -> None:
+    generator = np.random.default_rng(0)
+    confidence = np.concatenate([generator.random(500), [0.0, 0.2, 0.4, 1.0]])
+    predicted, labels = generator.integers(0, 3, (2, 504))
+    expected = 0.0
+    for lower in range(10):
+        inside = (confidence > lower / 10) & (confidence <= (lower + 1) / 10)
+        if lower == 0:
+            inside |= confidence == 0
+        if inside.any():
+            accuracy = (predicted == labels)[inside].mean()
+            expected += inside.mean() * abs(accuracy - confidence[inside].mean())
+    metric = ExpectedCalibrationError(num_bins=10)
+    result = metric.compute(predictions=predicted, references=labels, confidences=confidence)
+    assert result["ece"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_calibration_bins_are_closed_above_and_do_not_cancel() -> None:
+    # Two bins: (0, 0.5] holds one right, (0.5, 1] one wrong answer: (0.5 + 0.75) / 2, where one bin would give 0.125.
+    samples = {"predictions": [0, 0], "references": [0, 1], "confidences": [0.5, 0.75]}
+    assert ExpectedCalibrationError(num_bins=2).compute(**samples) == {"ece": 0.625}
+    assert ExpectedCalibrationError(num_bins=1).compute(**samples) == {"ece": 0.125}
+
+
+def test_metrics_leave_random_state_and_disk_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path / "cache"))
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
+    TopKAccuracy().compute(predictions=[[0]], references=[0])
+    ExpectedCalibrationError().compute(predictions=[0], references=[0], confidences=[0.5])
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert np.array_equal(numpy_state[1], np.random.get_state()[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "inputs", "message"),
+    [
+        (TopKAccuracy(), {"predictions": [[0, 1]], "references": [-1]}, "must not be negative; got -1"),
+        (ExpectedCalibrationError(), {"predictions": [0], "references": [0], "confidences": [1.5]}, r"lie in \[0, 1\]"),
+        (
+            ExpectedCalibrationError(),
+            {"predictions": [0], "references": [0], "confidences": [math.nan]},
+            r"lie in \[0, 1\]",
+        ),
+    ],
+)
+def test_metrics_refuse_impossible_samples(metric: TopKAccuracy, inputs: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        metric.compute(**inputs)
+
+
+@pytest.mark.parametrize("make", [lambda: TopKAccuracy(k=()), lambda: TopKAccuracy(k=(0,))])
+def test_top_k_refuses_k_below_one(make: object) -> None:
+    with pytest.raises(ValueError, match="k must hold"):
+        make()  # type: ignore[operator]
+
+
+def test_exit_metrics_equal_reference_arithmetic() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(23, 7) * scale for scale in (1.0, 2.0, 4.0)]
+    target = torch.randint(0, 7, (23,))
+    metrics = ExitMetrics(num_outputs=3)
+    for rows in torch.arange(23).split(10):
+        metrics.update(outputs(*(entry[rows] for entry in logits)), target[rows])
+    result = metrics.compute()
+
+    assert result["num_samples"] == 23
+    assert result["num_nonfinite"] == 0
+    assert len(result["exits"]) == 3
+    for found, entry in zip(
+        [*result["exits"], result["ensemble"]], [*logits, torch.stack(logits).mean(0)], strict=True
+    ):
+        probabilities = entry.softmax(-1)
+        confidence, predicted = probabilities.max(-1)
+        order = entry.argsort(-1, descending=True)
+        assert found["top1"] == pytest.approx(100 * (predicted == target).float().mean().item())
+        assert found["top5"] == pytest.approx(100 * (order[:, :5] == target[:, None]).any(-1).float().mean().item())
+        assert found["loss"] == pytest.approx(-probabilities.log()[range(23), target].mean().item(), rel=1e-5)
+        calibration = ExpectedCalibrationError().compute(
+            predictions=predicted, references=target, confidences=confidence
+        )
+        assert found["ece"] == pytest.approx(calibration["ece"], abs=1e-6)
+    json.dumps(result)
+
+
+def test_exit_metrics_start_afresh_after_compute() -> None:
+    metrics = ExitMetrics(num_outputs=1)
+    metrics.update(outputs(torch.eye(4)), torch.arange(4))
+    assert metrics.compute()["exits"][0]["top1"] == 100.0
+    metrics.update(outputs(torch.eye(3)), torch.tensor([1, 2, 0]))
+    assert metrics.compute()["exits"][0]["top1"] == 0.0
+
+
+def test_a_single_output_has_no_ensemble() -> None:
+    metrics = ExitMetrics(num_outputs=1)
+    metrics.update(outputs(torch.eye(4)), torch.arange(4))
+    assert metrics.compute()["ensemble"] is None
+
+
+def test_with_fewer_than_five_classes_top5_looks_at_all() -> None:
+    metrics = ExitMetrics(num_outputs=2)
+    metrics.update(outputs(torch.randn(8, 3), torch.randn(8, 3)), torch.arange(8) % 3)
+    assert [entry["top5"] for entry in metrics.compute()["exits"]] == [100.0, 100.0]
+
+
+def test_ensemble_is_averaged_in_float32() -> None:
+    # In bfloat16 the mean of 256 and 257 is 256, which would tie with the first class and lose.
+    first, second = torch.tensor([[256.25, 256.0]]), torch.tensor([[256.0, 258.0]])
+    metrics = ExitMetrics(num_outputs=2)
+    metrics.update(outputs(first.bfloat16(), second.bfloat16()), torch.tensor([1]))
+    result = metrics.compute()
+    assert result["ensemble"] is not None
+    assert result["ensemble"]["top1"] == 100.0
+    assert result["ensemble"]["loss"] == pytest.approx(math.log1p(math.exp(-1.0)), rel=1e-6)
+
+
+def test_huge_logits_stay_exact() -> None:
+    metrics = ExitMetrics(num_outputs=1)
+    metrics.update(outputs(torch.tensor([[3e38, 3e38, -3e38]])), torch.tensor([0]))
+    (entry,) = metrics.compute()["exits"]
+    assert entry["loss"] == pytest.approx(math.log(2))
+    assert entry["ece"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nonfinite_logits_count_as_wrong_and_are_reported(bad: float, caplog: pytest.LogCaptureFixture) -> None:
+    good, broken = torch.eye(6) * 50, torch.eye(6) * 50
+    broken[2, 2] = bad
+    metrics = ExitMetrics(num_outputs=2)
+    metrics.update(outputs(broken, good), torch.arange(6))
+    with caplog.at_level(logging.WARNING):
+        result = metrics.compute()
+    shallow, deep = result["exits"]
+    assert shallow["top1"] == shallow["top5"] == pytest.approx(100 * 5 / 6)
+    assert shallow["ece"] == pytest.approx(0.0, abs=1e-6)
+    assert math.isnan(shallow["loss"])
+    assert deep["top1"] == 100.0
+    assert result["num_nonfinite"] == 1
+    assert "1 of 6" in caplog.text
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_outside_the_classes_are_an_error(label: int) -> None:
+    metrics = ExitMetrics(num_outputs=1)
+    metrics.update(outputs(torch.eye(4)), torch.tensor([0, 1, 2, label]))
+    with pytest.raises(ValueError, match=r"4 classes, so labels must lie in 0\.\.3; got labels from"):
+        metrics.compute()
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "message"),
+    [
+        ([torch.eye(4)], torch.arange(4), "logits of 2 outputs; got 1"),
+        ([torch.eye(4), torch.eye(4)], torch.arange(3), r"class indices \[B\]"),
+        ([torch.eye(4), torch.eye(4)], torch.eye(4), r"class indices \[B\]"),
+        ([torch.eye(4), torch.eye(4)], torch.rand(4), r"class indices \[B\]"),
+    ],
+)
+def test_update_refuses_other_shapes(logits: list[Tensor], target: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExitMetrics(num_outputs=2).update(outputs(*logits), target)
+
+
+def test_update_refuses_another_number_of_classes() -> None:
+    metrics = ExitMetrics(num_outputs=1)
+    metrics.update(outputs(torch.eye(4)), torch.arange(4))
+    with pytest.raises(ValueError, match="Expected 4 classes as before; got 5"):
+        metrics.update(outputs(torch.eye(5)), torch.arange(5))
+
+
+def test_compute_without_samples_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        ExitMetrics(num_outputs=1).compute()
+
+
+def test_update_keeps_no_graph() -> None:
+    logits = torch.eye(4, requires_grad=True)
+    metrics = ExitMetrics(num_outputs=1)
+    metrics.update(outputs(logits * 2), torch.arange(4))
+    assert metrics.compute()["exits"][0]["top1"] == 100.0
+
+
+@pytest.mark.multiprocess
+def test_two_processes_count_exactly_what_one_counts(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    offline = {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_HOME": str(tmp_path / "unused")}
+    environment = os.environ | offline | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0] == ranks[1] == evaluate_everything(Accelerator(cpu=True))
+    assert not (tmp_path / "unused").exists()
+
+
+def evaluate_everything(accelerator: Accelerator) -> dict[str, ExitMetricsResult]:
+    """Data sets whose last batches leave a remainder of every kind, and processes with unequal numbers of batches."""
+    results = {f"{size} samples": evaluate_prepared(accelerator, size) for size in (16, 17, 19, 20, 22, 23, 3, 1)}
+    mine = slice(0, 5) if accelerator.num_processes == 1 else [slice(0, 0), slice(0, 5)][accelerator.process_index]
+    metrics = ExitMetrics(3, accelerator)
+    logits, target = samples(5)
+    for row, label in zip(logits[mine], target[mine], strict=True):
+        metrics.update(outputs(*row[:, None]), label[None])
+    return results | {"unequal": metrics.compute()}
+
+
+def evaluate_prepared(accelerator: Accelerator, size: int) -> ExitMetricsResult:
+    loader = accelerator.prepare(DataLoader(TensorDataset(*samples(size)), batch_size=4))
+    metrics = ExitMetrics(3, accelerator)
+    for logits, target in loader:
+        metrics.update(outputs(*logits.unbind(1)), target)
+    return metrics.compute()
+
+
+def samples(size: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, 3, 10, generator=generator), torch.randint(0, 10, (size,), generator=generator)
+
+
+if __name__ == "__main__":
+    accelerator = Accelerator()
+    assert accelerator.num_processes == 2
+    result_file = Path(sys.argv[1]) / f"{accelerator.process_index}.json"
+    result_file.write_text(json.dumps(evaluate_everything(accelerator)))
+    accelerator.end_training()

@@ -1,0 +1,305 @@
+"""Accuracy and calibration of every exit and of their ensemble, exact over uneven batches and several processes."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import evaluate
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from datasets import Features, List, Value
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from timm_selfdistill.model import ExitOutput
+
+logger = logging.getLogger(__name__)
+
+
+class OutputMetrics(TypedDict):
+    """How good one output is: `top1` and `top5` in percent, `ece` in [0, 1], `loss` the mean cross-entropy in nats."""
+
+    top1: float
+    top5: float
+    ece: float
+    loss: float
+
+
+class ExitMetricsResult(TypedDict):
+    """What `ExitMetrics.compute` returns; plain numbers, ready for JSON.
+
+    `exits` holds K + 1 entries, shallow to deep, the last the backbone's own; `ensemble` is None for a model without
+    added exits. `num_nonfinite` counts the samples for which any output was not a number.
+    """
+
+    exits: list[OutputMetrics]
+    ensemble: OutputMetrics | None
+    num_samples: int
+    num_nonfinite: int
+
+
+class _InMemoryMetric(evaluate.Metric):  # type: ignore[misc]
+    """A metric that never touches the file system, so that any number of processes may use it at once."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_in_memory=True)
+
+    def _build_data_dir(self) -> str:
+        # The base class creates a cache folder even for data kept in memory, which fails where home is read-only.
+        return ""
+
+
+class TopKAccuracy(_InMemoryMetric):
+    """Share of samples whose label is among the k most likely classes, for several k at once.
+
+    `compute(predictions, references)` takes the class indices of each sample [N, max(k)], most likely first, and the
+    labels [N], and returns `{"top1": percent, "top5": percent}`. With fewer columns than k all of them count, as when
+    there are fewer than five classes. An index of -1 is no class and is never right.
+
+    Args:
+        k: The numbers of classes to look at.
+
+    Raises:
+        ValueError: If k has no positive entry, or in `compute` for no samples, other shapes or a negative label.
+    """
+
+    def __init__(self, k: Sequence[int] = (1, 5)) -> None:
+        if not k or min(k) < 1:
+            raise ValueError(f"k must hold at least one number, each 1 or more; got {k!r}.")
+        self.k = tuple(k)
+        super().__init__()
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of samples, in percent, whose label is among the k most likely classes.",
+            citation="",
+            inputs_description="Predictions: k class indices per sample, most likely first. References: labels.",
+            features=Features({"predictions": List(Value("int64")), "references": Value("int64")}),
+        )
+
+    def _compute(self, predictions: npt.ArrayLike, references: npt.ArrayLike) -> dict[str, float]:
+        ranked, labels = np.asarray(predictions), _labels(references)
+        if ranked.ndim != 2 or len(ranked) != len(labels):
+            raise ValueError(f"predictions must be [{len(labels)}, k] class indices; got shape {ranked.shape}.")
+        hits = ranked == labels[:, None]
+        return {f"top{k}": 100.0 * float(hits[:, :k].any(axis=1).mean()) for k in self.k}
+
+
+class ExpectedCalibrationError(_InMemoryMetric):
+    """How far confidence and accuracy lie apart (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
+
+    The samples are sorted by confidence into M bins of equal width, (m/M, (m+1)/M], a confidence of 0 falling into the
+    first, and `ece = sum_m |B_m| / N * |accuracy(B_m) - mean confidence(B_m)|`, a fraction in [0, 1]. See
+    https://arxiv.org/abs/1706.04599.
+
+    `compute(predictions, references, confidences)` takes predicted class indices [N], labels [N] and the probabilities
+    that the model gives its predictions [N], and returns `{"ece": fraction}`.
+
+    Args:
+        num_bins: M; the paper's is 15.
+
+    Raises:
+        ValueError: If `num_bins` < 1, or in `compute` for no samples, unequal lengths, a negative label or a confidence
+            outside [0, 1].
+    """
+
+    def __init__(self, num_bins: int = 15) -> None:
+        if num_bins < 1:
+            raise ValueError(f"num_bins must be 1 or more; got {num_bins}.")
+        self.num_bins = num_bins
+        super().__init__()
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Mean distance of confidence and accuracy over equal-width bins of confidence.",
+            citation="Guo et al., On Calibration of Modern Neural Networks, ICML 2017",
+            inputs_description="Predictions: class indices. References: labels. Confidences: probabilities.",
+            features=Features(
+                {"predictions": Value("int64"), "references": Value("int64"), "confidences": Value("float64")}
+            ),
+            reference_urls=["https://arxiv.org/abs/1706.04599"],
+        )
+
+    def _compute(
+        self, predictions: npt.ArrayLike, references: npt.ArrayLike, confidences: npt.ArrayLike
+    ) -> dict[str, float]:
+        predicted, labels = np.asarray(predictions), _labels(references)
+        confidence = np.asarray(confidences, dtype=np.float64)
+        if not predicted.shape == confidence.shape == labels.shape:
+            raise ValueError(
+                "predictions, references and confidences must be equally long; "
+                f"got shapes {predicted.shape}, {labels.shape} and {confidence.shape}."
+            )
+        if not ((confidence >= 0) & (confidence <= 1)).all():
+            raise ValueError(
+                f"confidences must lie in [0, 1]; got values from {confidence.min()} to {confidence.max()}."
+            )
+        inner_edges = np.linspace(0, 1, self.num_bins + 1)[1:-1]
+        bins = np.digitize(confidence, inner_edges, right=True)
+        # |B| / N * |accuracy - mean confidence| is |sum of hits - sum of confidences| / N, without empty-bin divisions.
+        gap = (predicted == labels) - confidence
+        return {"ece": math.fsum(abs(math.fsum(gap[bins == index])) for index in range(self.num_bins)) / len(labels)}
+
+
+def _labels(references: npt.ArrayLike) -> npt.NDArray[Any]:
+    labels = np.asarray(references)
+    if labels.ndim != 1 or not len(labels):
+        raise ValueError(f"references must be at least one label, [N]; got shape {labels.shape}.")
+    if labels.min() < 0:
+        raise ValueError(f"Labels must not be negative; got {labels.min()}.")
+    return labels
+
+
+class ExitMetrics:
+    """Top-1, top-5, calibration error and cross-entropy of every exit and of the ensemble, over a whole data set.
+
+    Call `update` with every batch, then `compute`, which starts afresh. The ensemble is the mean of the logits of all
+    exits, the backbone's own included. All arithmetic is in float32 whatever the model's precision. `update` waits
+    neither for the device nor for other processes, which may therefore have unequal numbers of batches.
+
+    A sample whose softmax is not a number (NaN or +inf among its logits) counts as wrong with confidence 0, makes that
+    output's `loss` NaN, and is counted and logged.
+
+    Args:
+        num_outputs: K + 1, the number of logits the model returns.
+        accelerator: Gathers the samples of all its processes; those with which a loader prepared by it fills up the
+            last uneven batch are left out. Without it, the samples of this process count.
+
+    Raises:
+        ValueError: If `num_outputs` < 1.
+    """
+
+    def __init__(self, num_outputs: int, accelerator: Accelerator | None = None) -> None:
+        if num_outputs < 1:
+            raise ValueError(f"num_outputs must be 1 or more; got {num_outputs}.")
+        self.num_outputs = num_outputs
+        self.accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
+        self._top_k = TopKAccuracy(k=(1, _NUM_RANKED))
+        self._calibration = ExpectedCalibrationError()
+        self._num_classes: int | None = None
+        self._scores: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    @torch.no_grad()
+    def update(self, out: ExitOutput, target: Tensor) -> None:
+        """Add one batch of this process, while its loader is being iterated over.
+
+        Args:
+            out: What the model returned: `num_outputs` logits [B, num_classes].
+            target: Class indices [B].
+
+        Raises:
+            ValueError: If the number of outputs or a shape is another.
+        """
+        if len(out.logits) != self.num_outputs:
+            raise ValueError(f"Expected the logits of {self.num_outputs} outputs; got {len(out.logits)}.")
+        logits = torch.stack(out.logits).float()
+        if logits.ndim != 3 or target.shape != logits.shape[1:2] or target.is_floating_point():
+            raise ValueError(
+                "Expected logits [B, num_classes] and class indices [B]; "
+                f"got {tuple(logits.shape[1:])} and {target.dtype} {tuple(target.shape)}."
+            )
+        if self._num_classes not in (None, logits.shape[2]):
+            raise ValueError(f"Expected {self._num_classes} classes as before; got {logits.shape[2]}.")
+        self._num_classes = logits.shape[2]
+        if self.num_outputs > 1:
+            logits = torch.cat([logits, logits.mean(dim=0, keepdim=True)])
+        kept = self._num_kept(len(target))
+        self._scores.append(_score(logits, target)[:kept])
+        self._labels.append(target[:kept].long())
+
+    def compute(self) -> ExitMetricsResult:
+        """Return the metrics of all samples since the last call; all processes call it together and get the same.
+
+        Raises:
+            ValueError: If there are no samples, or labels outside the model's classes.
+        """
+        scores, labels = self._gather()
+        num_classes, self._num_classes, self._scores, self._labels = self._num_classes, None, [], []
+        if not len(labels):
+            raise ValueError("There are no samples to compute metrics of: update() was not called.")
+        if num_classes is not None and (labels.min() < 0 or labels.max() >= num_classes):
+            raise ValueError(
+                f"The model has {num_classes} classes, so labels must lie in 0..{num_classes - 1}; "
+                f"got labels from {labels.min()} to {labels.max()}."
+            )
+        num_nonfinite = int((scores[:, :, 2] == _NO_CLASS).any(axis=1).sum())
+        if num_nonfinite:
+            logger.warning("Logits of %d of %d samples are not finite: counted as wrong.", num_nonfinite, len(labels))
+        outputs = [self._metrics(scores[:, index], labels) for index in range(scores.shape[1])]
+        return {
+            "exits": outputs[: self.num_outputs],
+            "ensemble": outputs[-1] if self.num_outputs > 1 else None,
+            "num_samples": len(labels),
+            "num_nonfinite": num_nonfinite,
+        }
+
+    def _num_kept(self, batch_size: int) -> int:
+        """How many samples of this batch are the process's own, the rest being the loader's filling.
+
+        Accelerate's `gather_for_metrics` leaves out the same samples, but gathers every batch.
+        """
+        if self.accelerator is None or not self.accelerator.even_batches:
+            return batch_size
+        state = self.accelerator.gradient_state
+        remainder: int = state.remainder
+        if not state.end_of_dataloader or remainder == 0:
+            return batch_size
+        if remainder < 0:
+            if isinstance(state.active_dataloader.dataset, IterableDataset):
+                logger.warning("The loader does not know its length: repeated samples in its last batch count twice.")
+            return batch_size
+        first: int = self.accelerator.process_index * batch_size
+        return min(max(remainder - first, 0), batch_size)
+
+    def _gather(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        num_tables = self.num_outputs + (self.num_outputs > 1)
+        device = None if self.accelerator is None else self.accelerator.device
+        scores = torch.cat([torch.empty(0, num_tables, 2 + _NUM_RANKED, device=device), *self._scores])
+        labels = torch.cat([torch.empty(0, dtype=torch.int64, device=device), *self._labels])
+        if self.accelerator is not None:
+            scores, labels = self.accelerator.gather(
+                (
+                    self.accelerator.pad_across_processes(scores),
+                    self.accelerator.pad_across_processes(labels, pad_index=_PADDING),
+                )
+            )
+            real = labels != _PADDING
+            scores, labels = scores[real], labels[real]
+        return scores.cpu().numpy(), labels.cpu().numpy()
+
+    def _metrics(self, scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> OutputMetrics:
+        ranked = scores[:, 2:].astype(np.int64)
+        # Not through the metrics' compute(): its Arrow table takes the samples one by one, far slower than all of this.
+        accuracy = self._top_k._compute(ranked, labels)
+        calibration = self._calibration._compute(ranked[:, 0], labels, confidences=scores[:, 0])
+        # The exactly rounded sum does not depend on the order in which the processes' samples arrive.
+        loss = math.fsum(scores[:, 1]) / len(labels)
+        return {"top1": accuracy["top1"], "top5": accuracy["top5"], "ece": calibration["ece"], "loss": loss}
+
+
+_NUM_RANKED = 5
+_NO_CLASS = -1
+_PADDING = torch.iinfo(torch.int64).min
+
+
+def _score(logits: Tensor, target: Tensor) -> Tensor:
+    """Turn logits [outputs, B, C] into [B, outputs, 7]: confidence, cross-entropy, the five most likely classes.
+
+    Class indices are exact in float32 up to 2^24 classes, so that one tensor holds all. Labels outside the classes are
+    told apart later, without waiting for the device here.
+    """
+    num_outputs, batch_size, num_classes = logits.shape
+    ranked = logits.topk(min(_NUM_RANKED, num_classes)).indices
+    log_probs = logits.log_softmax(dim=-1)
+    confidence = log_probs.gather(-1, ranked[..., :1]).exp()
+    label = target.long().clamp(0, num_classes - 1).expand(num_outputs, batch_size).unsqueeze(-1)
+    loss = -log_probs.gather(-1, label)
+    ranked = F.pad(ranked, (0, _NUM_RANKED - ranked.shape[-1]), value=_NO_CLASS)
+    ranked = ranked.where(confidence.isfinite(), _NO_CLASS)
+    confidence = confidence.nan_to_num(nan=0.0).clamp(max=1.0)
+    return torch.cat([confidence, loss, ranked.float()], dim=-1).transpose(0, 1)
