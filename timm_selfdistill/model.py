@@ -1,6 +1,7 @@
 """The self-distilling model: a timm backbone with classifiers on its intermediate features."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,11 +75,19 @@ def wrap(
     if small_stem:
         use_small_stem(backbone)
     taps = find_exit_points(backbone, exits, image_size)
-    build = partial(_build_heads, head=head, head_kwargs=dict(head_kwargs or {}), hint_adapter=hint_adapter)
-    return SelfDistillModel(backbone, taps, build)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return SelfDistillModel(backbone, taps, WrapConfig(head, dict(head_kwargs or {}), hint_adapter, small_stem, size))
 
 
-HeadBuilder = Callable[[BackboneTaps, int], nn.ModuleList]
+@dataclass(frozen=True)
+class WrapConfig:
+    """How a backbone was wrapped, as far as its exit points do not tell; the arguments of `wrap`."""
+
+    head: str
+    head_kwargs: Mapping[str, Any]
+    hint_adapter: bool
+    small_stem: bool
+    image_size: tuple[int, int] | None
 
 
 class SelfDistillModel(nn.Module):
@@ -90,18 +99,17 @@ class SelfDistillModel(nn.Module):
     Args:
         backbone: The timm model.
         taps: Where the exits hang and where the teacher's feature is read.
-        build_heads: Builds the exits' networks for taps and a number of classes.
+        config: How the backbone was wrapped.
     """
 
     backbone: Backbone
 
-    def __init__(self, backbone: Backbone, taps: BackboneTaps, build_heads: HeadBuilder) -> None:
+    def __init__(self, backbone: Backbone, taps: BackboneTaps, config: WrapConfig) -> None:
         super().__init__()
         self.backbone = backbone
         self.taps = taps
-        self.build_heads = build_heads
-        parameter = next(backbone.parameters())
-        self.heads = build_heads(taps, self.num_classes).to(device=parameter.device, dtype=parameter.dtype)
+        self.config = config
+        self.heads = self._build_heads(self.num_classes)
         self._tape = _Tape()
         # Hooks are functions bound to the tape, not closures: copied with the model, they write to the copy's tape.
         for index, point in enumerate(taps.points):
@@ -221,13 +229,12 @@ class SelfDistillModel(nn.Module):
         pool = {} if global_pool is None else {"global_pool": global_pool}
         self.backbone.reset_classifier(num_classes, **pool)
         self.backbone.to(device=parameter.device, dtype=parameter.dtype)
-        found = find_exit_points(self.backbone, [point.name for point in self.points])
+        found = find_exit_points(self.backbone, [point.name for point in self.points], self.config.image_size)
         width_changed = found.feature_dim != self.taps.feature_dim
         self.taps = BackboneTaps(self.points, found.classifiers, found.feature_dim)
         self._read_classifiers()
         if width_changed:
-            heads = self.build_heads(self.taps, num_classes)
-            self.heads = heads.to(device=parameter.device, dtype=parameter.dtype)
+            self.heads = self._build_heads(num_classes)
             return
         for head in self.heads:
             assert isinstance(head, ExitHead)
@@ -261,6 +268,15 @@ class SelfDistillModel(nn.Module):
         """Return the backbone's logits, or the feature before its classifier, for its last feature map."""
         output: Tensor = self.backbone.forward_head(x, pre_logits=pre_logits)
         return output
+
+    def _build_heads(self, num_classes: int) -> nn.ModuleList:
+        config = self.config
+        heads = nn.ModuleList(
+            ExitHead(point, self.taps.feature_dim, num_classes, config.head, config.head_kwargs, config.hint_adapter)
+            for point in self.points
+        )
+        parameter = next(self.backbone.parameters())
+        return heads.to(device=parameter.device, dtype=parameter.dtype)
 
     def _run_backbone(self, x: Tensor) -> Tensor:
         logits: Tensor = self.backbone(x)
@@ -322,12 +338,3 @@ def _create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Bac
         close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
         hint = f" Similar names: {', '.join(close)}." if close else ""
         raise ValueError(f"timm cannot create {name!r} with {kwargs}: {error}.{hint}") from error
-
-
-def _build_heads(
-    taps: BackboneTaps, num_classes: int, head: str, head_kwargs: Mapping[str, Any], hint_adapter: bool
-) -> nn.ModuleList:
-    """Build the network of every exit."""
-    return nn.ModuleList(
-        ExitHead(point, taps.feature_dim, num_classes, head, head_kwargs, hint_adapter) for point in taps.points
-    )

@@ -1,0 +1,198 @@
+"""Save and load a wrapped model: a folder that plain timm loads too."""
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+
+from timm_selfdistill.model import SelfDistillModel, wrap
+
+CONFIG, BACKBONE, EXITS, CARD = "config.json", "model.safetensors", "exits.safetensors", "README.md"
+_KEY = "timm_selfdistill"
+_FORMAT_VERSION = 1
+
+
+def save_pretrained(
+    model: SelfDistillModel,
+    folder: str | Path,
+    *,
+    label_names: Sequence[str] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+    card: str | None = None,
+) -> Path:
+    """Write a model to a folder that `from_pretrained` and, for the backbone, plain timm load.
+
+    The folder gets `config.json` (timm's, with one more key), `model.safetensors` (the backbone under timm's own
+    keys), `exits.safetensors` and `README.md`. Each file is written beside its place and then renamed, the
+    configuration, which holds the weights' checksums, last.
+
+    A backbone with `small_stem` is one that timm cannot build from a name: there, plain timm needs the three lines
+    that the model card shows.
+
+    Args:
+        model: The wrapped model; what it is wrapped in (DDP, compile) must be removed first.
+        folder: Where to write; made if it does not exist.
+        label_names: Class names, in the order of the logits.
+        data_config: Preprocessing of the training run (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
+        card: Text of the model card; a short one by default.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Saved as stored on disk by plain timm: on the CPU and in the default memory format.
+    backbone = copy.deepcopy(model.backbone).cpu().to(memory_format=torch.contiguous_format)
+    exits = {name: tensor.cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        staged = Path(temporary)
+        save_for_hf(
+            backbone,
+            str(staged),
+            model_config=_truthful_config(label_names),
+            safe_serialization=True,
+            data_config=dict(data_config or {}),
+        )
+        safetensors.torch.save_file(exits, staged / EXITS)
+        config = json.loads((staged / CONFIG).read_text())
+        config[_KEY] = _describe(model, staged)
+        (staged / CONFIG).write_text(json.dumps(config, indent=2))
+        (staged / CARD).write_text(card if card is not None else model_card(model))
+        for name in (BACKBONE, EXITS, CARD, CONFIG):
+            os.replace(staged / name, folder / name)
+    return folder
+
+
+def from_pretrained(folder: str | Path) -> SelfDistillModel:
+    """Load a model that `save_pretrained` wrote, in eval mode.
+
+    Nothing is unpickled or executed.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The wrapped model.
+
+    Raises:
+        ValueError: If the folder or a file is missing, damaged, of a newer format, or from something else.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    ours = config[_KEY]
+    weights = {name: _read_weights(folder / name, digest) for name, digest in ours["sha256"].items()}
+    backbone = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    size = ours["image_size"]
+    model = wrap(
+        backbone,
+        exits=ours["exits"],
+        head=ours["head"],
+        head_kwargs=ours["head_kwargs"],
+        hint_adapter=ours["hint_adapter"],
+        small_stem=ours["small_stem"],
+        image_size=None if size is None else (size[0], size[1]),
+    )
+    for name, module in ((BACKBONE, model.backbone), (EXITS, model.heads)):
+        try:
+            module.load_state_dict(weights[name])
+        except RuntimeError as error:
+            raise ValueError(f"{folder / name} does not fit the model that {CONFIG} describes: {error}") from error
+    return model.eval()
+
+
+def model_card(model: SelfDistillModel) -> str:
+    """Return a model card that tells how to load the model."""
+    architecture = model.pretrained_cfg.get("architecture", type(model.backbone).__name__)
+    names = ", ".join(f"`{name}`" for name in model.exit_names)
+    return (
+        "---\nlibrary_name: timm\ntags:\n- image-classification\n- timm\n- timm_selfdistill\n---\n\n"
+        f"# {architecture}, self-distilled\n\n"
+        f"A timm `{architecture}` with {model.num_classes} classes and exits at {names}, trained as its own teacher.\n"
+        f"\nIn plain timm, without the exits:\n\n```python\n{_timm_snippet(model, architecture)}```\n\n"
+        "With the exits:\n\n```python\nimport timm_selfdistill as sd\n\n"
+        "model = sd.from_pretrained(FOLDER)\nout = model(x, return_exits=True)  # out.logits: shallow to deep\n```\n"
+    )
+
+
+def _timm_snippet(model: SelfDistillModel, architecture: str) -> str:
+    """Return the lines that load the backbone without this package."""
+    if not model.config.small_stem:
+        return 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)\n'
+    stem = model.backbone.conv1
+    return (
+        "import timm\nimport torch\n\n"
+        'model = timm.create_model("local-dir:FOLDER", pretrained=False)\n'
+        f"model.conv1 = torch.nn.Conv2d({stem.in_channels}, {stem.out_channels}, 3, padding=1, bias=False)\n"
+        "model.maxpool = torch.nn.Identity()\n"
+        'timm.models.load_checkpoint(model, "FOLDER/model.safetensors")\n'
+    )
+
+
+def _truthful_config(label_names: Sequence[str] | None) -> dict[str, Any]:
+    """Return what replaces, in timm's configuration, that which was true of the pretrained weights only."""
+    config: dict[str, Any] = {
+        "pretrained_cfg": {"tag": "selfdistill", "license": None, "origin_url": None, "paper_ids": "arXiv:1905.08094"}
+    }
+    if label_names is not None:
+        config["label_names"] = list(label_names)
+    return config
+
+
+def _describe(model: SelfDistillModel, folder: Path) -> dict[str, Any]:
+    """Return our key of the configuration: how to wrap the backbone, and the weights' checksums."""
+    config = model.config
+    return {
+        "format_version": _FORMAT_VERSION,
+        "exits": [point.name for point in model.points],
+        "head": config.head,
+        "head_kwargs": dict(config.head_kwargs),
+        "hint_adapter": config.hint_adapter,
+        "small_stem": config.small_stem,
+        "image_size": config.image_size,
+        "sha256": {name: _sha256((folder / name).read_bytes()) for name in (BACKBONE, EXITS)},
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a saved model."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds no model: there is no {CONFIG} in it.")
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    if _KEY not in config:
+        raise ValueError(
+            f"{folder / CONFIG} has no key {_KEY!r}: a model of plain timm is loaded by timm.create_model."
+        )
+    version = config[_KEY].get("format_version")
+    if version != _FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {version}, this version of timm_selfdistill reads {_FORMAT_VERSION}: "
+            "upgrade timm_selfdistill."
+        )
+    return config
+
+
+def _read_weights(path: Path, digest: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file whose checksum is known."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing.")
+    data = path.read_bytes()
+    if _sha256(data) != digest:
+        raise ValueError(f"{path} is damaged or was exchanged: its sha256 is not the one in {CONFIG}.")
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

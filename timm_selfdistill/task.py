@@ -1,0 +1,116 @@
+"""Self-distillation as a timm training task: a wrapped model and its loss."""
+
+from typing import Any, Literal
+
+import torch
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+
+from timm_selfdistill.losses import SelfDistillationLoss
+from timm_selfdistill.model import ExitOutput, SelfDistillModel
+
+Regime = Literal["joint", "frozen"]
+
+
+class SelfDistillationTask(ClassificationTask):
+    """Self-distillation task: trains a backbone together with its exits.
+
+    What the loss does not reach is frozen (with the loss `none`, the exits), so that plain DDP works without
+    `find_unused_parameters`. EMA, compile, DDP preparation, checkpoint state and evaluator are timm's own.
+
+    Args:
+        model: The wrapped model.
+        criterion: Maps `(ExitOutput, target)` to a dict of terms with the key 'loss'; BYOT (ICCV 2019) by default.
+            One that has `needs_exits = False` is given the backbone's own output only, and the exits do not run.
+        regime: 'joint' trains everything; 'frozen' trains the exits only, the backbone stays as it is (in eval mode).
+        device: Device for task tensors/buffers.
+        dtype: Dtype for task tensors/buffers.
+        verbose: Enable info logging.
+
+    Raises:
+        ValueError: If the model is not wrapped, or nothing or an unreachable part would be trained.
+
+    Examples:
+
+        ```python
+        task = SelfDistillationTask(sd.wrap('resnet18'), sd.SelfDistillationLoss())
+        result = task(input, target)
+        result['loss'].backward()
+        ```
+    """
+
+    def __init__(
+        self,
+        model: SelfDistillModel,
+        criterion: nn.Module | None = None,
+        regime: Regime = "joint",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        if not isinstance(model, SelfDistillModel):
+            raise ValueError(f"SelfDistillationTask trains a model made by wrap(), got {type(model).__name__}.")
+        criterion = SelfDistillationLoss() if criterion is None else criterion
+        self.needs_exits = bool(getattr(criterion, "needs_exits", True))
+        _check_reach(model, criterion, regime, self.needs_exits)
+        super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
+        self.regime = regime
+        model.backbone.requires_grad_(regime == "joint")
+        model.heads.requires_grad_(self.needs_exits)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "SelfDistillationTask":
+        """Set the mode; a frozen backbone stays in eval mode, so that its batch statistics do not move."""
+        super().train(mode)
+        if self.regime == "frozen":
+            unwrapped_model(self.trainable_module).backbone.eval()
+        return self
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Forward pass through model and exits, and the loss.
+
+        Args:
+            input: Input tensor [B, C, H, W]
+            target: Class indices [B] or soft targets [B, num_classes]
+
+        Returns:
+            Dictionary containing:
+                - 'loss': Self-distillation loss
+                - 'output': Logits of the backbone's own classifier
+                - every term of the loss, such as 'ce/0', 'kd/0', 'hint/0'
+        """
+        if self.needs_exits:
+            out = self.trainable_module(input, return_exits=True)
+        else:
+            out = ExitOutput((self.trainable_module(input),), ())
+        terms: dict[str, Tensor] = self.criterion(out, target)
+        return {**terms, "output": out.logits[-1]}
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """Return the trained parameters; with `exclude_head`, without the classifiers of backbone and exits."""
+        model = unwrapped_model(self.trainable_module)
+        classifiers = [model.backbone.get_submodule(name) for name in model.taps.classifiers]
+        classifiers += [head.get_submodule("classifier") for head in model.heads]
+        left_out = {id(p) for module in classifiers for p in module.parameters()} if exclude_head else set()
+        return [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
+
+
+def unwrapped_model(module: Any) -> SelfDistillModel:
+    """Return the wrapped model inside DDP, compile and EMA wrappers."""
+    while not isinstance(module, SelfDistillModel):
+        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
+    return module
+
+
+def _check_reach(model: SelfDistillModel, criterion: nn.Module, regime: str, needs_exits: bool) -> None:
+    """Refuse what would train nothing, or leave parameters without a gradient."""
+    if regime not in ("joint", "frozen"):
+        raise ValueError(f"regime must be 'joint' or 'frozen', got {regime!r}.")
+    if regime == "frozen" and not needs_exits:
+        raise ValueError("regime='frozen' trains the exits only, but this loss does not use them: nothing would train.")
+    config = getattr(criterion, "config", None)
+    if model.config.hint_adapter and needs_exits and getattr(config, "hint_weight", None) == 0:
+        raise ValueError(
+            "The exits have hint adapters, but hint_weight is 0: their parameters would get no gradient. "
+            "Give a hint_weight above 0, or wrap without hint_adapter."
+        )
