@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +22,7 @@ _MIN_COST, _MAX_COST = 0.02, 0.97
 # Finer maps than the paper's finest are stems: tapped only where a backbone has too few other points.
 _MAX_DOWNSAMPLE = 8
 _MAX_PREFIX_TOKENS = 16
-_CONTRACT = ("feature_info", "get_classifier", "num_features")
+_CONTRACT = ("feature_info", "get_classifier", "num_classes", "num_features")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def find_exit_points(
 
     Args:
         backbone: A timm model, or a module that follows timm's contract (`feature_info`, `get_classifier`,
-            `num_features`).
+            `num_classes`, `num_features`).
         exits: How many exits, spread evenly over the backbone's cost; or for each exit an index into `feature_info`
             (int), a share of the cost (float) or a module path (str).
         image_size: Input height and width of the dry run in pixels; the backbone's own by default.
@@ -86,7 +86,7 @@ def find_exit_points(
 
     Raises:
         ValueError: If the backbone does not follow the contract or has no classifier, or if an exit does not exist,
-            is named twice or never, or hangs on a module that does not run exactly once.
+            is named twice or never, or hangs on a module that does not run exactly once or whose output is overwritten.
     """
     missing = [name for name in _CONTRACT if not hasattr(backbone, name)]
     if missing:
@@ -95,10 +95,13 @@ def find_exit_points(
             f"A backbone is a timm model or a module with {', '.join(_CONTRACT)}."
         )
     infos = _resolve_feature_info(backbone)
-    requested = [] if isinstance(exits, int) else [item for item in exits if isinstance(item, str)]
-    for name in requested:
-        if name not in infos:
-            infos[name] = _Candidate(name, _descend(backbone, name, infos), None, None)
+    if not isinstance(exits, int) and (isinstance(exits, str) or not isinstance(exits, Sequence) or not exits):
+        raise ValueError(
+            f"exits={exits!r}: give a number, or a list of feature_info indices, cost shares or module names."
+        )
+    for name in () if isinstance(exits, int) else exits:
+        if isinstance(name, str) and name not in infos:
+            infos[name] = _Candidate(name, _descend(backbone, name, infos))
 
     classifiers = _classifier_names(backbone)
     run = _dry_run(backbone, [c.module for c in infos.values()], classifiers, image_size)
@@ -116,12 +119,13 @@ def pool_feature(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A tap that `feature_info` or the caller names: where it hangs and what is promised about it."""
+    """A tap that `feature_info` or the caller names: where it hangs and what `feature_info` promises about it."""
 
     name: str
     module: str
-    channels: int | None
-    reduction: int | None
+    index: int | None = None
+    channels: int | None = None
+    reduction: int | None = None
 
 
 @dataclass
@@ -129,6 +133,7 @@ class _Record:
     """What a hook saw at one module."""
 
     calls: int = 0
+    overwritten: bool = False
     shapes: tuple[tuple[int, ...], ...] = ()
     is_sequence: bool = False
     flops: int = 0
@@ -149,11 +154,11 @@ def _resolve_feature_info(backbone: Backbone) -> dict[str, _Candidate]:
     """Return the candidates that `feature_info` names and that are modules, in its order."""
     modules = dict(backbone.named_modules())
     candidates: dict[str, _Candidate] = {}
-    for info in backbone.feature_info:
+    for index, info in enumerate(backbone.feature_info):
         for name in (info["module"], f"encoder.{info['module']}"):
             if name and name in modules:
                 module = _descend(backbone, name, candidates)
-                candidates.setdefault(name, _Candidate(name, module, info["num_chs"], info["reduction"]))
+                candidates.setdefault(name, _Candidate(name, module, index, info["num_chs"], info["reduction"]))
                 break
     return candidates
 
@@ -235,6 +240,7 @@ def _forward(
     counter = FlopCounterMode(display=False) if count else None
     records = {name: _Record() for name in taps}
     feature_dims: list[int] = []
+    versions: list[tuple[_Record, Tensor, int]] = []
     clock = iter(range(10**9))
 
     def record_tap(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -243,6 +249,7 @@ def _forward(
         record.calls += 1
         record.is_sequence = isinstance(output, tuple | list)
         record.shapes = tuple(tuple(m.shape) if isinstance(m, Tensor) else () for m in members)
+        versions.extend((record, m, m._version) for m in members if isinstance(m, Tensor))
         record.flops = counter.get_total_flops() if counter else 0
         record.order = next(clock)
 
@@ -252,15 +259,15 @@ def _forward(
     handles = [backbone.get_submodule(n).register_forward_hook(partial(record_tap, n)) for n in records]
     handles += [backbone.get_submodule(n).register_forward_pre_hook(record_feature) for n in classifiers]
     try:
-        with _untouched(backbone), torch.no_grad():
-            if counter is None:
-                return records, feature_dims, backbone(zeros), 0
-            with counter:
-                output = backbone(zeros)
-            return records, feature_dims, output, counter.get_total_flops()
+        with _untouched(backbone), torch.no_grad(), counter or nullcontext():
+            output = backbone(zeros)
     finally:
         for handle in handles:
             handle.remove()
+    # A head reads its tap after the forward: an in-place operation behind the tap would have changed it by then.
+    for record, member, version in versions:
+        record.overwritten |= member._version != version
+    return records, feature_dims, output, counter.get_total_flops() if counter else 0
 
 
 @contextmanager
@@ -279,20 +286,21 @@ def _untouched(backbone: Backbone) -> Iterator[None]:
 
 
 def _prove(candidates: dict[str, _Candidate], run: _DryRun) -> dict[str, ExitPoint]:
-    """Return an exit point for each candidate that ran exactly once, in the order in which they ran."""
-    fired = [c for c in candidates.values() if run.records[c.module].calls == 1]
-    fired.sort(key=lambda c: run.records[c.module].order)
+    """Return an exit point for each candidate that ran exactly once and was kept, in the order in which they ran."""
+    records = run.records
+    fired = [c for c in candidates.values() if records[c.module].calls == 1 and not records[c.module].overwritten]
+    fired.sort(key=lambda c: records[c.module].order)
     reductions = [c.reduction for c in candidates.values() if c.reduction]
     taps: dict[str, tuple[_Candidate, _Tap]] = {}
     for candidate in fired:
-        tap = _recognise(run.records[candidate.module], candidate, run.image_size, reductions)
+        tap = _recognise(records[candidate.module], candidate, run.image_size, reductions)
         if tap is not None:
             taps[candidate.name] = (candidate, tap)
     sides = [math.sqrt(math.prod(tap.grid)) for _, tap in taps.values() if tap.grid]
     points = {}
     for position, (name, (candidate, tap)) in enumerate(taps.items()):
         # Without a FLOP count, depth stands for cost.
-        share = run.records[candidate.module].flops / run.total_flops if run.total_flops else None
+        share = records[candidate.module].flops / run.total_flops if run.total_flops else None
         points[name] = ExitPoint(
             name=name,
             module=candidate.module,
@@ -365,14 +373,9 @@ def _choose(
         stage_ends = [p for p in useful if p.downsample <= _MAX_DOWNSAMPLE]
         points = stage_ends if len(stage_ends) >= exits else useful
         return _nearest(points, [(k + 1) / (exits + 1) for k in range(exits)])
-    if isinstance(exits, str) or not exits:
-        raise ValueError(
-            f"exits={exits!r}: give a number, or a list of feature_info indices, cost shares or module names."
-        )
     chosen = [_pick(item, useful, proved, candidates, run) for item in exits]
-    names = [point.name for point in chosen]
-    if len(set(names)) != len(names):
-        raise ValueError(f"exits={list(exits)!r} names the same exit point twice: {', '.join(names)}.")
+    if len({point.module for point in chosen}) != len(chosen):
+        raise ValueError(f"exits={list(exits)!r} names the same exit point twice: {_names(chosen)}.")
     return sorted(chosen, key=lambda point: run.records[point.module].order)
 
 
@@ -390,19 +393,25 @@ def _pick(
         if not 0 < item < 1 or not useful:
             raise ValueError(f"A cost share lies between 0 and 1, got {item}; exit points are {_names(proved)}.")
         return _nearest(useful, [item])[0]
-    names = list(candidates)
     if isinstance(item, int):
-        if not 0 <= item < len(names):
-            raise ValueError(f"feature_info has no index {item}; allowed are 0 to {len(names) - 1}: {_names(names)}.")
-        item = names[item]
+        indexed = {c.index: c.name for c in candidates.values() if c.index is not None}
+        if item not in indexed:
+            allowed = ", ".join(f"{index} ({name})" for index, name in indexed.items())
+            raise ValueError(f"feature_info has no module at index {item}; allowed are {allowed or 'none'}.")
+        item = indexed[item]
     if item not in proved:
-        calls = run.records[candidates[item].module].calls
-        ran = {0: "never runs", 1: "returns no feature map or tokens"}.get(calls, f"runs {calls} times")
         raise ValueError(
-            f"Module {item!r} {ran} in a forward, so no exit can hang on it; exit points are {_names(proved)}, "
-            "and any module that runs once is allowed."
+            f"Module {item!r} {_fault(run.records[candidates[item].module])} in a forward, so no exit can hang on it; "
+            f"exit points are {_names(proved)}, and any module that runs once is allowed."
         )
     return proved[item]
+
+
+def _fault(record: _Record) -> str:
+    """Return why a module that was tapped is no exit point."""
+    if record.calls != 1:
+        return f"runs {record.calls} times" if record.calls else "never runs"
+    return "is overwritten in place" if record.overwritten else "returns no feature map or tokens"
 
 
 def _nearest(points: list[ExitPoint], shares: Sequence[float]) -> list[ExitPoint]:
