@@ -1,5 +1,6 @@
 """The self-distilling model: a timm backbone with classifiers on its intermediate features."""
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -106,6 +107,7 @@ class SelfDistillModel(nn.Module):
 
     def __init__(self, backbone: Backbone, taps: BackboneTaps, config: WrapConfig) -> None:
         super().__init__()
+        self.training = backbone.training
         self.backbone = backbone
         self.taps = taps
         self.config = config
@@ -276,7 +278,7 @@ class SelfDistillModel(nn.Module):
             for point in self.points
         )
         parameter = next(self.backbone.parameters())
-        return heads.to(device=parameter.device, dtype=parameter.dtype)
+        return heads.to(device=parameter.device, dtype=parameter.dtype).train(self.training)
 
     def _run_backbone(self, x: Tensor) -> Tensor:
         logits: Tensor = self.backbone(x)
@@ -335,6 +337,7 @@ def _create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Bac
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except (RuntimeError, TypeError) as error:
-        close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
+        architecture = name.split(".")[0]
+        close = [] if timm.is_model(architecture) else difflib.get_close_matches(architecture, timm.list_models(), n=5)
         hint = f" Similar names: {', '.join(close)}." if close else ""
         raise ValueError(f"timm cannot create {name!r} with {kwargs}: {error}.{hint}") from error
