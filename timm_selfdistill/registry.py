@@ -1,6 +1,7 @@
 """Named classes and functions that a recipe or a third party refers to by a string."""
 
 import difflib
+import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
@@ -73,3 +74,4 @@ class Registry(Generic[T]):
                 self._add(point.name, point.load())
             except Exception as error:  # third-party code may fail in any way, and must not break the others
                 self._broken[point.name] = f"{point.value}: {error}"
+                warnings.warn(f"{self.kind} {point.name!r} cannot be loaded: {self._broken[point.name]}", stacklevel=2)
