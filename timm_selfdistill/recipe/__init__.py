@@ -1,0 +1,29 @@
+"""Recipes: everything a training run depends on, as one typed and validated YAML file."""
+
+from .load import RecipeError, list_recipes, load_recipe
+from .sections import (
+    AugmentSection,
+    DataSection,
+    EmaSection,
+    ExitsSection,
+    LossSection,
+    ModelSection,
+    OptimizerSection,
+    Recipe,
+    ScheduleSection,
+)
+
+__all__ = [
+    "AugmentSection",
+    "DataSection",
+    "EmaSection",
+    "ExitsSection",
+    "LossSection",
+    "ModelSection",
+    "OptimizerSection",
+    "Recipe",
+    "RecipeError",
+    "ScheduleSection",
+    "list_recipes",
+    "load_recipe",
+]

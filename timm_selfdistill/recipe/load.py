@@ -1,0 +1,189 @@
+"""Find, read and override recipes, and say everything that is wrong with them at once."""
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from .plain_yaml import parse
+from .sections import Recipe
+
+_OVERRIDE_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
+
+# How each of pydantic's error types is said in a RecipeError; the braces are filled from the error's context.
+_PHRASES = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping",
+    "finite_number": "must be a finite number",
+    "float_type": "must be a number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_type": "must be a whole number",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be one of {expected}",
+    "model_type": "must be a mapping",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text",
+    "too_long": "must have at most {max_length} entries",
+    "too_short": "must have at least {min_length} entries",
+    "tuple_type": "must be a list",
+    "value_error": "{error}",
+}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message has one line for each thing that is wrong with it.
+
+    Args:
+        source: The recipe, as messages name it.
+        problems: What is wrong, each as "path: what is wrong, received ...".
+    """
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        super().__init__(source, tuple(problems))
+        self.source = source
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "a problem"
+        return "\n  ".join((f"Recipe {self.source} has {count}:", *self.problems))
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        source: Path of a YAML file, or the name of a shipped recipe ("./name" for a file of that name).
+        overrides: Changes as "section.key=value"; the value is read as YAML, and later ones win.
+
+    Returns:
+        The recipe, its `output_dir` always set.
+
+    Raises:
+        RecipeError: If there is no such recipe, or if anything in it or in the overrides is wrong; lists all of it.
+    """
+    path = _shipped().get(str(source), Path(source))
+    mapping = _read(path)
+    problems = [problem for override in overrides for problem in _override(mapping, override)]
+    if mapping.get("output_dir") is None:
+        mapping["output_dir"] = f"runs/{path.stem}"
+    try:
+        recipe = Recipe.model_validate(mapping)
+    except ValidationError as error:
+        problems += map(_sentence, error.errors(include_url=False))
+    if problems:
+        raise RecipeError(str(source), list(dict.fromkeys(problems)))
+    return recipe
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the recipes shipped with the library, sorted."""
+    return sorted(_shipped())
+
+
+def _shipped() -> dict[str, Path]:
+    """Return the shipped recipes' files by name: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    folder = next(path for path in (package / "recipes", package.parent / "recipes") if path.is_dir())
+    return {path.stem: path for path in folder.glob("*.yaml")}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the file's mapping, or raise RecipeError."""
+    try:
+        value, problems = parse(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        shipped = list_recipes()
+        hint = _did_you_mean(path.stem, shipped)
+        value, problems = (
+            None,
+            [f"neither the path of a file nor a shipped recipe; shipped are {', '.join(shipped)}{hint}"],
+        )
+    except UnicodeDecodeError as error:
+        value, problems = None, [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
+    except (OSError, ValueError) as error:
+        value, problems = None, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
+    if not problems and not isinstance(value, dict):
+        received = "an empty file" if value is None else _show(value)
+        problems = [f"must be a mapping of sections, such as `model: {{name: resnet18}}`, received {received}"]
+    if problems:
+        raise RecipeError(str(path), problems)
+    return dict(value)
+
+
+def _override(mapping: dict[str, Any], override: str) -> Iterator[str]:
+    """Write one "section.key=value" into `mapping`, or yield what is wrong with it."""
+    key, equals, text = override.partition("=")
+    where = f"override {override!r}: "
+    if not equals or not _OVERRIDE_KEY.fullmatch(key):
+        yield f"{where}must have the form section.key=value"
+        return
+    if not text.strip():
+        yield f"{where}has no value; write {key}=null if none is meant"
+        return
+    *parents, last = key.split(".")
+    value, problems = parse(text, depth=len(parents) + 1)
+    if problems:
+        yield from (where + problem for problem in problems)
+        return
+    for depth, parent in enumerate(parents, start=1):
+        if mapping.get(parent) is None:
+            mapping[parent] = {}
+        mapping, owner = mapping[parent], mapping
+        if not isinstance(mapping, dict):
+            yield f"{where}{'.'.join(parents[:depth])} is not a mapping, received {_show(owner[parent])}"
+            return
+    mapping[last] = value
+
+
+def _sentence(error: ErrorDetails) -> str:
+    """Say one of pydantic's errors as "path: what is wrong, received ..."."""
+    location, kind = error["loc"], error["type"]
+    if kind == "extra_forbidden":
+        allowed = _section(location[:-1]).model_fields
+        hint = _did_you_mean(str(location[-1]), allowed) or f"; allowed are {', '.join(allowed)}"
+        return f"{_path(location)}: unknown key{hint}"
+    if kind == "conflict":
+        return f"{_path(location)}.{error['msg']}"
+    if kind == "missing" and isinstance(location[-1], str):
+        return f"{_path(location)}: is required"
+    if kind == "missing":
+        location, phrase = location[:-1], "must have 2 entries"  # only pairs have a fixed length
+    else:
+        phrase = _PHRASES[kind].format(**error.get("ctx", {}))
+    return f"{_path(location)}: {phrase}, received {_show(error['input'])}"
+
+
+def _section(parents: Sequence[int | str]) -> type[BaseModel]:
+    """Return the class of the section at a path."""
+    section: type[BaseModel] = Recipe
+    for name in parents:
+        annotation = section.model_fields[str(name)].annotation
+        kinds = (annotation, *get_args(annotation))
+        section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return section
+
+
+def _path(location: Sequence[int | str]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
+
+
+def _did_you_mean(word: str, allowed: Collection[str]) -> str:
+    close = difflib.get_close_matches(word, allowed, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _show(value: Any) -> str:
+    """Return a value as a recipe writes it, shortened."""
+    text = (
+        json.dumps(value)
+        if value is None or isinstance(value, bool)
+        else repr(list(value) if isinstance(value, tuple) else value)
+    )
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,104 @@
+"""YAML 1.2 restricted to plain values: what a recipe may hold, and nothing that constructs, repeats or surprises."""
+
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+_MAX_DEPTH = 20
+_MAX_DIGITS = 25
+_PREFIX = "tag:yaml.org,2002:"
+_PLAIN_TAGS = {_PREFIX + name for name in ("str", "int", "float", "bool", "null", "seq", "map")}
+_TOO_DEEP = f"is nested more than {_MAX_DEPTH} levels deep"
+
+
+def parse(text: str, depth: int = 0) -> tuple[Any, list[str]]:
+    """Read a document of text, finite integers, floats, true, false, null, lists and mappings with text keys.
+
+    Args:
+        text: The document.
+        depth: How many levels deep its value will be placed in another one.
+
+    Returns:
+        The value (None for an empty document, or where there are problems) and a sentence for each problem.
+    """
+    try:
+        root = _yaml().compose(text)
+        problems = list(dict.fromkeys(_problems(root, depth))) if root is not None else []
+        if re.search(r"^%", text, flags=re.MULTILINE):
+            problems.append("directives (%) are not allowed: recipes are YAML 1.2")
+        return (None, problems) if problems else (_yaml().load(text), [])
+    except MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        return None, [f"{where}not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}"]
+    except YAMLError as error:
+        return None, [f"not valid YAML: {str(error).splitlines()[0]}"]
+    except RecursionError:
+        return None, [_TOO_DEEP]
+    except ValueError as error:  # a scalar that does not fit its explicit tag, such as `!!int x`
+        return None, [f"not valid YAML: {error}"]
+
+
+def dump(value: dict[str, Any]) -> str:
+    """Return plain values as a document that `parse` reads back to equal ones."""
+    yaml = _yaml()
+    yaml.default_flow_style = False
+    yaml.width = 4096
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    text = io.StringIO()
+    yaml.dump(value, text)
+    return text.getvalue()
+
+
+def _yaml() -> YAML:
+    return YAML(typ="safe", pure=True)
+
+
+def _problems(node: Node, depth: int) -> Iterator[str]:
+    """Yield what is not allowed in a composed document, before anything is constructed from it."""
+    where = f"line {node.start_mark.line + 1}: "
+    if node.anchor:
+        # Stopping here also keeps a document whose aliases multiply ("billion laughs") from being walked.
+        yield f"{where}anchors and aliases are not allowed, received &{node.anchor}"
+    elif depth > _MAX_DEPTH:
+        yield where + _TOO_DEEP
+    elif str(node.tag) not in _PLAIN_TAGS:
+        yield (
+            f"{where}{_excerpt(node)} is {str(node.tag).replace(_PREFIX, '!!')}; only text, numbers, true, false, "
+            + ("null, lists and mappings are allowed (put what is meant as text in quotes)")
+        )
+    elif isinstance(node, ScalarNode):
+        if str(node.tag) == _PREFIX + "int" and len(node.value) > _MAX_DIGITS:
+            yield f"{where}{_excerpt(node)} has more than {_MAX_DIGITS} digits"
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            yield f"{where}{_excerpt(node)} is not valid Unicode"
+    elif isinstance(node, SequenceNode):
+        for item in node.value:
+            yield from _problems(item, depth + 1)
+    elif isinstance(node, MappingNode):
+        yield from _key_problems(node)
+        for _, value in node.value:
+            yield from _problems(value, depth + 1)
+
+
+def _key_problems(node: MappingNode) -> Iterator[str]:
+    first_lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, ScalarNode) or str(key.tag) != _PREFIX + "str":
+            yield f"line {line}: a key must be text, received {_excerpt(key)}"
+        elif key.value in first_lines:
+            yield f"line {line}: duplicate key {key.value!r}, given first in line {first_lines[key.value]}"
+        else:
+            first_lines[key.value] = line
+            yield from _problems(key, 0)
+
+
+def _excerpt(node: Node) -> str:
+    if not isinstance(node, ScalarNode):
+        return "a mapping" if isinstance(node, MappingNode) else "a list"
+    return repr(node.value if len(node.value) <= 60 else node.value[:57] + "...")
