@@ -204,13 +204,17 @@ def as_map(tap: Tensor, point: ExitPoint) -> Tensor:
         return tap
     if point.layout == "NHWC":
         return tap.permute(0, 3, 1, 2)
-    if point.grid is None:
-        raise ValueError(f"The tokens of {point.name!r} form no grid, so a convolutional head cannot read them.")
+    rows, columns = _grid(point)
     tokens = tap[:, point.num_prefix_tokens :].transpose(1, 2)
-    if tokens.shape[2] == math.prod(point.grid):
-        return tokens.reshape(*tokens.shape[:2], *point.grid)
-    height = round(math.sqrt(tokens.shape[2] * point.grid[0] / point.grid[1]))
-    return tokens.reshape(*tokens.shape[:2], height, tokens.shape[2] // height)
+    # At another input size than the dry run's, the tokens tell the grid's area; its aspect is taken to be the same.
+    height = max(1, round(math.sqrt(tokens.shape[2] * rows / columns)))
+    width, rest = divmod(tokens.shape[2], height)
+    if rest:
+        raise ValueError(
+            f"The {tokens.shape[2]} tokens of {point.name!r} form no grid of the aspect {rows}:{columns}, which a "
+            "convolutional head needs: give images of the dry run's aspect, or choose the head token or linear."
+        )
+    return tokens.reshape(*tokens.shape[:2], height, width)
 
 
 def as_tokens(tap: Tensor, point: ExitPoint) -> Tensor:
@@ -241,7 +245,15 @@ def _build_body(head: str, point: ExitPoint, feature_dim: int, head_kwargs: Mapp
 
 def _halvings(point: ExitPoint) -> int:
     """Return how often the tap's grid is halved to reach the deepest one, between 1 and the paper's 3."""
+    _grid(point)
     return min(3, max(1, round(math.log2(point.downsample))))
+
+
+def _grid(point: ExitPoint) -> tuple[int, int]:
+    """Return the tap's grid, which a convolutional head needs."""
+    if point.grid is None:
+        raise ValueError(f"The tokens of {point.name!r} form no grid: choose the head token or linear.")
+    return point.grid
 
 
 def _positive(name: str, value: int) -> int:
