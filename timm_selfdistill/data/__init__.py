@@ -1,0 +1,18 @@
+"""From a recipe's data section to batches: open and split a data set, transform its images, load them."""
+
+from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit, open_dataset
+from timm_selfdistill.data.transforms import InputConfig, build_mixup, eval_transform, train_transform
+
+__all__ = [
+    "ImageData",
+    "ImageSplit",
+    "InputConfig",
+    "Loaders",
+    "StreamSplit",
+    "build_loaders",
+    "build_mixup",
+    "eval_transform",
+    "open_dataset",
+    "train_transform",
+]

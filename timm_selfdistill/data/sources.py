@@ -1,0 +1,141 @@
+"""Read a labelled image data set through `datasets`: its splits, columns and labels, checked."""
+
+import re
+from collections.abc import Mapping
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+from pyarrow import types
+
+from timm_selfdistill.recipe import DataSection
+
+DIGITS = Path(__file__).parent.parent / "digits"
+FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
+# A path with one of these endings is a file's, never the name of a data set on the hub.
+FILE_ENDINGS = (*FILE_FORMATS, ".csv", ".json", ".jsonl", ".tar", ".zip")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+Indices = NDArray[np.int64]
+
+
+def load_splits(section: DataSection) -> Mapping[str, Any]:
+    """Return split name -> `datasets.Dataset` or, for streaming, `datasets.IterableDataset`."""
+    path = DIGITS if section.path == "digits" else Path(section.path).expanduser()
+    if any((path / marker).exists() for marker in ("dataset_dict.json", "state.json")):
+        return _load_saved(path, section.streaming)
+    source, files = section.path, None
+    if path.is_dir():
+        source = str(path.resolve())
+    elif files := sorted(glob(str(path))) or None:
+        endings = {Path(file).suffix for file in files}
+        if len(endings) > 1 or not endings <= FILE_FORMATS.keys():
+            raise ValueError(
+                f"data.path {section.path!r} names files ending in {', '.join(sorted(endings))}; "
+                f"all must end in one of {', '.join(FILE_FORMATS)}."
+            )
+        source = FILE_FORMATS[endings.pop()]
+    elif source.startswith((".", "/", "~")) or source.endswith(FILE_ENDINGS) or not HUB_NAME.fullmatch(source):
+        raise ValueError(f"data.path {section.path!r}: there is no such folder or file.")
+    try:
+        splits: Mapping[str, Any] = datasets.load_dataset(
+            source, section.name, data_files=files, streaming=section.streaming
+        )
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"data.path {section.path!r} cannot be opened; it can be 'digits', a folder or file, or a data set on the "
+            f"hub. {error}"
+        ) from error
+    return splits
+
+
+def _load_saved(path: Path, streaming: bool) -> Mapping[str, Any]:
+    if streaming:
+        raise ValueError(f"{path} was written by save_to_disk, which is memory-mapped: set data.streaming to false.")
+    saved = datasets.load_from_disk(str(path)).with_format(None)
+    return saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+
+
+def check_columns(features: datasets.Features | None, split: str, section: DataSection) -> None:
+    """Raise unless the split has the two columns of the recipe and the first holds images."""
+    if features is None:
+        raise ValueError(f"The stream {section.path} does not say what its columns hold: set data.streaming to false.")
+    for key, column in (("image", section.image), ("target", section.target)):
+        if column not in features:
+            raise ValueError(f"data.{key} is {column!r}, but split {split!r} has the columns {', '.join(features)}.")
+    image = features[section.image]
+    bare = image == datasets.Value("binary") or (isinstance(image, dict) and set(image) == {"bytes", "path"})
+    if not bare and not isinstance(image, datasets.Image):
+        raise ValueError(f"data.image is {section.image!r}, but that column holds no images: {image}.")
+
+
+def encoded(rows: Any, columns: dict[str, str]) -> Any:
+    """Keep and rename these columns, and leave the images encoded."""
+    rows = rows.select_columns(list(columns))
+    for name in columns:
+        if isinstance(rows.features[name], datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows.rename_columns({old: new for old, new in columns.items() if old != new})
+
+
+def class_names_of(rows: datasets.Dataset, section: DataSection) -> tuple[str, ...]:
+    """Return the names by class index: those of the column, the sorted strings, or the indices themselves."""
+    feature = rows.features[section.target]
+    if isinstance(feature, datasets.ClassLabel):
+        return tuple(feature.names)
+    labels = _labels(rows, section.train_split, section)
+    if labels.dtype.kind == "U":
+        return tuple(np.unique(labels).tolist())
+    highest = int(labels.max())
+    if highest >= len(labels):
+        raise ValueError(
+            f"data.target {section.target!r} goes up to {highest} in {len(labels)} rows: these are no class indices."
+        )
+    return tuple(str(index) for index in range(highest + 1))
+
+
+def targets_of(rows: datasets.Dataset, split: str, section: DataSection, class_names: tuple[str, ...]) -> Indices:
+    """Return the class index of every row."""
+    check_same_classes(rows.features[section.target], split, class_names)
+    labels = _labels(rows, split, section)
+    if labels.dtype.kind == "U":
+        index = {name: position for position, name in enumerate(class_names)}
+        found, inverse = np.unique(labels, return_inverse=True)
+        targets = np.array([index.get(name, -1) for name in found.tolist()])[inverse]
+    else:
+        targets = labels
+    wrong = np.flatnonzero((targets < 0) | (targets >= len(class_names)))
+    if len(wrong):
+        raise ValueError(
+            f"Split {split!r}, row {wrong[0]}: {section.target!r} is {labels[wrong[0]].item()!r}, which is none of the "
+            f"{len(class_names)} classes {', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''} "
+            f"({len(wrong)} such rows)."
+        )
+    return targets
+
+
+def check_same_classes(feature: Any, split: str, class_names: tuple[str, ...]) -> None:
+    if isinstance(feature, datasets.ClassLabel) and tuple(feature.names) != class_names:
+        raise ValueError(
+            f"Split {split!r} names other classes than the training split: {feature.names}, not {list(class_names)}."
+        )
+
+
+def _labels(rows: datasets.Dataset, split: str, section: DataSection) -> NDArray[Any]:
+    """Return the labels as they are stored: integers or strings."""
+    labels = rows.select_columns([section.target]).with_format("arrow")[:][section.target]
+    if len(labels) == 0:
+        raise ValueError(f"Split {split!r} of {section.path} is empty.")
+    if labels.null_count:
+        missing = np.flatnonzero(labels.is_null().to_numpy())
+        raise ValueError(
+            f"Split {split!r}, row {missing[0]}: {section.target!r} has no label ({len(missing)} such rows)."
+        )
+    if types.is_integer(labels.type) or types.is_boolean(labels.type):
+        return np.asarray(labels).astype(np.int64)
+    if types.is_string(labels.type) or types.is_large_string(labels.type):
+        return np.asarray(labels).astype(np.str_)
+    raise ValueError(f"data.target {section.target!r} holds {labels.type}; labels are class indices or strings.")

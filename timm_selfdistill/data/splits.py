@@ -1,0 +1,237 @@
+"""Open a labelled image data set, check it, and decide which rows are for training, validation and evaluation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from torch.utils.data import Dataset
+
+from timm_selfdistill.data.sources import (
+    FILE_FORMATS,
+    Indices,
+    check_columns,
+    check_same_classes,
+    class_names_of,
+    encoded,
+    load_splits,
+    targets_of,
+)
+from timm_selfdistill.recipe import DataSection
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit(Dataset[dict[str, Any]]):
+    """Rows of one split of a data set; a torch data set of encoded images.
+
+    A sample is {"image": what `datasets` stores, "target": class index, "row": its row in the split}.
+
+    Args:
+        name: The split's name in the data set.
+        rows: The whole split; its only column is the encoded "image".
+        indices: The rows that are used [N].
+        targets: Their class indices [N].
+    """
+
+    name: str
+    rows: datasets.Dataset
+    indices: Indices
+    targets: Indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Read a batch in one go, as torch's fetcher does when it can."""
+        rows = self.indices[indices].tolist()
+        images = self.rows[rows]["image"]
+        return [
+            {"image": image, "target": target, "row": row}
+            for image, target, row in zip(images, self.targets[indices].tolist(), rows, strict=True)
+        ]
+
+    def select(self, positions: Indices) -> "ImageSplit":
+        """Return the samples at these positions."""
+        return replace(self, indices=self.indices[positions], targets=self.targets[positions])
+
+
+@dataclass(frozen=True, eq=False)
+class StreamSplit:
+    """One split of a data set that is read in order, without an index.
+
+    Args:
+        name: The split's name in the data set.
+        rows: Its columns are the encoded "image" and the class index "target".
+        size: Number of samples of one pass; None if nobody knows.
+    """
+
+    name: str
+    rows: datasets.IterableDataset
+    size: int | None
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set ready for training.
+
+    Args:
+        train: For training.
+        validation: For choosing among models and thresholds; None if the recipe wants none.
+        eval: For the report, and for nothing else.
+        class_names: The name of each class index.
+        name: What the report calls the data set.
+        streaming: Whether the splits are `StreamSplit`s: their loaders already hold this process's share, so
+            `accelerator.prepare` must not get them.
+    """
+
+    train: ImageSplit | StreamSplit
+    validation: ImageSplit | StreamSplit | None
+    eval: ImageSplit | StreamSplit
+    class_names: tuple[str, ...]
+    name: str
+    streaming: bool
+
+
+def open_dataset(section: DataSection, seed: int) -> ImageData:
+    """Open the data set of a recipe and split it; no code of the data set is run.
+
+    `section.path` is "digits" (embedded), something local, or a name on the hub, in this order. Local is: a folder of
+    parquet or arrow files, of which `train-*.parquet` is the split "train"; a folder of images, one folder per class,
+    below `train`, `val` (the split "validation"), `test` or directly (all of it "train"); a folder written by
+    `save_to_disk`; a parquet or arrow file or a glob of them (all of it "train").
+
+    Fractions are stratified by class. Rows held out by `eval_fraction` do not depend on the seed, so that no seed ever
+    trains on another's; the validation rows and the `max_train` rows do. `max_eval` limits the evaluation and the
+    validation split alike.
+
+    Args:
+        section: The recipe's `data`.
+        seed: Decides which rows are drawn.
+
+    Raises:
+        ValueError: If there is no such data set, split or column, if a column does not hold images or class labels,
+            if a class is too small to be split, or if a stream is asked for what only rows with an index can give.
+    """
+    splits = load_splits(section)
+    used = [section.train_split]
+    if section.eval_fraction is None:
+        used.append(section.eval_split)
+    if isinstance(section.validation, str):
+        used.append(section.validation)
+    for name in used:
+        if name not in splits:
+            raise ValueError(
+                f"{section.path} has no split {name!r}; it has {', '.join(splits)}. Without a split for evaluation, "
+                "data.eval_fraction holds out a share of train."
+            )
+        check_columns(splits[name].features, name, section)
+    return _stream_data(section, splits) if section.streaming else _indexed_data(section, splits, seed)
+
+
+def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) -> ImageData:
+    class_names = class_names_of(splits[section.train_split], section)
+
+    def whole(name: str) -> ImageSplit:
+        targets = targets_of(splits[name], name, section, class_names)
+        return ImageSplit(name, encoded(splits[name], {section.image: "image"}), np.arange(len(targets)), targets)
+
+    rng, fixed = np.random.default_rng(seed), np.random.default_rng(0)
+    train, validation = whole(section.train_split), None
+    if len(present := np.unique(train.targets)) < 2:
+        raise ValueError(f"Split {train.name!r} of {section.path} has samples of {len(present)} class; 2 are needed.")
+    if section.eval_fraction is None:
+        evaluation = whole(section.eval_split)
+    else:
+        train, evaluation = _carve(train, section.eval_fraction, class_names, fixed)
+    if isinstance(section.validation, str):
+        validation = whole(section.validation)
+    elif section.validation > 0:
+        train, validation = _carve(train, section.validation, class_names, rng)
+    return ImageData(
+        train=_at_most(section.max_train, train, rng),
+        validation=None if validation is None else _at_most(section.max_eval, validation, fixed),
+        eval=_at_most(section.max_eval, evaluation, fixed),
+        class_names=class_names,
+        name=_title(section),
+        streaming=False,
+    )
+
+
+def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
+    label = splits[section.train_split].features[section.target]
+    if not isinstance(label, datasets.ClassLabel) or label.num_classes < 2:
+        raise ValueError(
+            f"data.target {section.target!r} is {label}, but a stream has to name its classes, at least 2, beforehand "
+            "(ClassLabel): set data.streaming to false."
+        )
+
+    def whole(name: str, limit: int | None, size: int | None = None) -> StreamSplit:
+        rows = splits[name]
+        check_same_classes(rows.features[section.target], name, tuple(label.names))
+        if size is None and rows.info.splits is not None and name in rows.info.splits:
+            size = rows.info.splits[name].num_examples
+        rows = encoded(rows, {section.image: "image", section.target: "target"})
+        if limit is None:
+            return StreamSplit(name, rows, size)
+        return StreamSplit(name, rows.take(limit), limit if size is None else min(limit, size))
+
+    return ImageData(
+        train=whole(section.train_split, section.max_train, section.train_size),
+        validation=whole(section.validation, section.max_eval) if isinstance(section.validation, str) else None,
+        eval=whole(section.eval_split, section.max_eval),
+        class_names=tuple(label.names),
+        name=_title(section),
+        streaming=True,
+    )
+
+
+def _carve(
+    split: ImageSplit, fraction: float, class_names: tuple[str, ...], rng: np.random.Generator
+) -> tuple[ImageSplit, ImageSplit]:
+    """Return what is left of the split, and the share that is held out."""
+    held_out = _stratified(split.targets, max(1, round(fraction * len(split))), rng)
+    rest = split.select(np.setdiff1d(np.arange(len(split)), held_out))
+    before = np.bincount(split.targets, minlength=len(class_names))
+    after = np.bincount(rest.targets, minlength=len(class_names))
+    small = np.flatnonzero((before == 1) | (before > after) & (after == 0))
+    if len(small):
+        raise ValueError(
+            f"Class {class_names[small[0]]!r} has {before[small[0]]} sample(s) in split {split.name!r}, too few to hold "
+            f"out a share of {fraction} ({len(small)} such classes). Name a split instead, or use a smaller share."
+        )
+    return rest, split.select(held_out)
+
+
+def _at_most(limit: int | None, split: ImageSplit, rng: np.random.Generator) -> ImageSplit:
+    if limit is None or limit >= len(split):
+        return split
+    return split.select(_stratified(split.targets, limit, rng))
+
+
+def _stratified(targets: Indices, count: int, rng: np.random.Generator) -> Indices:
+    """Draw `count` positions, ascending, that keep the share of every class to within one sample."""
+    classes, inverse, sizes = np.unique(targets, return_inverse=True, return_counts=True)
+    exact = sizes * count / len(targets)
+    quota = np.floor(exact).astype(np.int64)
+    order = rng.permutation(len(classes))  # decides ties between equal remainders
+    order = order[np.argsort((quota - exact)[order], kind="stable")]
+    quota[order[: count - quota.sum()]] += 1
+    shuffled = rng.permutation(len(targets))
+    by_class = shuffled[np.argsort(inverse[shuffled], kind="stable")]
+    rank = np.arange(len(targets)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.sort(by_class[rank < np.repeat(quota, sizes)])
+
+
+def _title(section: DataSection) -> str:
+    """Return what a report may call the data set: no folders of this machine."""
+    path = Path(section.path).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    if path.suffix in FILE_FORMATS:
+        return path.resolve().parent.name
+    return section.path if section.name is None else f"{section.path}/{section.name}"

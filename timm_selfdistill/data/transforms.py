@@ -1,0 +1,201 @@
+"""What happens to an image between the file and the batch: decoding, channels, timm's transforms, Mixup."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import datasets
+import numpy as np
+from PIL import Image
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.transforms import ResizeKeepRatio
+from torch import Tensor, nn
+from torchvision.transforms import Compose, RandomCrop
+
+from timm_selfdistill.recipe import AugmentSection, DataSection
+
+Transform = Callable[[Image.Image], Tensor]
+
+# The image mode that has as many channels as the model takes.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """The images a model expects.
+
+    Args:
+        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+        image_size: Height and width in pixels.
+        mean: Per channel, subtracted from values in 0..1.
+        std: Per channel, what is left is divided by it.
+        interpolation: timm's name: bilinear, bicubic, nearest, ...
+        crop_pct: Share of the resized image that the evaluation's centre crop keeps.
+        crop_mode: How the evaluation crops: center, squash or border.
+
+    Raises:
+        ValueError: If there is no image mode with that many channels, or mean or std do not fit them.
+    """
+
+    channels: int
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        if self.channels not in MODES:
+            raise ValueError(f"The model takes {self.channels} channels; images can have {', '.join(map(str, MODES))}.")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ValueError(f"data.{name} has {len(values)} values for {self.channels} channels: {values}.")
+
+    @classmethod
+    def from_model(cls, backbone: nn.Module, section: DataSection) -> Self:
+        """Take what the recipe says and, where it says nothing, the model's own.
+
+        The model's own `crop_pct` is often 0.875 or 0.95: evaluation then resizes an image to more than `image_size`
+        and cuts its border. For small images that are stored at `image_size` say `crop_pct: 1.0`.
+
+        Args:
+            backbone: A timm model.
+            section: The recipe's `data`.
+        """
+        channels = _input_channels(backbone)
+        given: dict[str, Any] = {"interpolation": section.interpolation, "crop_pct": section.crop_pct}
+        if section.image_size is not None:
+            given["input_size"] = (channels, section.image_size, section.image_size)
+        config = resolve_data_config(given, model=backbone)  # type: ignore[no-untyped-call]
+        return cls(
+            channels=channels,
+            image_size=(config["input_size"][1], config["input_size"][2]),
+            mean=_per_channel(section.mean, config["mean"], channels),
+            std=_per_channel(section.std, config["std"], channels),
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+        )
+
+
+def decode(value: Any, mode: str) -> Image.Image:
+    """Return a stored image, upright and in the given mode.
+
+    An alpha channel that the mode lacks is dropped; 16-bit greys keep their upper 8 bits.
+
+    Args:
+        value: What `datasets` stores, {"bytes", "path"}, or the encoded bytes.
+        mode: "L", "RGB" or "RGBA".
+    """
+    image: Image.Image = datasets.Image().decode_example(
+        {"bytes": value, "path": None} if isinstance(value, bytes) else value
+    )
+    if image.mode.startswith("I;16"):  # Pillow would clip the values at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns on every other way
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:
+    """Build the random transform for training: PIL image -> float tensor [C, H, W].
+
+    Raises:
+        ValueError: If a setting would be ignored, or the augmentation does not know 4 channels.
+    """
+    pad = augment.train_crop_mode == "pad"
+    if pad and (augment.scale is not None or augment.ratio is not None):
+        raise ValueError(
+            f"augment.scale {augment.scale} and augment.ratio {augment.ratio} mean nothing to train_crop_mode 'pad'; "
+            "leave both out."
+        )
+    if config.channels == 4 and (augment.auto_augment or augment.grayscale_prob):
+        raise ValueError(
+            f"augment.auto_augment {augment.auto_augment!r} and augment.grayscale_prob {augment.grayscale_prob} need 1 "
+            "or 3 channels; the model takes 4."
+        )
+    height, width = config.image_size
+    transform: Transform = create_transform(
+        config.image_size,
+        is_training=True,
+        # After `pad` timm's random resized crop has to take the whole image.
+        train_crop_mode="rrc" if pad else augment.train_crop_mode,
+        scale=(1.0, 1.0) if pad else augment.scale,
+        ratio=(width / height, width / height) if pad else augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter,  # type: ignore[arg-type]  # None is none, as timm's code reads it
+        color_jitter_prob=augment.color_jitter_prob,
+        grayscale_prob=augment.grayscale_prob,
+        gaussian_blur_prob=augment.gaussian_blur_prob,
+        auto_augment=augment.auto_augment,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+        re_prob=augment.re_prob,
+        re_mode=augment.re_mode,
+        re_count=augment.re_count,
+    )
+    if pad:
+        cover = ResizeKeepRatio(  # type: ignore[no-untyped-call]
+            config.image_size, longest=0.0, interpolation=config.interpolation
+        )
+        transform = Compose([cover, RandomCrop(config.image_size, padding=augment.crop_padding), transform])
+    return transform
+
+
+def eval_transform(config: InputConfig) -> Transform:
+    """Build the fixed transform for evaluation: PIL image -> float tensor [C, H, W]."""
+    transform: Transform = create_transform(
+        config.image_size,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+        crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
+    )
+    return transform
+
+
+def build_mixup(augment: AugmentSection, num_classes: int, label_smoothing: float) -> Mixup | None:
+    """Build what mixes a batch and makes its targets soft, or None if the recipe asks for neither.
+
+    Args:
+        augment: The recipe's `augment`.
+        num_classes: Width of the soft targets.
+        label_smoothing: Smoothing of the soft targets.
+
+    Returns:
+        A callable (images [B, C, H, W], targets [B]) -> (images, soft targets [B, num_classes]) for even B; it changes
+        the images in place.
+    """
+    if not augment.mixes:
+        return None
+    return Mixup(  # type: ignore[no-untyped-call]
+        mixup_alpha=augment.mixup_alpha,
+        cutmix_alpha=augment.cutmix_alpha,
+        cutmix_minmax=augment.cutmix_minmax,
+        prob=augment.mixup_prob,
+        switch_prob=augment.mixup_switch_prob,
+        mode=augment.mixup_mode,
+        label_smoothing=label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _input_channels(backbone: nn.Module) -> int:
+    """Read the channels off the first convolution: `pretrained_cfg` does not know of `in_chans`."""
+    convolution = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
+    # Stems that first move pixels into channels (tresnet, csatv2) have wider ones, linear stems have none.
+    if convolution is not None and convolution.in_channels < 16:
+        return convolution.in_channels
+    pretrained_cfg: Any = backbone.pretrained_cfg
+    return int(pretrained_cfg["input_size"][0])
+
+
+def _per_channel(given: tuple[float, ...] | None, own: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Return one value per channel; the model's own are averaged when it was made for other channels."""
+    if given is not None:
+        return tuple(given) * channels if len(given) == 1 else tuple(given)
+    return tuple(own) if len(own) == channels else (sum(own) / len(own),) * channels
