@@ -1,1 +1,44 @@
-"""Turn any timm backbone into its own teacher."""
+"""Turn any timm backbone into its own teacher: self-distillation with shallow exits."""
+
+from timm_selfdistill.exits import ExitPoint
+from timm_selfdistill.heads import list_heads, register_head
+from timm_selfdistill.hub import from_pretrained, save_pretrained
+from timm_selfdistill.losses import (
+    SelfDistillationConfig,
+    SelfDistillationLoss,
+    list_divergences,
+    list_losses,
+    list_presets,
+    list_teachers,
+    register_divergence,
+    register_loss,
+    register_teacher,
+)
+from timm_selfdistill.model import ExitOutput, SelfDistillModel, wrap
+from timm_selfdistill.recipe import list_recipes, load_recipe
+from timm_selfdistill.task import SelfDistillationTask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExitOutput",
+    "ExitPoint",
+    "SelfDistillModel",
+    "SelfDistillationConfig",
+    "SelfDistillationLoss",
+    "SelfDistillationTask",
+    "from_pretrained",
+    "list_divergences",
+    "list_heads",
+    "list_losses",
+    "list_presets",
+    "list_recipes",
+    "list_teachers",
+    "load_recipe",
+    "register_divergence",
+    "register_head",
+    "register_loss",
+    "register_teacher",
+    "save_pretrained",
+    "wrap",
+]

@@ -1,9 +1,10 @@
 """Find, read and override recipes, and say everything that is wrong with them at once."""
 
+import copy
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,12 +25,14 @@ _PHRASES = {
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",
     "int_type": "must be a whole number",
+    "invalid_key": "must be named by text",
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be one of {expected}",
     "model_type": "must be a mapping",
     "string_too_short": "must not be empty",
     "string_type": "must be text",
+    "string_unicode": "must be valid Unicode",
     "too_long": "must have at most {max_length} entries",
     "too_short": "must have at least {min_length} entries",
     "tuple_type": "must be a list",
@@ -55,11 +58,12 @@ class RecipeError(ValueError):
         return "\n  ".join((f"Recipe {self.source} has {count}:", *self.problems))
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
     Args:
-        source: Path of a YAML file, or the name of a shipped recipe ("./name" for a file of that name).
+        source: Path of a YAML file, or the name of a shipped recipe ("./name" for a file of that name), or what such a
+            file holds.
         overrides: Changes as "section.key=value"; the value is read as YAML, and later ones win.
 
     Returns:
@@ -68,8 +72,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: If there is no such recipe, or if anything in it or in the overrides is wrong; lists all of it.
     """
-    path = _shipped().get(str(source), Path(source))
-    mapping = _read(path)
+    if isinstance(source, Mapping):
+        path, mapping = Path("recipe"), copy.deepcopy(dict(source))
+    else:
+        path = _shipped().get(str(source), Path(source))
+        mapping = _read(path)
     problems = [problem for override in overrides for problem in _override(mapping, override)]
     if mapping.get("output_dir") is None:
         mapping["output_dir"] = f"runs/{path.stem}"
@@ -78,7 +85,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems += map(_sentence, error.errors(include_url=False))
     if problems:
-        raise RecipeError(str(source), list(dict.fromkeys(problems)))
+        raise RecipeError(path.stem if isinstance(source, Mapping) else str(source), list(dict.fromkeys(problems)))
     return recipe
 
 
@@ -171,7 +178,7 @@ def _section(parents: Sequence[int | str]) -> type[BaseModel]:
 
 
 def _path(location: Sequence[int | str]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
 
 
 def _did_you_mean(word: str, allowed: Collection[str]) -> str:

@@ -1,0 +1,407 @@
+"""The only training loop."""
+
+import logging
+import random
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import dispatch_clip_grad
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from timm_selfdistill.metrics import ExitMetricsResult
+from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.recipe import Recipe
+from timm_selfdistill.task import SelfDistillationTask, unwrapped_model
+from timm_selfdistill.train.evaluation import evaluate_model, share_buffers
+from timm_selfdistill.train.launch import JsonLinesTracker
+from timm_selfdistill.train.phases import Phase
+
+_logger = logging.getLogger(__name__)
+
+_LOG_INTERVAL = 20  # optimizer steps between two lines of metrics.jsonl
+
+
+@dataclass
+class Feed:
+    """The data of a run, as the loop takes it.
+
+    Args:
+        train: Training batches of this process.
+        validation: Validation batches, or None.
+        steps_per_epoch: Training batches of this process in an epoch.
+        mixup: Mixes a training batch and its targets, or None.
+        sharded: Whether each process sees a share of the validation batches, to be gathered.
+    """
+
+    train: DataLoader[Any]
+    validation: DataLoader[Any] | None
+    steps_per_epoch: int
+    mixup: Mixup | None
+    sharded: bool
+
+
+@dataclass
+class _Progress:
+    """How far a network's training has come; saved with each checkpoint."""
+
+    phase: int = 0
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best_top1: float = -1.0
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Fit:
+    """Train one network through its phases, saving a checkpoint after every epoch.
+
+    Args:
+        name: Name of the network in logs and checkpoints, such as "self-distilled".
+        model: The wrapped model, on the accelerator's device; trained in place.
+        phases: What to train, in order.
+        feed: The data.
+        recipe: The recipe.
+        accelerator: The accelerator.
+        folder: The run's folder; checkpoints go to `checkpoints/<name>` in it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: SelfDistillModel,
+        phases: Sequence[Phase],
+        feed: Feed,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        folder: Path,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.phases = phases
+        self.feed = feed
+        self.recipe = recipe
+        self.accelerator = accelerator
+        self.checkpoints = folder / "checkpoints" / name
+        self.progress = _Progress()
+        self.updates_per_epoch = feed.steps_per_epoch // recipe.optimizer.accumulate
+        if self.updates_per_epoch < 1:
+            raise ValueError(
+                f"optimizer.accumulate: {recipe.optimizer.accumulate} micro batches make one step, but an epoch has "
+                f"only {feed.steps_per_epoch}."
+            )
+
+    def run(self) -> SelfDistillModel:
+        """Train to the end, from the newest checkpoint if there is one, and return the trained model."""
+        saved = self._load()
+        if saved is not None:
+            self.progress = _Progress(**saved["progress"])
+        result = self.model
+        for index, phase in enumerate(self.phases):
+            if index < self.progress.phase:
+                continue
+            result = self._run_phase(index, phase, saved)
+            saved = None
+        if self.progress.best_weights:
+            result.load_state_dict(self.progress.best_weights)
+        return result.eval()
+
+    def _run_phase(self, index: int, phase: Phase, saved: dict[str, Any] | None) -> SelfDistillModel:
+        """Train one phase, from what was saved in it if anything, and return the model or its average."""
+        recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
+        task = SelfDistillationTask(self.model, phase.loss, phase.regime, device=accelerator.device, verbose=False)
+        if recipe.compile:
+            task.compile()
+        optimizer = build_optimizer(self.model, recipe)
+        scheduler, epochs = build_scheduler(optimizer, recipe, phase.epochs, self.updates_per_epoch)
+        prepared, wrapped = accelerator.prepare(task, optimizer)
+        if recipe.ema:
+            task.setup_ema(decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, device=accelerator.device)
+        state = _PhaseState(self.model, task, optimizer, scheduler, accelerator)
+        if saved is not None:
+            state.restore(saved)
+        else:
+            progress.phase, progress.epoch = index, 0
+        while progress.epoch < epochs:
+            start = time.monotonic()
+            self._train_epoch(prepared, task, wrapped, scheduler)
+            progress.epoch += 1
+            progress.seconds += time.monotonic() - start
+            metrics = self._validate(task, phase)
+            if scheduler is not None:
+                scheduler.step(progress.epoch)
+            self._save(state)
+            if metrics is not None:
+                accelerator.log(self._values("validation", _flatten(metrics)), step=progress.step)
+        return unwrapped_model(task.get_trainable_module(ema=recipe.ema is not None))
+
+    def _train_epoch(self, prepared: nn.Module, task: SelfDistillationTask, optimizer: Any, scheduler: Any) -> None:
+        """Take every optimizer step of one epoch."""
+        recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
+        accumulate = recipe.optimizer.accumulate
+        prepared.train()
+        epoch = sum(phase.epochs for phase in self.phases[: progress.phase]) + progress.epoch
+        _set_epoch(self.feed.train, epoch)
+        running = _Running(self._title(epoch), self.updates_per_epoch, recipe.batch_size, accelerator)
+        memory_format = torch.channels_last if recipe.model.channels_last else torch.contiguous_format
+        for micro, (images, targets) in enumerate(self.feed.train):
+            if micro >= self.updates_per_epoch * accumulate:
+                break  # micro batches that do not make up a whole step
+            images = images.to(accelerator.device, memory_format=memory_format)
+            targets = targets.to(accelerator.device)
+            if self.feed.mixup is not None:
+                images, targets = self.feed.mixup(images, targets)
+            steps_now = (micro + 1) % accumulate == 0
+            with nullcontext() if steps_now else accelerator.no_sync(prepared):
+                terms = prepared(images, targets)
+                accelerator.backward(terms["loss"] / accumulate)
+            running.add(terms)
+            if not steps_now:
+                continue
+            if recipe.optimizer.clip_grad is not None:
+                accelerator.unscale_gradients(optimizer)
+                exclude_head = recipe.optimizer.clip_mode == "agc"
+                parameters = task.get_clip_parameters(exclude_head=exclude_head)
+                dispatch_clip_grad(parameters, recipe.optimizer.clip_grad, recipe.optimizer.clip_mode)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step += 1
+            if scheduler is not None:
+                scheduler.step_update(progress.step - self._steps_before_phase())
+            task.update_ema(progress.step)
+            if progress.step % _LOG_INTERVAL == 0 or running.updates + 1 == self.updates_per_epoch:
+                values = running.read() | {"lr": max(group["lr"] for group in optimizer.param_groups)}
+                accelerator.log(self._values("train", values), step=progress.step)
+            running.advance()
+        running.close()
+
+    def _validate(self, task: SelfDistillationTask, phase: Phase) -> ExitMetricsResult | None:
+        """Evaluate on the validation split, if there is one, and remember the weights if they are the best so far."""
+        eval_model = task.get_eval_model(ema=self.recipe.ema is not None)
+        model = unwrapped_model(eval_model)
+        share_buffers(model, self.accelerator)
+        if self.feed.validation is None or eval_model is None:
+            return None
+        num_exits = model.num_exits if task.needs_exits else 0
+        metrics = evaluate_model(
+            eval_model,
+            self.feed.validation,
+            self.accelerator,
+            num_exits=num_exits,
+            gather=self.feed.sharded,
+            title="validate",
+        )
+        top1 = metrics["exits"][-1]["top1"]
+        is_last_phase = phase is self.phases[-1]
+        if self.recipe.schedule.select == "best" and is_last_phase and top1 > self.progress.best_top1:
+            self.progress.best_top1 = top1
+            self.progress.best_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+        return metrics
+
+    def _save(self, state: "_PhaseState") -> None:
+        """Write a checkpoint; the random states of all processes, the rest once."""
+        random_states = gather_object([_random_state()])
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.checkpoints,
+                {"progress": vars(self.progress), "random": random_states, **state.capture()},
+                self.progress.step,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _load(self) -> dict[str, Any] | None:
+        """Return the newest checkpoint's state, or None to start afresh."""
+        resume = self.recipe.resume
+        if resume == "never":
+            return None
+        # A checkpoint that is named belongs to one of the run's networks; the others go on from their newest.
+        named = None if resume == "auto" else Path(resume)
+        path = named if named is not None and named.parent.name == self.name else latest_checkpoint(self.checkpoints)
+        if path is None:
+            return None
+        saved: dict[str, Any] = load_checkpoint(path)
+        if self.accelerator.is_main_process:
+            _logger.warning("Resuming %s from %s.", self.name, path)
+        tracker = self.accelerator.get_tracker("jsonl")
+        if isinstance(tracker, JsonLinesTracker):
+            tracker.forget_after(self.name, saved["progress"]["step"])
+        return saved
+
+    def _steps_before_phase(self) -> int:
+        done = sum(phase.epochs for phase in self.phases[: self.progress.phase])
+        return done * self.updates_per_epoch
+
+    def _values(self, kind: str, values: dict[str, float]) -> dict[str, Any]:
+        return {
+            "network": self.name,
+            "epoch": self.progress.epoch,
+            **{f"{kind}/{name}": value for name, value in values.items()},
+        }
+
+    def _title(self, epoch: int) -> str:
+        total = sum(phase.epochs for phase in self.phases)
+        return f"{self.name} {epoch + 1}/{total}"
+
+
+def build_optimizer(model: SelfDistillModel, recipe: Recipe) -> torch.optim.Optimizer:
+    """Build the recipe's optimizer with timm's parameter groups.
+
+    Raises:
+        ValueError: If timm does not know the optimizer or one of its arguments.
+    """
+    section = recipe.optimizer
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model,
+            opt=section.name,
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            momentum=section.momentum,
+            filter_bias_and_bn=not section.weight_decay_on_bias_and_norm,
+            layer_decay=section.layer_decay,
+            **section.kwargs,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"optimizer: timm cannot make {section.name!r} with {section.kwargs}: {error}") from error
+    return optimizer
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, updates_per_epoch: int
+) -> tuple[Any, int]:
+    """Build timm's scheduler, None for a constant rate, and return it with the number of epochs it asks for."""
+    section = recipe.schedule
+    scheduler, total = create_scheduler_v2(
+        optimizer,
+        sched=section.name,
+        num_epochs=epochs,
+        decay_epochs=section.decay_epochs,
+        decay_milestones=list(section.decay_milestones),
+        decay_rate=section.decay_rate,
+        min_lr=section.min_lr,
+        warmup_lr=section.warmup_lr,
+        warmup_epochs=section.warmup_epochs,
+        cooldown_epochs=section.cooldown_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    if scheduler is not None:
+        scheduler.step_update(0)
+    return scheduler, total
+
+
+class _PhaseState:
+    """Everything of a phase that a checkpoint holds beside the progress."""
+
+    def __init__(
+        self,
+        model: SelfDistillModel,
+        task: SelfDistillationTask,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        accelerator: Accelerator,
+    ) -> None:
+        self.accelerator = accelerator
+        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        if scheduler is not None:
+            self.parts["scheduler"] = scheduler
+        if task.has_ema():
+            self.parts["ema"] = task.get_trainable_module(ema=True)
+        if accelerator.scaler is not None:
+            self.parts["scaler"] = accelerator.scaler
+
+    def capture(self) -> dict[str, Any]:
+        """Return the state of every part."""
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Load the state of every part, and the random state of this process where their number is the same."""
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        if len(saved["random"]) == self.accelerator.num_processes:
+            _set_random_state(saved["random"][self.accelerator.process_index])
+
+
+class _Running:
+    """The progress bar and the running means of one epoch's terms, read rarely because reading waits for the GPU."""
+
+    def __init__(self, title: str, updates: int, batch_size: int, accelerator: Accelerator) -> None:
+        self.bar = tqdm(total=updates, desc=title, unit="step", disable=not accelerator.is_main_process)
+        self.batch_size = batch_size
+        self.updates = 0
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._start = time.monotonic()
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Add the terms of a micro step."""
+        self._count += 1
+        for name, value in terms.items():
+            if name != "output":
+                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+
+    def read(self) -> dict[str, float]:
+        """Return the mean of every term since the last reading, and images per second since the epoch began."""
+        values = {name: float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        rate = (self.updates + 1) * self.batch_size / (time.monotonic() - self._start)
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()} | {"img/s": f"{rate:.0f}"})
+        return values | {"images_per_second": rate}
+
+    def advance(self) -> None:
+        """Count one optimizer step."""
+        self.updates += 1
+        self.bar.update()
+
+    def close(self) -> None:
+        """End the bar."""
+        self.bar.close()
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Give the sampler its epoch, so that a resumed run draws the order that an undisturbed one would."""
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch)
+    elif hasattr(loader.dataset, "set_epoch"):
+        loader.dataset.set_epoch(epoch)
+
+
+def _flatten(metrics: ExitMetricsResult) -> dict[str, float]:
+    """Return the metrics under names such as "top1/0" and "top1/ensemble"."""
+    outputs = {str(index): dict(output) for index, output in enumerate(metrics["exits"])}
+    if metrics["ensemble"] is not None:
+        outputs["ensemble"] = dict(metrics["ensemble"])
+    return {f"{name}/{key}": value for key, output in outputs.items() for name, value in output.items()}  # type: ignore[misc]
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the state of every generator that training draws from."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

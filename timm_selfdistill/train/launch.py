@@ -1,0 +1,120 @@
+"""Start Accelerate for a recipe, and refuse launches that would silently do something else."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
+from accelerate.utils import DataLoaderConfiguration
+
+from timm_selfdistill.recipe import Recipe
+
+
+class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
+    """Appends each set of logged values to a file, as one JSON object a line.
+
+    Args:
+        path: The file; its folder is made when the first line is written.
+    """
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def tracker(self) -> Path:
+        """The file."""
+        return self.path
+
+    @on_main_process  # type: ignore[untyped-decorator]
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Do nothing: the recipe is saved beside the file."""
+
+    @on_main_process  # type: ignore[untyped-decorator]
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Append one line."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    @on_main_process  # type: ignore[untyped-decorator]
+    def forget_after(self, network: str, step: int) -> None:
+        """Remove the lines of a network behind a step, which a resumed run will write again."""
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text().splitlines()
+        kept = [line for line in lines if not _is_behind(line, network, step)]
+        if len(kept) < len(lines):
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.replace(self.path)
+
+
+def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
+    """Return the accelerator of a run, its trackers not yet started.
+
+    Args:
+        recipe: The recipe.
+        folder: The run's folder.
+
+    Raises:
+        ValueError: If the launch, precision or a tracker would not do what was asked.
+    """
+    available = sorted(str(name) for name in get_available_trackers())
+    missing = [name for name in recipe.trackers if name not in available]
+    if missing:
+        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+        raise ValueError(
+            f"trackers: {', '.join(missing)} cannot be used: unknown, or the package is not installed. "
+            f"Installed are {', '.join(available) or 'none'}; Accelerate knows {known}. "
+            "metrics.jsonl is always written."
+        )
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        log_with=[JsonLinesTracker(folder / "metrics.jsonl"), *recipe.trackers],
+        project_dir=str(folder),
+        # Every process draws the same order, whatever their number, and takes its share of it.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}: each would train "
+            "alone and write over the others. On CPU, launch with ACCELERATE_USE_CPU=true accelerate launch "
+            "--multi_gpu --num_processes N."
+        )
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("precision: fp16 does nothing on a CPU; allowed there are no and bf16.")
+    if recipe.precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("precision: this GPU cannot compute in bf16; allowed are no and fp16.")
+    return accelerator
+
+
+def per_process_batch(recipe: Recipe, num_processes: int) -> int:
+    """Return how many samples each process takes in a micro step.
+
+    Raises:
+        ValueError: If the global batch does not divide evenly.
+    """
+    parts = num_processes * recipe.optimizer.accumulate
+    if recipe.batch_size % parts:
+        raise ValueError(
+            f"batch_size: {recipe.batch_size} cannot be divided over {num_processes} processes with "
+            f"optimizer.accumulate={recipe.optimizer.accumulate}; allowed are multiples of {parts}."
+        )
+    return recipe.batch_size // parts
+
+
+def _is_behind(line: str, network: str, step: int) -> bool:
+    """Whether a line belongs to a later step of the network, or was torn by a kill in the middle of writing."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return True
+    return bool(entry.get("network") == network and (entry.get("step") or 0) > step)

@@ -1,0 +1,229 @@
+"""Run a recipe: data, model, training, evaluation, report, saved model."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from timm_selfdistill.data import ImageData, InputConfig, Loaders, build_loaders, build_mixup, open_dataset
+from timm_selfdistill.hub import model_card, save_pretrained
+from timm_selfdistill.metrics import ExitMetricsResult
+from timm_selfdistill.model import SelfDistillModel, wrap
+from timm_selfdistill.recipe import Recipe, load_recipe
+from timm_selfdistill.report import Report, build_report, format_markdown, format_table, write_report
+from timm_selfdistill.train.evaluation import evaluate_model
+from timm_selfdistill.train.fit import Feed, Fit
+from timm_selfdistill.train.launch import per_process_batch, start_accelerator
+from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self_distillation_phases
+
+# What may differ between a run and its continuation: none of it changes the numbers.
+_FREE_KEYS = ("output_dir", "resume", "trackers")
+
+
+def train(recipe: Recipe) -> Report:
+    """Run a recipe to the end and write the run's folder.
+
+    Args:
+        recipe: The recipe; its `output_dir` is where everything goes.
+
+    Returns:
+        The report, which is also in `report.json`.
+
+    Raises:
+        ValueError: If the recipe, the launch or the data cannot work; raised before training starts.
+    """
+    if recipe.output_dir is None:
+        raise ValueError("output_dir: must be a folder.")
+    folder = Path(recipe.output_dir)
+    accelerator = start_accelerator(recipe, folder)
+    batch_size = per_process_batch(recipe, accelerator.num_processes)
+    set_seed(recipe.seed)
+    with accelerator.main_process_first():
+        data = open_dataset(recipe.data, recipe.seed)
+    networks = {"self-distilled": self_distillation_phases(recipe)}
+    if recipe.baseline:
+        networks = {"baseline": baseline_phases(recipe), **networks}
+    _check_resume(recipe, networks)
+    model = build_model(recipe, data)
+    input = InputConfig.from_model(model.backbone, recipe.data)
+    loaders = build_loaders(
+        data,
+        recipe.data,
+        recipe.augment,
+        input,
+        batch_size=batch_size,
+        accelerator_shards=(accelerator.process_index, accelerator.num_processes),
+        seed=recipe.seed,
+    )
+    feed, eval_loader = _prepare(loaders, data, recipe, accelerator)
+    with accelerator.main_process_first():
+        _claim(folder, recipe, is_main=accelerator.is_main_process)
+    accelerator.init_trackers(folder.name, config=_flat(recipe))
+
+    results: dict[str, ExitMetricsResult] = {}
+    for name, phases in networks.items():
+        # Built anew from the same seed: every network starts from the same weights and sees the same images.
+        set_seed(recipe.seed)
+        network = build_model(recipe, data).to(accelerator.device)
+        set_seed(recipe.seed, device_specific=True)
+        model = Fit(name, network, phases, feed, recipe, accelerator, folder).run()
+        num_exits = model.num_exits if name == "self-distilled" else 0
+        results[name] = evaluate_model(
+            model, eval_loader, accelerator, num_exits=num_exits, gather=feed.sharded, title=f"evaluate {name}"
+        )
+    report = build_report(
+        model,
+        results["self-distilled"],
+        input_size=(input.channels, *input.image_size),
+        baseline=results.get("baseline"),
+        dataset=f"{data.name}, {recipe.data.eval_split}",
+        recipe=folder.name,
+        seed=recipe.seed,
+    )
+    if accelerator.is_main_process:
+        write_report(report, folder)
+        _save_model(model, report, folder / "model", data, input)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return report
+
+
+def build_model(recipe: Recipe, data: ImageData) -> SelfDistillModel:
+    """Build the recipe's wrapped model.
+
+    Args:
+        recipe: The recipe.
+        data: The data set, which tells the number of classes where the recipe does not.
+
+    Raises:
+        ValueError: If timm cannot build the backbone, it cannot be wrapped, or it has fewer classes than the data.
+    """
+    section, exits = recipe.model, recipe.exits
+    num_classes = section.num_classes or len(data.class_names)
+    if num_classes < len(data.class_names):
+        raise ValueError(
+            f"model.num_classes: {num_classes} is less than the {len(data.class_names)} classes of {data.name}."
+        )
+    model = wrap(
+        section.name,
+        num_classes=num_classes,
+        exits=exits.points,
+        head=exits.head,
+        head_kwargs=exits.head_kwargs,
+        hint_adapter=exits.hint_adapter,
+        small_stem=section.small_stem,
+        image_size=recipe.data.image_size,
+        pretrained=section.pretrained,
+        model_kwargs=section.kwargs,
+    )
+    if section.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `RECIPE [key=value ...]` and print the report; the exit status is 2 for a recipe that cannot work."""
+    parser = argparse.ArgumentParser(prog="timm_selfdistill.train", description="Train from a recipe.")
+    add_arguments(parser)
+    return run_command(parser.parse_args(arguments))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a training command."""
+    parser.add_argument("recipe", help="path of a recipe, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what differs, such as optimizer.lr=0.05")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Train as the parsed arguments say."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        report = train(recipe)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if PartialState().is_main_process:
+        print(format_table(report))
+        print(f"\nWritten to {recipe.output_dir}: report.json, report.md, report.png, model/")
+    return 0
+
+
+def _prepare(
+    loaders: Loaders, data: ImageData, recipe: Recipe, accelerator: Accelerator
+) -> tuple[Feed, DataLoader[Any]]:
+    """Shard the loaders over the processes where they are not sharded yet, and add the mixing of batches."""
+    sharded = not data.streaming
+    train, evaluation, validation = loaders.train, loaders.eval, loaders.validation
+    if sharded:
+        train, evaluation = accelerator.prepare(train, evaluation)
+        validation = None if validation is None else accelerator.prepare(validation)
+    num_classes = recipe.model.num_classes or len(data.class_names)
+    mixup = build_mixup(recipe.augment, num_classes, label_smoothing(recipe.loss))
+    return Feed(train, validation, loaders.steps_per_epoch, mixup, sharded), evaluation
+
+
+def _check_resume(recipe: Recipe, networks: Collection[str]) -> None:
+    """Refuse a checkpoint that is none of this run's networks'."""
+    path = Path(recipe.resume)
+    if recipe.resume in ("auto", "never") or (path.is_dir() and path.parent.name in networks):
+        return
+    raise ValueError(
+        f"resume: {recipe.resume} is no checkpoint of this run; allowed are auto, never, or a folder "
+        f"checkpoints/NAME/checkpoint-STEP with NAME {' or '.join(networks)}."
+    )
+
+
+def _claim(folder: Path, recipe: Recipe, *, is_main: bool) -> None:
+    """Write the recipe to the run's folder, refusing to mix it with another run.
+
+    Raises:
+        ValueError: If the folder holds a run that this one does not continue.
+    """
+    path = folder / "recipe.yaml"
+    if path.is_file():
+        if recipe.resume == "never" and is_main:
+            raise ValueError(
+                f"{folder} already holds a run, and resume is never: choose another output_dir, or move it away."
+            )
+        before = load_recipe(path).model_dump(mode="json")
+        changed = [
+            key
+            for key, value in recipe.model_dump(mode="json").items()
+            if key not in _FREE_KEYS and value != before[key]
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run of another recipe: {', '.join(changed)} differ. "
+                "Choose another output_dir, or move it away."
+            )
+    if is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(recipe.to_yaml())
+        temporary.replace(path)
+
+
+def _save_model(model: SelfDistillModel, report: Report, folder: Path, data: ImageData, input: InputConfig) -> None:
+    """Write the trained model, with what plain timm needs to know of its input and a card with the report."""
+    data_config = asdict(input)
+    data_config["input_size"] = (data_config.pop("channels"), *data_config.pop("image_size"))
+    card = f"{model_card(model)}\n{format_markdown(report)}"
+    save_pretrained(model, folder, label_names=data.class_names, data_config=data_config, card=card)
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe under dotted keys, as trackers take hyperparameters."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.model_dump(mode="json").items():
+        items = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{key}.{name}": str(item) for name, item in items} or {key: str(value)}
+    return flat
