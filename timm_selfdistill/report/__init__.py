@@ -1,0 +1,16 @@
+"""The scalable-depth report: what every exit costs and how good it is."""
+
+from .build import EnsembleRow, ExitRow, Report, build_report
+from .picture import draw_report
+from .write import format_markdown, format_table, write_report
+
+__all__ = [
+    "EnsembleRow",
+    "ExitRow",
+    "Report",
+    "build_report",
+    "draw_report",
+    "format_markdown",
+    "format_table",
+    "write_report",
+]

@@ -1,0 +1,147 @@
+"""The report as a table, as markdown and as files."""
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm_selfdistill.report.build import AccuracyRow, EnsembleRow, ExitRow, Report
+from timm_selfdistill.report.picture import draw_report
+
+_MISSING = "n/a"
+
+
+def format_table(report: Report) -> str:
+    """Return the report as a table for the terminal, with what it says about the figures below.
+
+    Args:
+        report: What `build_report` returned, or `report.json` holds.
+
+    Returns:
+        Lines of text, without a line break at the end.
+    """
+    rows = _rows(report)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([*lines, "", *_notes(report)])
+
+
+def format_markdown(report: Report) -> str:
+    """Return the report as a markdown section, without the picture.
+
+    Args:
+        report: What `build_report` returned, or `report.json` holds.
+
+    Returns:
+        Heading, table and what it says about the figures, ending with a line break.
+    """
+    header, *rows = _rows(report)
+    alignment = ["---", *["---:"] * (len(header) - 1)]
+    table = [f"| {' | '.join(row)} |" for row in [header, alignment, *rows]]
+    return "\n".join([f"## Scalable depth: {report['backbone']}", "", *table, "", *_notes(report), ""])
+
+
+def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
+    """Write `report.json`, `report.md` and `report.png`; each is complete or not there at all.
+
+    Args:
+        report: What `build_report` returned.
+        folder: Where to write; created if missing.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    draw_report(report).savefig(picture, format="png")
+    markdown = f"{format_markdown(report)}\n![Accuracy of every exit over its compute](report.png)\n"
+    _replace(folder / "report.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
+    _replace(folder / "report.md", markdown.encode())
+    _replace(folder / "report.png", picture.getvalue())
+
+
+def _rows(report: Report) -> list[list[str]]:
+    """Return the header and a row for each exit, the ensemble and the baseline, as text."""
+    *shallow, last = report["exits"]
+    baseline = report["baseline"]
+    header = ["exit", "top-1 %", "vs. baseline", "top-5 %", "ECE", "params", "MACs", "ms/batch", "speed-up"]
+    rows = [_row(f"{row['index']}: {row['name']}", row, baseline) for row in shallow]
+    rows.append(_row(f"{last['index']}: {last['name']} (backbone)", last, baseline))
+    rows.append(_row("ensemble", report["ensemble"], baseline))
+    if baseline is None:
+        return [cells[:2] + cells[3:] for cells in [header, *rows]]
+    return [header, *rows, _row("baseline", {**last, **baseline}, None)]
+
+
+def _row(label: str, row: EnsembleRow | ExitRow, baseline: AccuracyRow | None) -> list[str]:
+    return [
+        label,
+        _number(row["top1"], ".2f"),
+        "" if baseline is None else _number(_minus(row["top1"], baseline["top1"]), "+.2f"),
+        _number(row["top5"], ".2f"),
+        _number(row["ece"], ".3f"),
+        _si(row["params"]),
+        _si(row["macs"]),
+        f"{row['latency_ms']:.2f}",
+        f"{row['speedup']:.2f}x",
+    ]
+
+
+def _minus(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
+
+
+def _number(value: float | None, spec: str) -> str:
+    return _MISSING if value is None else format(value, spec)
+
+
+def _si(value: float) -> str:
+    """Return a number with up to three significant digits and a prefix, such as "38.1 M"."""
+    for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        # What three digits round up to the next prefix belongs there: 999,950 is "1 M", not "1e+03 k".
+        if value >= 0.9995 * factor:
+            return f"{value / factor:.3g}{prefix}"
+    return f"{value:.3g}"
+
+
+def _align(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column == 0 else cell.rjust(width)
+
+
+def _notes(report: Report) -> list[str]:
+    """Return sentences that tell how the figures came about."""
+    size = " x ".join(str(side) for side in report["input_size"])
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    notes = [
+        f"Accuracy on {report['dataset']} ({report['num_samples']:,} samples), "
+        f"recipe {report['recipe']}, seed {report['seed']}.",
+        f"MACs (multiply-accumulates) are for one image of {size}.",
+        f"Latency is the median of {report['latency_rounds']} runs of a batch of {report['latency_batch_size']} in "
+        f"{report['dtype']} on {report['device']} with {_count(report['threads'], 'thread')}; versions: {versions}.",
+    ]
+    if report["baseline"] is not None:
+        notes.append("The baseline is the same backbone, trained on its own; it costs what the last exit costs.")
+    if report["num_nonfinite"]:
+        notes.append(f"For {_count(report['num_nonfinite'], 'sample')} an output was not a number: counted as wrong.")
+    if any(value is None for row in _accuracies(report) for value in row.values()):
+        notes.append(f"{_MISSING} (null in report.json): the value was not a finite number.")
+    return notes
+
+
+def _accuracies(report: Report) -> Sequence[AccuracyRow]:
+    baseline = [] if report["baseline"] is None else [report["baseline"]]
+    return [*report["exits"], report["ensemble"], *baseline]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file under another name, then rename it: nobody reads half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
