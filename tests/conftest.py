@@ -1,0 +1,88 @@
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+# The tensors are tiny: more threads would only wait for one another.
+torch.set_num_threads(1)
+
+CLASSES = 5
+
+# One small member of each way in which timm's families differ: layout, prefix tokens, classifier, batch norm.
+FAMILIES = {
+    "resnet18": {"channels": [16, 32, 64, 128]},
+    "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 64,
+        "window_size": 2,
+        "embed_dim": 24,
+        "depths": (1, 1, 2, 1),
+        "num_heads": (1, 2, 4, 8),
+    },
+    "convnext_atto": {"dims": (8, 16, 32, 64), "depths": (1, 1, 2, 1)},
+    "deit_tiny_distilled_patch16_224": {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3},
+    "test_efficientnet": {},
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """The name of each small backbone in turn."""
+    return request.param
+
+
+@pytest.fixture
+def make_backbone() -> Callable[..., nn.Module]:
+    """A function that creates a small timm model, the same weights every time."""
+
+    def make(name: str, seed: int = 0, **kwargs: object) -> nn.Module:
+        torch.manual_seed(seed)
+        return timm.create_model(name, **{"num_classes": CLASSES, **FAMILIES.get(name, {}), **kwargs})
+
+    return make
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Four images [4, 3, 64, 64]."""
+    return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def tiny_net() -> type[nn.Module]:
+    """A class of backbone that is not timm's and follows its contract."""
+    return TinyNet
+
+
+class TinyNet(nn.Module):
+    """Three strided convolutions, one activation module that runs behind each, and a module that never runs."""
+
+    def __init__(self, num_classes: int = CLASSES, size: int = 32) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = 32
+        self.size = size
+        self.feature_info = [{"module": f"stage{n}", "num_chs": 8 * 2**n, "reduction": 2 * 2**n} for n in range(3)]
+        self.stage0 = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.stage1 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.stage2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.act = nn.ReLU()
+        self.unused = nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(32, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != (self.size, self.size):
+            raise RuntimeError(f"only {self.size} px")
+        x = self.act(self.stage0(x))
+        x = self.act(self.stage1(x))
+        x = self.act(self.stage2(x))
+        return self.fc(x.mean((2, 3)))
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.fc = nn.Linear(32, num_classes)

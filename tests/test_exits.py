@@ -1,0 +1,277 @@
+import pytest
+import torch
+from torch import nn
+
+from timm_selfdistill.exits import find_exit_points, pool_feature
+
+
+def names(taps):
+    return [point.name for point in taps.points]
+
+
+def count_hooks(backbone):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules())
+
+
+@pytest.fixture
+def vit(make_backbone):
+    return make_backbone("vit_tiny_patch16_224", embed_dim=192, depth=12)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_default_exits_of_a_resnet_are_its_first_three_stages(make_backbone, name):
+    taps = find_exit_points(make_backbone(name, channels=[64, 128, 256, 512]), image_size=64)
+    assert names(taps) == ["layer1", "layer2", "layer3"]
+    assert [point.downsample for point in taps.points] == [8, 4, 2]
+    assert taps.classifiers == ("fc",)
+
+
+def test_default_exits_of_a_vit_split_its_depth_evenly(vit):
+    assert names(find_exit_points(vit)) == ["blocks.2", "blocks.5", "blocks.8"]
+
+
+def test_number_of_exits_splits_the_cost_evenly(vit):
+    assert names(find_exit_points(vit, 1)) == ["blocks.5"]
+    assert names(find_exit_points(vit, 2)) == ["blocks.3", "blocks.7"]
+    assert names(find_exit_points(vit, 11)) == [f"blocks.{n}" for n in range(11)]
+
+
+def test_cost_is_the_share_of_multiply_accumulates(make_backbone):
+    backbone = make_backbone("resnet18", channels=[64, 64, 64, 64])
+    points = find_exit_points(backbone, ["layer1", "layer2", "layer3"], image_size=32).points
+    block = 2 * 9 * 64 * 64  # multiply-accumulates of a block at one position, its shortcut apart
+    stem = 49 * 3 * 64 * 16 * 16
+    stages = [2 * block * 8 * 8, *((2 * block + 64 * 64) * side * side for side in (4, 2, 1))]
+    total = stem + sum(stages) + 64 * 5
+    reached = stem
+    for point, stage in zip(points, stages, strict=False):
+        reached += stage
+        assert point.cost == pytest.approx(reached / total, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "exits",
+    [[1, 2, 3], ["layer1", "layer2", "layer3"], ["layer3", 1, "layer2"], [2, "layer3", 1], (0.3, 0.53, 0.76)],
+    ids=str,
+)
+def test_exits_by_index_name_and_cost_are_sorted_shallow_to_deep(make_backbone, exits):
+    backbone = make_backbone("resnet18", channels=[64, 128, 256, 512])
+    assert names(find_exit_points(backbone, exits, image_size=64)) == ["layer1", "layer2", "layer3"]
+
+
+def test_cost_share_picks_the_nearest_point(vit):
+    assert names(find_exit_points(vit, [0.02, 0.94])) == ["blocks.0", "blocks.10"]
+
+
+def test_module_that_feature_info_does_not_name_can_be_tapped(make_backbone):
+    (point,) = find_exit_points(make_backbone("resnet18"), ["layer2.0.conv1"], image_size=64).points
+    assert (point.name, point.module, point.layout, point.channels, point.grid) == (
+        "layer2.0.conv1",
+        "layer2.0.conv1",
+        "NCHW",
+        32,
+        (8, 8),
+    )
+
+
+def test_container_is_tapped_at_its_last_child(make_backbone):
+    backbone = make_backbone("resnet18")
+    assert [p.module for p in find_exit_points(backbone).points] == ["layer1.1", "layer2.1", "layer3.1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "layout", "prefix", "channels", "grids"),
+    [
+        ("resnet18", {}, "NCHW", 0, [16, 32, 64], [16, 8, 4]),
+        ("swin_tiny_patch4_window7_224", {}, "NHWC", 0, [24, 48, 96], [16, 8, 4]),
+        ("vit_tiny_patch16_224", {}, "NLC", 1, [48] * 3, [4] * 3),
+        ("deit_tiny_distilled_patch16_224", {}, "NLC", 2, [48] * 3, [4] * 3),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, "NLC", 0, [48] * 3, [4] * 3),
+        ("vit_tiny_patch16_224", {"reg_tokens": 4}, "NLC", 5, [48] * 3, [4] * 3),
+    ],
+)
+def test_layout_is_recognised(make_backbone, name, kwargs, layout, prefix, channels, grids):
+    points = find_exit_points(make_backbone(name, **kwargs), image_size=64).points
+    assert {(p.layout, p.num_prefix_tokens, p.member) for p in points} == {(layout, prefix, None)}
+    assert [p.channels for p in points] == channels
+    assert [p.grid for p in points] == [(side, side) for side in grids]
+
+
+def test_member_of_a_tuple_is_tapped(make_backbone):
+    # PiT's stages return the feature map and the class tokens.
+    points = find_exit_points(make_backbone("pit_ti_224", depth=[1, 1, 1])).points
+    assert [(p.layout, p.channels, p.grid, p.member) for p in points] == [
+        ("NCHW", 64, (27, 27), 0),
+        ("NCHW", 128, (14, 14), 0),
+        ("NCHW", 256, (7, 7), 0),
+    ]
+
+
+def test_grid_need_not_be_square(make_backbone):
+    (point,) = find_exit_points(make_backbone("vit_tiny_patch16_224", img_size=(64, 96)), 1, image_size=(64, 96)).points
+    assert (point.grid, point.num_prefix_tokens) == ((4, 6), 1)
+    (point,) = find_exit_points(make_backbone("resnet18"), [2], image_size=(64, 96)).points
+    assert point.grid == (8, 12)
+
+
+def test_teachers_feature_is_found(make_backbone, family):
+    backbone = make_backbone(family).eval()
+    taps = find_exit_points(backbone)
+    with torch.no_grad():
+        feature = backbone.forward_head(backbone.forward_features(torch.zeros(1, 3, 64, 64)), pre_logits=True)
+    assert taps.feature_dim == feature.shape[1]
+    expected = backbone.get_classifier()
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    assert tuple(backbone.get_submodule(name) for name in taps.classifiers) == expected
+
+
+def test_pool_feature_takes_what_enters_any_classifier():
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(pool_feature(x), x.mean((2, 3)))
+    assert torch.equal(pool_feature(x[:, :, :1, :1]), x[:, :, 0, 0])
+    assert torch.equal(pool_feature(x[..., 0]), x[..., 0].mean(1))
+    assert torch.equal(pool_feature(x[..., 0, 0]), x[..., 0, 0])
+
+
+# What the dry run must leave alone.
+
+
+def test_dry_run_restores_modes_buffers_and_hooks(make_backbone, family):
+    backbone = make_backbone(family, drop_rate=0.5).train()
+    for module in list(backbone.modules())[::3]:
+        module.training = False
+    modes = [module.training for module in backbone.modules()]
+    state = {name: value.clone() for name, value in backbone.state_dict().items()}
+    find_exit_points(backbone)
+    assert [module.training for module in backbone.modules()] == modes
+    assert len(set(modes)) == 2
+    assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
+    assert count_hooks(backbone) == 0
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_dry_run_restores_the_random_state_of_a_backbone_that_draws_in_eval_mode(tiny_net):
+    class Noisy(tiny_net):
+        def forward(self, x):
+            return super().forward(x + torch.rand_like(x))
+
+    backbone = Noisy()
+    before = torch.get_rng_state()
+    find_exit_points(backbone, 2, image_size=32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_failed_dry_run_restores_too(tiny_net):
+    backbone = tiny_net().train()
+    with pytest.raises(
+        ValueError, match=r"TinyNet fails on an input of shape \(1, 3, 48, 48\): only 32 px.*image_size"
+    ):
+        find_exit_points(backbone, image_size=48)
+    assert all(module.training for module in backbone.modules())
+    assert count_hooks(backbone) == 0
+
+
+def test_dry_run_works_where_the_backbone_is(make_backbone):
+    double = find_exit_points(make_backbone("resnet18").double(), image_size=64)
+    with torch.device("meta"):
+        meta = make_backbone("resnet18")
+    assert find_exit_points(meta, image_size=64) == double == find_exit_points(make_backbone("resnet18"), image_size=64)
+
+
+def test_dry_run_takes_the_backbones_own_size_and_channels(make_backbone):
+    backbone = make_backbone("test_efficientnet", in_chans=1)
+    assert backbone.pretrained_cfg["input_size"][1:] == (160, 160)
+    (point,) = find_exit_points(backbone, [0]).points
+    assert point.grid == (80, 80)
+
+
+# Errors say what is allowed.
+
+
+@pytest.mark.parametrize(
+    ("exits", "message"),
+    [
+        ([99], r"no module at index 99; allowed are 0 \(act1\), 1 \(layer1\), .*4 \(layer4\)\."),
+        ([-1], r"no module at index -1; allowed are 0 \(act1\)"),
+        ([5, "layer1.0"], r"no module at index 5; allowed are .*4 \(layer4\)\."),
+        (0, r"exits=0: this backbone has \d useful exit points \(.*layer1, layer2, layer3\)"),
+        (-1, r"exits=-1: this backbone has"),
+        (100, r"exits=100: this backbone has \d useful exit points"),
+        (True, r"exits=True: this backbone has"),
+        ([], r"exits=\[\]: give a number, or a list of"),
+        (None, r"exits=None: give a number, or a list of"),
+        (0.5, r"exits=0\.5: give a number, or a list of"),
+        ("layer1", r"exits='layer1': give a number, or a list of feature_info indices, cost shares or module names"),
+        ([True], r"An exit is a feature_info index, a cost share or a module name, not True"),
+        ([None], r"An exit is a feature_info index, a cost share or a module name, not None"),
+        ([1.0], r"A cost share lies between 0 and 1, got 1\.0; exit points are .*layer1"),
+        ([0.0], r"A cost share lies between 0 and 1, got 0\.0"),
+        (["layer9"], r"ResNet has no module 'layer9'.*feature_info names act1, layer1, layer2, layer3, layer4"),
+        (["fc"], r"Module 'fc' returns no feature map or tokens in a forward.*exit points are act1, layer1"),
+        (["bn1"], r"Module 'bn1' is overwritten in place in a forward.*exit points are act1, layer1"),
+        (["layer1", "layer1"], r"names the same exit point twice: layer1, layer1"),
+        (["layer1", 1], r"names the same exit point twice: layer1, layer1"),
+        (["layer1", "layer1.1"], r"names the same exit point twice: layer1, layer1\.1"),
+    ],
+    ids=str,
+)
+def test_wrong_exits_are_refused(make_backbone, exits, message):
+    backbone = make_backbone("resnet18")
+    with pytest.raises(ValueError, match=message):
+        find_exit_points(backbone, exits, image_size=64)
+    assert count_hooks(backbone) == 0
+
+
+def test_index_counts_the_entries_of_feature_info_that_are_no_modules(tiny_net):
+    backbone = tiny_net()
+    backbone.feature_info.insert(0, {"module": "", "num_chs": 3, "reduction": 1})
+    assert names(find_exit_points(backbone, [1], image_size=32)) == ["stage0"]
+    with pytest.raises(ValueError, match=r"no module at index 0; allowed are 1 \(stage0\), 2 \(stage1\), 3 \(stage2\)"):
+        find_exit_points(backbone, [0], image_size=32)
+
+
+@pytest.mark.parametrize(("module", "ran"), [("unused", "never runs"), ("act", "runs 3 times")])
+def test_module_that_does_not_run_once_is_refused(tiny_net, module, ran):
+    message = rf"Module '{module}' {ran} in a forward.*exit points are stage0, stage1, stage2"
+    with pytest.raises(ValueError, match=message):
+        find_exit_points(tiny_net(), ["stage0", module], image_size=32)
+
+
+def test_backbone_without_the_contract_is_refused():
+    with pytest.raises(
+        ValueError, match="Linear cannot be wrapped: it has no feature_info, get_classifier, num_classes"
+    ):
+        find_exit_points(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    "family", ["resnet18", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"], indirect=True
+)
+def test_backbone_without_a_classifier_is_refused(make_backbone, family):
+    with pytest.raises(ValueError, match=r"has no classifier \(num_classes=0\).*reset_classifier\(N\)"):
+        find_exit_points(make_backbone(family, num_classes=0))
+
+
+def test_classifier_that_is_no_part_of_the_backbone_is_refused(tiny_net):
+    backbone = tiny_net()
+    backbone.get_classifier = lambda: nn.Linear(32, 5)
+    with pytest.raises(
+        ValueError, match=r"get_classifier\(\) of TinyNet returned \['Linear'\], not one of its modules"
+    ):
+        find_exit_points(backbone, image_size=32)
+
+
+def test_classifier_that_does_not_run_is_refused(tiny_net):
+    backbone = tiny_net()
+    backbone.get_classifier = lambda: backbone.unused
+    with pytest.raises(ValueError, match=r"classifier of TinyNet \(unused\) did not run"):
+        find_exit_points(backbone, image_size=32)
+
+
+def test_backbone_that_returns_no_logits_is_refused(tiny_net):
+    class Pair(tiny_net):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(ValueError, match=r"Pair must return logits \[B, num_classes\], but returned tuple"):
+        find_exit_points(Pair(), image_size=32)
