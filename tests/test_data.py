@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -37,6 +38,8 @@ COLOUR = InputConfig(3, (8, 8), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    # `datasets` waits 5 seconds after each pass over a shuffled stream.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
 def section(path: Path | str, **fields: Any) -> DataSection:
@@ -170,7 +173,7 @@ def test_every_local_form_gives_the_same_rows(form: str, parquet: Path, tmp_path
     elif form == "glob":
         path = parquet / "train-*.parquet"
     elif form == "save_to_disk":
-        train.with_format("numpy").save_to_disk(saved)
+        train.with_format("arrow").save_to_disk(saved)
         path = saved
     elif form == "save_to_disk_dict":
         datasets.DatasetDict(train=train, test=rows([0, 1])).save_to_disk(saved)
@@ -433,8 +436,6 @@ def test_epochs_are_shuffled_anew_and_evaluation_leaves_the_global_generator_alo
 
 
 def test_prepared_loaders_share_the_rows_among_processes(parquet: Path) -> None:
-    from accelerate.data_loader import prepare_data_loader
-
     halves = []
     for process in range(2):
         loaders = load(section(parquet), accelerator_shards=(process, 2))

@@ -201,8 +201,8 @@ def _carve(
     small = np.flatnonzero((before == 1) | (before > after) & (after == 0))
     if len(small):
         raise ValueError(
-            f"Class {class_names[small[0]]!r} has {before[small[0]]} sample(s) in split {split.name!r}, too few to hold "
-            f"out a share of {fraction} ({len(small)} such classes). Name a split instead, or use a smaller share."
+            f"Class {class_names[small[0]]!r} has {before[small[0]]} sample(s) in split {split.name!r}, too few to "
+            f"hold out a share of {fraction} ({len(small)} such classes): name a split instead, or take another share."
         )
     return rest, split.select(held_out)
 
