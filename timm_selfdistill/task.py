@@ -108,8 +108,20 @@ def _check_reach(model: SelfDistillModel, criterion: nn.Module, regime: str, nee
         raise ValueError(f"regime must be 'joint' or 'frozen', got {regime!r}.")
     if regime == "frozen" and not needs_exits:
         raise ValueError("regime='frozen' trains the exits only, but this loss does not use them: nothing would train.")
-    config = getattr(criterion, "config", None)
-    if model.config.hint_adapter and needs_exits and getattr(config, "hint_weight", None) == 0:
+    if not isinstance(criterion, SelfDistillationLoss):
+        return
+    config = criterion.config
+    if regime == "joint" and not config.deepest_ce_weight:
+        raise ValueError(
+            "deepest_ce_weight is 0: the backbone's classifier would get no gradient. Give a deepest_ce_weight above "
+            "0, or train the exits only, with regime='frozen'."
+        )
+    if needs_exits and not (config.ce_weight or config.kd_weight):
+        raise ValueError(
+            "ce_weight and kd_weight are 0: the exits' classifiers would get no gradient from the hints alone. "
+            "Give one of them a value above 0."
+        )
+    if needs_exits and model.config.hint_adapter and not config.hint_weight:
         raise ValueError(
             "The exits have hint adapters, but hint_weight is 0: their parameters would get no gradient. "
             "Give a hint_weight above 0, or wrap without hint_adapter."
