@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.data.model_config import resolve_input_data_config
 from timm.models import save_for_hf
 
 from timm_selfdistill.model import SelfDistillModel, wrap
@@ -48,7 +50,12 @@ def save_pretrained(
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: If the backbone is not a timm model, or not one that `data_config` fits.
     """
+    if not hasattr(model.backbone, "pretrained_cfg"):
+        raise ValueError(f"A saved model must have a backbone of timm's, got {type(model.backbone).__name__}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Saved as stored on disk by plain timm: on the CPU and in the default memory format.
@@ -65,7 +72,7 @@ def save_pretrained(
         )
         safetensors.torch.save_file(exits, staged / EXITS)
         config = json.loads((staged / CONFIG).read_text())
-        config[_KEY] = _describe(model, staged)
+        config[_KEY] = asdict(_describe(model, staged))
         (staged / CONFIG).write_text(json.dumps(config, indent=2))
         (staged / CARD).write_text(card if card is not None else model_card(model))
         for name in (BACKBONE, EXITS, CARD, CONFIG):
@@ -88,20 +95,20 @@ def from_pretrained(folder: str | Path) -> SelfDistillModel:
         ValueError: If the folder or a file is missing, damaged, of a newer format, or from something else.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    ours = config[_KEY]
-    weights = {name: _read_weights(folder / name, digest) for name, digest in ours["sha256"].items()}
-    backbone = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    size = ours["image_size"]
-    model = wrap(
-        backbone,
-        exits=ours["exits"],
-        head=ours["head"],
-        head_kwargs=ours["head_kwargs"],
-        hint_adapter=ours["hint_adapter"],
-        small_stem=ours["small_stem"],
-        image_size=None if size is None else (size[0], size[1]),
-    )
+    saved = _read_config(folder)
+    weights = {name: _read_weights(folder / name, saved.sha256.get(name)) for name in (BACKBONE, EXITS)}
+    try:
+        model = wrap(
+            timm.create_model(f"local-dir:{folder}", pretrained=False),
+            exits=saved.exits,
+            head=saved.head,
+            head_kwargs=saved.head_kwargs,
+            hint_adapter=saved.hint_adapter,
+            small_stem=saved.small_stem,
+            image_size=(saved.image_size[0], saved.image_size[1]),
+        )
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"The model that {folder / CONFIG} describes cannot be built: {error!r}") from error
     for name, module in ((BACKBONE, model.backbone), (EXITS, model.heads)):
         try:
             module.load_state_dict(weights[name])
@@ -148,40 +155,61 @@ def _truthful_config(label_names: Sequence[str] | None) -> dict[str, Any]:
     return config
 
 
-def _describe(model: SelfDistillModel, folder: Path) -> dict[str, Any]:
-    """Return our key of the configuration: how to wrap the backbone, and the weights' checksums."""
+@dataclass(frozen=True)
+class _Saved:
+    """Our key of the configuration: how to wrap the backbone, and the weights' checksums."""
+
+    format_version: int
+    exits: list[str]
+    head: str
+    head_kwargs: dict[str, Any]
+    hint_adapter: bool
+    small_stem: bool
+    image_size: Sequence[int]
+    sha256: dict[str, str]
+
+
+def _describe(model: SelfDistillModel, folder: Path) -> _Saved:
     config = model.config
-    return {
-        "format_version": _FORMAT_VERSION,
-        "exits": [point.name for point in model.points],
-        "head": config.head,
-        "head_kwargs": dict(config.head_kwargs),
-        "hint_adapter": config.hint_adapter,
-        "small_stem": config.small_stem,
-        "image_size": config.image_size,
-        "sha256": {name: _sha256((folder / name).read_bytes()) for name in (BACKBONE, EXITS)},
-    }
+    # The dry run's size as it was: the saved input size may be another one, at which the taps' grids look otherwise.
+    own_size = resolve_input_data_config(model.backbone, {"mean": 0.5, "std": 0.5})["input_size"][1:]
+    return _Saved(
+        format_version=_FORMAT_VERSION,
+        exits=[point.name for point in model.points],
+        head=config.head,
+        head_kwargs=dict(config.head_kwargs),
+        hint_adapter=config.hint_adapter,
+        small_stem=config.small_stem,
+        image_size=config.image_size or own_size,
+        sha256={name: _sha256((folder / name).read_bytes()) for name in (BACKBONE, EXITS)},
+    )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of a saved model."""
-    if not (folder / CONFIG).is_file():
+def _read_config(folder: Path) -> _Saved:
+    """Return what the configuration of a saved model tells beyond timm's."""
+    path = folder / CONFIG
+    if not path.is_file():
         raise ValueError(f"{folder} holds no model: there is no {CONFIG} in it.")
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    if _KEY not in config:
-        raise ValueError(
-            f"{folder / CONFIG} has no key {_KEY!r}: a model of plain timm is loaded by timm.create_model."
-        )
-    version = config[_KEY].get("format_version")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    ours = config.get(_KEY) if isinstance(config, dict) else None
+    if not isinstance(ours, dict):
+        raise ValueError(f"{path} has no key {_KEY!r}: a model of plain timm is loaded by timm.create_model.")
+    version = ours.get("format_version")
     if version != _FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format version {version}, this version of timm_selfdistill reads {_FORMAT_VERSION}: "
             "upgrade timm_selfdistill."
         )
-    return config
+    expected = [field.name for field in fields(_Saved)]
+    if sorted(ours) != sorted(expected):
+        raise ValueError(f"{path} is damaged: {_KEY!r} holds {', '.join(ours)}; it must hold {', '.join(expected)}.")
+    return _Saved(**ours)
 
 
-def _read_weights(path: Path, digest: str) -> dict[str, torch.Tensor]:
+def _read_weights(path: Path, digest: str | None) -> dict[str, torch.Tensor]:
     """Return the tensors of a safetensors file whose checksum is known."""
     if not path.is_file():
         raise ValueError(f"{path} is missing.")
