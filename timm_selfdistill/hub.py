@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -76,6 +77,8 @@ def save_pretrained(
         (staged / CONFIG).write_text(json.dumps(config, indent=2))
         (staged / CARD).write_text(card if card is not None else model_card(model))
         for name in (BACKBONE, EXITS, CARD, CONFIG):
+            # safetensors makes files that only their owner can read, whatever the umask.
+            shutil.copymode(staged / CONFIG, staged / name)
             os.replace(staged / name, folder / name)
     return folder
 
