@@ -305,7 +305,14 @@ def test_table_without_baseline_has_no_trace_of_one(report):
 
 @pytest.mark.parametrize(
     ("macs", "text"),
-    [(999, "999"), (720_300, "720 k"), (999_600, "1 M"), (38_140_000, "38.1 M"), (4_090_000_000, "4.09 G")],
+    [
+        (999, "999"),
+        (720_300, "720 k"),
+        (91_000, "91.0 k"),
+        (999_600, "1.00 M"),
+        (38_140_000, "38.1 M"),
+        (4_090_000_000, "4.09 G"),
+    ],
 )
 def test_large_numbers_have_three_digits_and_a_prefix(report, macs, text):
     row = report["ensemble"] | {"macs": macs, "params": 1}

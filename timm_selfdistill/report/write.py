@@ -99,11 +99,11 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def _si(value: float) -> str:
-    """Return a number with up to three significant digits and a prefix, such as "38.1 M"."""
+    """Return a number with three significant digits and a prefix, such as "38.1 M"; plain below 1,000."""
     for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        # What three digits round up to the next prefix belongs there: 999,950 is "1 M", not "1e+03 k".
+        # What three digits round up to the next prefix belongs there: 999,950 is "1.00 M", not "1e+03 k".
         if value >= 0.9995 * factor:
-            return f"{value / factor:.3g}{prefix}"
+            return f"{value / factor:#.3g}".rstrip(".") + prefix
     return f"{value:.3g}"
 
 
