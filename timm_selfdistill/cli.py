@@ -31,7 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipes = commands.add_parser("recipes", help="list the shipped recipes")
     recipes.set_defaults(run=_recipes)
 
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes key=value only in one place; here they may stand behind an option too.
+    unknown = [item for item in rest if item.startswith("-") or "=" not in item or not hasattr(parsed, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
     status: int = parsed.run(parsed)
     return status
 

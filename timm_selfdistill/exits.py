@@ -37,7 +37,7 @@ class ExitPoint:
         channels: Number of channels of the tapped tensor.
         grid: Height and width of the feature map at the dry run's input size, None for tokens that form no grid.
         num_prefix_tokens: Tokens in front of the grid's, such as a class token.
-        downsample: How many times finer the grid is, along one side, than the backbone's deepest feature map.
+        downsample: How many times finer the grid is, along one side, than the backbone's deepest tap's.
         cost: Share of the backbone's multiply-accumulates that is spent when the tap is reached, 0 to 1.
         member: Which member is tapped where the module returns a tuple or list, else None.
     """
@@ -296,7 +296,7 @@ def _prove(candidates: dict[str, _Candidate], run: _DryRun) -> dict[str, ExitPoi
         tap = _recognise(records[candidate.module], candidate, run.image_size, reductions)
         if tap is not None:
             taps[candidate.name] = (candidate, tap)
-    sides = [math.sqrt(math.prod(tap.grid)) for _, tap in taps.values() if tap.grid]
+    shrinkage = {name: _reduction(candidate, tap, run.image_size) for name, (candidate, tap) in taps.items()}
     points = {}
     for position, (name, (candidate, tap)) in enumerate(taps.items()):
         # Without a FLOP count, depth stands for cost.
@@ -308,11 +308,18 @@ def _prove(candidates: dict[str, _Candidate], run: _DryRun) -> dict[str, ExitPoi
             channels=tap.channels,
             grid=tap.grid,
             num_prefix_tokens=tap.num_prefix_tokens,
-            downsample=max(1, round(math.sqrt(math.prod(tap.grid)) / min(sides))) if tap.grid else 1,
+            downsample=max(1, round(max(shrinkage.values()) / shrinkage[name])),
             cost=(position + 1) / (len(taps) + 1) if share is None else share,
             member=tap.member,
         )
     return points
+
+
+def _reduction(candidate: _Candidate, tap: "_Tap", image_size: tuple[int, int]) -> float:
+    """Return the image's size over the grid's, as promised where it is: a tiny image's last grids cannot tell."""
+    if candidate.reduction:
+        return candidate.reduction
+    return math.sqrt(math.prod(image_size) / math.prod(tap.grid)) if tap.grid else 1.0
 
 
 @dataclass(frozen=True)

@@ -182,10 +182,10 @@ class Fit:
             if scheduler is not None:
                 scheduler.step_update(progress.step - self._steps_before_phase())
             task.update_ema(progress.step)
-            if progress.step % _LOG_INTERVAL == 0 or running.updates + 1 == self.updates_per_epoch:
+            running.advance()
+            if progress.step % _LOG_INTERVAL == 0 or running.updates == self.updates_per_epoch:
                 values = running.read() | {"lr": max(group["lr"] for group in optimizer.param_groups)}
                 accelerator.log(self._values("train", values), step=progress.step)
-            running.advance()
         running.close()
 
     def _validate(self, task: SelfDistillationTask, phase: Phase) -> ExitMetricsResult | None:
@@ -229,7 +229,13 @@ class Fit:
             return None
         # A checkpoint that is named belongs to one of the run's networks; the others go on from their newest.
         named = None if resume == "auto" else Path(resume)
-        path = named if named is not None and named.parent.name == self.name else latest_checkpoint(self.checkpoints)
+        newest = latest_checkpoint(self.checkpoints)
+        path = named if named is not None and named.parent.name == self.name else newest
+        if path is not None and newest is not None and path.resolve() != newest.resolve():
+            raise ValueError(
+                f"resume: {path} is older than {newest}, which would be lost: move the later checkpoints away, or copy "
+                "the run to another output_dir."
+            )
         if path is None:
             return None
         saved: dict[str, Any] = load_checkpoint(path)
@@ -357,7 +363,7 @@ class _Running:
         """Return the mean of every term since the last reading, and images per second since the epoch began."""
         values = {name: float(total) / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
-        rate = (self.updates + 1) * self.batch_size / (time.monotonic() - self._start)
+        rate = self.updates * self.batch_size / (time.monotonic() - self._start)
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()} | {"img/s": f"{rate:.0f}"})
         return values | {"images_per_second": rate}
 

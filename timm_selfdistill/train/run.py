@@ -194,15 +194,15 @@ def _claim(folder: Path, recipe: Recipe, *, is_main: bool) -> None:
             raise ValueError(
                 f"{folder} already holds a run, and resume is never: choose another output_dir, or move it away."
             )
-        before = load_recipe(path).model_dump(mode="json")
+        before, now = _flat(load_recipe(path)), _flat(recipe)
         changed = [
-            key
-            for key, value in recipe.model_dump(mode="json").items()
-            if key not in _FREE_KEYS and value != before[key]
+            f"{key} ({before.get(key)}, now {now.get(key)})"
+            for key in sorted(before | now)
+            if key not in _FREE_KEYS and before.get(key) != now.get(key)
         ]
         if changed:
             raise ValueError(
-                f"{folder} holds a run of another recipe: {', '.join(changed)} differ. "
+                f"{folder} holds a run of another recipe: {'; '.join(changed)}. "
                 "Choose another output_dir, or move it away."
             )
     if is_main:

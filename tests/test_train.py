@@ -1,0 +1,333 @@
+"""Training from recipes, in this process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import timm_selfdistill as sd
+from timm_selfdistill.cli import main as cli
+from timm_selfdistill.recipe import Recipe, list_recipes, load_recipe
+from timm_selfdistill.report import format_markdown
+from timm_selfdistill.train import fit, train
+from timm_selfdistill.train.phases import build_loss
+
+# In float32: at 16 px, bf16 convolutions of oneDNN leave the gradient of weights that only meet padding undefined.
+SMALL = (
+    "epochs=1",
+    "batch_size=16",
+    "data.max_train=64",
+    "data.max_eval=40",
+    "data.image_size=16",
+    "precision='no'",
+    "baseline=false",
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps the precision of the first run in a process-wide state."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def small_recipe(folder: Path, *overrides: str) -> Recipe:
+    return load_recipe("digits", [*SMALL, f"output_dir={folder}", *overrides])
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = [folder / "model" / name for name in ("model.safetensors", "exits.safetensors")]
+    return {f"{file.name}:{k}": v for file in files for k, v in safetensors.torch.load_file(file).items()}
+
+
+def test_a_run_writes_what_the_design_promises(tmp_path):
+    recipe = small_recipe(tmp_path, "baseline=true", "epochs=2")
+    report = train(recipe)
+
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert [row["name"] for row in report["exits"]] == ["layer1", "layer2", "layer3", "fc"]
+    assert report["baseline"] is not None
+    assert report["num_samples"] == 40
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "exits.safetensors",
+        "README.md",
+    }
+    assert format_markdown(report) in (tmp_path / "model" / "README.md").read_text()
+    assert format_markdown(report) in (tmp_path / "report.md").read_text()
+    assert Image.open(tmp_path / "report.png").width > 500
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"baseline", "self-distilled"}
+
+    logged = lines(tmp_path)
+    trained = [entry for entry in logged if "train/loss" in entry and entry["network"] == "self-distilled"]
+    assert {f"train/{term}/{k}" for term in ("ce", "kd", "hint") for k in range(3)} | {"train/ce/3"} <= set(trained[0])
+    assert trained[-1]["step"] == 2 * 4
+    validated = [entry for entry in logged if "validation/top1/ensemble" in entry]
+    assert [entry["epoch"] for entry in validated] == [1, 2]
+
+
+def test_the_saved_model_is_the_evaluated_one_and_plain_timm_reads_it(tmp_path):
+    train(small_recipe(tmp_path))
+    ours = sd.from_pretrained(tmp_path / "model")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    x = torch.randn(3, 1, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(plain(x), ours(x))
+        assert torch.equal(plain(x), ours(x, return_exits=True).logits[-1])
+    data_config = timm.data.resolve_model_data_config(plain)
+    assert data_config["input_size"] == (1, 16, 16)
+
+
+def test_the_loss_falls_and_the_same_seed_gives_the_same_weights(tmp_path):
+    longer = ("epochs=3", "data.max_train=192", "data.validation=0", "augment.scale=[1.0,1.0]")
+    train(small_recipe(tmp_path / "a", *longer))
+    train(small_recipe(tmp_path / "b", *longer))
+    losses = [entry["train/loss"] for entry in lines(tmp_path / "a")]
+    assert losses[-1] < 0.9 * losses[0]
+    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    train(small_recipe(tmp_path / "c", *longer, "seed=1"))
+    assert any(not torch.equal(first[name], value) for name, value in weights(tmp_path / "c").items())
+
+
+def test_baseline_and_self_distilled_network_start_from_the_same_weights(tmp_path, monkeypatch):
+    starts = {}
+    run = fit.Fit.run
+
+    def remember(self):
+        starts[self.name] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return run(self)
+
+    monkeypatch.setattr(fit.Fit, "run", remember)
+    train(small_recipe(tmp_path, "baseline=true"))
+    assert set(starts) == {"baseline", "self-distilled"}
+    assert all(torch.equal(starts["baseline"][name], value) for name, value in starts["self-distilled"].items())
+
+
+@pytest.mark.parametrize("ema", ["null", "{decay: 0.9}"])
+def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, ema):
+    overrides = ("epochs=3", "data.workers=0", f"ema={ema}")
+    train(small_recipe(tmp_path / "whole", *overrides))
+    save, saved = fit.save_checkpoint, []
+
+    def interrupted(*args, **kwargs):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(save(*args, **kwargs))
+
+    monkeypatch.setattr(fit, "save_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_recipe(tmp_path / "cut", *overrides))
+    monkeypatch.setattr(fit, "save_checkpoint", save)
+    train(small_recipe(tmp_path / "cut", *overrides))
+
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert [name for name in whole if not torch.equal(whole[name], cut[name])] == []
+
+    def timeless(entries):
+        return [{k: v for k, v in entry.items() if k != "train/images_per_second"} for entry in entries]
+
+    assert timeless(lines(tmp_path / "whole")) == timeless(lines(tmp_path / "cut"))
+
+
+def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(tmp_path, monkeypatch):
+    train(small_recipe(tmp_path))
+    before = weights(tmp_path)
+    monkeypatch.setattr(fit.Fit, "_train_epoch", lambda *args: pytest.fail("trained again"))
+    train(small_recipe(tmp_path))
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
+    with pytest.raises(ValueError, match=r"another recipe: optimizer\.lr \(0\.05, now 0\.01\)"):
+        train(small_recipe(tmp_path, "optimizer.lr=0.01"))
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(small_recipe(tmp_path, "resume=never"))
+    with pytest.raises(ValueError, match="no checkpoint of this run"):
+        train(small_recipe(tmp_path, f"resume={tmp_path}"))
+
+
+def test_frozen_trains_the_exits_only(tmp_path, monkeypatch):
+    starts = []
+    run = fit.Fit.run
+    monkeypatch.setattr(
+        fit.Fit, "run", lambda self: (starts.append({k: v.clone() for k, v in self.model.state_dict().items()}), run(self))[1]
+    )
+    train(small_recipe(tmp_path, "schedule.regime=frozen", "model.channels_last=false"))
+    trained = sd.from_pretrained(tmp_path / "model").state_dict()
+    for name, value in starts[0].items():
+        if name.startswith("backbone."):
+            assert torch.equal(value, trained[name]), name
+    assert not torch.equal(starts[0]["heads.0.classifier.weight"], trained["heads.0.classifier.weight"])
+
+
+def test_mixed_trains_the_backbone_first(tmp_path):
+    train(small_recipe(tmp_path, "schedule.regime=mixed", "schedule.backbone_epochs=1", "epochs=3"))
+    entries = [entry for entry in lines(tmp_path) if "train/loss" in entry]
+    assert ["train/kd/0" in entry for entry in entries] == [False, True, True]
+
+
+def test_accumulation_gives_the_same_gradients_as_one_large_batch(tmp_path):
+    same = (
+        "model.name=test_vit",
+        "model.kwargs={in_chans: 1, img_size: 16}",
+        "data.validation=0",
+        "augment.scale=[1.0,1.0]",
+        "augment.ratio=[1.0,1.0]",
+    )
+    train(small_recipe(tmp_path / "one", *same))
+    train(small_recipe(tmp_path / "four", *same, "optimizer.accumulate=4"))
+    one, four = weights(tmp_path / "one"), weights(tmp_path / "four")
+    assert all(torch.allclose(one[name], four[name], atol=1e-5) for name in one)
+
+
+def test_options_of_the_loop_work_together(tmp_path, monkeypatch):
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: plain(model, backend="eager", fullgraph=True))
+    report = train(
+        small_recipe(
+            tmp_path,
+            "compile=true",
+            "epochs=2",
+            "ema={decay: 0.5, warmup: true}",
+            "optimizer.clip_grad=0.02",
+            "optimizer.clip_mode=agc",
+            "optimizer.name=adamw",
+            "optimizer.lr=1e-3",
+            "optimizer.layer_decay=0.75",
+            "augment.mixup_alpha=0.2",
+            "augment.cutmix_alpha=1.0",
+            "loss.label_smoothing=0.1",
+            "loss.preset=byot-tpami2021",
+            "exits.hint_adapter=true",
+            "exits.head=sepconv_attention",
+            "schedule.select=best",
+        )
+    )
+    assert len(report["exits"]) == 4
+    assert not any("_orig_mod" in name for name in weights(tmp_path))
+
+
+def test_label_smoothing_is_applied_once(tmp_path):
+    plain = load_recipe("digits", ["loss.label_smoothing=0.1"])
+    assert build_loss(plain).config.label_smoothing == 0.1
+    mixing = load_recipe("digits", ["loss.label_smoothing=0.1", "augment.mixup_alpha=0.2"])
+    assert build_loss(mixing).config.label_smoothing == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("precision=fp16", "fp16 does nothing on a CPU"),
+        ("trackers=[nonsense]", "nonsense cannot be used"),
+        ("optimizer.accumulate=2", "an epoch has only 1"),
+        ("model.num_classes=3", "less than the 10 classes"),
+        ("model.name=resnet81", "resnet81"),
+        ("optimizer.name=sgdd", "sgdd"),
+        ("loss.preset=byot", "Unknown preset"),
+        ("exits.head=round", "Unknown head"),
+        ("exits.points=[layer9]", "layer9"),
+        ("data.path=./nowhere", "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch, override, message):
+    monkeypatch.setattr(fit.Fit, "_train_epoch", lambda *args: pytest.fail("training began"))
+    extra = ["batch_size=24", "data.max_train=20", "data.validation=0"] if "accumulate" in override else []
+    with pytest.raises(ValueError, match=message):
+        train(small_recipe(tmp_path, override, *extra))
+
+
+def test_a_launch_whose_processes_did_not_meet_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without the rank and address by which they would meet
+    with pytest.raises(ValueError, match="2 processes were launched, but Accelerate joined 1"):
+        train(small_recipe(tmp_path))
+
+
+def test_the_global_batch_must_divide_evenly():
+    from timm_selfdistill.train.launch import per_process_batch
+
+    recipe = load_recipe("digits", ["batch_size=64"])
+    assert per_process_batch(recipe, 2) == 32
+    with pytest.raises(ValueError, match="multiples of 3"):
+        per_process_batch(recipe, 3)
+
+
+@pytest.fixture(scope="module")
+def colour_images(tmp_path_factory):
+    """Two classes of 12 small colour images each, as an image folder and as parquet with other column names."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label, name in enumerate(("dark", "light")):
+            folder = root / "folder" / split / name
+            folder.mkdir(parents=True)
+            for index in range(12):
+                pixels = rng.integers(120 * label, 120 * label + 120, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    for split, name in (("train", "train"), ("validation", "test")):
+        loaded = datasets.load_dataset("imagefolder", data_dir=str(root / "folder"), cache_dir=str(root / "cache"))
+        rows = loaded[split].rename_columns({"image": "img", "label": "fine_label"})
+        (root / "parquet").mkdir(exist_ok=True)
+        table = datasets.table.embed_table_storage(rows.data.table)
+        datasets.Dataset(datasets.table.InMemoryTable(table)).to_parquet(root / "parquet" / f"{name}.parquet")
+    return root
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_trains_an_epoch(tmp_path, colour_images, name):
+    recipe = load_recipe(name)
+    overrides = ["epochs=1", "batch_size=4", "data.workers=0", f"output_dir={tmp_path}", "baseline=false"]
+    overrides += ["schedule.warmup_epochs=0", "model.pretrained=false"]
+    if name == "digits":
+        overrides += ["data.max_train=32", "data.max_eval=20"]
+    else:
+        columns = recipe.data.image == "img"
+        overrides += [f"data.path={colour_images / ('parquet' if columns else 'folder')}", "data.name=null"]
+        overrides += ["data.image_size=32", "model.num_classes=null"]
+    if name == "imagefolder-vit":
+        overrides += ["model.kwargs.img_size=32"]
+    report = train(load_recipe(name, overrides))
+    assert len(report["exits"]) == 4
+    assert sd.from_pretrained(tmp_path / "model").num_exits == 3
+
+
+def test_the_command_line_evaluates_lists_and_explains(tmp_path, capsys):
+    run = tmp_path / "run"
+    overrides = [*SMALL, f"output_dir={run}"]
+    assert cli(["train", "digits", *overrides]) == 0
+    assert "layer1" in capsys.readouterr().out
+    trained = json.loads((run / "report.json").read_text())
+    assert cli(["evaluate", str(run), "--output", str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    for key in ("top1", "top5", "ece", "params", "macs"):
+        assert [row[key] for row in again["exits"]] == pytest.approx([row[key] for row in trained["exits"]]), key
+    assert cli(["evaluate", str(run / "model"), "--data", "digits", "max_eval=40", "image_size=16"]) == 0
+    capsys.readouterr()
+    assert cli(["train", "digit"]) == 2
+    assert "did you mean 'digits'" in capsys.readouterr().err
+    assert cli(["evaluate", str(tmp_path)]) == 2
+    assert "holds no model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli(["evaluate", str(run), "--device", "cuda"])
+    assert "unrecognized arguments: --device cuda" in capsys.readouterr().err
+    assert cli(["recipes"]) == 0
+    assert capsys.readouterr().out.split() == list_recipes()
+
+
+def test_evaluation_refuses_other_classes(tmp_path, colour_images, capsys):
+    run = tmp_path / "run"
+    train(small_recipe(run))
+    assert cli(["evaluate", str(run), "--data", str(colour_images / "folder"), "eval_split=validation"]) == 2
+    assert "they must be the same" in capsys.readouterr().err
