@@ -420,6 +420,25 @@ def test_reset_classifier_that_changes_the_width_builds_the_heads_anew(make_back
     assert [type(head.adapter) for head in model.heads] == [nn.Linear] * 3
 
 
+def test_reset_classifier_keeps_precision_where_the_backbone_forgets_it(tiny_net):
+    model = wrap(tiny_net().double(), exits=2, image_size=32)
+    model.reset_classifier(3)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_classifier_that_is_resized_in_place_is_read_once(tiny_net):
+    class InPlace(tiny_net):
+        def reset_classifier(self, num_classes):
+            self.num_classes = num_classes
+            self.fc.weight = nn.Parameter(torch.randn(num_classes, 32))
+            self.fc.bias = nn.Parameter(torch.zeros(num_classes))
+
+    model = wrap(InPlace(), exits=2, image_size=32)
+    hooks = count_hooks(model)
+    model.reset_classifier(3)
+    assert count_hooks(model) == hooks
+
+
 @pytest.mark.parametrize("num_classes", [0, -1])
 def test_reset_classifier_refuses_to_leave_none(make_backbone, num_classes):
     model = wrap(make_backbone("resnet18"), image_size=SIZE)

@@ -52,6 +52,11 @@ class ExitHead(nn.Module):
         self.classifier = nn.Linear(feature_dim, num_classes)
         self.adapter = nn.Linear(feature_dim, feature_dim) if hint_adapter else nn.Identity()
 
+    def classify(self, tap: Tensor) -> Tensor:
+        """Return logits [B, num_classes] alone."""
+        logits: Tensor = self.classifier(self.body(tap))
+        return logits
+
     def forward(self, tap: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits [B, num_classes] and the feature [B, D] that the hint compares."""
         feature = self.body(tap)

@@ -32,7 +32,7 @@ def wrap(
     backbone: str | nn.Module,
     *,
     num_classes: int | None = None,
-    exits: Exits = 3,
+    exits: Exits | None = None,
     head: str = "auto",
     head_kwargs: Mapping[str, Any] | None = None,
     hint_adapter: bool = False,
@@ -47,7 +47,8 @@ def wrap(
         backbone: Name of a timm model, or a timm model (wrapped as it is, its hooks apart).
         num_classes: Number of classes of a backbone given by name; its default otherwise.
         exits: How many exits, spread evenly over the backbone's cost; or for each exit an index into `feature_info`
-            (int), a share of the cost (float) or a module path (str).
+            (int), a share of the cost (float) or a module path (str). By default three, or fewer where the backbone
+            has fewer stages.
         head: Name of a registered head, or "auto" to choose by the layout of each tap.
         head_kwargs: Further arguments of the head.
         hint_adapter: Report each exit's feature through a trainable linear layer (the journal version).
@@ -168,8 +169,9 @@ class SelfDistillModel(nn.Module):
             tap = tape.taps[exit]
         finally:
             tape.stop()
-        logits: Tensor = self.heads[exit](tap)[0]
-        return logits
+        head = self.heads[exit]
+        assert isinstance(head, ExitHead)
+        return head.classify(tap)
 
     @property
     def points(self) -> tuple[ExitPoint, ...]:

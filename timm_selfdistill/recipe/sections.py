@@ -101,13 +101,13 @@ class ExitsSection(_Section):
 
     Args:
         points: How many exits; or a list with, for each, an index into `feature_info`, a share of the backbone's cost
-            (0..1) or a module path.
+            (0..1) or a module path; null for three, or fewer where the backbone has fewer stages.
         head: Name of a registered head, or "auto" to choose by the layout of each tap.
         head_kwargs: Further arguments of the head.
         hint_adapter: Report each exit's feature through a trainable linear layer.
     """
 
-    points: int | tuple[int | float | str, ...] = 3
+    points: int | tuple[int | float | str, ...] | None = None
     head: Text = "auto"
     head_kwargs: Arguments = {}
     hint_adapter: bool = False
@@ -115,12 +115,12 @@ class ExitsSection(_Section):
     @field_validator("points", mode="before")
     @classmethod
     def _check_points(cls, value: Any) -> Any:
-        if _is_integer(value) and value >= 1:
+        if value is None or (_is_integer(value) and value >= 1):
             return value
         if isinstance(value, list | tuple) and value and all(map(_is_point, value)):
             return tuple(value)
         raise ValueError(
-            "must be a number of exits (1 or more), or a list of feature_info indices (0 or more), shares of the cost "
+            "must be null, a number of exits (1 or more), or a list of feature_info indices (0 or more), shares of the cost "
             "(between 0 and 1) and module names"
         )
 

@@ -119,9 +119,10 @@ def _recipe(run: Path, model: SelfDistillModel, data_path: str | None, overrides
         if not saved.is_file():
             raise ValueError(f"There is no {saved}, so the data set must be named with --data.")
         return load_recipe(saved, changes)
-    split = next((change.partition("=")[2] for change in changes if change.startswith("data.eval_split=")), "test")
-    data = {"path": data_path, "train_split": split, "validation": 0}
-    return load_recipe({"model": {"name": type(model.backbone).__name__}, "data": data}, changes)
+    recipe = load_recipe({"model": {"name": type(model.backbone).__name__}, "data": {"path": data_path}}, changes)
+    # Nothing is trained, so the data set needs no other split: the evaluated one stands for it.
+    only = {"train_split": recipe.data.eval_split, "validation": 0.0, "max_train": recipe.data.max_eval}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=only)})
 
 
 def _check_classes(folder: Path, data: ImageData) -> None:

@@ -1,0 +1,128 @@
+"""One forward of zeros through a backbone, which shows what runs when, at what cost, and returns what."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data.model_config import resolve_input_data_config
+from torch import Tensor, nn
+
+from timm_selfdistill.exits.candidates import Backbone
+from timm_selfdistill.flops import MacCounter
+
+
+@dataclass
+class Record:
+    """What a hook saw at one module."""
+
+    calls: int = 0
+    overwritten: bool = False
+    shapes: tuple[tuple[int, ...], ...] = ()
+    is_sequence: bool = False
+    macs: int = 0
+    order: int = 0
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one forward of zeros showed."""
+
+    records: dict[str, Record]
+    image_size: tuple[int, int]
+    total_macs: int
+    feature_dim: int
+
+
+def dry_run(
+    backbone: Backbone,
+    taps: Sequence[str],
+    classifiers: tuple[str, ...],
+    image_size: int | tuple[int, int] | None,
+) -> DryRun:
+    """Run the backbone once on zeros, counting calls, shapes and cost at every tap."""
+    # Only the input size is read; with statistics given, timm does not warn about those of another channel count.
+    channels, *size = resolve_input_data_config(backbone, {"mean": 0.5, "std": 0.5})["input_size"]
+    if image_size is not None:
+        size = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
+    parameter = next(backbone.parameters())
+    zeros = torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype)
+    try:
+        records, feature_dims, output, macs = _forward(backbone, zeros, taps, classifiers)
+    except Exception as error:
+        raise ValueError(
+            f"{type(backbone).__name__} fails on an input of shape {tuple(zeros.shape)}: {error}. "
+            "Give image_size if it needs another one."
+        ) from error
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"{type(backbone).__name__} must return logits [B, num_classes], but returned {got}.")
+    if len(feature_dims) != len(classifiers):
+        raise ValueError(
+            f"The classifier of {type(backbone).__name__} ({', '.join(classifiers)}) did not run as a module, "
+            "so the teacher's feature cannot be read there."
+        )
+    if len(set(feature_dims)) != 1:
+        raise ValueError(f"The classifiers {classifiers} read features of different widths: {feature_dims}.")
+    return DryRun(records, (size[0], size[1]), macs, feature_dims[0])
+
+
+def _forward(
+    backbone: Backbone, zeros: Tensor, taps: Sequence[str], classifiers: tuple[str, ...]
+) -> tuple[dict[str, Record], list[int], Any, int]:
+    """Return the record of each tap, the width of each classifier's input, the output and the MACs."""
+    counter = MacCounter()
+    records = {name: Record() for name in taps}
+    feature_dims: list[int] = []
+    versions: list[tuple[Record, Tensor, int]] = []
+    clock = iter(range(10**9))
+
+    def record_tap(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        members = output if isinstance(output, tuple | list) else (output,)
+        record = records[name]
+        record.calls += 1
+        record.is_sequence = isinstance(output, tuple | list)
+        record.shapes = tuple(tuple(m.shape) if isinstance(m, Tensor) else () for m in members)
+        versions.extend((record, m, m._version) for m in members if isinstance(m, Tensor))
+        record.macs = counter.macs
+        record.order = next(clock)
+
+    def record_feature(module: nn.Module, args: Any) -> None:
+        feature_dims.append(pool_feature(args[0]).shape[1])
+
+    handles = [backbone.get_submodule(n).register_forward_hook(partial(record_tap, n)) for n in records]
+    handles += [backbone.get_submodule(n).register_forward_pre_hook(record_feature) for n in classifiers]
+    try:
+        with _untouched(backbone), torch.no_grad(), counter:
+            output = backbone(zeros)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A head reads its tap after the forward: an in-place operation behind the tap would have changed it by then.
+    for record, member, version in versions:
+        record.overwritten |= member._version != version
+    return records, feature_dims, output, counter.macs
+
+
+def pool_feature(value: Tensor) -> Tensor:
+    """Return the teacher's feature [B, D] from what enters the classifier: [B, D], [B, D, H, W] or [B, L, D]."""
+    if value.ndim == 4:
+        return value.flatten(1) if value.shape[2:] == (1, 1) else value.mean((2, 3))
+    return value.mean(1) if value.ndim == 3 else value
+
+
+@contextmanager
+def _untouched(backbone: Backbone) -> Iterator[None]:
+    """Run the body in eval mode, then restore every module's mode and the random number generators."""
+    modes = [(module, module.training) for module in backbone.modules()]
+    device = next(backbone.parameters()).device
+    devices = [device] if device.type not in ("cpu", "meta") else []
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        backbone.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
