@@ -98,13 +98,17 @@ def test_layout_is_recognised(make_backbone, name, kwargs, layout, prefix, chann
 
 
 def test_member_of_a_tuple_is_tapped(make_backbone):
-    # PiT's stages return the feature map and the class tokens.
+    # PiT's stages return the feature map and the class tokens; behind its last there is nothing left to save.
     points = find_exit_points(make_backbone("pit_ti_224", depth=[1, 1, 1])).points
     assert [(p.layout, p.channels, p.grid, p.member) for p in points] == [
         ("NCHW", 64, (27, 27), 0),
         ("NCHW", 128, (14, 14), 0),
-        ("NCHW", 256, (7, 7), 0),
     ]
+
+
+def test_three_exits_on_a_two_stage_backbone_are_refused_when_asked_for(make_backbone):
+    with pytest.raises(ValueError, match=r"exits=3: this backbone has 2 useful exit points \(transformers\.0, "):
+        find_exit_points(make_backbone("pit_ti_224", depth=[1, 1, 1]), 3)
 
 
 def test_grid_need_not_be_square(make_backbone):

@@ -52,7 +52,7 @@ def test_defaults_are_the_agreed_ones(load):
         "channels_last": True,
         "kwargs": {},
     }
-    assert recipe.exits.model_dump() == {"points": 3, "head": "auto", "head_kwargs": {}, "hint_adapter": False}
+    assert recipe.exits.model_dump() == {"points": None, "head": "auto", "head_kwargs": {}, "hint_adapter": False}
     assert recipe.loss.name == "self-distillation"
     assert recipe.loss.preset == "byot-iccv2019"
     assert {getattr(recipe.loss, name) for name in ("temperature", "kd_weight", "hint_weight", "t_squared")} == {None}
@@ -241,10 +241,10 @@ def test_unknown_key_that_resembles_nothing_lists_the_allowed_ones(problems):
         (["model.kwargs.num_classes=3"], "model.kwargs: must not set num_classes"),
         (["optimizer.kwargs.lr=3"], "optimizer.kwargs: must not set lr"),
         (["optimizer.kwargs.eps=[1, {a: .inf}]"], "optimizer.kwargs: must hold finite numbers only"),
-        (["exits.points=0"], "exits.points: must be a number of exits (1 or more)"),
-        (["exits.points=true"], "exits.points: must be a number of exits (1 or more)"),
-        (["exits.points=[]"], "exits.points: must be a number of exits (1 or more)"),
-        (["exits.points=[1.0]"], "exits.points: must be a number of exits (1 or more)"),
+        (["exits.points=0"], "exits.points: must be null, a number of exits (1 or more)"),
+        (["exits.points=true"], "exits.points: must be null, a number of exits (1 or more)"),
+        (["exits.points=[]"], "exits.points: must be null, a number of exits (1 or more)"),
+        (["exits.points=[1.0]"], "exits.points: must be null, a number of exits (1 or more)"),
         (["seed=4294967296"], "seed: must be less than 4294967296"),
         (["model.name=''"], "model.name: must not be empty"),
         (["model.name=18"], "model.name: must be text, received 18"),
