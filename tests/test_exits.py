@@ -203,7 +203,6 @@ def test_dry_run_takes_the_backbones_own_size_and_channels(make_backbone):
         (100, r"exits=100: this backbone has \d useful exit points"),
         (True, r"exits=True: this backbone has"),
         ([], r"exits=\[\]: give a number, or a list of"),
-        (None, r"exits=None: give a number, or a list of"),
         (0.5, r"exits=0\.5: give a number, or a list of"),
         ("layer1", r"exits='layer1': give a number, or a list of feature_info indices, cost shares or module names"),
         ([True], r"An exit is a feature_info index, a cost share or a module name, not True"),

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -127,13 +128,16 @@ def test_shipped_recipes_are_the_files_of_the_folder():
     assert {"imagefolder-convnext", "imagefolder-vit"} < set(names)
 
 
-def test_built_package_holds_the_recipes_and_every_module(tmp_path):
-    command = ["setup.py", "-q", "egg_info", "-e", tmp_path, "build", "-b", tmp_path, "--build-lib", tmp_path / "lib"]
+def test_built_wheel_holds_the_recipes_and_every_module(tmp_path):
+    command = ["-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
-    built = tmp_path / "lib" / "timm_selfdistill"
-    assert [path.name for path in sorted((built / "recipes").iterdir())] == [f"{name}.yaml" for name in list_recipes()]
-    sources = {path.relative_to(ROOT / "timm_selfdistill") for path in (ROOT / "timm_selfdistill").rglob("*.py")}
-    assert {path.relative_to(built) for path in built.rglob("*.py")} == sources
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in names if "/recipes/" in name} == {
+        f"timm_selfdistill/recipes/{name}.yaml" for name in list_recipes()
+    }
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "timm_selfdistill").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == sources
 
 
 def test_round_trip_keeps_awkward_values(load, tmp_path):
