@@ -488,3 +488,10 @@ def test_no_weight_decay_is_empty_where_timm_exempts_nothing(make_backbone):
 def test_exits_found_and_exits_hung_are_the_same(make_backbone, family):
     backbone = make_backbone(family)
     assert find_exit_points(backbone, 2, SIZE).points == wrap(backbone, exits=2, image_size=SIZE).points
+
+
+def test_a_classifier_replaced_behind_the_models_back_is_told(make_backbone, images):
+    model = wrap(make_backbone("resnet18"), image_size=64)
+    model.backbone.reset_classifier(3)
+    with pytest.raises(RuntimeError, match=r"replace it by model\.reset_classifier"):
+        model(images, return_exits=True)

@@ -137,6 +137,11 @@ class SelfDistillModel(nn.Module):
         try:
             logits = self._run_backbone(x)
             taps = [tape.taps[index] for index in range(self.num_exits)]
+            if not tape.features:
+                raise RuntimeError(
+                    "The backbone's classifier is not the one that was wrapped: replace it by model.reset_classifier, "
+                    "not by model.backbone's."
+                )
             feature = torch.stack(tape.features).mean(0) if len(tape.features) > 1 else tape.features[0]
         finally:
             # Recomputation under gradient checkpointing calls the hooks again: by then they record nothing.

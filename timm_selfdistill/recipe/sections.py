@@ -120,8 +120,8 @@ class ExitsSection(_Section):
         if isinstance(value, list | tuple) and value and all(map(_is_point, value)):
             return tuple(value)
         raise ValueError(
-            "must be null, a number of exits (1 or more), or a list of feature_info indices (0 or more), shares of the cost "
-            "(between 0 and 1) and module names"
+            "must be null, a number of exits (1 or more), or a list of feature_info indices (0 or more), shares of the "
+            "cost (between 0 and 1) and module names"
         )
 
 
