@@ -177,9 +177,17 @@ def test_frozen_trains_the_exits_only(tmp_path, monkeypatch):
 
 
 def test_mixed_trains_the_backbone_first(tmp_path):
-    train(small_recipe(tmp_path, "schedule.regime=mixed", "schedule.backbone_epochs=1", "epochs=3"))
+    mixed = ("schedule.regime=mixed", "schedule.backbone_epochs=1", "epochs=3", "schedule.cooldown_epochs=1")
+    train(small_recipe(tmp_path, *mixed))
     entries = [entry for entry in lines(tmp_path) if "train/loss" in entry]
-    assert ["train/kd/0" in entry for entry in entries] == [False, True, True]
+    assert [(entry["epoch"], "train/kd/0" in entry) for entry in entries] == [
+        (1, False),
+        (2, True),
+        (3, True),
+        (4, True),
+    ]
+    # Each phase has a schedule of its own, and only the cool-down ends at the lowest rate.
+    assert [entry["train/lr"] > 0 for entry in entries] == [True, True, True, False]
 
 
 def test_accumulation_gives_the_same_gradients_as_one_large_batch(tmp_path):
@@ -257,6 +265,27 @@ def test_the_global_batch_must_divide_evenly():
     assert per_process_batch(recipe, 2) == 32
     with pytest.raises(ValueError, match="multiples of 3"):
         per_process_batch(recipe, 3)
+
+
+def test_settings_that_another_loss_would_ignore_are_refused():
+    registered = {"needs_exits": True, "forward": lambda self, out, target: {"loss": out.logits[-1].sum()}}
+    sd.register_loss("test-loss")(type("TestLoss", (torch.nn.Module,), registered))
+    with pytest.raises(ValueError, match=r"temperature are settings of self-distillation"):
+        build_loss(load_recipe("digits", ["loss.name=test-loss", "loss.temperature=4"]))
+    assert type(build_loss(load_recipe("digits", ["loss.name=test-loss"]))).__name__ == "TestLoss"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2", r"optimizer\.accumulate"),
+        ("ACCELERATE_DYNAMO_BACKEND", "EAGER", "compile: true"),
+    ],
+)
+def test_settings_of_the_launcher_that_belong_to_the_recipe_are_refused(tmp_path, monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        train(small_recipe(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -348,3 +377,4 @@ def test_evaluation_refuses_other_classes(tmp_path, colour_images, capsys):
     train(small_recipe(run))
     assert cli(["evaluate", str(run), "--data", str(colour_images / "folder"), "eval_split=validation"]) == 2
     assert "they must be the same" in capsys.readouterr().err
+    assert cli(["evaluate", str(run), "--data", "digits", "eval_split=train", "max_eval=20"]) == 0

@@ -197,10 +197,15 @@ class TokenHead(nn.Module):
 
     def forward(self, tap: Tensor) -> Tensor:
         """Map the tap to a feature [B, D]."""
-        x: Tensor = self.mlp(self.norm(as_tokens(tap, self.point)))
+        expand, activation, project = self.mlp
+        x: Tensor = activation(expand(self.norm(as_tokens(tap, self.point))))
         prefix = self.point.num_prefix_tokens
-        grid = x[:, prefix:].mean(1)
-        return (grid + x[:, :prefix].mean(1)) / 2 if prefix else grid
+        mean = x[:, prefix:].mean(1)
+        if prefix:
+            mean = (mean + x[:, :prefix].mean(1)) / 2
+        # A linear layer gives the same before and after a mean; after it, it runs once an image.
+        feature: Tensor = project(mean)
+        return feature
 
 
 def as_map(tap: Tensor, point: ExitPoint) -> Tensor:

@@ -135,6 +135,7 @@ class LossSection(_Section):
         kd_weight: Weight of each exit's divergence from its teacher.
         hint_weight: Weight of each exit's feature distance.
         ce_weight: Weight of each exit's cross-entropy with the target.
+        deepest_ce_weight: Weight of the backbone's own cross-entropy with the target.
         t_squared: Multiply the divergence by the squared temperature.
         divergence: Name of a registered divergence.
         teacher: Name of a registered teacher.
@@ -149,6 +150,7 @@ class LossSection(_Section):
     kd_weight: NotNegative | None = None
     hint_weight: NotNegative | None = None
     ce_weight: NotNegative | None = None
+    deepest_ce_weight: NotNegative | None = None
     t_squared: bool | None = None
     divergence: Text | None = None
     teacher: Text | None = None

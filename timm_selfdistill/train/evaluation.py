@@ -119,8 +119,11 @@ def _recipe(run: Path, model: SelfDistillModel, data_path: str | None, overrides
         if not saved.is_file():
             raise ValueError(f"There is no {saved}, so the data set must be named with --data.")
         return load_recipe(saved, changes)
-    recipe = load_recipe({"model": {"name": type(model.backbone).__name__}, "data": {"path": data_path}}, changes)
+    precision = load_recipe(saved).precision if saved.is_file() else "no"
     # Nothing is trained, so the data set needs no other split: the evaluated one stands for it.
+    data = {"path": data_path, "train_split": "none"}
+    name = type(model.backbone).__name__
+    recipe = load_recipe({"model": {"name": name}, "data": data, "precision": precision}, changes)
     only = {"train_split": recipe.data.eval_split, "validation": 0.0, "max_train": recipe.data.max_eval}
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=only)})
 

@@ -56,11 +56,16 @@ class Feed:
 
 @dataclass
 class _Progress:
-    """How far a network's training has come; saved with each checkpoint."""
+    """How far a network's training has come; saved with each checkpoint.
+
+    Epochs and steps are counted over all phases; `first_epoch` and `first_step` are those before the present one.
+    """
 
     phase: int = 0
     epoch: int = 0
     step: int = 0
+    first_epoch: int = 0
+    first_step: int = 0
     seconds: float = 0.0
     best_top1: float = -1.0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -97,6 +102,7 @@ class Fit:
         self.accelerator = accelerator
         self.checkpoints = folder / "checkpoints" / name
         self.progress = _Progress()
+        self.total_epochs = sum(phase.epochs for phase in phases) + recipe.schedule.cooldown_epochs
         self.updates_per_epoch = feed.steps_per_epoch // recipe.optimizer.accumulate
         if self.updates_per_epoch < 1:
             raise ValueError(
@@ -126,7 +132,8 @@ class Fit:
         if recipe.compile:
             task.compile()
         optimizer = build_optimizer(self.model, recipe)
-        scheduler, epochs = build_scheduler(optimizer, recipe, phase.epochs, self.updates_per_epoch)
+        cooldown = recipe.schedule.cooldown_epochs if phase is self.phases[-1] else 0
+        scheduler, epochs = build_scheduler(optimizer, recipe, phase.epochs, cooldown, self.updates_per_epoch)
         prepared, wrapped = accelerator.prepare(task, optimizer)
         if recipe.ema:
             task.setup_ema(decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, device=accelerator.device)
@@ -134,18 +141,18 @@ class Fit:
         if saved is not None:
             state.restore(saved)
         else:
-            progress.phase, progress.epoch = index, 0
-        while progress.epoch < epochs:
+            progress.phase, progress.first_epoch, progress.first_step = index, progress.epoch, progress.step
+        while progress.epoch - progress.first_epoch < epochs:
             start = time.monotonic()
             self._train_epoch(prepared, task, wrapped, scheduler)
             progress.epoch += 1
             progress.seconds += time.monotonic() - start
             metrics = self._validate(task, phase)
             if scheduler is not None:
-                scheduler.step(progress.epoch)
+                scheduler.step(progress.epoch - progress.first_epoch)
             self._save(state)
             if metrics is not None:
-                accelerator.log(self._values("validation", _flatten(metrics)), step=progress.step)
+                accelerator.log(self._values("validation", progress.epoch, _flatten(metrics)), step=progress.step)
         return unwrapped_model(task.get_trainable_module(ema=recipe.ema is not None))
 
     def _train_epoch(self, prepared: nn.Module, task: SelfDistillationTask, optimizer: Any, scheduler: Any) -> None:
@@ -153,9 +160,9 @@ class Fit:
         recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
         accumulate = recipe.optimizer.accumulate
         prepared.train()
-        epoch = sum(phase.epochs for phase in self.phases[: progress.phase]) + progress.epoch
-        _set_epoch(self.feed.train, epoch)
-        running = _Running(self._title(epoch), self.updates_per_epoch, recipe.batch_size, accelerator)
+        _set_epoch(self.feed.train, progress.epoch)
+        title = f"{self.name} {progress.epoch + 1}/{self.total_epochs}"
+        running = _Running(title, self.updates_per_epoch, recipe.batch_size, accelerator)
         memory_format = torch.channels_last if recipe.model.channels_last else torch.contiguous_format
         for micro, (images, targets) in enumerate(self.feed.train):
             if micro >= self.updates_per_epoch * accumulate:
@@ -176,16 +183,17 @@ class Fit:
                 exclude_head = recipe.optimizer.clip_mode == "agc"
                 parameters = task.get_clip_parameters(exclude_head=exclude_head)
                 dispatch_clip_grad(parameters, recipe.optimizer.clip_grad, recipe.optimizer.clip_mode)
+            rate = max(group["lr"] for group in optimizer.param_groups)
             optimizer.step()
             optimizer.zero_grad()
             progress.step += 1
             if scheduler is not None:
-                scheduler.step_update(progress.step - self._steps_before_phase())
+                scheduler.step_update(progress.step - progress.first_step)
             task.update_ema(progress.step)
             running.advance()
             if progress.step % _LOG_INTERVAL == 0 or running.updates == self.updates_per_epoch:
-                values = running.read() | {"lr": max(group["lr"] for group in optimizer.param_groups)}
-                accelerator.log(self._values("train", values), step=progress.step)
+                values = running.read() | {"lr": rate}
+                accelerator.log(self._values("train", progress.epoch + 1, values), step=progress.step)
         running.close()
 
     def _validate(self, task: SelfDistillationTask, phase: Phase) -> ExitMetricsResult | None:
@@ -236,6 +244,12 @@ class Fit:
                 f"resume: {path} is older than {newest}, which would be lost: move the later checkpoints away, or copy "
                 "the run to another output_dir."
             )
+        found = gather_object([None if path is None else path.name])
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"resume: the processes do not see the same checkpoints of {self.name} ({found}): output_dir must be "
+                "on storage that all machines share."
+            )
         if path is None:
             return None
         saved: dict[str, Any] = load_checkpoint(path)
@@ -246,20 +260,12 @@ class Fit:
             tracker.forget_after(self.name, saved["progress"]["step"])
         return saved
 
-    def _steps_before_phase(self) -> int:
-        done = sum(phase.epochs for phase in self.phases[: self.progress.phase])
-        return done * self.updates_per_epoch
-
-    def _values(self, kind: str, values: dict[str, float]) -> dict[str, Any]:
+    def _values(self, kind: str, epoch: int, values: dict[str, float]) -> dict[str, Any]:
         return {
             "network": self.name,
-            "epoch": self.progress.epoch,
+            "epoch": epoch,
             **{f"{kind}/{name}": value for name, value in values.items()},
         }
-
-    def _title(self, epoch: int) -> str:
-        total = sum(phase.epochs for phase in self.phases)
-        return f"{self.name} {epoch + 1}/{total}"
 
 
 def build_optimizer(model: SelfDistillModel, recipe: Recipe) -> torch.optim.Optimizer:
@@ -286,9 +292,17 @@ def build_optimizer(model: SelfDistillModel, recipe: Recipe) -> torch.optim.Opti
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, updates_per_epoch: int
+    optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, cooldown_epochs: int, updates_per_epoch: int
 ) -> tuple[Any, int]:
-    """Build timm's scheduler, None for a constant rate, and return it with the number of epochs it asks for."""
+    """Build timm's scheduler, None for a constant rate, and return it with the number of epochs it asks for.
+
+    Args:
+        optimizer: The optimizer.
+        recipe: The recipe.
+        epochs: Epochs of the phase.
+        cooldown_epochs: Epochs at the lowest rate behind them.
+        updates_per_epoch: Optimizer steps in an epoch.
+    """
     section = recipe.schedule
     scheduler, total = create_scheduler_v2(
         optimizer,
@@ -300,7 +314,7 @@ def build_scheduler(
         min_lr=section.min_lr,
         warmup_lr=section.warmup_lr,
         warmup_epochs=section.warmup_epochs,
-        cooldown_epochs=section.cooldown_epochs,
+        cooldown_epochs=cooldown_epochs,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
     )

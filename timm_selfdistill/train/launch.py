@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, DynamoBackend
 
 from timm_selfdistill.recipe import Recipe
 
@@ -89,6 +89,13 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             "alone and write over the others. On CPU, launch with ACCELERATE_USE_CPU=true accelerate launch "
             "--multi_gpu --num_processes N."
         )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"Accelerate was told to accumulate {accelerator.gradient_accumulation_steps} steps, which would divide "
+            "the loss a second time: leave that to the recipe's optimizer.accumulate."
+        )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError("Accelerate was told to compile (dynamo_backend): leave that to the recipe's compile: true.")
     if recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("precision: fp16 does nothing on a CPU; allowed there are no and bf16.")
     if recipe.precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported():

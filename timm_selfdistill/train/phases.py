@@ -13,6 +13,7 @@ _OVERRIDES = (
     "kd_weight",
     "hint_weight",
     "ce_weight",
+    "deepest_ce_weight",
     "t_squared",
     "divergence",
     "teacher",
@@ -61,9 +62,14 @@ def build_loss(recipe: Recipe) -> nn.Module:
     """
     section = recipe.loss
     cls = get_loss(section.name)
-    if cls is not SelfDistillationLoss:
-        return cls(**section.kwargs)
     overrides = {name: getattr(section, name) for name in _OVERRIDES if getattr(section, name) is not None}
+    if cls is not SelfDistillationLoss:
+        if overrides:
+            raise ValueError(
+                f"loss: {', '.join(overrides)} are settings of self-distillation; those of {section.name!r} go into "
+                "loss.kwargs."
+            )
+        return cls(**section.kwargs)
     return SelfDistillationLoss.from_preset(
         _preset(section), **overrides, label_smoothing=0.0 if recipe.augment.mixes else label_smoothing(section)
     )
