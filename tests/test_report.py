@@ -137,7 +137,7 @@ def test_costs_of_a_vits_exits_follow_the_arithmetic(vit):
     exits = build(vit)["exits"]
     for row, blocks in zip(exits, (1, 3), strict=False):
         assert row["params"] == embedding + blocks * block + head
-        assert row["macs"] == patches + blocks * block_macs + 2 * tokens * width * width + width * CLASSES
+        assert row["macs"] == patches + blocks * block_macs + (tokens + 1) * width * width + width * CLASSES
     assert exits[-1]["params"] == embedding + 4 * block + norm + classifier == num_params(vit.backbone)
     assert exits[-1]["macs"] == patches + 4 * block_macs + width * CLASSES
 
