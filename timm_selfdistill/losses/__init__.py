@@ -1,9 +1,9 @@
 """Losses for a model with exits."""
 
-from .divergences import Divergence, list_divergences, register_divergence
-from .presets import PRESETS, SelfDistillationConfig, list_presets
-from .self_distillation import SelfDistillationLoss, get_loss, list_losses, register_loss
-from .teachers import Teacher, list_teachers, register_teacher
+from timm_selfdistill.losses.divergences import Divergence, list_divergences, register_divergence
+from timm_selfdistill.losses.presets import PRESETS, SelfDistillationConfig, list_presets
+from timm_selfdistill.losses.self_distillation import SelfDistillationLoss, get_loss, list_losses, register_loss
+from timm_selfdistill.losses.teachers import Teacher, list_teachers, register_teacher
 
 __all__ = [
     "PRESETS",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..registry import Registry
+from timm_selfdistill.registry import Registry
 
 
 class Divergence(Protocol):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from .divergences import HINT_DISTANCES
+from timm_selfdistill.losses.divergences import HINT_DISTANCES
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import ExitOutput
-from ..registry import Registry
-from .divergences import HINT_DISTANCES, get_divergence
-from .presets import BYOT_ICCV2019, PRESETS, SelfDistillationConfig, list_presets
-from .teachers import get_teacher
+from timm_selfdistill.losses.divergences import HINT_DISTANCES, get_divergence
+from timm_selfdistill.losses.presets import BYOT_ICCV2019, PRESETS, SelfDistillationConfig, list_presets
+from timm_selfdistill.losses.teachers import get_teacher
+from timm_selfdistill.model import ExitOutput
+from timm_selfdistill.registry import Registry
 
 LossClass = TypeVar("LossClass", bound=type[nn.Module])
 

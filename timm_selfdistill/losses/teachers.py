@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..registry import Registry
+from timm_selfdistill.registry import Registry
 
 Teacher = Callable[[Tensor], Tensor]
 """From the detached logits of all exits and the backbone [K + 1, B, C] to those each exit learns from [K, B, C]."""

@@ -1,7 +1,7 @@
 """Recipes: everything a training run depends on, as one typed and validated YAML file."""
 
-from .load import RecipeError, list_recipes, load_recipe
-from .sections import (
+from timm_selfdistill.recipe.load import RecipeError, list_recipes, load_recipe
+from timm_selfdistill.recipe.sections import (
     AugmentSection,
     DataSection,
     EmaSection,

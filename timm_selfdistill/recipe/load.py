@@ -11,8 +11,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from .plain_yaml import parse
-from .sections import Recipe
+from timm_selfdistill.recipe.plain_yaml import parse
+from timm_selfdistill.recipe.sections import Recipe
 
 _OVERRIDE_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 

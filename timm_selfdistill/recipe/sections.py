@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from .plain_yaml import dump
+from timm_selfdistill.recipe.plain_yaml import dump
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:

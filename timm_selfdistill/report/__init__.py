@@ -1,8 +1,8 @@
 """The scalable-depth report: what every exit costs and how good it is."""
 
-from .build import EnsembleRow, ExitRow, Report, build_report
-from .picture import draw_report
-from .write import format_markdown, format_table, write_report
+from timm_selfdistill.report.build import EnsembleRow, ExitRow, Report, build_report
+from timm_selfdistill.report.picture import draw_report
+from timm_selfdistill.report.write import format_markdown, format_table, write_report
 
 __all__ = [
     "EnsembleRow",

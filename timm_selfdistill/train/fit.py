@@ -1,7 +1,6 @@
 """The only training loop."""
 
 import logging
-import random
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -9,17 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from timm_selfdistill.metrics import ExitMetricsResult
@@ -28,7 +23,10 @@ from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.task import SelfDistillationTask, unwrapped_model
 from timm_selfdistill.train.evaluation import evaluate_model, share_buffers
 from timm_selfdistill.train.launch import JsonLinesTracker
+from timm_selfdistill.train.optim import build_optimizer, build_scheduler
 from timm_selfdistill.train.phases import Phase
+from timm_selfdistill.train.running import RunningTerms
+from timm_selfdistill.train.state import PhaseState
 
 _logger = logging.getLogger(__name__)
 
@@ -137,7 +135,7 @@ class Fit:
         prepared, wrapped = accelerator.prepare(task, optimizer)
         if recipe.ema:
             task.setup_ema(decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, device=accelerator.device)
-        state = _PhaseState(self.model, task, optimizer, scheduler, accelerator)
+        state = PhaseState(self.model, task, optimizer, scheduler, accelerator)
         if saved is not None:
             state.restore(saved)
         else:
@@ -162,7 +160,7 @@ class Fit:
         prepared.train()
         _set_epoch(self.feed.train, progress.epoch)
         title = f"{self.name} {progress.epoch + 1}/{self.total_epochs}"
-        running = _Running(title, self.updates_per_epoch, recipe.batch_size, accelerator)
+        running = RunningTerms(title, self.updates_per_epoch, recipe.batch_size, accelerator)
         memory_format = torch.channels_last if recipe.model.channels_last else torch.contiguous_format
         for micro, (images, targets) in enumerate(self.feed.train):
             if micro >= self.updates_per_epoch * accumulate:
@@ -219,15 +217,11 @@ class Fit:
             self.progress.best_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
         return metrics
 
-    def _save(self, state: "_PhaseState") -> None:
-        """Write a checkpoint; the random states of all processes, the rest once."""
-        random_states = gather_object([_random_state()])
+    def _save(self, state: PhaseState) -> None:
+        """Write a checkpoint, on the main process."""
+        captured = {"progress": vars(self.progress), **state.capture()}
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.checkpoints,
-                {"progress": vars(self.progress), "random": random_states, **state.capture()},
-                self.progress.step,
-            )
+            save_checkpoint(self.checkpoints, captured, self.progress.step)
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> dict[str, Any] | None:
@@ -268,129 +262,6 @@ class Fit:
         }
 
 
-def build_optimizer(model: SelfDistillModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer with timm's parameter groups.
-
-    Raises:
-        ValueError: If timm does not know the optimizer or one of its arguments.
-    """
-    section = recipe.optimizer
-    try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model,
-            opt=section.name,
-            lr=section.lr,
-            weight_decay=section.weight_decay,
-            momentum=section.momentum,
-            filter_bias_and_bn=not section.weight_decay_on_bias_and_norm,
-            layer_decay=section.layer_decay,
-            **section.kwargs,
-        )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"optimizer: timm cannot make {section.name!r} with {section.kwargs}: {error}") from error
-    return optimizer
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, cooldown_epochs: int, updates_per_epoch: int
-) -> tuple[Any, int]:
-    """Build timm's scheduler, None for a constant rate, and return it with the number of epochs it asks for.
-
-    Args:
-        optimizer: The optimizer.
-        recipe: The recipe.
-        epochs: Epochs of the phase.
-        cooldown_epochs: Epochs at the lowest rate behind them.
-        updates_per_epoch: Optimizer steps in an epoch.
-    """
-    section = recipe.schedule
-    scheduler, total = create_scheduler_v2(
-        optimizer,
-        sched=section.name,
-        num_epochs=epochs,
-        decay_epochs=section.decay_epochs,
-        decay_milestones=list(section.decay_milestones),
-        decay_rate=section.decay_rate,
-        min_lr=section.min_lr,
-        warmup_lr=section.warmup_lr,
-        warmup_epochs=section.warmup_epochs,
-        cooldown_epochs=cooldown_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
-    if scheduler is not None:
-        scheduler.step_update(0)
-    return scheduler, total
-
-
-class _PhaseState:
-    """Everything of a phase that a checkpoint holds beside the progress."""
-
-    def __init__(
-        self,
-        model: SelfDistillModel,
-        task: SelfDistillationTask,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        accelerator: Accelerator,
-    ) -> None:
-        self.accelerator = accelerator
-        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        if scheduler is not None:
-            self.parts["scheduler"] = scheduler
-        if task.has_ema():
-            self.parts["ema"] = task.get_trainable_module(ema=True)
-        if accelerator.scaler is not None:
-            self.parts["scaler"] = accelerator.scaler
-
-    def capture(self) -> dict[str, Any]:
-        """Return the state of every part."""
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Load the state of every part, and the random state of this process where their number is the same."""
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
-        if len(saved["random"]) == self.accelerator.num_processes:
-            _set_random_state(saved["random"][self.accelerator.process_index])
-
-
-class _Running:
-    """The progress bar and the running means of one epoch's terms, read rarely because reading waits for the GPU."""
-
-    def __init__(self, title: str, updates: int, batch_size: int, accelerator: Accelerator) -> None:
-        self.bar = tqdm(total=updates, desc=title, unit="step", disable=not accelerator.is_main_process)
-        self.batch_size = batch_size
-        self.updates = 0
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-        self._start = time.monotonic()
-
-    def add(self, terms: dict[str, Tensor]) -> None:
-        """Add the terms of a micro step."""
-        self._count += 1
-        for name, value in terms.items():
-            if name != "output":
-                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
-
-    def read(self) -> dict[str, float]:
-        """Return the mean of every term since the last reading, and images per second since the epoch began."""
-        values = {name: float(total) / self._count for name, total in self._sums.items()}
-        self._sums, self._count = {}, 0
-        rate = self.updates * self.batch_size / (time.monotonic() - self._start)
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()} | {"img/s": f"{rate:.0f}"})
-        return values | {"images_per_second": rate}
-
-    def advance(self) -> None:
-        """Count one optimizer step."""
-        self.updates += 1
-        self.bar.update()
-
-    def close(self) -> None:
-        """End the bar."""
-        self.bar.close()
-
-
 def _set_epoch(loader: Any, epoch: int) -> None:
     """Give the sampler its epoch, so that a resumed run draws the order that an undisturbed one would."""
     if hasattr(loader, "set_epoch"):
@@ -405,23 +276,3 @@ def _flatten(metrics: ExitMetricsResult) -> dict[str, float]:
     if metrics["ensemble"] is not None:
         outputs["ensemble"] = dict(metrics["ensemble"])
     return {f"{name}/{key}": value for key, output in outputs.items() for name, value in output.items()}  # type: ignore[misc]
-
-
-def _random_state() -> dict[str, Any]:
-    """Return the state of every generator that training draws from."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,65 @@
+"""What a checkpoint holds beside the progress: weights, optimizer, schedule, average, scaler and random states."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.task import SelfDistillationTask
+
+
+class PhaseState:
+    """Everything of a phase that a checkpoint holds beside the progress."""
+
+    def __init__(
+        self,
+        model: SelfDistillModel,
+        task: SelfDistillationTask,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        accelerator: Accelerator,
+    ) -> None:
+        self.accelerator = accelerator
+        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        if scheduler is not None:
+            self.parts["scheduler"] = scheduler
+        if task.has_ema():
+            self.parts["ema"] = task.get_trainable_module(ema=True)
+        if accelerator.scaler is not None:
+            self.parts["scaler"] = accelerator.scaler
+
+    def capture(self) -> dict[str, Any]:
+        """Return the state of every part, and the random states of all processes; all of them call it together."""
+        random_states = gather_object([_random_state()])
+        return {"random": random_states} | {name: part.state_dict() for name, part in self.parts.items()}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Load the state of every part, and the random state of this process where their number is the same."""
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        if len(saved["random"]) == self.accelerator.num_processes:
+            _set_random_state(saved["random"][self.accelerator.process_index])
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the state of every generator that training draws from."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
