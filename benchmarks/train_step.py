@@ -149,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
+    # Torch's profiler would report every start and stop.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     environment = _environment(args, arguments)
     rows = []
     print(_HEADER, flush=True)
