@@ -148,9 +148,10 @@ class Fit:
             metrics = self._validate(task, phase)
             if scheduler is not None:
                 scheduler.step(progress.epoch - progress.first_epoch)
-            self._save(state)
+            # Logged before it is saved: a resumed run removes lines behind its checkpoint, and cannot add lost ones.
             if metrics is not None:
                 accelerator.log(self._values("validation", progress.epoch, _flatten(metrics)), step=progress.step)
+            self._save(state)
         return unwrapped_model(task.get_trainable_module(ema=recipe.ema is not None))
 
     def _train_epoch(self, prepared: nn.Module, task: SelfDistillationTask, optimizer: Any, scheduler: Any) -> None:
