@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from timm_selfdistill.recipe import load_recipe
-from timm_selfdistill.train import train
+from timm_selfdistill.train import evaluate_folder, train
 
 pytestmark = pytest.mark.multiprocess
 
@@ -67,6 +67,19 @@ def test_two_processes_train_the_same_network_as_one(tmp_path):
         assert a["ece"] == pytest.approx(b["ece"], abs=1e-4)
     logs = [(tmp_path / str(n) / "metrics.jsonl").read_text().splitlines() for n in (1, 2)]
     assert len(logs[0]) == len(logs[1]), "more than one process wrote metrics"
+
+
+def test_both_processes_evaluate_with_the_batch_statistics_that_are_saved(tmp_path):
+    run = launch(
+        2, "model.name=resnet18", "model.kwargs={channels: [16, 32, 64, 128], in_chans: 1}", f"output_dir={tmp_path}"
+    )
+    assert run.returncode == 0, run.stderr
+    trained = json.loads((tmp_path / "report.json").read_text())
+    AcceleratorState._reset_state(True)
+    saved = evaluate_folder(tmp_path)
+    for a, b in zip(trained["exits"], saved["exits"], strict=True):
+        assert a["top1"] == b["top1"]
+        assert a["ece"] == pytest.approx(b["ece"], abs=1e-4)
 
 
 def test_processes_that_did_not_join_are_refused(tmp_path):

@@ -120,8 +120,8 @@ def test_baseline_and_self_distilled_network_start_from_the_same_weights(tmp_pat
     assert all(torch.equal(starts["baseline"][name], value) for name, value in starts["self-distilled"].items())
 
 
-@pytest.mark.parametrize("ema", ["null", "{decay: 0.9}"])
-def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, ema):
+@pytest.mark.parametrize(("ema", "after_save"), [("null", False), ("null", True), ("{decay: 0.9}", False)])
+def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, ema, after_save):
     overrides = ("epochs=3", "data.workers=0", f"ema={ema}")
     train(small_recipe(tmp_path / "whole", *overrides))
     save, saved = fit.save_checkpoint, []
@@ -130,6 +130,8 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, em
         if len(saved) == 2:
             raise KeyboardInterrupt
         saved.append(save(*args, **kwargs))
+        if after_save and len(saved) == 2:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(fit, "save_checkpoint", interrupted)
     with pytest.raises(KeyboardInterrupt):
