@@ -2,11 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from timm_selfdistill.exits import find_exit_points, pool_feature
+from timm_selfdistill.exits import Classifier, find_exit_points, pool_feature
 
 
 def names(taps):
     return [point.name for point in taps.points]
+
+
+def tensors(taps):
+    """The tapped tensors of all exits."""
+    return [tap for point in taps.points for tap in point.taps]
 
 
 def count_hooks(backbone):
@@ -23,7 +28,7 @@ def test_default_exits_of_a_resnet_are_its_first_three_stages(make_backbone, nam
     taps = find_exit_points(make_backbone(name, channels=[64, 128, 256, 512]), image_size=64)
     assert names(taps) == ["layer1", "layer2", "layer3"]
     assert [point.downsample for point in taps.points] == [8, 4, 2]
-    assert taps.classifiers == ("fc",)
+    assert taps.classifier == Classifier("fc", (("fc",),))
 
 
 def test_default_exits_of_a_vit_split_its_depth_evenly(vit):
@@ -65,13 +70,10 @@ def test_cost_share_picks_the_nearest_point(vit):
 
 def test_module_that_feature_info_does_not_name_can_be_tapped(make_backbone):
     (point,) = find_exit_points(make_backbone("resnet18"), ["layer2.0.conv1"], image_size=64).points
-    assert (point.name, point.module, point.layout, point.channels, point.grid) == (
-        "layer2.0.conv1",
-        "layer2.0.conv1",
-        "NCHW",
-        32,
-        (8, 8),
-    )
+    assert (point.name, point.module) == ("layer2.0.conv1", "layer2.0.conv1")
+    assert [(tap.name, tap.layout, tap.channels, tap.grid) for tap in point.taps] == [
+        ("layer2.0.conv1", "NCHW", 32, (8, 8))
+    ]
 
 
 def test_container_is_tapped_at_its_last_child(make_backbone):
@@ -91,16 +93,16 @@ def test_container_is_tapped_at_its_last_child(make_backbone):
     ],
 )
 def test_layout_is_recognised(make_backbone, name, kwargs, layout, prefix, channels, grids):
-    points = find_exit_points(make_backbone(name, **kwargs), image_size=64).points
-    assert {(p.layout, p.num_prefix_tokens, p.member) for p in points} == {(layout, prefix, None)}
-    assert [p.channels for p in points] == channels
-    assert [p.grid for p in points] == [(side, side) for side in grids]
+    taps = tensors(find_exit_points(make_backbone(name, **kwargs), image_size=64))
+    assert {(tap.layout, tap.num_prefix_tokens, tap.member) for tap in taps} == {(layout, prefix, None)}
+    assert [tap.channels for tap in taps] == channels
+    assert [tap.grid for tap in taps] == [(side, side) for side in grids]
 
 
 def test_member_of_a_tuple_is_tapped(make_backbone):
     # PiT's stages return the feature map and the class tokens; behind its last there is nothing left to save.
-    points = find_exit_points(make_backbone("pit_ti_224", depth=[1, 1, 1])).points
-    assert [(p.layout, p.channels, p.grid, p.member) for p in points] == [
+    taps = tensors(find_exit_points(make_backbone("pit_ti_224", depth=[1, 1, 1])))
+    assert [(tap.layout, tap.channels, tap.grid, tap.member) for tap in taps] == [
         ("NCHW", 64, (27, 27), 0),
         ("NCHW", 128, (14, 14), 0),
     ]
@@ -112,10 +114,11 @@ def test_three_exits_on_a_two_stage_backbone_are_refused_when_asked_for(make_bac
 
 
 def test_grid_need_not_be_square(make_backbone):
-    (point,) = find_exit_points(make_backbone("vit_tiny_patch16_224", img_size=(64, 96)), 1, image_size=(64, 96)).points
-    assert (point.grid, point.num_prefix_tokens) == ((4, 6), 1)
-    (point,) = find_exit_points(make_backbone("resnet18"), [2], image_size=(64, 96)).points
-    assert point.grid == (8, 12)
+    size = (64, 96)
+    (tap,) = tensors(find_exit_points(make_backbone("vit_tiny_patch16_224", img_size=size), 1, image_size=size))
+    assert (tap.grid, tap.num_prefix_tokens) == ((4, 6), 1)
+    (tap,) = tensors(find_exit_points(make_backbone("resnet18"), [2], image_size=size))
+    assert tap.grid == (8, 12)
 
 
 def test_teachers_feature_is_found(make_backbone, family):
@@ -126,7 +129,7 @@ def test_teachers_feature_is_found(make_backbone, family):
     assert taps.feature_dim == feature.shape[1]
     expected = backbone.get_classifier()
     expected = expected if isinstance(expected, tuple) else (expected,)
-    assert tuple(backbone.get_submodule(name) for name in taps.classifiers) == expected
+    assert tuple(backbone.get_submodule(name) for name in taps.classifier.modules) == expected
 
 
 def test_pool_feature_takes_what_enters_any_classifier():
@@ -185,8 +188,8 @@ def test_dry_run_works_where_the_backbone_is(make_backbone):
 def test_dry_run_takes_the_backbones_own_size_and_channels(make_backbone):
     backbone = make_backbone("test_efficientnet", in_chans=1)
     assert backbone.pretrained_cfg["input_size"][1:] == (160, 160)
-    (point,) = find_exit_points(backbone, [0]).points
-    assert point.grid == (80, 80)
+    (tap,) = tensors(find_exit_points(backbone, [0]))
+    assert tap.grid == (80, 80)
 
 
 # Errors say what is allowed.

@@ -2,20 +2,24 @@ import pytest
 import torch
 from torch import nn
 
-from timm_selfdistill.exits import ExitPoint
+from timm_selfdistill.exits import ExitPoint, Tap
 from timm_selfdistill.heads import HEADS, ExitHead, as_map, as_tokens, list_heads, register_head
 from timm_selfdistill.model import wrap
 
 CHANNELS, WIDTH, CLASSES = 12, 20, 5
-LAYOUTS = [("NCHW", 0), ("NHWC", 0), ("NLC", 0), ("NLC", 1), ("NLC", 3)]
+LAYOUTS = [("NCHW", 0), ("NHWC", 0), ("NLC", 0), ("NLC", 1), ("NLC", 3), ("NCL", 0), ("NCL", 2)]
 NAMES = ("bottleneck", "linear", "sepconv_attention", "token")
 
 
-def make_point(layout="NCHW", prefix=0, grid=(6, 6), channels=CHANNELS, downsample=4):
-    return ExitPoint("stage", "stage", layout, channels, grid, prefix, downsample, 0.5, None)
+def make_tap(layout="NCHW", prefix=0, grid=(6, 6), channels=CHANNELS, downsample=4):
+    return Tap("stage", layout, channels, grid, prefix, downsample, None)
 
 
-def make_tap(layout="NCHW", prefix=0, grid=(6, 6), channels=CHANNELS, batch=3, seed=0):
+def make_point(*args, **kwargs):
+    return ExitPoint("stage", "stage", 0.5, (make_tap(*args, **kwargs),))
+
+
+def make_tensor(layout="NCHW", prefix=0, grid=(6, 6), channels=CHANNELS, batch=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, channels, *grid, generator=generator)
     if layout == "NCHW":
@@ -23,7 +27,8 @@ def make_tap(layout="NCHW", prefix=0, grid=(6, 6), channels=CHANNELS, batch=3, s
     if layout == "NHWC":
         return x.permute(0, 2, 3, 1)
     tokens = torch.randn(batch, prefix, channels, generator=generator)
-    return torch.cat([tokens, x.flatten(2).transpose(1, 2)], 1)
+    x = torch.cat([tokens, x.flatten(2).transpose(1, 2)], 1)
+    return x.transpose(1, 2) if layout == "NCL" else x
 
 
 def num_params(module):
@@ -38,9 +43,9 @@ def test_all_heads_are_listed():
 @pytest.mark.parametrize(("layout", "prefix"), LAYOUTS)
 def test_every_head_reads_every_layout_at_any_size(head, layout, prefix):
     network = ExitHead(make_point(layout, prefix), WIDTH, CLASSES, head)
-    sizes = [(6, 6), (5, 5), (1, 1), (13, 13)] + ([] if layout == "NLC" else [(37, 37), (7, 3)])
+    sizes = [(6, 6), (5, 5), (1, 1), (13, 13)] + ([] if layout in ("NLC", "NCL") else [(37, 37), (7, 3)])
     for size in sizes:
-        logits, feature = network(make_tap(layout, prefix, size))
+        logits, feature = network(make_tensor(layout, prefix, size))
         assert logits.shape == (3, CLASSES)
         assert feature.shape == (3, WIDTH)
         assert logits.isfinite().all()
@@ -51,7 +56,7 @@ def test_every_head_reads_every_layout_at_any_size(head, layout, prefix):
 def test_every_head_takes_any_number_of_channels(head, channels):
     for width in (1, 64):
         network = ExitHead(make_point(channels=channels, downsample=8), width, CLASSES, head)
-        assert network(make_tap(channels=channels))[1].shape == (3, width)
+        assert network(make_tensor(channels=channels))[1].shape == (3, width)
 
 
 @pytest.mark.parametrize("head", NAMES)
@@ -59,11 +64,12 @@ def test_every_head_takes_any_number_of_channels(head, channels):
 def test_every_parameter_and_every_position_is_used(head, layout, prefix):
     torch.manual_seed(0)
     network = ExitHead(make_point(layout, prefix), WIDTH, CLASSES, head, hint_adapter=True)
-    tap = make_tap(layout, prefix, (7, 7), batch=8).requires_grad_()
+    tap = make_tensor(layout, prefix, (7, 7), batch=8).requires_grad_()
     logits, feature = network(tap)
     (logits.square().sum() + feature.square().sum()).backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
-    grid = tap.grad[:, prefix:] if layout == "NLC" else tap.grad
+    gradient = tap.grad.transpose(1, 2) if layout == "NCL" else tap.grad
+    grid = gradient[:, prefix:] if layout in ("NLC", "NCL") else gradient
     channel = 1 if layout == "NCHW" else -1
     assert grid.abs().sum((0, channel)).all()
 
@@ -75,18 +81,18 @@ def test_auto_chooses_by_layout():
 
 @pytest.mark.parametrize("grid", [(6, 6), (4, 8)])
 def test_layouts_are_read_as_the_same_map_and_tokens(grid):
-    nchw = make_tap(grid=grid)
+    nchw = make_tensor(grid=grid)
     for layout, prefix in LAYOUTS:
-        tap, point = make_tap(layout, prefix, grid), make_point(layout, prefix, grid)
-        assert torch.equal(as_map(tap, point), nchw)
-        assert torch.equal(as_tokens(tap, point)[:, prefix:], nchw.flatten(2).transpose(1, 2))
+        x, tap = make_tensor(layout, prefix, grid), make_tap(layout, prefix, grid)
+        assert torch.equal(as_map(x, tap), nchw)
+        assert torch.equal(as_tokens(x, tap)[:, prefix:], nchw.flatten(2).transpose(1, 2))
 
 
 def test_tokens_at_another_size_keep_the_dry_runs_aspect():
-    tap = make_tap("NLC", 1, (6, 12))
-    assert torch.equal(as_map(tap, make_point("NLC", 1, (4, 8))), make_tap(grid=(6, 12)))
+    x = make_tensor("NLC", 1, (6, 12))
+    assert torch.equal(as_map(x, make_tap("NLC", 1, (4, 8))), make_tensor(grid=(6, 12)))
     with pytest.raises(ValueError, match=r"The 15 tokens of 'stage' form no grid of the aspect 6:6"):
-        as_map(make_tap("NLC", 0, (3, 5)), make_point("NLC"))
+        as_map(make_tensor("NLC", 0, (3, 5)), make_tap("NLC"))
 
 
 @pytest.mark.parametrize("head", ["bottleneck", "sepconv_attention"])
@@ -95,7 +101,7 @@ def test_convolutional_head_refuses_tokens_without_a_grid(head):
     with pytest.raises(ValueError, match=r"tokens of 'stage' form no grid: choose the head token or linear"):
         ExitHead(point, WIDTH, CLASSES, head)
     for other in ("token", "linear"):
-        assert ExitHead(point, WIDTH, CLASSES, other)(make_tap("NLC"))[0].shape == (3, CLASSES)
+        assert ExitHead(point, WIDTH, CLASSES, other)(make_tensor("NLC"))[0].shape == (3, CLASSES)
 
 
 # The published forms.
@@ -139,7 +145,7 @@ def test_sepconv_has_the_parameters_of_its_layout():
 
 def test_attention_multiplies_the_tap():
     body = ExitHead(make_point(), WIDTH, CLASSES, "sepconv_attention").body.eval()
-    tap = make_tap()
+    tap = make_tensor()
     weight = torch.sigmoid(nn.functional.interpolate(body.attention(tap), size=(6, 6), mode="bilinear"))
     assert weight.shape == tap.shape
     torch.testing.assert_close(body(tap), body.chain(tap * weight).mean((2, 3)))
@@ -147,42 +153,42 @@ def test_attention_multiplies_the_tap():
 
 def test_bottleneck_pads_borders_with_zeros():
     body = ExitHead(make_point(downsample=4), WIDTH, CLASSES, "bottleneck").body.eval()
-    inner = body.reduce(make_tap(grid=(5, 6)))
+    inner = body.reduce(make_tensor(grid=(5, 6)))
     padded = torch.zeros(*inner.shape[:2], 8, 8)
     padded[:, :, :5, :6] = inner
-    torch.testing.assert_close(body(make_tap(grid=(5, 6))), body.expand(body.shrink(padded)).mean((2, 3)))
+    torch.testing.assert_close(body(make_tensor(grid=(5, 6))), body.expand(body.shrink(padded)).mean((2, 3)))
 
 
 def test_linear_head_is_mean_norm_and_one_layer():
     head = ExitHead(make_point("NHWC"), WIDTH, CLASSES, "linear")
-    mean = make_tap("NHWC").mean((1, 2))
+    mean = make_tensor("NHWC").mean((1, 2))
     normed = (mean - mean.mean(1, keepdim=True)) / (mean.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(head.body(make_tap("NHWC")), normed @ head.body.proj.weight.T + head.body.proj.bias)
+    torch.testing.assert_close(head.body(make_tensor("NHWC")), normed @ head.body.proj.weight.T + head.body.proj.bias)
 
 
 def test_token_head_weighs_prefix_tokens_as_much_as_the_grid():
     body = ExitHead(make_point("NLC", 2), WIDTH, CLASSES, "token").body
-    tap = make_tap("NLC", 2)
+    tap = make_tensor("NLC", 2)
     each = torch.stack([body.mlp(body.norm(tap[:, n])) for n in range(tap.shape[1])])
     torch.testing.assert_close(body(tap), (each[:2].mean(0) + each[2:].mean(0)) / 2)
 
 
 def test_classifier_reads_the_body_and_the_adapter_only_the_hint():
     head = ExitHead(make_point(), WIDTH, CLASSES, "linear", hint_adapter=True)
-    logits, feature = head(make_tap())
-    embedded = head.body(make_tap())
+    logits, feature = head(make_tensor())
+    embedded = head.body(make_tensor())
     assert torch.equal(logits, head.classifier(embedded))
     assert torch.equal(feature, head.adapter(embedded))
     assert num_params(head.adapter) == WIDTH * WIDTH + WIDTH
     plain = ExitHead(make_point(), WIDTH, CLASSES, "linear")
-    assert torch.equal(plain(make_tap())[1], plain.body(make_tap()))
+    assert torch.equal(plain(make_tensor())[1], plain.body(make_tensor()))
 
 
 def test_reset_classifier_changes_the_logits_only():
     head = ExitHead(make_point(), WIDTH, CLASSES, "linear").to(torch.bfloat16)
     body = [parameter.clone() for parameter in head.body.parameters()]
     head.reset_classifier(9)
-    assert head(make_tap().bfloat16())[0].shape == (3, 9)
+    assert head(make_tensor().bfloat16())[0].shape == (3, 9)
     assert all(torch.equal(a, b) for a, b in zip(body, head.body.parameters(), strict=True))
 
 
@@ -199,8 +205,8 @@ def test_unknown_head_lists_the_known_ones():
 def test_unknown_head_argument_lists_the_allowed_ones():
     with pytest.raises(ValueError, match="Head 'bottleneck' takes no argument widht; allowed are width"):
         ExitHead(make_point(), WIDTH, CLASSES, "bottleneck", {"widht": 8})
-    with pytest.raises(ValueError, match="Head 'linear' takes no argument point; allowed are none"):
-        ExitHead(make_point(), WIDTH, CLASSES, "linear", {"point": 8})
+    with pytest.raises(ValueError, match="Head 'linear' takes no argument tap; allowed are none"):
+        ExitHead(make_point(), WIDTH, CLASSES, "linear", {"tap": 8})
 
 
 @pytest.mark.parametrize("head", ["bottleneck", "token"])
@@ -214,13 +220,13 @@ def test_width_must_be_a_positive_number(head, width):
 def third_party():
     @register_head("third_party")
     class ThirdParty(nn.Module):
-        def __init__(self, point, feature_dim, scale=1.0):
+        def __init__(self, tap, feature_dim, scale=1.0):
             super().__init__()
-            self.point, self.scale = point, scale
-            self.proj = nn.Linear(point.channels, feature_dim)
+            self.tap, self.scale = tap, scale
+            self.proj = nn.Linear(tap.channels, feature_dim)
 
-        def forward(self, tap):
-            return self.scale * self.proj(as_tokens(tap, self.point).amax(1))
+        def forward(self, x):
+            return self.scale * self.proj(as_tokens(x, self.tap).amax(1))
 
     yield ThirdParty
     del HEADS._entries["third_party"]

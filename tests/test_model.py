@@ -300,7 +300,7 @@ def test_wrap_creates_a_timm_model_from_its_name():
         small_stem=True,
     )
     assert isinstance(model, SelfDistillModel)
-    assert model.points[0].grid == (16, 24)
+    assert model.points[0].taps[0].grid == (16, 24)
     assert [z.shape for z in model(torch.randn(2, 1, 32, 48), return_exits=True).logits] == [(2, 7)] * 2
 
 

@@ -1,6 +1,6 @@
 """Turn any timm backbone into its own teacher: self-distillation with shallow exits."""
 
-from timm_selfdistill.exits import ExitPoint
+from timm_selfdistill.exits import ExitPoint, Tap
 from timm_selfdistill.heads import list_heads, register_head
 from timm_selfdistill.hub import from_pretrained, save_pretrained
 from timm_selfdistill.losses import (
@@ -27,6 +27,7 @@ __all__ = [
     "SelfDistillationConfig",
     "SelfDistillationLoss",
     "SelfDistillationTask",
+    "Tap",
     "from_pretrained",
     "list_divergences",
     "list_heads",

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
-from timm_selfdistill.exits import ExitPoint
+from timm_selfdistill.exits import ExitPoint, Tap
 from timm_selfdistill.registry import Registry
 
 HEADS: Registry[type[nn.Module]] = Registry("head", "timm_selfdistill.heads")
@@ -23,13 +24,16 @@ def list_heads() -> list[str]:
 
 
 class ExitHead(nn.Module):
-    """An exit's network: a body that embeds the tap, and a linear classifier on what the body returns.
+    """An exit's network: a body that embeds what is tapped, and a linear classifier on what the body returns.
+
+    Where the backbone has several branches there, each has a body of its own, and their features are averaged.
 
     Args:
-        point: The exit point whose tap is read.
+        point: The exit point that is read.
         feature_dim: Width D of the teacher's feature.
         num_classes: Number of logits.
-        head: Name of a registered body, or "auto": `bottleneck` for NCHW taps, `token` for NLC and NHWC.
+        head: Name of a registered body, or "auto": `token` for NLC, NCL and NHWC taps, `bottleneck` for an NCHW tap,
+            `linear` for each of several NCHW branches.
         head_kwargs: Further arguments of the body.
         hint_adapter: Report the feature through a trainable linear layer, as the journal version does before it
             compares features; the classifier still reads the body's own output.
@@ -48,24 +52,40 @@ class ExitHead(nn.Module):
         hint_adapter: bool = False,
     ) -> None:
         super().__init__()
-        self.body = _build_body(head, point, feature_dim, head_kwargs or {})
+        name = choose_head(point) if head == "auto" else head
+        bodies = [_build_body(name, tap, feature_dim, head_kwargs or {}) for tap in point.taps]
+        self.body = bodies[0] if len(bodies) == 1 else _Branches(bodies)
         self.classifier = nn.Linear(feature_dim, num_classes)
         self.adapter = nn.Linear(feature_dim, feature_dim) if hint_adapter else nn.Identity()
 
-    def classify(self, tap: Tensor) -> Tensor:
+    def classify(self, *taps: Tensor) -> Tensor:
         """Return logits [B, num_classes] alone."""
-        logits: Tensor = self.classifier(self.body(tap))
+        logits: Tensor = self.classifier(self.body(*taps))
         return logits
 
-    def forward(self, tap: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *taps: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits [B, num_classes] and the feature [B, D] that the hint compares."""
-        feature = self.body(tap)
+        feature = self.body(*taps)
         return self.classifier(feature), self.adapter(feature)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a new one of `num_classes` logits."""
         old = self.classifier
         self.classifier = nn.Linear(old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype)
+
+
+class _Branches(nn.ModuleList):
+    """One body a branch; the mean of what they return."""
+
+    def forward(self, *taps: Tensor) -> Tensor:
+        return torch.stack([body(tap) for body, tap in zip(self, taps, strict=True)]).mean(0)
+
+
+def choose_head(point: ExitPoint) -> str:
+    """Return the name of the head that "auto" means at an exit point."""
+    if any(tap.layout != "NCHW" for tap in point.taps):
+        return "token"
+    return "bottleneck" if len(point.taps) == 1 else "linear"
 
 
 @register_head("bottleneck")
@@ -80,23 +100,25 @@ class Bottleneck(nn.Module):
     this is the form of its widely used re-implementation.
 
     Args:
-        point: The exit point whose tap is read.
+        tap: The tensor that is read.
         feature_dim: Width D of the teacher's feature.
         width: Channels inside; a quarter of `feature_dim` by default.
     """
 
-    def __init__(self, point: ExitPoint, feature_dim: int, width: int | None = None) -> None:
+    def __init__(self, tap: Tap, feature_dim: int, width: int | None = None) -> None:
         super().__init__()
-        self.point = point
+        self.tap = tap
         width = _positive("width", width if width is not None else max(1, feature_dim // 4))
-        self.stride = 2 ** _halvings(point)
-        self.reduce = ConvNormAct(point.channels, width, 1)
+        self.stride = 2 ** _halvings(tap)
+        self.reduce = ConvNormAct(tap.channels, width, 1)
         self.shrink = ConvNormAct(width, width, self.stride, stride=self.stride, padding=0)
         self.expand = ConvNormAct(width, feature_dim, 1)
 
-    def forward(self, tap: Tensor) -> Tensor:
-        """Map the tap to a feature [B, D]."""
-        x = self.reduce(as_map(tap, self.point))
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the tapped tensor to a feature [B, D]."""
+        x = as_map(x, self.tap)
+        _check_batch(self, x, self.stride)
+        x = self.reduce(x)
         bottom, right = -x.shape[2] % self.stride, -x.shape[3] % self.stride
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
@@ -115,23 +137,24 @@ class SepConvAttention(nn.Module):
     https://doi.org/10.1109/TPAMI.2021.3067100. The published code fixes the sizes to a CIFAR ResNet.
 
     Args:
-        point: The exit point whose tap is read.
+        tap: The tensor that is read.
         feature_dim: Width D of the teacher's feature.
         attention: Whether the chain is behind the spatial attention.
     """
 
-    def __init__(self, point: ExitPoint, feature_dim: int, attention: bool = True) -> None:
+    def __init__(self, tap: Tap, feature_dim: int, attention: bool = True) -> None:
         super().__init__()
-        self.point = point
-        links = _halvings(point)
-        growth = (feature_dim / point.channels) ** (1 / links)
-        widths = [point.channels, *(round(point.channels * growth**n) for n in range(1, links)), feature_dim]
-        self.attention = SeparableConv(point.channels, point.channels) if attention else None
+        self.tap = tap
+        links = _halvings(tap)
+        growth = (feature_dim / tap.channels) ** (1 / links)
+        widths = [tap.channels, *(round(tap.channels * growth**n) for n in range(1, links)), feature_dim]
+        self.attention = SeparableConv(tap.channels, tap.channels) if attention else None
         self.chain = nn.Sequential(*(SeparableConv(a, b) for a, b in pairwise(widths)))
 
-    def forward(self, tap: Tensor) -> Tensor:
-        """Map the tap to a feature [B, D]."""
-        x = as_map(tap, self.point)
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the tapped tensor to a feature [B, D]."""
+        x = as_map(x, self.tap)
+        _check_batch(self, x, 2 ** len(self.chain))
         if self.attention is not None:
             weight = F.interpolate(self.attention(x), size=x.shape[2:], mode="bilinear", align_corners=False)
             x = x * weight.sigmoid()
@@ -160,19 +183,19 @@ class LinearHead(nn.Module):
     """Mean over positions, layer norm and one linear layer to the teacher's width: the cheapest exit.
 
     Args:
-        point: The exit point whose tap is read.
+        tap: The tensor that is read.
         feature_dim: Width D of the teacher's feature.
     """
 
-    def __init__(self, point: ExitPoint, feature_dim: int) -> None:
+    def __init__(self, tap: Tap, feature_dim: int) -> None:
         super().__init__()
-        self.point = point
-        self.norm = nn.LayerNorm(point.channels)
-        self.proj = nn.Linear(point.channels, feature_dim)
+        self.tap = tap
+        self.norm = nn.LayerNorm(tap.channels)
+        self.proj = nn.Linear(tap.channels, feature_dim)
 
-    def forward(self, tap: Tensor) -> Tensor:
-        """Map the tap to a feature [B, D]."""
-        feature: Tensor = self.proj(self.norm(as_tokens(tap, self.point).mean(1)))
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the tapped tensor to a feature [B, D]."""
+        feature: Tensor = self.proj(self.norm(as_tokens(x, self.tap).mean(1)))
         return feature
 
 
@@ -183,23 +206,23 @@ class TokenHead(nn.Module):
     Prefix tokens (class, distillation, registers) together weigh as much as all the tokens of the grid together.
 
     Args:
-        point: The exit point whose tap is read.
+        tap: The tensor that is read.
         feature_dim: Width D of the teacher's feature.
         width: Hidden width of the perceptron; `feature_dim` by default.
     """
 
-    def __init__(self, point: ExitPoint, feature_dim: int, width: int | None = None) -> None:
+    def __init__(self, tap: Tap, feature_dim: int, width: int | None = None) -> None:
         super().__init__()
-        self.point = point
+        self.tap = tap
         width = _positive("width", width if width is not None else feature_dim)
-        self.norm = nn.LayerNorm(point.channels)
-        self.mlp = nn.Sequential(nn.Linear(point.channels, width), nn.GELU(), nn.Linear(width, feature_dim))
+        self.norm = nn.LayerNorm(tap.channels)
+        self.mlp = nn.Sequential(nn.Linear(tap.channels, width), nn.GELU(), nn.Linear(width, feature_dim))
 
-    def forward(self, tap: Tensor) -> Tensor:
-        """Map the tap to a feature [B, D]."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the tapped tensor to a feature [B, D]."""
         expand, activation, project = self.mlp
-        x: Tensor = activation(expand(self.norm(as_tokens(tap, self.point))))
-        prefix = self.point.num_prefix_tokens
+        x = activation(expand(self.norm(as_tokens(x, self.tap))))
+        prefix = self.tap.num_prefix_tokens
         mean = x[:, prefix:].mean(1)
         if prefix:
             mean = (mean + x[:, :prefix].mean(1)) / 2
@@ -208,30 +231,30 @@ class TokenHead(nn.Module):
         return feature
 
 
-def as_map(tap: Tensor, point: ExitPoint) -> Tensor:
-    """Return a tap of any layout as a feature map [B, C, H, W], without its prefix tokens."""
-    if point.layout == "NCHW":
-        return tap
-    if point.layout == "NHWC":
-        return tap.permute(0, 3, 1, 2)
-    rows, columns = _grid(point)
-    tokens = tap[:, point.num_prefix_tokens :].transpose(1, 2)
+def as_map(x: Tensor, tap: Tap) -> Tensor:
+    """Return a tapped tensor of any layout as a feature map [B, C, H, W], without its prefix tokens."""
+    if tap.layout == "NCHW":
+        return x
+    if tap.layout == "NHWC":
+        return x.permute(0, 3, 1, 2)
+    rows, columns = _grid(tap)
+    tokens = as_tokens(x, tap)[:, tap.num_prefix_tokens :].transpose(1, 2)
     # At another input size than the dry run's, the tokens tell the grid's area; its aspect is taken to be the same.
     height = max(1, round(math.sqrt(tokens.shape[2] * rows / columns)))
     width, rest = divmod(tokens.shape[2], height)
     if rest:
         raise ValueError(
-            f"The {tokens.shape[2]} tokens of {point.name!r} form no grid of the aspect {rows}:{columns}, which a "
+            f"The {tokens.shape[2]} tokens of {tap.name!r} form no grid of the aspect {rows}:{columns}, which a "
             "convolutional head needs: give images of the dry run's aspect, or choose the head token or linear."
         )
     return tokens.reshape(*tokens.shape[:2], height, width)
 
 
-def as_tokens(tap: Tensor, point: ExitPoint) -> Tensor:
-    """Return a tap of any layout as tokens [B, L, C], its prefix tokens in front."""
-    if point.layout == "NCHW":
-        return tap.flatten(2).transpose(1, 2)
-    return tap.flatten(1, 2) if point.layout == "NHWC" else tap
+def as_tokens(x: Tensor, tap: Tap) -> Tensor:
+    """Return a tapped tensor of any layout as tokens [B, L, C], its prefix tokens in front."""
+    if tap.layout == "NHWC":
+        return x.flatten(1, 2)
+    return x if tap.layout == "NLC" else x.flatten(2).transpose(1, 2)
 
 
 def pooled(x: Tensor) -> Tensor:
@@ -239,31 +262,38 @@ def pooled(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
-def _build_body(head: str, point: ExitPoint, feature_dim: int, head_kwargs: Mapping[str, Any]) -> nn.Module:
+def _build_body(head: str, tap: Tap, feature_dim: int, head_kwargs: Mapping[str, Any]) -> nn.Module:
     """Build the registered body `head`."""
-    if head == "auto":
-        head = "bottleneck" if point.layout == "NCHW" else "token"
     cls = HEADS.get(head)
-    allowed = [name for name in inspect.signature(cls).parameters if name not in ("point", "feature_dim")]
+    allowed = list(inspect.signature(cls).parameters)[2:]
     unknown = sorted(set(head_kwargs) - set(allowed))
     if unknown:
         raise ValueError(
             f"Head {head!r} takes no argument {', '.join(unknown)}; allowed are {', '.join(allowed) or 'none'}."
         )
-    return cls(point, feature_dim, **head_kwargs)
+    return cls(tap, feature_dim, **head_kwargs)
 
 
-def _halvings(point: ExitPoint) -> int:
+def _halvings(tap: Tap) -> int:
     """Return how often the tap's grid is halved to reach the deepest one, between 1 and the paper's 3."""
-    _grid(point)
-    return min(3, max(1, round(math.log2(point.downsample))))
+    _grid(tap)
+    return min(3, max(1, round(math.log2(tap.downsample))))
 
 
-def _grid(point: ExitPoint) -> tuple[int, int]:
+def _check_batch(body: "Bottleneck | SepConvAttention", x: Tensor, stride: int) -> None:
+    """Refuse what batch norm cannot normalise: a single image whose map shrinks to a single position."""
+    if body.training and x.shape[0] * math.ceil(x.shape[2] / stride) * math.ceil(x.shape[3] / stride) == 1:
+        raise ValueError(
+            f"The head at {body.tap.name!r} cannot train on a batch of one image of this size: its batch norm would "
+            "see one value a channel. Give at least two images (or larger ones), or choose the head linear or token."
+        )
+
+
+def _grid(tap: Tap) -> tuple[int, int]:
     """Return the tap's grid, which a convolutional head needs."""
-    if point.grid is None:
-        raise ValueError(f"The tokens of {point.name!r} form no grid: choose the head token or linear.")
-    return point.grid
+    if tap.grid is None:
+        raise ValueError(f"The tokens of {tap.name!r} form no grid: choose the head token or linear.")
+    return tap.grid
 
 
 def _positive(name: str, value: int) -> int:

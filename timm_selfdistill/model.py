@@ -117,7 +117,8 @@ class SelfDistillModel(nn.Module):
         # Hooks are functions bound to the tape, not closures: copied with the model, they write to the copy's tape.
         for index, point in enumerate(taps.points):
             module = backbone.get_submodule(point.module)
-            module.register_forward_hook(partial(_record_tap, self._tape, index, point.member))
+            members = tuple(tap.member for tap in point.taps)
+            module.register_forward_hook(partial(_record_tap, self._tape, index, members))
         self._read_classifiers()
 
     def forward(self, x: Tensor, return_exits: bool = False) -> Tensor | ExitOutput:
@@ -137,16 +138,11 @@ class SelfDistillModel(nn.Module):
         try:
             logits = self._run_backbone(x)
             taps = [tape.taps[index] for index in range(self.num_exits)]
-            if not tape.features:
-                raise RuntimeError(
-                    "The backbone's classifier is not the one that was wrapped: replace it by model.reset_classifier, "
-                    "not by model.backbone's."
-                )
-            feature = torch.stack(tape.features).mean(0) if len(tape.features) > 1 else tape.features[0]
+            feature = self._teacher_feature(tape.features)
         finally:
             # Recomputation under gradient checkpointing calls the hooks again: by then they record nothing.
             tape.stop()
-        outputs = [head(tap) for head, tap in zip(self.heads, taps, strict=True)]
+        outputs = [head(*tapped) for head, tapped in zip(self.heads, taps, strict=True)]
         return ExitOutput((*(out[0] for out in outputs), logits), (*(out[1] for out in outputs), feature))
 
     def forward_exit(self, x: Tensor, exit: int) -> Tensor:
@@ -171,12 +167,12 @@ class SelfDistillModel(nn.Module):
         try:
             self.backbone(x)
         except _Reached:
-            tap = tape.taps[exit]
+            tapped = tape.taps[exit]
         finally:
             tape.stop()
         head = self.heads[exit]
         assert isinstance(head, ExitHead)
-        return head.classify(tap)
+        return head.classify(*tapped)
 
     @property
     def points(self) -> tuple[ExitPoint, ...]:
@@ -191,7 +187,7 @@ class SelfDistillModel(nn.Module):
     @property
     def exit_names(self) -> tuple[str, ...]:
         """Names of the K exits and of the backbone's own classifier."""
-        return (*(point.name for point in self.taps.points), self.taps.classifiers[0])
+        return (*(point.name for point in self.taps.points), self.taps.classifier.name)
 
     @property
     def num_classes(self) -> int:
@@ -240,7 +236,7 @@ class SelfDistillModel(nn.Module):
         self.backbone.to(device=parameter.device, dtype=parameter.dtype)
         found = find_exit_points(self.backbone, [point.name for point in self.points], self.config.image_size)
         width_changed = found.feature_dim != self.taps.feature_dim
-        self.taps = BackboneTaps(self.points, found.classifiers, found.feature_dim)
+        self.taps = BackboneTaps(self.points, found.classifier, found.feature_dim)
         self._read_classifiers()
         if width_changed:
             self.heads = self._build_heads(num_classes)
@@ -288,15 +284,30 @@ class SelfDistillModel(nn.Module):
         return heads.to(device=parameter.device, dtype=parameter.dtype).train(self.training)
 
     def _run_backbone(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.backbone(x)
+        logits: Tensor | tuple[Tensor, Tensor] = self.backbone(x)
+        if isinstance(logits, tuple):
+            # timm's distilled models with distilled_training: what they return in eval mode.
+            return (logits[0] + logits[1]) / 2
         return logits
+
+    def _teacher_feature(self, recorded: Mapping[str, Tensor]) -> Tensor:
+        """Return the teacher's feature [B, D] from what entered each module of the classifier."""
+        groups = self.taps.classifier.groups
+        if any(name not in recorded for group in groups for name in group):
+            raise RuntimeError(
+                "The backbone's classifier is not the one that was wrapped: replace it by model.reset_classifier, "
+                "not by model.backbone's."
+            )
+        parts = [[recorded[name] for name in group] for group in groups]
+        features = [torch.cat(part, 1) if len(part) > 1 else part[0] for part in parts]
+        return torch.stack(features).mean(0) if len(features) > 1 else features[0]
 
     def _read_classifiers(self) -> None:
         """Record what enters the backbone's classifier: the teacher's feature."""
-        for name in self.taps.classifiers:
+        for name in self.taps.classifier.modules:
             module = self.backbone.get_submodule(name)
             if not any(_is_bound_to(hook, self._tape) for hook in module._forward_pre_hooks.values()):
-                module.register_forward_pre_hook(partial(_record_feature, self._tape))
+                module.register_forward_pre_hook(partial(_record_feature, self._tape, name))
 
 
 class _Reached(Exception):
@@ -309,8 +320,8 @@ class _Tape:
     def __init__(self) -> None:
         self.active = False
         self.stop_at: int | None = None
-        self.taps: dict[int, Tensor] = {}
-        self.features: list[Tensor] = []
+        self.taps: dict[int, tuple[Tensor, ...]] = {}
+        self.features: dict[str, Tensor] = {}
 
     def start(self, stop_at: int | None = None) -> None:
         """Record from now on; with `stop_at`, end the forward at that tap."""
@@ -319,20 +330,22 @@ class _Tape:
     def stop(self) -> None:
         """Record no more and let go of what was recorded."""
         self.active, self.stop_at = False, None
-        self.taps, self.features = {}, []
+        self.taps, self.features = {}, {}
 
 
-def _record_tap(tape: _Tape, index: int, member: int | None, module: nn.Module, args: Any, output: Any) -> None:
+def _record_tap(
+    tape: _Tape, index: int, members: tuple[int | None, ...], module: nn.Module, args: Any, output: Any
+) -> None:
     if not tape.active:
         return
-    tape.taps[index] = output if member is None else output[member]
+    tape.taps[index] = tuple(output if member is None else output[member] for member in members)
     if tape.stop_at == index:
         raise _Reached
 
 
-def _record_feature(tape: _Tape, module: nn.Module, args: Any) -> None:
+def _record_feature(tape: _Tape, name: str, module: nn.Module, args: Any) -> None:
     if tape.active:
-        tape.features = [*tape.features, pool_feature(args[0])]
+        tape.features[name] = pool_feature(args[0])
 
 
 def _is_bound_to(hook: Callable[..., Any], tape: _Tape) -> bool:

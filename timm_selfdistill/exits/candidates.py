@@ -1,5 +1,7 @@
 """What a backbone says of itself: the modules that may be tapped, and its own classifier."""
 
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,32 +10,126 @@ from torch import nn
 # A torch module that follows timm's contract, which no base class of timm's states.
 Backbone = Any
 
+_CONTRACT = ("feature_info", "get_classifier", "num_classes", "num_features")
+_ENTRY_KEYS = ("module", "num_chs", "reduction")
+
+# The timm families whose `feature_info` names no modules that could be tapped: what to tap instead, shallow to deep,
+# `*` standing for any one part of a path. Indices into `feature_info` then count these modules.
+_TAPPED_INSTEAD: dict[str, tuple[str, ...]] = {
+    # Names the containers of the last, parallel stage only (and the first stage), whose blocks end the network.
+    "CoaT": ("serial_blocks*", "parallel_blocks.*"),
+    # Names a `stem` and a `stage1` that are no modules; the branches of the others are not those that it promises.
+    "HighResolutionNet": ("layer1", "stage*"),
+    # Names `block.0`, `block.1`, ... for what is `stages.0`, `stages.1`, ...
+    "MultiScaleVit": ("stages.*",),
+    # Names `block.0`, `block.1`, ... for what is `blocks.0`, `blocks.1`, ...
+    "Twins": ("blocks.*",),
+}
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What one entry of `feature_info` says of the tensor at its module.
+
+    Args:
+        index: The entry's index.
+        channels: Its channels.
+        reduction: How many times the image's sides are longer than the grid's.
+    """
+
+    index: int
+    channels: int
+    reduction: float
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tap that `feature_info` or the caller names: where it hangs and what `feature_info` promises about it."""
+    """A module that `feature_info` or the caller names.
+
+    Args:
+        name: Its path as it was named.
+        module: Path of the module to hook: the last child that runs, where `name` is a container.
+        indices: The indices by which it may be called.
+        promises: What `feature_info` says of it: nothing, or one entry for each tensor that is to be tapped.
+    """
 
     name: str
     module: str
-    index: int | None = None
-    channels: int | None = None
-    reduction: int | None = None
+    indices: tuple[int, ...] = ()
+    promises: tuple[Promise, ...] = ()
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A backbone's classifier.
+
+    Args:
+        name: Its module path, of the first where there are several.
+        groups: Module paths. Classifiers in one group read different features of which each gives a part of the
+            teacher's (CrossViT: a feature a branch); two groups are two whole classifiers, whose features are averaged
+            (distilled transformers: the class token's and the distillation token's).
+    """
+
+    name: str
+    groups: tuple[tuple[str, ...], ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The paths of all its modules."""
+        return tuple(path for group in self.groups for path in group)
+
+
+def check_contract(backbone: Backbone) -> None:
+    """Refuse a module that does not follow timm's contract.
+
+    Raises:
+        ValueError: Saying what is missing.
+    """
+    kind = type(backbone).__name__
+    missing = [name for name in _CONTRACT if not hasattr(backbone, name)]
+    if missing:
+        raise ValueError(
+            f"{kind} cannot be wrapped: it has no {', '.join(missing)}. A backbone is a timm model or a module with "
+            f"{', '.join(_CONTRACT)}" + (" (a pure encoder has no classifier)." if "get_classifier" in missing else ".")
+        )
+    entries = backbone.feature_info
+    if not isinstance(entries, list | tuple):
+        raise ValueError(f"feature_info of {kind} must be a list of dicts, got {type(entries).__name__}.")
+    for index, entry in enumerate(entries):
+        absent = [key for key in _ENTRY_KEYS if not isinstance(entry, Mapping) or key not in entry]
+        if absent:
+            raise ValueError(
+                f"feature_info of {kind} must be a list of dicts with the keys {', '.join(_ENTRY_KEYS)}; entry {index} "
+                f"has no {', '.join(absent)}: {entry!r}."
+            )
 
 
 def resolve_feature_info(backbone: Backbone) -> dict[str, Candidate]:
     """Return the candidates that `feature_info` names and that are modules, in its order."""
     modules = dict(backbone.named_modules())
-    candidates: dict[str, Candidate] = {}
-    for index, info in enumerate(backbone.feature_info):
-        for name in (info["module"], f"encoder.{info['module']}"):
-            if name and name in modules:
-                module = last_running_child(backbone, name, candidates)
-                candidates.setdefault(name, Candidate(name, module, index, info["num_chs"], info["reduction"]))
-                break
-    return candidates
+    instead = _tapped_instead(backbone, modules)
+    if instead:
+        return {
+            name: Candidate(name, last_running_child(backbone, name, instead), (index,))
+            for index, name in enumerate(instead)
+        }
+    prefixes = ("", *_parts_that_share_feature_info(backbone))
+    entries: dict[str, list[Promise]] = {}
+    for index, entry in enumerate(backbone.feature_info):
+        promise = Promise(index, entry["num_chs"], entry["reduction"])
+        names = (prefix + entry["module"] for prefix in prefixes if entry["module"])
+        name = next((name for name in names if name in modules), None)
+        if name is not None:
+            entries.setdefault(name, []).append(promise)
+    return {
+        name: Candidate(
+            name, last_running_child(backbone, name, entries), tuple(p.index for p in promises), tuple(promises)
+        )
+        for name, promises in entries.items()
+    }
 
 
-def last_running_child(backbone: Backbone, name: str, known: dict[str, Candidate]) -> str:
+def last_running_child(backbone: Backbone, name: str, known: Iterable[str]) -> str:
     """Return the path of the last module that runs inside the container `name`, or `name` itself."""
     try:
         module = backbone.get_submodule(name)
@@ -51,22 +147,51 @@ def last_running_child(backbone: Backbone, name: str, known: dict[str, Candidate
     return name
 
 
-def classifier_names(backbone: Backbone) -> tuple[str, ...]:
-    """Return the paths of the modules that map the teacher's feature to logits."""
-    classifier = backbone.get_classifier()
-    parts = classifier if isinstance(classifier, tuple | list | nn.ModuleList) else [classifier]
-    paths = {id(module): name for name, module in backbone.named_modules()}
+def find_classifier(backbone: Backbone) -> Classifier:
+    """Return where the teacher's feature becomes logits.
+
+    Raises:
+        ValueError: If the backbone has no classifier, or names one that is no part of it.
+    """
+    kind = type(backbone).__name__
+    found = backbone.get_classifier()
+    groups = [_members(part) for part in (found if isinstance(found, tuple | list) else [found])]
+    parts = [part for group in groups for part in group]
     if not parts or any(not isinstance(part, nn.Module) or isinstance(part, nn.Identity) for part in parts):
         raise ValueError(
-            f"{type(backbone).__name__} has no classifier (num_classes={getattr(backbone, 'num_classes', None)}), so "
+            f"{kind} has no classifier (num_classes={getattr(backbone, 'num_classes', None)}), so "
             "there is nothing to teach: create it with num_classes=N or call its reset_classifier(N) first."
         )
+    paths = {id(module): name for name, module in backbone.named_modules()}
     unknown = [type(part).__name__ for part in parts if id(part) not in paths]
     if unknown:
-        raise ValueError(f"get_classifier() of {type(backbone).__name__} returned {unknown}, not one of its modules.")
-    return tuple(paths[id(part)] for part in parts)
+        raise ValueError(f"get_classifier() of {kind} returned {unknown}, not one of its modules.")
+    first = found[0] if isinstance(found, tuple | list) else found
+    name = paths.get(id(first), paths[id(parts[0])])
+    return Classifier(name, tuple(tuple(paths[id(part)] for part in group) for group in groups))
 
 
-def names_of(known: Any) -> str:
+def names_of(known: Iterable[Any]) -> str:
     """Return the names of exit points as one comma-separated line."""
     return ", ".join(item if isinstance(item, str) else item.name for item in known) or "none"
+
+
+def _tapped_instead(backbone: Backbone, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the modules that the table names for the backbone's family, or none."""
+    for base in type(backbone).__mro__:
+        patterns = _TAPPED_INSTEAD.get(base.__name__, ()) if base.__module__.startswith("timm.") else ()
+        if patterns:
+            expressions = [re.escape(pattern).replace(r"\*", "[^.]*") for pattern in patterns]
+            return [name for expression in expressions for name in modules if re.fullmatch(expression, name)]
+    return []
+
+
+def _parts_that_share_feature_info(backbone: Backbone) -> Iterator[str]:
+    """Yield the path prefixes of children whose `feature_info` the backbone hands on, its names being relative."""
+    for name, child in backbone.named_children():
+        if getattr(child, "feature_info", None) is backbone.feature_info:
+            yield f"{name}."
+
+
+def _members(part: Any) -> list[Any]:
+    return list(part) if isinstance(part, nn.ModuleList) else [part]

@@ -10,7 +10,7 @@ import torch
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
-from timm_selfdistill.exits.candidates import Backbone
+from timm_selfdistill.exits.candidates import Backbone, Classifier
 from timm_selfdistill.flops import MacCounter
 
 
@@ -39,10 +39,14 @@ class DryRun:
 def dry_run(
     backbone: Backbone,
     taps: Sequence[str],
-    classifiers: tuple[str, ...],
+    classifier: Classifier,
     image_size: int | tuple[int, int] | None,
 ) -> DryRun:
-    """Run the backbone once on zeros, counting calls, shapes and cost at every tap."""
+    """Run the backbone once on zeros, counting calls, shapes and cost at every tap.
+
+    Raises:
+        ValueError: If the backbone fails, returns no logits, or does not run its classifier as modules.
+    """
     # Only the input size is read; with statistics given, timm does not warn about those of another channel count.
     channels, *size = resolve_input_data_config(backbone, {"mean": 0.5, "std": 0.5})["input_size"]
     if image_size is not None:
@@ -50,7 +54,7 @@ def dry_run(
     parameter = next(backbone.parameters())
     zeros = torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype)
     try:
-        records, feature_dims, output, macs = _forward(backbone, zeros, taps, classifiers)
+        records, widths, output, macs = _forward(backbone, zeros, taps, classifier.modules)
     except Exception as error:
         raise ValueError(
             f"{type(backbone).__name__} fails on an input of shape {tuple(zeros.shape)}: {error}. "
@@ -59,23 +63,28 @@ def dry_run(
     if not isinstance(output, Tensor) or output.ndim != 2:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"{type(backbone).__name__} must return logits [B, num_classes], but returned {got}.")
-    if len(feature_dims) != len(classifiers):
+    idle = [name for name in classifier.modules if name not in widths]
+    if idle:
         raise ValueError(
-            f"The classifier of {type(backbone).__name__} ({', '.join(classifiers)}) did not run as a module, "
+            f"The classifier of {type(backbone).__name__} ({', '.join(idle)}) did not run as a module, "
             "so the teacher's feature cannot be read there."
         )
-    if len(set(feature_dims)) != 1:
-        raise ValueError(f"The classifiers {classifiers} read features of different widths: {feature_dims}.")
-    return DryRun(records, (size[0], size[1]), macs, feature_dims[0])
+    feature_dims = {sum(widths[name] for name in group) for group in classifier.groups}
+    if len(feature_dims) != 1:
+        raise ValueError(
+            f"The classifiers of {type(backbone).__name__} read features of different widths, of which no mean can be "
+            f"taken: {widths}."
+        )
+    return DryRun(records, (size[0], size[1]), macs, feature_dims.pop())
 
 
 def _forward(
-    backbone: Backbone, zeros: Tensor, taps: Sequence[str], classifiers: tuple[str, ...]
-) -> tuple[dict[str, Record], list[int], Any, int]:
+    backbone: Backbone, zeros: Tensor, taps: Sequence[str], classifiers: Sequence[str]
+) -> tuple[dict[str, Record], dict[str, int], Any, int]:
     """Return the record of each tap, the width of each classifier's input, the output and the MACs."""
     counter = MacCounter()
     records = {name: Record() for name in taps}
-    feature_dims: list[int] = []
+    widths: dict[str, int] = {}
     versions: list[tuple[Record, Tensor, int]] = []
     clock = iter(range(10**9))
 
@@ -84,16 +93,20 @@ def _forward(
         record = records[name]
         record.calls += 1
         record.is_sequence = isinstance(output, tuple | list)
-        record.shapes = tuple(tuple(m.shape) if isinstance(m, Tensor) else () for m in members)
+        # A tensor that is returned twice (as SelecSLS does) is one tap.
+        first = {id(m): index for index, m in reversed(list(enumerate(members)))}
+        record.shapes = tuple(
+            tuple(m.shape) if isinstance(m, Tensor) and first[id(m)] == index else () for index, m in enumerate(members)
+        )
         versions.extend((record, m, m._version) for m in members if isinstance(m, Tensor))
         record.macs = counter.macs
         record.order = next(clock)
 
-    def record_feature(module: nn.Module, args: Any) -> None:
-        feature_dims.append(pool_feature(args[0]).shape[1])
+    def record_feature(name: str, module: nn.Module, args: Any) -> None:
+        widths[name] = pool_feature(args[0]).shape[1]
 
     handles = [backbone.get_submodule(n).register_forward_hook(partial(record_tap, n)) for n in records]
-    handles += [backbone.get_submodule(n).register_forward_pre_hook(record_feature) for n in classifiers]
+    handles += [backbone.get_submodule(n).register_forward_pre_hook(partial(record_feature, n)) for n in classifiers]
     try:
         with _untouched(backbone), torch.no_grad(), counter:
             output = backbone(zeros)
@@ -103,7 +116,7 @@ def _forward(
     # A head reads its tap after the forward: an in-place operation behind the tap would have changed it by then.
     for record, member, version in versions:
         record.overwritten |= member._version != version
-    return records, feature_dims, output, counter.macs
+    return records, widths, output, counter.macs
 
 
 def pool_feature(value: Tensor) -> Tensor:
