@@ -1,11 +1,13 @@
 """The command `timm-selfdistill`: argument parsing only."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_selfdistill.recipe import list_recipes
+from timm_selfdistill.preview import format_preview, preview_exits
+from timm_selfdistill.recipe import list_recipes, read_settings
 from timm_selfdistill.report import format_table
 from timm_selfdistill.train import add_arguments, evaluate_folder, run_command
 
@@ -28,6 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     evaluate.set_defaults(run=_evaluate)
 
+    exits = commands.add_parser("exits", help="show where exits could hang on a timm model, and what they would cost")
+    exits.add_argument("model", help="name of a timm model")
+    exits.add_argument("--num", type=int, help="how many exits to mark; by default three, or fewer on a small backbone")
+    exits.add_argument("--image-size", type=_size, metavar="N or HxW", help="side of the image in pixels, or both")
+    exits.add_argument("--num-classes", type=int, help="number of classes; the model's default otherwise")
+    exits.add_argument("--head", default="auto", help="head of every exit; by default chosen by the tapped tensor")
+    exits.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="arguments of timm.create_model, such as in_chans=1"
+    )
+    exits.set_defaults(run=_exits)
+
     recipes = commands.add_parser("recipes", help="list the shipped recipes")
     recipes.set_defaults(run=_recipes)
 
@@ -49,6 +62,31 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_table(report))
+    return 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Read "224" or "224x192" as height and width."""
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a number of pixels, or two as in 224x192, got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _exits(arguments: argparse.Namespace) -> int:
+    try:
+        preview = preview_exits(
+            arguments.model,
+            exits=arguments.num,
+            head=arguments.head,
+            num_classes=arguments.num_classes,
+            image_size=arguments.image_size,
+            model_kwargs=read_settings(arguments.overrides),
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(format_preview(preview))
     return 0
 
 

@@ -68,7 +68,7 @@ def wrap(
         raise ValueError("The model is wrapped already; wrap its .backbone to choose other exits.")
     if isinstance(backbone, str):
         kwargs = dict(model_kwargs or {}) | ({} if num_classes is None else {"num_classes": num_classes})
-        backbone = _create_backbone(backbone, pretrained, kwargs)
+        backbone = create_backbone(backbone, pretrained, kwargs)
     elif num_classes is not None or pretrained or model_kwargs:
         raise ValueError(
             "num_classes, pretrained and model_kwargs create a backbone from its name; for the "
@@ -79,6 +79,26 @@ def wrap(
     taps = find_exit_points(backbone, exits, image_size)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     return SelfDistillModel(backbone, taps, WrapConfig(head, dict(head_kwargs or {}), hint_adapter, small_stem, size))
+
+
+def create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Backbone:
+    """Create a timm model.
+
+    Args:
+        name: Its name in timm.
+        pretrained: Load its pretrained weights.
+        kwargs: Further arguments of `timm.create_model`.
+
+    Raises:
+        ValueError: If the name or an argument is unknown; names similar ones.
+    """
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except (RuntimeError, TypeError) as error:
+        architecture = name.split(".")[0]
+        close = [] if timm.is_model(architecture) else difflib.get_close_matches(architecture, timm.list_models(), n=5)
+        hint = f" Similar names: {', '.join(close)}." if close else ""
+        raise ValueError(f"timm cannot create {name!r} with {kwargs}: {error}.{hint}") from error
 
 
 @dataclass(frozen=True)
@@ -350,14 +370,3 @@ def _record_feature(tape: _Tape, name: str, module: nn.Module, args: Any) -> Non
 
 def _is_bound_to(hook: Callable[..., Any], tape: _Tape) -> bool:
     return isinstance(hook, partial) and bool(hook.args) and hook.args[0] is tape
-
-
-def _create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Backbone:
-    """Create a timm model, with a message about an unknown name or argument instead of a traceback."""
-    try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (RuntimeError, TypeError) as error:
-        architecture = name.split(".")[0]
-        close = [] if timm.is_model(architecture) else difflib.get_close_matches(architecture, timm.list_models(), n=5)
-        hint = f" Similar names: {', '.join(close)}." if close else ""
-        raise ValueError(f"timm cannot create {name!r} with {kwargs}: {error}.{hint}") from error

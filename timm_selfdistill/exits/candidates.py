@@ -13,17 +13,33 @@ Backbone = Any
 _CONTRACT = ("feature_info", "get_classifier", "num_classes", "num_features")
 _ENTRY_KEYS = ("module", "num_chs", "reduction")
 
-# The timm families whose `feature_info` names no modules that could be tapped: what to tap instead, shallow to deep,
-# `*` standing for any one part of a path. Indices into `feature_info` then count these modules.
-_TAPPED_INSTEAD: dict[str, tuple[str, ...]] = {
-    # Names the containers of the last, parallel stage only (and the first stage), whose blocks end the network.
-    "CoaT": ("serial_blocks*", "parallel_blocks.*"),
-    # Names a `stem` and a `stage1` that are no modules; the branches of the others are not those that it promises.
-    "HighResolutionNet": ("layer1", "stage*"),
+
+@dataclass(frozen=True)
+class Oddity:
+    """What a family's `feature_info` and shapes do not tell.
+
+    Args:
+        tapped_instead: Modules to tap instead of those that `feature_info` names, shallow to deep, `*` standing for
+            any one part of a path. Indices into `feature_info` then count these modules.
+        tokens_in_order: Whether tokens follow the image row by row, so that they can be read as a feature map.
+    """
+
+    tapped_instead: tuple[str, ...] = ()
+    tokens_in_order: bool = True
+
+
+# All the timm families that are special here, by class; everything else is read off one dry run.
+_ODDITIES = {
+    # Names the containers of the first and the last, parallel stage only; the last one's end is that of the network.
+    "CoaT": Oddity(tapped_instead=("serial_blocks*", "parallel_blocks.*")),
+    # Keeps its tokens in the order of its mask units until they are pooled.
+    "Hiera": Oddity(tokens_in_order=False),
+    # Names a `stem` and a `stage1` that are no modules, and promises one branch of each of the others.
+    "HighResolutionNet": Oddity(tapped_instead=("layer1", "stage*")),
     # Names `block.0`, `block.1`, ... for what is `stages.0`, `stages.1`, ...
-    "MultiScaleVit": ("stages.*",),
+    "MultiScaleVit": Oddity(tapped_instead=("stages.*",)),
     # Names `block.0`, `block.1`, ... for what is `blocks.0`, `blocks.1`, ...
-    "Twins": ("blocks.*",),
+    "Twins": Oddity(tapped_instead=("blocks.*",)),
 }
 
 
@@ -77,6 +93,12 @@ class Classifier:
     def modules(self) -> tuple[str, ...]:
         """The paths of all its modules."""
         return tuple(path for group in self.groups for path in group)
+
+
+def oddity_of(backbone: Backbone) -> Oddity:
+    """Return what is special about a timm backbone's family."""
+    names = [base.__name__ for base in type(backbone).__mro__ if base.__module__.startswith("timm.")]
+    return next((_ODDITIES[name] for name in names if name in _ODDITIES), Oddity())
 
 
 def check_contract(backbone: Backbone) -> None:
@@ -177,13 +199,10 @@ def names_of(known: Iterable[Any]) -> str:
 
 
 def _tapped_instead(backbone: Backbone, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the modules that the table names for the backbone's family, or none."""
-    for base in type(backbone).__mro__:
-        patterns = _TAPPED_INSTEAD.get(base.__name__, ()) if base.__module__.startswith("timm.") else ()
-        if patterns:
-            expressions = [re.escape(pattern).replace(r"\*", "[^.]*") for pattern in patterns]
-            return [name for expression in expressions for name in modules if re.fullmatch(expression, name)]
-    return []
+    """Return the modules to tap instead of those that `feature_info` names, or none."""
+    patterns = oddity_of(backbone).tapped_instead
+    expressions = [re.escape(pattern).replace(r"\*", "[^.]*") for pattern in patterns]
+    return [name for expression in expressions for name in modules if re.fullmatch(expression, name)]
 
 
 def _parts_that_share_feature_info(backbone: Backbone) -> Iterator[str]:

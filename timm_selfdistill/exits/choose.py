@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from timm_selfdistill.exits.candidates import Backbone, Classifier, names_of
-from timm_selfdistill.exits.dry_run import Record
 from timm_selfdistill.exits.points import ExitPoint, Exploration, explore
 
 Exits = int | Sequence[int | float | str]
@@ -51,12 +50,22 @@ def find_exit_points(
         ValueError: If the backbone does not follow the contract or has no classifier, or if an exit does not exist,
             is named twice or never, or hangs on a module that does not run exactly once or whose output is overwritten.
     """
-    if not isinstance(exits, int | None) and (isinstance(exits, str) or not isinstance(exits, Sequence) or not exits):
+    return choose(explore(backbone, image_size, named_modules(exits)), exits)
+
+
+def named_modules(exits: Exits | None) -> tuple[str, ...]:
+    """Return the module paths in a choice of exits, which a dry run must look at.
+
+    Raises:
+        ValueError: If the choice is neither a number nor a list.
+    """
+    if isinstance(exits, int | None):
+        return ()
+    if isinstance(exits, str) or not isinstance(exits, Sequence) or not exits:
         raise ValueError(
             f"exits={exits!r}: give a number, or a list of feature_info indices, cost shares or module names."
         )
-    names = () if isinstance(exits, int | None) else tuple(item for item in exits if isinstance(item, str))
-    return choose(explore(backbone, image_size, names), exits)
+    return tuple(item for item in exits if isinstance(item, str))
 
 
 def choose(found: Exploration, exits: Exits | None) -> BackboneTaps:
@@ -100,17 +109,10 @@ def _pick(item: int | float | str, useful: list[ExitPoint], found: Exploration) 
     point = next((point for point in found.points if point.name == item), None)
     if point is None:
         raise ValueError(
-            f"Module {item!r} {_fault(found.run.records[found.candidates[item].module])} in a forward, so no exit can "
+            f"Module {item!r} {found.fault(item)} in a forward, so no exit can "
             f"hang on it; exit points are {names_of(found.points)}, and any module that runs once is allowed."
         )
     return point
-
-
-def _fault(record: Record) -> str:
-    """Return why a module that was tapped is no exit point."""
-    if record.calls != 1:
-        return f"runs {record.calls} times" if record.calls else "never runs"
-    return "is overwritten in place" if record.overwritten else "returns no feature map or tokens"
 
 
 def _nearest(points: list[ExitPoint], shares: Sequence[float]) -> list[ExitPoint]:

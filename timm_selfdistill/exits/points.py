@@ -10,6 +10,7 @@ from timm_selfdistill.exits.candidates import (
     check_contract,
     find_classifier,
     last_running_child,
+    oddity_of,
     resolve_feature_info,
 )
 from timm_selfdistill.exits.dry_run import DryRun, dry_run
@@ -78,6 +79,17 @@ class Exploration:
     classifier: Classifier
     run: DryRun
 
+    def fault(self, name: str) -> str:
+        """Return why the candidate of this name is no point that an exit could hang on."""
+        record = self.run.records[self.candidates[name].module]
+        if record.calls != 1:
+            return f"runs {record.calls} times" if record.calls else "never runs"
+        return "is overwritten in place" if record.overwritten else "returns no feature map or tokens"
+
+    def shapes(self, point: ExitPoint) -> list[tuple[int, ...]]:
+        """Return the shapes of the tensors tapped at a point, for one image."""
+        return [self.run.records[point.module].shapes[tap.member or 0] for tap in point.taps]
+
 
 def explore(
     backbone: Backbone, image_size: int | tuple[int, int] | None = None, names: Sequence[str] = ()
@@ -102,10 +114,11 @@ def explore(
             candidates[name] = Candidate(name, last_running_child(backbone, name, candidates))
     classifier = find_classifier(backbone)
     run = dry_run(backbone, [c.module for c in candidates.values()], classifier, image_size)
-    return Exploration(tuple(_prove(candidates, run)), candidates, classifier, run)
+    points = _prove(candidates, run, oddity_of(backbone).tokens_in_order)
+    return Exploration(tuple(points), candidates, classifier, run)
 
 
-def _prove(candidates: dict[str, Candidate], run: DryRun) -> list[ExitPoint]:
+def _prove(candidates: dict[str, Candidate], run: DryRun, tokens_in_order: bool) -> list[ExitPoint]:
     """Return an exit point for each candidate that ran exactly once and was kept, in the order in which they ran."""
     records = run.records
     fired = [c for c in candidates.values() if records[c.module].calls == 1 and not records[c.module].overwritten]
@@ -117,17 +130,21 @@ def _prove(candidates: dict[str, Candidate], run: DryRun) -> list[ExitPoint]:
         candidate = candidates[name]
         # Where nothing that can be counted runs, depth stands for cost.
         cost = records[candidate.module].macs / run.total_macs if run.total_macs else (position + 1) / (len(fired) + 1)
-        taps = [_tap(name if len(found) == 1 else f"{name}[{r.member}]", r, coarsest) for r in found]
+        taps = [
+            _tap(name if len(found) == 1 else f"{name}[{reading.member}]", reading, coarsest, tokens_in_order)
+            for reading in found
+        ]
         points.append(ExitPoint(name, candidate.module, cost, tuple(taps)))
     return points
 
 
-def _tap(name: str, reading: Reading, coarsest: float) -> Tap:
+def _tap(name: str, reading: Reading, coarsest: float, tokens_in_order: bool) -> Tap:
+    is_map = reading.layout in ("NCHW", "NHWC") or tokens_in_order
     return Tap(
         name=name,
         layout=reading.layout,
         channels=reading.channels,
-        grid=reading.grid,
+        grid=reading.grid if is_map else None,
         num_prefix_tokens=reading.num_prefix_tokens,
         downsample=max(1, round(coarsest / reading.reduction)),
         member=reading.member,

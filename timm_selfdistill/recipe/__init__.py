@@ -1,6 +1,6 @@
 """Recipes: everything a training run depends on, as one typed and validated YAML file."""
 
-from timm_selfdistill.recipe.load import RecipeError, list_recipes, load_recipe
+from timm_selfdistill.recipe.load import RecipeError, list_recipes, load_recipe, read_settings
 from timm_selfdistill.recipe.sections import (
     AugmentSection,
     DataSection,
@@ -26,4 +26,5 @@ __all__ = [
     "ScheduleSection",
     "list_recipes",
     "load_recipe",
+    "read_settings",
 ]

@@ -89,6 +89,25 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     return recipe
 
 
+def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """Read settings that are written as a recipe's overrides are, but belong to no recipe.
+
+    Args:
+        overrides: Settings as "key=value"; the value is read as YAML, and later ones win.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: If any of them is no such setting; lists all that are wrong.
+    """
+    mapping: dict[str, Any] = {}
+    problems = [problem for override in overrides for problem in _override(mapping, override)]
+    if problems:
+        raise ValueError("; ".join(problems))
+    return mapping
+
+
 def list_recipes() -> list[str]:
     """Return the names of the recipes shipped with the library, sorted."""
     return sorted(_shipped())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from timm_selfdistill.report.build import AccuracyRow, EnsembleRow, ExitRow, Report
 from timm_selfdistill.report.picture import draw_report
+from timm_selfdistill.tables import align, with_prefix
 
 _MISSING = "n/a"
 
@@ -21,14 +22,7 @@ def format_table(report: Report) -> str:
     Returns:
         Lines of text, without a line break at the end.
     """
-    rows = _rows(report)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*lines, "", *_notes(report)])
+    return "\n".join([*align(_rows(report)), "", *_notes(report)])
 
 
 def format_markdown(report: Report) -> str:
@@ -83,8 +77,8 @@ def _row(label: str, row: EnsembleRow | ExitRow, baseline: AccuracyRow | None) -
         "" if baseline is None else _number(_minus(row["top1"], baseline["top1"]), "+.2f"),
         _number(row["top5"], ".2f"),
         _number(row["ece"], ".3f"),
-        _si(row["params"]),
-        _si(row["macs"]),
+        with_prefix(row["params"]),
+        with_prefix(row["macs"]),
         f"{row['latency_ms']:.2f}",
         f"{row['speedup']:.2f}x",
     ]
@@ -96,19 +90,6 @@ def _minus(value: float | None, other: float | None) -> float | None:
 
 def _number(value: float | None, spec: str) -> str:
     return _MISSING if value is None else format(value, spec)
-
-
-def _si(value: float) -> str:
-    """Return a number with three significant digits and a prefix, such as "38.1 M"; plain below 1,000."""
-    for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        # What three digits round up to the next prefix belongs there: 999,950 is "1.00 M", not "1e+03 k".
-        if value >= 0.9995 * factor:
-            return f"{value / factor:#.3g}".rstrip(".") + prefix
-    return f"{value:.3g}"
-
-
-def _align(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column == 0 else cell.rjust(width)
 
 
 def _notes(report: Report) -> list[str]:

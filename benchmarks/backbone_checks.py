@@ -1,0 +1,379 @@
+"""What "any timm backbone" means: checks that each prove one sentence of it on one model, and say which one broke.
+
+On real tensors answers are compared bit for bit. On the meta device, which has shapes and no numbers, the operations
+that run are compared instead, one by one: the same operations on the same shapes give the same answer.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_input_data_config
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import timm_selfdistill as sd
+from timm_selfdistill.exits import BackboneTaps, ExitPoint, Exits, explore
+from timm_selfdistill.exits.candidates import resolve_feature_info
+from timm_selfdistill.heads import as_map, choose_head
+
+NUM_CLASSES = 10
+BATCH_SIZE = 2
+
+
+class Broken(Exception):
+    """A check that did not hold."""
+
+
+@dataclass
+class Subject:
+    """One model under test.
+
+    Args:
+        name: Its name in timm.
+        device: "cpu" or "meta".
+        image_size: Height and width, where they are not to be the model's own.
+        model_kwargs: Further arguments of `timm.create_model`.
+    """
+
+    name: str
+    device: str = "cpu"
+    image_size: int | None = None
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def create(self) -> Any:
+        """Return the bare backbone, in train mode and the same every time."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            return timm.create_model(self.name, **{"num_classes": NUM_CLASSES, **self.model_kwargs})
+
+    def images(self, backbone: nn.Module) -> Tensor:
+        """Return a batch of images [B, C, H, W]."""
+        channels, *size = resolve_input_data_config(backbone, {"mean": 0.5, "std": 0.5})["input_size"]
+        size = [self.image_size] * 2 if self.image_size else size
+        torch.manual_seed(1)
+        return torch.randn(BATCH_SIZE, channels, *size, device=self.device)
+
+    @property
+    def is_real(self) -> bool:
+        """Whether tensors have numbers."""
+        return self.device != "meta"
+
+
+def check_backbone(subject: Subject) -> dict[str, Any]:
+    """Run every check on a model.
+
+    Args:
+        subject: The model.
+
+    Returns:
+        What was found: class, family, parameters, cost, exits, and the outcome of what a model may or may not offer.
+
+    Raises:
+        Broken: If a check does not hold.
+        Exception: Whatever a part of the model raises.
+    """
+    bare = subject.create()
+    row: dict[str, Any] = {
+        "class": type(bare).__name__,
+        "family": type(bare).__module__.removeprefix("timm.models."),
+        "params": sum(parameter.numel() for parameter in bare.parameters()),
+    }
+    if not hasattr(bare, "get_classifier"):
+        check_that_an_encoder_is_refused(bare)
+        return {**row, "status": "encoder"}
+    model = sd.wrap(copy.deepcopy(bare), image_size=subject.image_size)
+    x = subject.images(bare)
+    row |= describe(model, explore(bare, subject.image_size).run.total_macs)
+    check_exits(model)
+    check_same_answer(bare, model, x)
+    row["teacher_feature"] = check_outputs(model, x)
+    row["taps_checked"] = check_layouts(model, x)
+    loss = check_training_step(bare, model, x)
+    row["grad_checkpointing"] = check_gradient_checkpointing(model, x, loss)
+    check_copy(model, x)
+    check_saving(subject, model, x)
+    check_new_classifier(model, x)
+    return {**row, "status": "supported"}
+
+
+def describe(model: sd.SelfDistillModel, macs: int) -> dict[str, Any]:
+    """Return what a table of models shows of one."""
+    return {
+        "macs": macs,
+        "feature_dim": model.taps.feature_dim,
+        "classifiers": [list(group) for group in model.taps.classifier.groups],
+        "exits": [
+            {
+                "name": point.name,
+                "module": point.module,
+                "cost": round(point.cost, 4),
+                "head": choose_head(point),
+                "taps": [[tap.layout, tap.channels, tap.grid, tap.num_prefix_tokens] for tap in point.taps],
+            }
+            for point in model.points
+        ],
+    }
+
+
+def check_that_an_encoder_is_refused(backbone: nn.Module) -> None:
+    """A model without a classifier is an error that says so."""
+    try:
+        sd.wrap(backbone)
+    except ValueError as error:
+        if "no get_classifier" in str(error):
+            return
+        raise Broken(f"the error about a missing classifier does not say so: {error}") from error
+    raise Broken("a model without a classifier was wrapped")
+
+
+def check_exits(model: sd.SelfDistillModel) -> None:
+    """There are exits, from shallow to deep, none of them at the very start or end."""
+    costs = [point.cost for point in model.points]
+    _require(1 <= len(costs) <= 3, f"{len(costs)} exits by default")
+    _require(all(0 < cost < 1 for cost in costs), f"the exits' shares of the cost are {costs}")
+    _require(costs == sorted(costs), f"the exits are not in order: {costs}")
+
+
+def check_same_answer(bare: nn.Module, model: sd.SelfDistillModel, x: Tensor) -> None:
+    """`model(x)` is what the bare backbone gives, in train and eval mode, and so are its batch statistics."""
+    for training in (True, False):
+        bare.train(training)
+        model.train(training)
+        _require_same_run(lambda: bare(x), lambda: model(x), f"model(x), training={training}")
+    state = model.backbone.state_dict()
+    _require(list(state) == list(bare.state_dict()), "the backbone's state dict has other keys")
+    if not x.is_meta:
+        changed = [name for name, value in bare.state_dict().items() if not torch.equal(value, state[name])]
+        _require(not changed, f"the backbone's state differs: {changed}")
+
+
+def check_outputs(model: sd.SelfDistillModel, x: Tensor) -> str:
+    """`return_exits` gives a logit and a feature tensor for every exit; every exit can be asked for alone.
+
+    Returns:
+        "as forward_head" if the teacher's feature is what timm's `forward_head(..., pre_logits=True)` returns; else
+        how it differs: some models have no such feature, or return it unpooled or with their last layer included.
+    """
+    model.eval()
+    with torch.no_grad():
+        out = model(x, return_exits=True)
+        _require_shapes(out.logits, (len(x), NUM_CLASSES), "logits")
+        _require_shapes(out.features, (len(x), model.taps.feature_dim), "features")
+        _require(len(out.logits) == len(out.features) == model.num_exits + 1, "not one output an exit")
+        _require_same(out.logits[-1], model(x), "the last logits")
+        for index, logits in enumerate(out.logits[:1] if x.is_meta else out.logits):
+            _require_same(logits, model.forward_exit(x, index), f"forward_exit(x, {index})")
+        try:
+            expected = model.forward_head(model.forward_features(x), pre_logits=True)
+        except Exception as error:
+            return f"forward_head fails: {type(error).__name__}"
+    feature = out.features[-1]
+    if not isinstance(expected, Tensor) or expected.shape != feature.shape:
+        return f"other shape: {list(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__}"
+    same = x.is_meta or torch.allclose(expected, feature, rtol=1e-3, atol=1e-5)
+    return "as forward_head" if same else "other values"
+
+
+def check_layouts(model: sd.SelfDistillModel, x: Tensor) -> dict[str, int]:
+    """The taps, read as feature maps, are those of timm's own `forward_intermediates`, which knows every family.
+
+    Returns:
+        The numbers of taps, of those of which timm has a feature map of the same shape, and of those of which it has
+        one of the same values. The others are not in `feature_info`, or timm normalises them, or they are no maps.
+
+    Raises:
+        Broken: If a tap has the numbers of timm's feature map, or as many of them, in another order.
+    """
+    indices = {c.name: c.indices for c in resolve_feature_info(model.backbone).values() if c.promises}
+    counts = {"taps": sum(len(point.taps) for point in model.points), "same_shape": 0, "same_values": 0}
+    model.eval()
+    try:
+        with torch.no_grad():
+            features = model.backbone.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)
+    except Exception:
+        return counts
+    for point, tapped in zip(model.points, _tapped(model, x), strict=True):
+        for tap, tensor, index in zip(point.taps, tapped, indices.get(point.name, ()), strict=False):
+            if tap.grid is None or index >= len(features):
+                continue
+            ours, theirs = as_map(tensor, tap), features[index]
+            _require(ours.shape == theirs.shape, f"{tap.name} was read as {list(ours.shape)}: {list(theirs.shape)}")
+            counts["same_shape"] += 1
+            if not x.is_meta:
+                same = torch.equal(ours, theirs)
+                counts["same_values"] += same
+                shuffled = not same and torch.equal(ours.flatten(1).sort()[0], theirs.flatten(1).sort()[0])
+                _require(not shuffled, f"{tap.name} was read in the wrong order")
+    return counts
+
+
+def check_training_step(bare: nn.Module, model: sd.SelfDistillModel, x: Tensor) -> Tensor:
+    """A training step gives every parameter of every head a gradient, and the backbone's whatever a plain step does.
+
+    Returns:
+        The loss of the step.
+    """
+    bare.train()
+    plain = bare(x)
+    # Distilled models may return a pair, and some a list; here any sum reaches all that training reaches.
+    sum(part.square().sum() for part in (plain if isinstance(plain, tuple | list) else (plain,))).backward()
+    loss = _step(model, x)
+    missing = [name for name, p in model.heads.named_parameters() if p.grad is None]
+    _require(not missing, f"parameters of heads without a gradient: {missing}")
+    if not x.is_meta:
+        idle = [
+            index
+            for index, head in enumerate(model.heads)
+            if not any(p.grad is not None and p.grad.any() for p in head.get_submodule("body").parameters())
+        ]
+        _require(not idle, f"the gradients of these heads are zero: {idle}")
+    for (name, one), other in zip(bare.named_parameters(), model.backbone.parameters(), strict=True):
+        _require(other.grad is not None or one.grad is None, f"{name} has a gradient in plain training only")
+    return loss
+
+
+def check_gradient_checkpointing(model: sd.SelfDistillModel, x: Tensor, expected: Tensor) -> bool:
+    """Under gradient checkpointing each head runs once a step, and the loss is the one expected.
+
+    Returns:
+        Whether timm offers gradient checkpointing for the model.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError):
+        return False
+    runs = [0] * model.num_exits
+    handles = [
+        head.register_forward_hook(lambda module, args, output, index=index: runs.__setitem__(index, runs[index] + 1))
+        for index, head in enumerate(model.heads)
+    ]
+    try:
+        loss = _step(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.set_grad_checkpointing(False)
+    _require(runs == [1] * model.num_exits, f"under gradient checkpointing the heads ran {runs} times")
+    if not x.is_meta:
+        _require(torch.allclose(loss, expected, rtol=1e-4), f"gradient checkpointing: loss {loss}, not {expected}")
+    return True
+
+
+def check_copy(model: sd.SelfDistillModel, x: Tensor) -> None:
+    """A deep copy gives the same answers."""
+    clone = copy.deepcopy(model)
+    _require_same_outputs(clone, model, x, "a deep copy")
+
+
+def check_saving(subject: Subject, model: sd.SelfDistillModel, x: Tensor) -> None:
+    """A saved model loads to the same answers; on the meta device, where nothing can be saved, it is built anew."""
+    if subject.is_real:
+        with tempfile.TemporaryDirectory() as folder:
+            sd.save_pretrained(model, folder)
+            loaded = sd.from_pretrained(folder)
+    else:
+        names: Exits = [point.name for point in model.points]
+        loaded = sd.wrap(subject.create(), exits=names, image_size=subject.image_size)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    _require({n: v.shape for n, v in loaded.state_dict().items()} == shapes, "a loaded model has other weights")
+    _require(_essence(loaded.taps) == _essence(model.taps), f"a loaded model has other exits: {loaded.points}")
+    _require_same_outputs(loaded, model, x, "a loaded model")
+
+
+def check_new_classifier(model: sd.SelfDistillModel, x: Tensor) -> None:
+    """`reset_classifier` resizes the logits of every exit, and the model still trains."""
+    model.reset_classifier(NUM_CLASSES + 1)
+    with torch.no_grad():
+        out = model.train()(x, return_exits=True)
+    _require_shapes(out.logits, (len(x), NUM_CLASSES + 1), "logits after reset_classifier")
+
+
+def _step(model: sd.SelfDistillModel, x: Tensor) -> Tensor:
+    """Run forward, self-distillation loss and backward, and return the loss."""
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(2)
+    out = model(x, return_exits=True)
+    if x.is_meta:
+        # The loss switches autocast off, which the meta device does not have; its terms reach the same tensors.
+        loss = torch.stack([tensor.square().mean() for tensor in (*out.logits, *out.features[:-1])]).sum()
+    else:
+        loss = sd.SelfDistillationLoss()(out, torch.arange(len(x)) % NUM_CLASSES)["loss"]
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def _tapped(model: sd.SelfDistillModel, x: Tensor) -> list[tuple[Tensor, ...]]:
+    """Return what each head is given."""
+    seen: list[tuple[Tensor, ...]] = []
+    handles = [head.register_forward_pre_hook(lambda module, args: seen.append(args)) for head in model.heads]
+    try:
+        with torch.no_grad():
+            model(x, return_exits=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _essence(taps: BackboneTaps) -> tuple[tuple[ExitPoint, ...], Any, int]:
+    return taps.points, taps.classifier, taps.feature_dim
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise Broken(message)
+
+
+def _require_shapes(tensors: tuple[Tensor, ...], shape: tuple[int, ...], what: str) -> None:
+    _require(all(tensor.shape == shape for tensor in tensors), f"{what} of shapes {[list(t.shape) for t in tensors]}")
+
+
+def _require_same(one: Tensor, other: Tensor, what: str) -> None:
+    same = one.shape == other.shape if one.is_meta else torch.equal(one, other)
+    _require(same, f"{what} differs")
+
+
+def _require_same_outputs(one: sd.SelfDistillModel, other: sd.SelfDistillModel, x: Tensor, what: str) -> None:
+    if x.is_meta:
+        # Their shapes follow from those of the weights.
+        return
+    with torch.no_grad():
+        first, second = (model.eval()(x, return_exits=True) for model in (one, other))
+    for a, b in zip((*first.logits, *first.features), (*second.logits, *second.features), strict=True):
+        _require_same(a, b, what)
+
+
+def _require_same_run(one: Callable[[], Any], other: Callable[[], Any], what: str) -> None:
+    """Compare the answers of two runs, and on the meta device the operations that gave them."""
+    runs = []
+    for run in (one, other):
+        torch.manual_seed(2)
+        with torch.no_grad(), _OperationLog() as log:
+            runs.append((run(), log.operations))
+    (first, operations), (second, other_operations) = runs
+    _require_same(first, second, what)
+    if first.is_meta:
+        _require(operations == other_operations, f"{what} runs other operations")
+
+
+class _OperationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records every operation on meta tensors, and the shapes and numbers that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[tuple[Any, str]] = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, Tensor) for kind in types):
+            given = tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), (args, kwargs))
+            self.operations.append((func, str(given)))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,297 @@
+"""Measure the promise "any timm backbone": check every model that timm registers, and write what was found.
+
+    python benchmarks/timm_coverage.py
+
+Each model is checked by `backbone_checks.py`: on real tensors where it is small enough, else on torch's meta device.
+One JSON line a model goes to `--output`; a run that was stopped goes on from there. `docs/coverage.md` is written from
+the lines. The exit status is 1 if a model that has a classifier failed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from fnmatch import fnmatch
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from backbone_checks import Subject, check_backbone
+
+import timm_selfdistill as sd
+from timm_selfdistill.exits import explore
+
+Row = dict[str, Any]
+
+# Memory of long-lived workers grows with every model that they build.
+_MODELS_PER_WORKER = 40
+_VERSIONS = {
+    "timm_selfdistill": sd.__version__,
+    "timm": timm.__version__,
+    "torch": str(torch.__version__),
+    "Python": platform.python_version(),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the models that have no line yet, write the report, and return 1 if any failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = _parse(arguments)
+    names = [name for name in timm.list_models() if fnmatch(name, args.models)]
+    rows = {} if args.fresh else _read(args.output)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with args.output.open("w") as file:
+        for row in rows.values():
+            print(json.dumps(row), file=file)
+        for row in _sweep([name for name in names if name not in rows], args):
+            print(json.dumps(row), file=file, flush=True)
+            rows[row["name"]] = row
+    rows = {name: rows[name] for name in names if name in rows}
+    failed = [row for row in rows.values() if row["status"] == "failed"]
+    print(f"{len(rows)} of {len(names)} models, {len(failed)} failed: {', '.join(row['name'] for row in failed)}")
+    if args.report:
+        args.report.write_text(format_report(list(rows.values()), len(names), arguments))
+    return 1 if failed else 0
+
+
+def check_model(name: str, max_params: float, max_macs: float, seconds: int) -> Row:
+    """Check one model in this process.
+
+    Args:
+        name: Its name in timm.
+        max_params: Most parameters of a model that is run on real tensors.
+        max_macs: Most multiply-accumulates, for one image, of such a model.
+        seconds: Time after which the model counts as failed.
+
+    Returns:
+        The model's line; its "status" is "supported", "encoder" (it has no classifier and is refused) or "failed".
+    """
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, _out_of_time)
+    signal.alarm(seconds)
+    start = time.perf_counter()
+    row: Row = {"name": name, "versions": _VERSIONS, "device": "meta"}
+    try:
+        row["device"] = _device_for(name, max_params, max_macs)
+        row |= check_backbone(Subject(name, row["device"]))
+    except Exception as error:
+        row |= {
+            "status": "failed",
+            "reason": f"{type(error).__name__}: {error}",
+            "traceback": traceback.format_exc(limit=-4),
+        }
+    finally:
+        signal.alarm(0)
+    return {**row, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Check every model that timm registers.")
+    parser.add_argument("--models", default="*", metavar="PATTERN", help="check those whose name matches")
+    parser.add_argument("--output", type=Path, default=Path("runs/timm_coverage.jsonl"), help="a JSON line a model")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report here, such as docs/coverage.md")
+    parser.add_argument("--fresh", action="store_true", help="forget the lines of earlier runs")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
+    parser.add_argument("--max-params", type=float, default=60e6, help="larger models run on the meta device")
+    parser.add_argument("--max-macs", type=float, default=5e9, help="costlier models run on the meta device")
+    parser.add_argument("--seconds", type=int, default=900, help="a model that takes longer counts as failed")
+    return parser.parse_args(arguments)
+
+
+def _read(path: Path) -> dict[str, Row]:
+    """Return the lines of earlier runs by name, without the failed ones and those of other versions."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {row["name"]: row for row in rows if row["status"] != "failed" and row["versions"] == _VERSIONS}
+
+
+def _sweep(names: Sequence[str], args: argparse.Namespace) -> Iterable[Row]:
+    """Yield the line of each model as it is done."""
+    limits = (args.max_params, args.max_macs, args.seconds)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, context, max_tasks_per_child=_MODELS_PER_WORKER) as pool:
+        futures = [pool.submit(check_model, name, *limits) for name in names]
+        for done, future in enumerate(as_completed(futures), 1):
+            row = future.result()
+            note = row.get("reason", "")
+            print(
+                f"{done}/{len(names)} {row['name']} {row['device']} {row['status']} {row['seconds']} s {note}",
+                flush=True,
+            )
+            yield row
+
+
+def _device_for(name: str, max_params: float, max_macs: float) -> str:
+    """Return "cpu" for a model that is small or that the meta device cannot run, else "meta"."""
+    try:
+        backbone = Subject(name, "meta").create()
+        if not hasattr(backbone, "get_classifier"):
+            return "meta"
+        macs = explore(backbone).run.total_macs
+    except Exception:
+        return "cpu"
+    params = sum(parameter.numel() for parameter in backbone.parameters())
+    return "cpu" if params <= max_params and macs <= max_macs else "meta"
+
+
+def _out_of_time(*args: object) -> None:
+    raise TimeoutError("the time for this model is up")
+
+
+def format_report(rows: Sequence[Row], registered: int, arguments: Sequence[str]) -> str:
+    """Return the text of the report.
+
+    Args:
+        rows: The lines of all models that were checked.
+        registered: How many there are.
+        arguments: Those of the command.
+    """
+    supported = [row for row in rows if row["status"] == "supported"]
+    with_classifier = [row for row in rows if row["status"] != "encoder"]
+    real = [row for row in supported if row["device"] == "cpu"]
+    share = 100 * len(supported) / max(1, len(with_classifier))
+    command = shlex.join(["python", "benchmarks/timm_coverage.py", *arguments])
+    versions = ", ".join(f"{name} {version}" for name, version in _VERSIONS.items())
+    return "\n".join(
+        [
+            "# Which timm models work",
+            "",
+            f"Written by `{command}` ({versions}).",
+            "",
+            f"timm registers {registered:,} model names; {len(rows):,} were checked. **{len(supported):,} of the "
+            f"{len(with_classifier):,} that have a classifier work ({share:.1f} %)**, with the default exits and heads "
+            "and ten classes.",
+            "",
+            "| | models |",
+            "|---|---:|",
+            f"| work, proved on real tensors | {len(real):,} |",
+            f"| work, proved on the meta device | {len(supported) - len(real):,} |",
+            f"| have a classifier and do not work | {len(with_classifier) - len(supported):,} |",
+            f"| pure encoders, without a classifier: refused with an error that says so | "
+            f"{len(rows) - len(with_classifier):,} |",
+            "",
+            _PROOF,
+            "## Families",
+            "",
+            *_family_table(rows),
+            "",
+            "## Models that are not supported",
+            "",
+            *_unsupported_table(rows),
+            "",
+            "## Models with fewer than three exits",
+            "",
+            "By default there are three exits. These have fewer points between 2 % and 97 % of their cost:",
+            "",
+            *_few_exits_table(supported),
+            "",
+            "## Against timm's own feature maps",
+            "",
+            *_oracle(supported),
+            "",
+        ]
+    )
+
+
+_PROOF = """\
+"Work" means that each of these held, for a batch of two images of the model's own size
+([`backbone_checks.py`](../benchmarks/backbone_checks.py)):
+
+- exits are found, one dry run proves them, and heads fit them;
+- `model(x)` is what the bare model gives, in train and eval mode, bit for bit, batch statistics included;
+- `model(x, return_exits=True)` and `forward_exit` give the same logits for every exit;
+- one training step gives every parameter of every head a gradient, and the backbone's whatever a plain step gives them;
+- under gradient checkpointing, where timm offers it, each head runs once a step and the loss is the same;
+- a deep copy, and a model saved and loaded again, give the same answers;
+- `reset_classifier` resizes every exit;
+- every tap, read as a feature map, has the shape of timm's `forward_intermediates`, and never its numbers in another
+  order.
+
+Real tensors were used for models up to the size that the command allows. The others ran on torch's meta device, which
+has shapes and no numbers: there, "the same answer" means that the same operations ran on the same shapes in the same
+order, and "saved and loaded" that the wrapped model is built again from the saved names of its exits.
+"""
+
+
+def _family_table(rows: Sequence[Row]) -> list[str]:
+    families: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        families[row.get("family", "?")].append(row)
+    lines = [
+        "| family (`timm.models.`) | models | work | on real tensors | layouts | exits | gradient checkpointing |",
+        "|---|---:|---:|---:|---|---|---:|",
+    ]
+    for family, members in sorted(families.items()):
+        work = [row for row in members if row["status"] == "supported"]
+        layouts = Counter(_layout(exit["taps"]) for row in work for exit in row["exits"])
+        exits = Counter(len(row["exits"]) for row in work)
+        cells = [
+            f"`{family}`",
+            str(len(members)),
+            str(len(work)),
+            str(sum(row["device"] == "cpu" for row in work)),
+            ", ".join(sorted(layouts)),
+            ", ".join(str(count) for count in sorted(exits)),
+            str(sum(row["grad_checkpointing"] for row in work)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _layout(taps: Sequence[Sequence[Any]]) -> str:
+    """Return the layouts of an exit's taps in words."""
+    layouts = [tap[0] for tap in taps]
+    return layouts[0] if len(layouts) == 1 else f"branches of {layouts[0]}"
+
+
+def _unsupported_table(rows: Sequence[Row]) -> list[str]:
+    lines = ["| model | reason |", "|---|---|"]
+    for row in rows:
+        if row["status"] == "encoder":
+            lines.append(f"| `{row['name']}` | has no classifier: a pure encoder |")
+        elif row["status"] == "failed":
+            lines.append(f"| `{row['name']}` | {row['reason'].splitlines()[0].replace('|', '/')[:300]} |")
+    return lines
+
+
+def _few_exits_table(rows: Sequence[Row]) -> list[str]:
+    few: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for row in rows:
+        if len(row["exits"]) < 3:
+            few[row["family"], len(row["exits"])].append(f"`{row['name']}`")
+    lines = ["| family | exits | models |", "|---|---:|---|"]
+    return lines + [f"| `{family}` | {count} | {', '.join(names)} |" for (family, count), names in sorted(few.items())]
+
+
+def _oracle(rows: Sequence[Row]) -> list[str]:
+    """Return what the comparison with `forward_intermediates` and `forward_head` found."""
+    real = [row for row in rows if row["device"] == "cpu"]
+    taps, shapes = (sum(row["taps_checked"][key] for row in rows) for key in ("taps", "same_shape"))
+    real_shapes, values = (sum(row["taps_checked"][key] for row in real) for key in ("same_shape", "same_values"))
+    features = Counter(row["teacher_feature"] for row in rows)
+    lines = [
+        f"Of {taps:,} taps, {shapes:,} have a counterpart in `forward_intermediates` and the same shape as it; of the "
+        f"{real_shapes:,} of them on real tensors, {values:,} have the same values (timm normalises or continues the "
+        "others).",
+        "",
+        "The teacher's feature is what enters the classifier. Beside `forward_head(..., pre_logits=True)` it is:",
+        "",
+        "| teacher's feature | models |",
+        "|---|---:|",
+    ]
+    return lines + [f"| {outcome} | {count:,} |" for outcome, count in features.most_common()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Where exits could hang on a backbone and what each would cost, before anything is trained."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from timm_selfdistill.exits import Backbone, ExitPoint, Exits, Exploration, choose, explore, named_modules
+from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.heads import ExitHead, choose_head
+from timm_selfdistill.model import create_backbone
+from timm_selfdistill.tables import align, with_prefix
+
+# The number of classes of ImageNet, for models that timm creates without a classifier.
+_NUM_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class ExitPreview:
+    """A point that an exit could hang on.
+
+    Args:
+        point: The point.
+        indices: Its indices into `feature_info`.
+        reductions: How many times the image's sides are longer than the grid's, for each tapped tensor; None for tokens
+            that form no grid.
+        head: Name of the head.
+        head_params: Parameters of the head, its classifier included.
+        head_macs: Multiply-accumulates of the head for one image.
+        is_chosen: Whether an exit hangs here, with the number of exits that was asked for.
+    """
+
+    point: ExitPoint
+    indices: tuple[int, ...]
+    reductions: tuple[float | None, ...]
+    head: str
+    head_params: int
+    head_macs: int
+    is_chosen: bool
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What wrapping a backbone would do.
+
+    Args:
+        exits: Every point that an exit could hang on, shallow to deep.
+        unusable: Why other modules that `feature_info` names cannot be tapped, by name.
+        params: Parameters of the backbone.
+        macs: Multiply-accumulates of the backbone for one image.
+        image_size: Height and width of the image in pixels.
+        num_classes: Number of logits.
+    """
+
+    exits: tuple[ExitPreview, ...]
+    unusable: Mapping[str, str]
+    params: int
+    macs: int
+    image_size: tuple[int, int]
+    num_classes: int
+
+
+def preview_exits(
+    name: str,
+    *,
+    exits: Exits | None = None,
+    head: str = "auto",
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Preview:
+    """Find where exits could hang on a timm model, without weights where the model can run without them.
+
+    Args:
+        name: Name of a timm model.
+        exits: The exits to mark, as in `wrap`.
+        head: Name of a registered head, or "auto".
+        num_classes: Number of classes; the model's default otherwise, or 1000 where it has none.
+        image_size: Input height and width in pixels; the model's own by default.
+        model_kwargs: Further arguments of `timm.create_model`.
+
+    Returns:
+        All points, and what each costs.
+
+    Raises:
+        ValueError: If the model cannot be created or wrapped, or a choice is unknown; says what is allowed.
+    """
+    kwargs = dict(model_kwargs or {}) | ({} if num_classes is None else {"num_classes": num_classes})
+    backbone, found = _explore(name, kwargs, image_size, exits)
+    taps = choose(found, exits)
+    chosen = {point.name for point in taps.points}
+    previews = [
+        _preview(point, found, taps.feature_dim, backbone.num_classes, head, point.name in chosen)
+        for point in found.points
+    ]
+    usable = {point.name for point in found.points}
+    return Preview(
+        exits=tuple(previews),
+        unusable={name: found.fault(name) for name in found.candidates if name not in usable},
+        params=sum(parameter.numel() for parameter in backbone.parameters()),
+        macs=found.run.total_macs,
+        image_size=found.run.image_size,
+        num_classes=backbone.num_classes,
+    )
+
+
+def format_preview(preview: Preview) -> str:
+    """Return a preview as a table for the terminal, with what it says about the figures below."""
+    header = ["", "index", "module", "layout", "channels", "reduction", "MACs %", "head", "head params", "head MACs"]
+    rows = [
+        [
+            "*" if row.is_chosen else "",
+            ",".join(map(str, row.indices)),
+            row.point.name,
+            "+".join(tap.layout for tap in row.point.taps),
+            "+".join(str(tap.channels) for tap in row.point.taps),
+            "+".join("?" if reduction is None else f"{reduction:.3g}" for reduction in row.reductions),
+            f"{row.point.cost:.1%}".rstrip("%"),
+            row.head,
+            with_prefix(row.head_params),
+            with_prefix(row.head_macs),
+        ]
+        for row in preview.exits
+    ]
+    height, width = preview.image_size
+    notes = [
+        "* an exit hangs here by default, or with the number that was asked for; others: exits=[index or module, ...].",
+        f"Backbone: {with_prefix(preview.params)} parameters, {with_prefix(preview.macs)} multiply-accumulates (MACs) "
+        f"for one image of {height} x {width}, {preview.num_classes} classes.",
+        *(f"Not a point: {name} {fault}." for name, fault in preview.unusable.items()),
+    ]
+    return "\n".join([*align([header, *rows], text_columns=4), "", *notes])
+
+
+def _explore(
+    name: str, kwargs: dict[str, Any], image_size: int | tuple[int, int] | None, exits: Exits | None
+) -> tuple[Backbone, Exploration]:
+    """Return the backbone and its points; on the meta device, which needs neither memory nor time, where it can run."""
+    names = named_modules(exits)
+    try:
+        with torch.device("meta"):
+            backbone = _create(name, kwargs)
+            return backbone, explore(backbone, image_size, names)
+    except Exception as error:  # of whatever kind: some models compute numbers while they are built or run
+        if isinstance(error, ValueError) and error.__cause__ is None:
+            # Our own judgement of the model, which real weights would not change.
+            raise
+        backbone = _create(name, kwargs)
+        return backbone, explore(backbone, image_size, names)
+
+
+def _create(name: str, kwargs: dict[str, Any]) -> Backbone:
+    backbone = create_backbone(name, pretrained=False, kwargs=kwargs)
+    if getattr(backbone, "num_classes", None) == 0 and "num_classes" not in kwargs:
+        return create_backbone(name, pretrained=False, kwargs={**kwargs, "num_classes": _NUM_CLASSES})
+    return backbone
+
+
+def _preview(
+    point: ExitPoint, found: Exploration, feature_dim: int, num_classes: int, head: str, is_chosen: bool
+) -> ExitPreview:
+    name = choose_head(point) if head == "auto" else head
+    with torch.device("meta"):
+        network = ExitHead(point, feature_dim, num_classes, name).eval()
+        tapped = [torch.empty(shape) for shape in found.shapes(point)]
+    with torch.no_grad(), MacCounter() as counter:
+        network(*tapped)
+    height, width = found.run.image_size
+    return ExitPreview(
+        point=point,
+        indices=found.candidates[point.name].indices,
+        reductions=tuple(
+            None if tap.grid is None else ((height * width) / (tap.grid[0] * tap.grid[1])) ** 0.5 for tap in point.taps
+        ),
+        head=name,
+        head_params=_num_params(network),
+        head_macs=counter.macs,
+        is_chosen=is_chosen,
+    )
+
+
+def _num_params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
