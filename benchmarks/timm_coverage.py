@@ -13,16 +13,17 @@ import os
 import platform
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
-from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 import timm
@@ -34,8 +35,8 @@ from timm_selfdistill.exits import explore
 
 Row = dict[str, Any]
 
-# Memory of long-lived workers grows with every model that they build.
-_MODELS_PER_WORKER = 40
+# The memory of a process grows with every model that it builds.
+_MODELS_PER_PROCESS = 40
 _VERSIONS = {
     "timm_selfdistill": sd.__version__,
     "timm": timm.__version__,
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check the models that have no line yet, write the report, and return 1 if any failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parse(arguments)
+    if args.chunk:
+        _print_lines(args.chunk, args)
+        return 0
     names = [name for name in timm.list_models() if fnmatch(name, args.models)]
     rows = {} if args.fresh else _read(args.output)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +109,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="forget the lines of earlier runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     parser.add_argument("--max-params", type=float, default=60e6, help="larger models run on the meta device")
-    parser.add_argument("--max-macs", type=float, default=5e9, help="costlier models run on the meta device")
+    parser.add_argument("--max-macs", type=float, default=3e9, help="costlier models run on the meta device")
     parser.add_argument("--seconds", type=int, default=900, help="a model that takes longer counts as failed")
+    parser.add_argument("--chunk", nargs="+", help=argparse.SUPPRESS)  # how this program starts itself for a part
     return parser.parse_args(arguments)
 
 
@@ -117,19 +122,56 @@ def _read(path: Path) -> dict[str, Row]:
 
 
 def _sweep(names: Sequence[str], args: argparse.Namespace) -> Iterable[Row]:
-    """Yield the line of each model as it is done."""
-    limits = (args.max_params, args.max_macs, args.seconds)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, context, max_tasks_per_child=_MODELS_PER_WORKER) as pool:
-        futures = [pool.submit(check_model, name, *limits) for name in names]
-        for done, future in enumerate(as_completed(futures), 1):
-            row = future.result()
-            note = row.get("reason", "")
-            print(
-                f"{done}/{len(names)} {row['name']} {row['device']} {row['status']} {row['seconds']} s {note}",
-                flush=True,
-            )
+    """Yield the line of each model as it is done, from processes that check a chunk of models each."""
+    chunks = [names[start : start + _MODELS_PER_PROCESS] for start in range(0, len(names), _MODELS_PER_PROCESS)]
+    done: Queue[Row] = Queue()
+    with ThreadPoolExecutor(args.jobs) as threads:
+        futures = [threads.submit(_check_chunk, chunk, args, done.put) for chunk in chunks]
+        for count in range(1, len(names) + 1):
+            while True:
+                try:
+                    row = done.get(timeout=1)
+                    break
+                except Empty:
+                    for future in futures:
+                        if future.done():
+                            future.result()
+            outcome = f"{row['status']} on {row['device']} in {row['seconds']} s {row.get('reason', '')}"
+            print(f"{count}/{len(names)} {row['name']} {outcome}", flush=True)
             yield row
+
+
+def _check_chunk(names: Sequence[str], args: argparse.Namespace, report: Callable[[Row], None]) -> None:
+    """Check models in a process of their own; should it die, go on behind the model at which it died."""
+    left = list(names)
+    while left:
+        limits = [f"--max-params={args.max_params}", f"--max-macs={args.max_macs}", f"--seconds={args.seconds}"]
+        command = [sys.executable, __file__, *limits, "--chunk", *left]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                report(json.loads(line))
+                left.pop(0)
+        if left:
+            reason = f"the process died with status {process.returncode}"
+            report(
+                {
+                    "name": left.pop(0),
+                    "versions": _VERSIONS,
+                    "device": "?",
+                    "status": "failed",
+                    "reason": reason,
+                    "seconds": 0,
+                }
+            )
+
+
+def _print_lines(names: Sequence[str], args: argparse.Namespace) -> None:
+    """Check models one after the other and print their lines, and nothing else, to the standard output."""
+    lines, sys.stdout = sys.stdout, sys.stderr
+    for name in names:
+        row = check_model(name, args.max_params, args.max_macs, args.seconds)
+        print(json.dumps(row), file=lines, flush=True)
 
 
 def _device_for(name: str, max_params: float, max_macs: float) -> str:

@@ -95,10 +95,9 @@ def preview_exits(
         _preview(point, found, taps.feature_dim, backbone.num_classes, head, point.name in chosen)
         for point in found.points
     ]
-    usable = {point.name for point in found.points}
     return Preview(
         exits=tuple(previews),
-        unusable={name: found.fault(name) for name in found.candidates if name not in usable},
+        unusable=found.faults(),
         params=sum(parameter.numel() for parameter in backbone.parameters()),
         macs=found.run.total_macs,
         image_size=found.run.image_size,
@@ -129,7 +128,7 @@ def format_preview(preview: Preview) -> str:
         "* an exit hangs here by default, or with the number that was asked for; others: exits=[index or module, ...].",
         f"Backbone: {with_prefix(preview.params)} parameters, {with_prefix(preview.macs)} multiply-accumulates (MACs) "
         f"for one image of {height} x {width}, {preview.num_classes} classes.",
-        *(f"Not a point: {name} {fault}." for name, fault in preview.unusable.items()),
+        *(f"Not a point: {name!r} {fault}." for name, fault in preview.unusable.items()),
     ]
     return "\n".join([*align([header, *rows], text_columns=4), "", *notes])
 

@@ -151,6 +151,14 @@ def resolve_feature_info(backbone: Backbone) -> dict[str, Candidate]:
     }
 
 
+def entries_without_module(backbone: Backbone, candidates: Mapping[str, Candidate]) -> list[str]:
+    """Return the names in `feature_info` that are no modules, and so no candidates."""
+    if oddity_of(backbone).tapped_instead:
+        return []
+    resolved = {index for candidate in candidates.values() for index in candidate.indices}
+    return [entry["module"] for index, entry in enumerate(backbone.feature_info) if index not in resolved]
+
+
 def last_running_child(backbone: Backbone, name: str, known: Iterable[str]) -> str:
     """Return the path of the last module that runs inside the container `name`, or `name` itself."""
     try:

@@ -8,6 +8,7 @@ from timm_selfdistill.exits.candidates import (
     Candidate,
     Classifier,
     check_contract,
+    entries_without_module,
     find_classifier,
     last_running_child,
     oddity_of,
@@ -72,12 +73,22 @@ class Exploration:
         candidates: What `feature_info` and the caller named, by name; some may be no points.
         classifier: The backbone's own classifier.
         run: What the dry run showed.
+        without_module: Names in `feature_info` that are no modules.
     """
 
     points: tuple[ExitPoint, ...]
     candidates: dict[str, Candidate]
     classifier: Classifier
     run: DryRun
+    without_module: tuple[str, ...]
+
+    def faults(self) -> dict[str, str]:
+        """Return why exits cannot hang on the other things that `feature_info` and the caller named, by name."""
+        points = {point.name for point in self.points}
+        return {
+            **dict.fromkeys(self.without_module, "is no module"),
+            **{name: self.fault(name) for name in self.candidates if name not in points},
+        }
 
     def fault(self, name: str) -> str:
         """Return why the candidate of this name is no point that an exit could hang on."""
@@ -115,7 +126,8 @@ def explore(
     classifier = find_classifier(backbone)
     run = dry_run(backbone, [c.module for c in candidates.values()], classifier, image_size)
     points = _prove(candidates, run, oddity_of(backbone).tokens_in_order)
-    return Exploration(tuple(points), candidates, classifier, run)
+    without_module = tuple(entries_without_module(backbone, candidates))
+    return Exploration(tuple(points), candidates, classifier, run, without_module)
 
 
 def _prove(candidates: dict[str, Candidate], run: DryRun, tokens_in_order: bool) -> list[ExitPoint]:
