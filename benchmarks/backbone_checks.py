@@ -38,12 +38,14 @@ class Subject:
         name: Its name in timm.
         device: "cpu" or "meta".
         image_size: Height and width, where they are not to be the model's own.
+        head: Name of the head of every exit.
         model_kwargs: Further arguments of `timm.create_model`.
     """
 
     name: str
     device: str = "cpu"
     image_size: int | None = None
+    head: str = "auto"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def create(self) -> Any:
@@ -51,6 +53,10 @@ class Subject:
         torch.manual_seed(0)
         with torch.device(self.device):
             return timm.create_model(self.name, **{"num_classes": NUM_CLASSES, **self.model_kwargs})
+
+    def wrap(self, backbone: nn.Module, exits: Exits | None = None) -> sd.SelfDistillModel:
+        """Return a backbone with exits."""
+        return sd.wrap(backbone, exits=exits, head=self.head, image_size=self.image_size)
 
     def images(self, backbone: nn.Module) -> Tensor:
         """Return a batch of images [B, C, H, W]."""
@@ -87,7 +93,7 @@ def check_backbone(subject: Subject) -> dict[str, Any]:
     if not hasattr(bare, "get_classifier"):
         check_that_an_encoder_is_refused(bare)
         return {**row, "status": "encoder"}
-    model = sd.wrap(copy.deepcopy(bare), image_size=subject.image_size)
+    model = subject.wrap(copy.deepcopy(bare))
     x = subject.images(bare)
     row |= describe(model, explore(bare, subject.image_size).run.total_macs)
     check_exits(model)
@@ -113,7 +119,7 @@ def describe(model: sd.SelfDistillModel, macs: int) -> dict[str, Any]:
                 "name": point.name,
                 "module": point.module,
                 "cost": round(point.cost, 4),
-                "head": choose_head(point),
+                "head": choose_head(point) if model.config.head == "auto" else model.config.head,
                 "taps": [[tap.layout, tap.channels, tap.grid, tap.num_prefix_tokens] for tap in point.taps],
             }
             for point in model.points
@@ -158,7 +164,7 @@ def check_outputs(model: sd.SelfDistillModel, x: Tensor) -> str:
 
     Returns:
         "as forward_head" if the teacher's feature is what timm's `forward_head(..., pre_logits=True)` returns; else
-        how it differs: some models have no such feature, or return it unpooled or with their last layer included.
+        how it differs, which is no fault: timm may include a first layer or a norm of the classifier there.
     """
     model.eval()
     with torch.no_grad():
@@ -190,7 +196,9 @@ def check_layouts(model: sd.SelfDistillModel, x: Tensor) -> dict[str, int]:
     Raises:
         Broken: If a tap has the numbers of timm's feature map, or as many of them, in another order.
     """
-    indices = {c.name: c.indices for c in resolve_feature_info(model.backbone).values() if c.promises}
+    candidates = resolve_feature_info(model.backbone).values()
+    aligned = len(candidates) == len(model.feature_info)
+    indices = {c.name: c.indices for c in candidates if c.promises or aligned}
     counts = {"taps": sum(len(point.taps) for point in model.points), "same_shape": 0, "same_values": 0}
     model.eval()
     try:
@@ -278,8 +286,7 @@ def check_saving(subject: Subject, model: sd.SelfDistillModel, x: Tensor) -> Non
             sd.save_pretrained(model, folder)
             loaded = sd.from_pretrained(folder)
     else:
-        names: Exits = [point.name for point in model.points]
-        loaded = sd.wrap(subject.create(), exits=names, image_size=subject.image_size)
+        loaded = subject.wrap(subject.create(), [point.name for point in model.points])
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     _require({n: v.shape for n, v in loaded.state_dict().items()} == shapes, "a loaded model has other weights")
     _require(_essence(loaded.taps) == _essence(model.taps), f"a loaded model has other exits: {loaded.points}")

@@ -132,12 +132,13 @@ def test_teachers_feature_is_found(make_backbone, family):
     assert tuple(backbone.get_submodule(name) for name in taps.classifier.modules) == expected
 
 
-def test_pool_feature_takes_what_enters_any_classifier():
+def test_pool_feature_averages_over_positions():
     x = torch.randn(2, 3, 4, 5)
-    assert torch.equal(pool_feature(x), x.mean((2, 3)))
-    assert torch.equal(pool_feature(x[:, :, :1, :1]), x[:, :, 0, 0])
-    assert torch.equal(pool_feature(x[..., 0]), x[..., 0].mean(1))
-    assert torch.equal(pool_feature(x[..., 0, 0]), x[..., 0, 0])
+    assert torch.equal(pool_feature(x, 1), x.mean((2, 3)))
+    torch.testing.assert_close(pool_feature(x, 3), x.mean((1, 2)))
+    assert torch.equal(pool_feature(x[:, :, :1, :1], 1), x[:, :, 0, 0])
+    assert torch.equal(pool_feature(x[..., 0], 2), x[..., 0].mean(1))
+    assert torch.equal(pool_feature(x[..., 0, 0], 1), x[..., 0, 0])
 
 
 # What the dry run must leave alone.

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
 from timm.models import save_for_hf
+from torch import nn
 
 from timm_selfdistill.model import SelfDistillModel, wrap
 
@@ -61,6 +62,7 @@ def save_pretrained(
     folder.mkdir(parents=True, exist_ok=True)
     # Saved as stored on disk by plain timm: on the CPU and in the default memory format.
     backbone = copy.deepcopy(model.backbone).cpu().to(memory_format=torch.contiguous_format)
+    backbone.register_state_dict_post_hook(_unshare)
     exits = {name: tensor.cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         staged = Path(temporary)
@@ -146,6 +148,16 @@ def _timm_snippet(model: SelfDistillModel, architecture: str) -> str:
         "model.maxpool = torch.nn.Identity()\n"
         'timm.models.load_checkpoint(model, "FOLDER/model.safetensors")\n'
     )
+
+
+def _unshare(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    """Give tensors that share memory, as CoaT's position encodings do, a copy each: safetensors refuses them else."""
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        address = tensor.untyped_storage().data_ptr()
+        if address in seen:
+            state[name] = tensor.clone()
+        seen.add(address)
 
 
 def _truthful_config(label_names: Sequence[str] | None) -> dict[str, Any]:

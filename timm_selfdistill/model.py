@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -256,7 +256,7 @@ class SelfDistillModel(nn.Module):
         self.backbone.to(device=parameter.device, dtype=parameter.dtype)
         found = find_exit_points(self.backbone, [point.name for point in self.points], self.config.image_size)
         width_changed = found.feature_dim != self.taps.feature_dim
-        self.taps = BackboneTaps(self.points, found.classifier, found.feature_dim)
+        self.taps = replace(found, points=self.points)
         self._read_classifiers()
         if width_changed:
             self.heads = self._build_heads(num_classes)
@@ -318,7 +318,8 @@ class SelfDistillModel(nn.Module):
                 "The backbone's classifier is not the one that was wrapped: replace it by model.reset_classifier, "
                 "not by model.backbone's."
             )
-        parts = [[recorded[name] for name in group] for group in groups]
+        axes = self.taps.feature_axes
+        parts = [[pool_feature(recorded[name], axes[name]) for name in group] for group in groups]
         features = [torch.cat(part, 1) if len(part) > 1 else part[0] for part in parts]
         return torch.stack(features).mean(0) if len(features) > 1 else features[0]
 
@@ -365,7 +366,7 @@ def _record_tap(
 
 def _record_feature(tape: _Tape, name: str, module: nn.Module, args: Any) -> None:
     if tape.active:
-        tape.features[name] = pool_feature(args[0])
+        tape.features[name] = args[0]
 
 
 def _is_bound_to(hook: Callable[..., Any], tape: _Tape) -> bool:

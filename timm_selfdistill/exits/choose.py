@@ -1,6 +1,6 @@
 """Choose a backbone's exits among the points that a dry run proved."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from timm_selfdistill.exits.candidates import Backbone, Classifier, names_of
@@ -23,11 +23,13 @@ class BackboneTaps:
         points: The exits, shallow to deep.
         classifier: The backbone's own classifier, whose input is the teacher's feature.
         feature_dim: Width D of the teacher's feature.
+        feature_axes: For each module of the classifier, which dimension of its input holds the feature's channels.
     """
 
     points: tuple[ExitPoint, ...]
     classifier: Classifier
     feature_dim: int
+    feature_axes: Mapping[str, int]
 
 
 def find_exit_points(
@@ -70,7 +72,8 @@ def named_modules(exits: Exits | None) -> tuple[str, ...]:
 
 def choose(found: Exploration, exits: Exits | None) -> BackboneTaps:
     """Choose among the points that were found; for the forms of `exits` and the errors see `find_exit_points`."""
-    return BackboneTaps(tuple(_choose(found, exits)), found.classifier, found.run.feature_dim)
+    run = found.run
+    return BackboneTaps(tuple(_choose(found, exits)), found.classifier, run.feature_dim, run.feature_axes)
 
 
 def _choose(found: Exploration, exits: Exits | None) -> list[ExitPoint]:

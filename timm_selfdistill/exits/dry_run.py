@@ -1,6 +1,6 @@
 """One forward of zeros through a backbone, which shows what runs when, at what cost, and returns what."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,12 +28,21 @@ class Record:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one forward of zeros showed."""
+    """What one forward of zeros showed.
+
+    Args:
+        records: What was seen at each tapped module, by its path.
+        image_size: Height and width of the image in pixels.
+        total_macs: Multiply-accumulates of the whole forward.
+        feature_dim: Width D of the teacher's feature.
+        feature_axes: For each module of the classifier, which dimension of its input holds the feature's channels.
+    """
 
     records: dict[str, Record]
     image_size: tuple[int, int]
     total_macs: int
     feature_dim: int
+    feature_axes: dict[str, int]
 
 
 def dry_run(
@@ -54,7 +63,7 @@ def dry_run(
     parameter = next(backbone.parameters())
     zeros = torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype)
     try:
-        records, widths, output, macs = _forward(backbone, zeros, taps, classifier.modules)
+        records, inputs, output, macs = _forward(backbone, zeros, taps, classifier.modules)
     except Exception as error:
         raise ValueError(
             f"{type(backbone).__name__} fails on an input of shape {tuple(zeros.shape)}: {error}. "
@@ -63,28 +72,31 @@ def dry_run(
     if not isinstance(output, Tensor) or output.ndim != 2:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"{type(backbone).__name__} must return logits [B, num_classes], but returned {got}.")
-    idle = [name for name in classifier.modules if name not in widths]
+    idle = [name for name in classifier.modules if name not in inputs]
     if idle:
         raise ValueError(
             f"The classifier of {type(backbone).__name__} ({', '.join(idle)}) did not run as a module, "
             "so the teacher's feature cannot be read there."
         )
+    promised = {backbone.num_features, getattr(backbone, "head_hidden_size", None)}
+    axes = {name: _feature_axis(shape, promised) for name, shape in inputs.items()}
+    widths = {name: shape[axes[name]] for name, shape in inputs.items()}
     feature_dims = {sum(widths[name] for name in group) for group in classifier.groups}
     if len(feature_dims) != 1:
         raise ValueError(
             f"The classifiers of {type(backbone).__name__} read features of different widths, of which no mean can be "
             f"taken: {widths}."
         )
-    return DryRun(records, (size[0], size[1]), macs, feature_dims.pop())
+    return DryRun(records, (size[0], size[1]), macs, feature_dims.pop(), axes)
 
 
 def _forward(
     backbone: Backbone, zeros: Tensor, taps: Sequence[str], classifiers: Sequence[str]
-) -> tuple[dict[str, Record], dict[str, int], Any, int]:
-    """Return the record of each tap, the width of each classifier's input, the output and the MACs."""
+) -> tuple[dict[str, Record], dict[str, tuple[int, ...]], Any, int]:
+    """Return the record of each tap, the shape of each classifier's input, the output and the MACs."""
     counter = MacCounter()
     records = {name: Record() for name in taps}
-    widths: dict[str, int] = {}
+    inputs: dict[str, tuple[int, ...]] = {}
     versions: list[tuple[Record, Tensor, int]] = []
     clock = iter(range(10**9))
 
@@ -103,7 +115,7 @@ def _forward(
         record.order = next(clock)
 
     def record_feature(name: str, module: nn.Module, args: Any) -> None:
-        widths[name] = pool_feature(args[0]).shape[1]
+        inputs[name] = tuple(args[0].shape)
 
     handles = [backbone.get_submodule(n).register_forward_hook(partial(record_tap, n)) for n in records]
     handles += [backbone.get_submodule(n).register_forward_pre_hook(partial(record_feature, n)) for n in classifiers]
@@ -116,14 +128,27 @@ def _forward(
     # A head reads its tap after the forward: an in-place operation behind the tap would have changed it by then.
     for record, member, version in versions:
         record.overwritten |= member._version != version
-    return records, widths, output, counter.macs
+    return records, inputs, output, counter.macs
 
 
-def pool_feature(value: Tensor) -> Tensor:
-    """Return the teacher's feature [B, D] from what enters the classifier: [B, D], [B, D, H, W] or [B, L, D]."""
-    if value.ndim == 4:
-        return value.flatten(1) if value.shape[2:] == (1, 1) else value.mean((2, 3))
-    return value.mean(1) if value.ndim == 3 else value
+def _feature_axis(shape: tuple[int, ...], promised: Container[int | None]) -> int:
+    """Return which dimension of a classifier's input holds the channels: one of the promised width, or the usual one.
+
+    The input is [B, D], [B, D, H, W], [B, H, W, D], [B, L, D] or [B, D, L].
+    """
+    usual = {2: (1,), 3: (2, 1), 4: (1, 3)}.get(len(shape), (1,))
+    return next((axis for axis in usual if shape[axis] in promised), usual[0])
+
+
+def pool_feature(value: Tensor, axis: int) -> Tensor:
+    """Return the teacher's feature [B, D]: what enters the classifier, averaged over all positions.
+
+    Args:
+        value: What enters the classifier, batch first.
+        axis: The dimension that holds the channels.
+    """
+    positions = [dim for dim in range(1, value.ndim) if dim != axis]
+    return value.mean(positions) if positions else value
 
 
 @contextmanager
