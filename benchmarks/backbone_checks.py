@@ -15,7 +15,7 @@ import torch
 from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves
 
 import timm_selfdistill as sd
 from timm_selfdistill.exits import BackboneTaps, ExitPoint, Exits, explore
@@ -371,16 +371,15 @@ def _require_same_run(one: Callable[[], Any], other: Callable[[], Any], what: st
 
 
 class _OperationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records every operation on meta tensors, and the shapes and numbers that it was given."""
+    """Records every operation, and the shapes and numbers that it was given."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.operations: list[tuple[Any, str]] = []
+        self.operations: list[tuple[Any, ...]] = []
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if any(issubclass(kind, Tensor) for kind in types):
-            given = tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), (args, kwargs))
-            self.operations.append((func, str(given)))
+        given = (tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves((args, kwargs)))
+        self.operations.append((func, *given))
         return func(*args, **(kwargs or {}))

@@ -5,6 +5,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip, and so name, what takes very long, unless a `-m` expression chooses."""
+    if not config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes an hour or more: run it with -m slow"))
+
+
 # The tensors are tiny: more threads would only wait for one another.
 torch.set_num_threads(1)
 
