@@ -1,4 +1,5 @@
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -113,6 +114,104 @@ def test_three_exits_on_a_two_stage_backbone_are_refused_when_asked_for(make_bac
         find_exit_points(make_backbone("pit_ti_224", depth=[1, 1, 1]), 3)
 
 
+def test_layout_that_a_shape_leaves_open_is_that_of_the_other_stages(make_backbone):
+    # The first stage's tensor is [1, 16, 16, 16]; Swin keeps channels last, its "cr" variant first.
+    kwargs = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "img_size": 64, "window_size": 2}
+    for name, layout in (("swin_tiny_patch4_window7_224", "NHWC"), ("swinv2_cr_tiny_224", "NCHW")):
+        points = find_exit_points(make_backbone(name, **kwargs), [0, 1, 2]).points
+        assert [point.taps[0].layout for point in points] == [layout] * 3
+        assert (points[0].taps[0].channels, points[0].taps[0].grid) == (16, (16, 16))
+
+
+def test_tokens_with_channels_first_are_recognised(tiny_net):
+    class Channels1st(tiny_net):
+        def __init__(self):
+            super().__init__()
+            self.flat = nn.Flatten(2)
+            self.feature_info.insert(1, {"module": "flat", "num_chs": 8, "reduction": 2})
+
+        def forward(self, x):
+            x = self.flat(self.act(self.stage0(x))).unflatten(2, (16, 16))
+            return self.fc(self.act(self.stage2(self.act(self.stage1(x)))).mean((2, 3)))
+
+    (tap,) = tensors(find_exit_points(Channels1st(), ["flat"], image_size=32))
+    assert (tap.layout, tap.channels, tap.grid, tap.num_prefix_tokens) == ("NCL", 8, (16, 16), 0)
+
+
+def test_every_branch_that_feature_info_promises_is_tapped(make_backbone):
+    points = find_exit_points(make_backbone("crossvit_tiny_240", embed_dim=[16, 32], num_heads=[2, 2])).points
+    assert [point.name for point in points] == ["blocks.0", "blocks.1"]
+    assert [(tap.name, tap.member, tap.channels, tap.grid, tap.num_prefix_tokens) for tap in points[0].taps] == [
+        ("blocks.0[0]", 0, 16, (20, 20), 1),
+        ("blocks.0[1]", 1, 32, (14, 14), 1),
+    ]
+
+
+def test_index_of_each_branch_means_the_same_exit(make_backbone):
+    backbone = make_backbone("crossvit_tiny_240", embed_dim=[16, 32], num_heads=[2, 2])
+    assert names(find_exit_points(backbone, [1])) == names(find_exit_points(backbone, [4])) == ["blocks.1"]
+    with pytest.raises(ValueError, match=r"names the same exit point twice: blocks\.1, blocks\.1"):
+        find_exit_points(backbone, [1, 4])
+
+
+def test_where_nothing_is_promised_all_tensors_are_tapped_once(tiny_net):
+    class Many(nn.Module):
+        def forward(self, x):
+            return [x, x, {"no": "tensor"}, x[:, :, ::2, ::2], x.flatten(2).transpose(1, 2)]
+
+    class Net(tiny_net):
+        def __init__(self):
+            super().__init__()
+            self.many = Many()
+
+        def forward(self, x):
+            return self.fc(self.stage2(self.stage1(self.many(self.stage0(x))[0])).mean((2, 3)))
+
+    (point,) = find_exit_points(Net(), ["many"], image_size=32).points
+    assert [(tap.member, tap.layout, tap.grid) for tap in point.taps] == [
+        (0, "NCHW", (16, 16)),
+        (3, "NCHW", (8, 8)),
+        (4, "NLC", (16, 16)),
+    ]
+    assert [tap.downsample for tap in point.taps] == [4, 2, 4]
+    assert point.downsample == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "exits"),
+    [
+        ("coat_lite_tiny", {"img_size": 64}, ["serial_blocks1", "serial_blocks2", "serial_blocks3"]),
+        ("hrnet_w18_small", {}, ["stage2", "stage3", "stage4"]),
+        ("mvitv2_tiny", {"img_size": 64}, ["stages.0", "stages.1", "stages.2"]),
+        ("twins_svt_small", {"img_size": 64}, ["blocks.0", "blocks.1", "blocks.2"]),
+    ],
+)
+def test_families_whose_feature_info_names_no_modules_are_tapped_elsewhere(make_backbone, name, kwargs, exits):
+    backbone = make_backbone(name, **kwargs)
+    assert names(find_exit_points(backbone, image_size=64)) == exits
+    named = {name for name, _ in backbone.named_modules()}
+    assert not all(info["module"] in named for info in backbone.feature_info) or name.startswith("coat")
+
+
+def test_names_relative_to_a_part_that_shares_its_feature_info_are_found(tiny_net):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = tiny_net()
+            self.feature_info, self.num_features = self.trunk.feature_info, self.trunk.num_features
+            self.num_classes, self.get_classifier = self.trunk.num_classes, self.trunk.get_classifier
+
+        def forward(self, x):
+            return self.trunk(x)
+
+    assert names(find_exit_points(Outer(), 2, image_size=32)) == ["trunk.stage0", "trunk.stage1"]
+
+
+def test_tokens_that_follow_no_rows_form_no_map(make_backbone):
+    backbone = make_backbone("hiera_tiny_224", img_size=(64, 64), embed_dim=24, stages=(1, 1, 2, 1))
+    assert [(tap.layout, tap.grid) for tap in tensors(find_exit_points(backbone))] == [("NLC", None)] * 3
+
+
 def test_grid_need_not_be_square(make_backbone):
     size = (64, 96)
     (tap,) = tensors(find_exit_points(make_backbone("vit_tiny_patch16_224", img_size=size), 1, image_size=size))
@@ -130,6 +229,44 @@ def test_teachers_feature_is_found(make_backbone, family):
     expected = backbone.get_classifier()
     expected = expected if isinstance(expected, tuple) else (expected,)
     assert tuple(backbone.get_submodule(name) for name in taps.classifier.modules) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "groups"),
+    [
+        ("deit_tiny_distilled_patch16_224", {}, (("head",), ("head_dist",))),
+        ("efficientvim_m1", {}, (("heads.0", "heads.1", "heads.2", "heads.3"),)),
+        (
+            "efficientvim_m1_dist",
+            {},
+            (
+                ("heads.0", "heads.1", "heads.2", "heads.3"),
+                ("heads_dist.0", "heads_dist.1", "heads_dist.2", "heads_dist.3"),
+            ),
+        ),
+    ],
+)
+def test_classifiers_of_one_network_are_grouped_apart_from_those_of_two(make_backbone, name, kwargs, groups):
+    assert find_exit_points(make_backbone(name, **kwargs)).classifier.groups == groups
+
+
+def test_classifiers_of_different_widths_have_no_mean(tiny_net):
+    class Two(tiny_net):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(16, 5)
+
+        def get_classifier(self):
+            return self.fc, self.other
+
+        def forward(self, x):
+            x = self.stage1(self.stage0(x))
+            return self.other(x.mean((2, 3))) + self.fc(self.stage2(x).mean((2, 3)))
+
+    with pytest.raises(
+        ValueError, match=r"classifiers of Two read features of different widths.*'other': 16, 'fc': 32"
+    ):
+        find_exit_points(Two(), image_size=32)
 
 
 def test_pool_feature_averages_over_positions():
@@ -249,6 +386,27 @@ def test_backbone_without_the_contract_is_refused():
         ValueError, match="Linear cannot be wrapped: it has no feature_info, get_classifier, num_classes"
     ):
         find_exit_points(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("feature_info", "message"),
+    [
+        ("stages", r"feature_info of TinyNet must be a list of dicts, got str"),
+        ([{"module": "stage0", "reduction": 2}], r"entry 0 has no num_chs: \{'module': 'stage0', 'reduction': 2\}"),
+        (["stage0"], r"entry 0 has no module, num_chs, reduction: 'stage0'"),
+        ([], r"exits=1: this backbone has 0 useful exit points \(none\)"),
+    ],
+)
+def test_feature_info_that_does_not_follow_the_contract_is_refused(tiny_net, feature_info, message):
+    backbone = tiny_net()
+    backbone.feature_info = feature_info
+    with pytest.raises(ValueError, match=message):
+        find_exit_points(backbone, image_size=32)
+
+
+def test_pure_encoder_is_refused():
+    with pytest.raises(ValueError, match=r"Encoder cannot be wrapped: it has no get_classifier.*a pure encoder has no"):
+        find_exit_points(timm.create_model("qwen3_vit_88m_enc", depth=1))
 
 
 @pytest.mark.parametrize(

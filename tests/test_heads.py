@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from timm_selfdistill.exits import ExitPoint, Tap
-from timm_selfdistill.heads import HEADS, ExitHead, as_map, as_tokens, list_heads, register_head
+from timm_selfdistill.heads import HEADS, ExitHead, as_map, as_tokens, choose_head, list_heads, register_head
 from timm_selfdistill.model import wrap
 
 CHANNELS, WIDTH, CLASSES = 12, 20, 5
@@ -75,8 +75,41 @@ def test_every_parameter_and_every_position_is_used(head, layout, prefix):
 
 
 def test_auto_chooses_by_layout():
-    chosen = {layout: type(ExitHead(make_point(layout), WIDTH, CLASSES).body) for layout in ("NCHW", "NHWC", "NLC")}
-    assert chosen == {"NCHW": HEADS.get("bottleneck"), "NHWC": HEADS.get("token"), "NLC": HEADS.get("token")}
+    chosen = {layout: type(ExitHead(make_point(layout), WIDTH, CLASSES).body) for layout, _ in LAYOUTS}
+    token = HEADS.get("token")
+    assert chosen == {"NCHW": HEADS.get("bottleneck"), "NHWC": token, "NLC": token, "NCL": token}
+
+
+@pytest.mark.parametrize(("layout", "head"), [("NCHW", "linear"), ("NHWC", "token"), ("NLC", "token")])
+def test_auto_chooses_a_light_head_for_each_of_several_branches(layout, head):
+    point = ExitPoint("stage", "stage", 0.5, (make_tap(layout), make_tap(layout, channels=7)))
+    assert choose_head(point) == head
+    network = ExitHead(point, WIDTH, CLASSES)
+    assert [type(body) for body in network.body] == [HEADS.get(head)] * 2
+
+
+@pytest.mark.parametrize("head", NAMES)
+def test_every_head_reads_branches_of_different_sizes_and_layouts(head):
+    taps = (make_tap(), make_tap(grid=(3, 3), channels=7, downsample=2), make_tap("NLC", 1, (4, 4)))
+    network = ExitHead(ExitPoint("stage", "stage", 0.5, taps), WIDTH, CLASSES, head).eval()
+    tensors = [make_tensor(), make_tensor(grid=(3, 3), channels=7), make_tensor("NLC", 1, (4, 4))]
+    logits, feature = network(*tensors)
+    mean = sum(body(x) for body, x in zip(network.body, tensors, strict=True)) / 3
+    torch.testing.assert_close(feature, mean)
+    assert torch.equal(logits, network.classify(*tensors))
+    (logits.square().sum() + feature.square().sum()).backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("head", ["bottleneck", "sepconv_attention"])
+def test_batch_norm_refuses_a_single_value_a_channel(head):
+    network = ExitHead(make_point(), WIDTH, CLASSES, head)
+    for grid in [(4, 4), (1, 1), (3, 2)]:
+        with pytest.raises(ValueError, match=r"head at 'stage' cannot train on a batch of one image of this size"):
+            network(make_tensor(grid=grid, batch=1))
+        assert network(make_tensor(grid=grid, batch=2))[0].shape == (2, CLASSES)
+    assert network(make_tensor(grid=(5, 4), batch=1))[0].shape == (1, CLASSES)
+    assert network.eval()(make_tensor(grid=(1, 1), batch=1))[0].shape == (1, CLASSES)
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (4, 8)])

@@ -3,13 +3,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models import build_model_with_cfg, register_model
+from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 from timm_selfdistill.exits import find_exit_points
 from timm_selfdistill.heads import list_heads
+from timm_selfdistill.hub import from_pretrained, save_pretrained
 from timm_selfdistill.model import ExitOutput, SelfDistillModel, wrap
 
+CROSSVIT = {"embed_dim": [16, 32], "num_heads": [2, 2], "depth": [[1, 2, 0], [1, 2, 0]]}
 LAYOUTS = ["resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
 SIZE = 64
 
@@ -202,10 +206,18 @@ def test_autocast_trains_every_exit_in_bf16(make_backbone, images, name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_compiled_model_equals_the_eager_one(make_backbone, images, name):
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        *((name, {}) for name in LAYOUTS),
+        ("hrnet_w18_small", {}),
+        ("tnt_s_legacy_patch16_224", {"img_size": 64, "depth": 4}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_compiled_model_equals_the_eager_one(make_backbone, images, name, kwargs):
     torch._dynamo.reset()
-    model = wrap(make_backbone(name), image_size=SIZE).eval()
+    model = wrap(make_backbone(name, **kwargs), image_size=SIZE).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         assert_close(compiled(images, return_exits=True), model(images, return_exits=True))
@@ -379,6 +391,163 @@ def test_wrapped_model_is_not_wrapped_again(make_backbone):
 def test_unknown_name_or_argument_of_timm_is_explained(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         wrap(name, model_kwargs=kwargs)
+
+
+# Several branches, several classifiers.
+
+
+def test_branches_have_a_body_each_and_their_mean_is_the_feature(make_backbone):
+    model = wrap(make_backbone("crossvit_tiny_240", **CROSSVIT)).eval()
+    x = torch.randn(2, 3, 240, 240)
+    taps = []
+    handle = model.backbone.blocks[0].register_forward_hook(lambda m, a, out: taps.extend(out))
+    with torch.no_grad():
+        out = model(x, return_exits=True)
+        handle.remove()
+        head = model.heads[0]
+        feature = (head.body[0](taps[0]) + head.body[1](taps[1])) / 2
+        torch.testing.assert_close(out.features[0], feature)
+        torch.testing.assert_close(out.logits[0], head.classifier(feature))
+    assert [tap.channels for tap in model.points[0].taps] == [16, 32]
+    assert out.features[0].shape == (2, 48)
+
+
+def test_feature_of_a_classifier_for_each_branch_is_all_that_they_read(make_backbone):
+    model = wrap(make_backbone("crossvit_tiny_240", **CROSSVIT)).eval()
+    with torch.no_grad():
+        out = model(torch.randn(2, 3, 240, 240), return_exits=True)
+    first, second = out.features[-1].split([16, 32], 1)
+    logits = (model.backbone.head[0](first) + model.backbone.head[1](second)) / 2
+    torch.testing.assert_close(out.logits[-1], logits)
+    assert model.exit_names[-1] == "head"
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "levit_128s", "efficientvim_m1_dist"])
+def test_distilled_training_answers_with_the_mean_of_both_classifiers(make_backbone, name):
+    size = {"deit_tiny_distilled_patch16_224": 64, "levit_128s": 224, "efficientvim_m1_dist": 128}[name]
+    x = torch.randn(4, 3, size, size)
+    backbone = make_backbone(name)
+    backbone.set_distilled_training(True)
+    model = wrap(backbone, image_size=size).train()
+    torch.manual_seed(3)
+    first, second = copy.deepcopy(backbone)(x)
+    out = run_seeded(model, x, return_exits=True)
+    assert torch.equal(out.logits[-1], (first + second) / 2)
+    assert out.features[-1].shape == (4, model.taps.feature_dim)
+    loss_over_all(out).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    backbone.set_distilled_training(False)
+    torch.testing.assert_close(run_seeded(model, x), (first + second) / 2)
+
+
+def test_classifier_that_reads_maps_with_channels_last_is_averaged_over_rows_and_columns(make_backbone):
+    model = wrap(make_backbone("sequencer2d_s", img_size=64)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        feature = model(x, return_exits=True).features[-1]
+        torch.testing.assert_close(feature, model.forward_head(model.forward_features(x), pre_logits=True))
+    assert model.taps.feature_dim == model.num_features
+
+
+# What goes in.
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_any_number_of_input_channels(make_backbone, family, channels):
+    model = wrap(make_backbone(family, in_chans=channels), image_size=SIZE).train()
+    out = model(torch.randn(2, channels, SIZE, SIZE), return_exits=True)
+    assert {z.shape for z in out.logits} == {(2, 5)}
+    loss_over_all(out).backward()
+
+
+@pytest.mark.parametrize("size", [37, (64, 48), (33, 65)])
+@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet", "convnext_atto"])
+def test_odd_sizes_where_the_backbone_takes_them(make_backbone, name, size):
+    size = (size, size) if isinstance(size, int) else size
+    here, elsewhere = (wrap(make_backbone(name), image_size=s).train() for s in (size, SIZE))
+    for model in (here, elsewhere):
+        out = model(torch.randn(2, 3, *size), return_exits=True)
+        assert {z.shape for z in out.logits} == {(2, 5)}
+        loss_over_all(out).backward()
+
+
+@pytest.mark.parametrize("head", list_heads())
+def test_vits_with_a_dynamic_image_size_take_any(make_backbone, head):
+    kwargs = {"dynamic_img_size": True, "dynamic_img_pad": True}
+    model = wrap(make_backbone("vit_tiny_patch16_224", **kwargs), head=head, image_size=SIZE).eval()
+    assert model.points[0].taps[0].grid == (4, 4)
+    for size in (64, 96, 100):
+        assert model(torch.randn(2, 3, size, size), return_exits=True).logits[0].shape == (2, 5)
+    x = torch.randn(2, 3, 48, 80)
+    if head in ("bottleneck", "sepconv_attention"):
+        with pytest.raises(ValueError, match=r"The 15 tokens of 'blocks\.0' form no grid of the aspect 4:4"):
+            model(x, return_exits=True)
+        model = wrap(make_backbone("vit_tiny_patch16_224", **kwargs), head=head, image_size=(48, 80)).eval()
+    assert model(x, return_exits=True).logits[0].shape == (2, 5)
+
+
+def test_fixed_size_that_is_not_met_is_explained(make_backbone):
+    with pytest.raises(ValueError, match=r"VisionTransformer fails on an input of shape \(1, 3, 96, 96\).*image_size"):
+        wrap(make_backbone("vit_tiny_patch16_224"), image_size=96)
+
+
+@pytest.mark.parametrize("head", list_heads())
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_one_image_trains_or_is_refused_with_the_reason(make_backbone, name, head):
+    # Without batch norm of its own, a backbone takes one image; it is the heads that may not.
+    kwargs = {"norm_layer": "groupnorm1"} if name == "resnet18" else {}
+    model = wrap(make_backbone(name, **kwargs), head=head, image_size=SIZE).train()
+    loss_over_all(model(torch.randn(1, 3, SIZE, SIZE), return_exits=True)).backward()
+    if name != "resnet18" or head in ("linear", "token"):
+        return
+    tiny = torch.randn(1, 3, 16, 16)
+    with pytest.raises(
+        ValueError, match=r"head at 'layer1' cannot train on a batch of one image of this size.*two images"
+    ):
+        model(tiny, return_exits=True)
+    assert model(tiny.repeat(2, 1, 1, 1), return_exits=True).logits[0].shape == (2, 5)
+    assert model.eval()(tiny, return_exits=True).logits[0].shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "pool"),
+    [
+        ("resnet18", "max"),
+        ("resnet18", "avgmax"),
+        ("resnet18", "catavgmax"),
+        ("vit_tiny_patch16_224", "avg"),
+        ("vit_tiny_patch16_224", "max"),
+        ("vit_tiny_patch16_224", "map"),
+        ("swin_tiny_patch4_window7_224", "max"),
+    ],
+)
+def test_any_global_pool(make_backbone, images, name, pool):
+    model = wrap(make_backbone(name, global_pool=pool), image_size=SIZE).eval()
+    backbone = model.backbone
+    with torch.no_grad():
+        out = model(images, return_exits=True)
+        feature = backbone.forward_head(backbone.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(out.features[-1], feature)
+    assert {f.shape for f in out.features} == {feature.shape}
+
+
+def test_backbone_whose_pooling_is_switched_off_is_refused(make_backbone):
+    with pytest.raises(ValueError, match=r"ResNet fails on an input of shape \(1, 3, 64, 64\): addmm"):
+        wrap(make_backbone("resnet18", global_pool=""), image_size=SIZE)
+
+
+def test_models_registered_by_the_user_work_by_name(tmp_path):
+    @register_model
+    def my_resnet(pretrained=False, **kwargs):
+        kwargs = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (64, 64, 64, 64), **kwargs}
+        return build_model_with_cfg(ResNet, "my_resnet", pretrained, **kwargs)
+
+    model = wrap("my_resnet", num_classes=5, image_size=SIZE).eval()
+    assert model.num_exits == 3
+    x = torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        loaded = from_pretrained(save_pretrained(model, tmp_path))
+        assert_close(loaded(x, return_exits=True), model(x, return_exits=True), rtol=0, atol=0)
 
 
 # A new classifier.
