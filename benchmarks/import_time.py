@@ -1,0 +1,74 @@
+"""Measure what `import timm_selfdistill` adds to the time of `import timm` and the other packages that it needs.
+
+    python benchmarks/import_time.py
+
+Each import is timed in an interpreter of its own. The three take turns, so that a machine that slows down slows all of
+them; the ratio is taken round by round.
+"""
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+
+_TIMED = """
+import importlib, sys, time
+start = time.perf_counter()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print(time.perf_counter() - start)
+"""
+_LISTED = """
+import sys
+import timm
+before = set(sys.modules)
+import timm_selfdistill
+mine = [name for name in sys.modules if name not in before and name.split(".")[0] != "timm_selfdistill"]
+print("\\n".join(name for name in mine if name.split(".")[0] not in sys.stdlib_module_names))
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Time the imports and print a table."""
+    parser = argparse.ArgumentParser(description="Time of importing timm_selfdistill beside importing timm.")
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args(arguments)
+    needed = _third_party_modules()
+    imports = {
+        "timm": ["timm"],
+        "timm and the other packages": ["timm", *needed],
+        "timm_selfdistill": ["timm_selfdistill"],
+    }
+    for names in imports.values():
+        _seconds(names)
+    rounds = [{label: _seconds(names) for label, names in imports.items()} for _ in range(args.rounds)]
+    packages = sorted({name.split(".")[0] for name in needed if not name.startswith("_")})
+    print(f"Beside timm, timm_selfdistill imports {', '.join(packages) or 'no other package'}.\n")
+    print("| import | median s | over timm | over timm and the other packages |")
+    print("|---|---:|---:|---:|")
+    for label in imports:
+        ratios = (_ratio(rounds, label, base) for base in list(imports)[:2])
+        median = statistics.median(times[label] for times in rounds)
+        print(f"| {label} | {median:.3f} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} |")
+    print(f"\nMedians of {args.rounds} rounds; Python {platform.python_version()}.")
+
+
+def _third_party_modules() -> list[str]:
+    """Return the modules of other packages that importing timm_selfdistill loads and importing timm does not."""
+    output = subprocess.run([sys.executable, "-c", _LISTED], capture_output=True, text=True, check=True).stdout
+    return output.split()
+
+
+def _seconds(names: Sequence[str]) -> float:
+    command = [sys.executable, "-c", _TIMED, *names]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def _ratio(rounds: Sequence[dict[str, float]], label: str, base: str) -> float:
+    return statistics.median(times[label] / times[base] for times in rounds)
+
+
+if __name__ == "__main__":
+    main()
