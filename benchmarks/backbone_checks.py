@@ -6,7 +6,8 @@ that run are compared instead, one by one: the same operations on the same shape
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import timm_selfdistill as sd
-from timm_selfdistill.exits import BackboneTaps, ExitPoint, Exits, explore
+from timm_selfdistill.exits import BackboneTaps, ExitPoint, Exits
 from timm_selfdistill.exits.candidates import resolve_feature_info
+from timm_selfdistill.flops import MacCounter
 from timm_selfdistill.heads import as_map, choose_head
 
 NUM_CLASSES = 10
@@ -71,11 +73,12 @@ class Subject:
         return self.device != "meta"
 
 
-def check_backbone(subject: Subject) -> dict[str, Any]:
+def check_backbone(subject: Subject, bare: Any = None) -> dict[str, Any]:
     """Run every check on a model.
 
     Args:
         subject: The model.
+        bare: What `subject.create()` returned, where it was called already.
 
     Returns:
         What was found: class, family, parameters, cost, exits, and the outcome of what a model may or may not offer.
@@ -84,7 +87,7 @@ def check_backbone(subject: Subject) -> dict[str, Any]:
         Broken: If a check does not hold.
         Exception: Whatever a part of the model raises.
     """
-    bare = subject.create()
+    bare = subject.create() if bare is None else bare
     row: dict[str, Any] = {
         "class": type(bare).__name__,
         "family": type(bare).__module__.removeprefix("timm.models."),
@@ -95,11 +98,10 @@ def check_backbone(subject: Subject) -> dict[str, Any]:
         return {**row, "status": "encoder"}
     model = subject.wrap(copy.deepcopy(bare))
     x = subject.images(bare)
-    row |= describe(model, explore(bare, subject.image_size).run.total_macs)
+    row |= describe(model)
     check_exits(model)
     check_same_answer(bare, model, x)
-    row["teacher_feature"] = check_outputs(model, x)
-    row["taps_checked"] = check_layouts(model, x)
+    row |= check_outputs(model, x)
     loss = check_training_step(bare, model, x)
     row["grad_checkpointing"] = check_gradient_checkpointing(model, x, loss)
     check_copy(model, x)
@@ -108,10 +110,9 @@ def check_backbone(subject: Subject) -> dict[str, Any]:
     return {**row, "status": "supported"}
 
 
-def describe(model: sd.SelfDistillModel, macs: int) -> dict[str, Any]:
+def describe(model: sd.SelfDistillModel) -> dict[str, Any]:
     """Return what a table of models shows of one."""
     return {
-        "macs": macs,
         "feature_dim": model.taps.feature_dim,
         "classifiers": [list(group) for group in model.taps.classifier.groups],
         "exits": [
@@ -159,34 +160,48 @@ def check_same_answer(bare: nn.Module, model: sd.SelfDistillModel, x: Tensor) ->
         _require(not changed, f"the backbone's state differs: {changed}")
 
 
-def check_outputs(model: sd.SelfDistillModel, x: Tensor) -> str:
+def check_outputs(model: sd.SelfDistillModel, x: Tensor) -> dict[str, Any]:
     """`return_exits` gives a logit and a feature tensor for every exit; every exit can be asked for alone.
 
     Returns:
-        "as forward_head" if the teacher's feature is what timm's `forward_head(..., pre_logits=True)` returns; else
-        how it differs, which is no fault: timm may include a first layer or a norm of the classifier there.
+        The multiply-accumulates of the backbone for one image, and what `check_layouts` and `compare_feature` return.
     """
     model.eval()
     with torch.no_grad():
-        out = model(x, return_exits=True)
+        with _recorded_taps(model) as taps:
+            out = model(x, return_exits=True)
+        with MacCounter() as counter:
+            _require_same(out.logits[-1], model(x), "the last logits")
         _require_shapes(out.logits, (len(x), NUM_CLASSES), "logits")
         _require_shapes(out.features, (len(x), model.taps.feature_dim), "features")
         _require(len(out.logits) == len(out.features) == model.num_exits + 1, "not one output an exit")
-        _require_same(out.logits[-1], model(x), "the last logits")
         for index, logits in enumerate(out.logits[:1] if x.is_meta else out.logits):
             _require_same(logits, model.forward_exit(x, index), f"forward_exit(x, {index})")
-        try:
-            expected = model.forward_head(model.forward_features(x), pre_logits=True)
-        except Exception as error:
-            return f"forward_head fails: {type(error).__name__}"
-    feature = out.features[-1]
+        return {
+            "macs": counter.macs // len(x),
+            "teacher_feature": compare_feature(model, x, out.features[-1]),
+            "taps_checked": check_layouts(model, x, taps),
+        }
+
+
+def compare_feature(model: sd.SelfDistillModel, x: Tensor, feature: Tensor) -> str:
+    """Compare the teacher's feature with what timm's `forward_head(..., pre_logits=True)` returns.
+
+    Returns:
+        "as forward_head", or how it differs, which is no fault: timm may include a first layer or a norm of the
+        classifier there.
+    """
+    try:
+        expected = model.forward_head(model.forward_features(x), pre_logits=True)
+    except Exception as error:
+        return f"forward_head fails: {type(error).__name__}"
     if not isinstance(expected, Tensor) or expected.shape != feature.shape:
         return f"other shape: {list(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__}"
     same = x.is_meta or torch.allclose(expected, feature, rtol=1e-3, atol=1e-5)
     return "as forward_head" if same else "other values"
 
 
-def check_layouts(model: sd.SelfDistillModel, x: Tensor) -> dict[str, int]:
+def check_layouts(model: sd.SelfDistillModel, x: Tensor, taps: Sequence[tuple[Tensor, ...]]) -> dict[str, int]:
     """The taps, read as feature maps, are those of timm's own `forward_intermediates`, which knows every family.
 
     Returns:
@@ -200,13 +215,11 @@ def check_layouts(model: sd.SelfDistillModel, x: Tensor) -> dict[str, int]:
     aligned = len(candidates) == len(model.feature_info)
     indices = {c.name: c.indices for c in candidates if c.promises or aligned}
     counts = {"taps": sum(len(point.taps) for point in model.points), "same_shape": 0, "same_values": 0}
-    model.eval()
     try:
-        with torch.no_grad():
-            features = model.backbone.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)
+        features = model.backbone.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)
     except Exception:
         return counts
-    for point, tapped in zip(model.points, _tapped(model, x), strict=True):
+    for point, tapped in zip(model.points, taps, strict=True):
         for tap, tensor, index in zip(point.taps, tapped, indices.get(point.name, ()), strict=False):
             if tap.grid is None or index >= len(features):
                 continue
@@ -316,17 +329,16 @@ def _step(model: sd.SelfDistillModel, x: Tensor) -> Tensor:
     return loss.detach()
 
 
-def _tapped(model: sd.SelfDistillModel, x: Tensor) -> list[tuple[Tensor, ...]]:
-    """Return what each head is given."""
+@contextmanager
+def _recorded_taps(model: sd.SelfDistillModel) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Collect what each head is given while the body runs."""
     seen: list[tuple[Tensor, ...]] = []
     handles = [head.register_forward_pre_hook(lambda module, args: seen.append(args)) for head in model.heads]
     try:
-        with torch.no_grad():
-            model(x, return_exits=True)
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
-    return seen
 
 
 def _essence(taps: BackboneTaps) -> tuple[tuple[ExitPoint, ...], Any, int]:

@@ -88,8 +88,9 @@ def check_model(name: str, max_params: float, max_macs: float, seconds: int) -> 
     start = time.perf_counter()
     row: Row = {"name": name, "versions": _VERSIONS, "device": "meta"}
     try:
-        row["device"] = _device_for(name, max_params, max_macs)
-        row |= check_backbone(Subject(name, row["device"]))
+        bare = _build_on_meta(name, max_params, max_macs)
+        row["device"] = "cpu" if bare is None else "meta"
+        row |= check_backbone(Subject(name, row["device"]), bare)
     except Exception as error:
         row |= {
             "status": "failed",
@@ -108,8 +109,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report here, such as docs/coverage.md")
     parser.add_argument("--fresh", action="store_true", help="forget the lines of earlier runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
-    parser.add_argument("--max-params", type=float, default=60e6, help="larger models run on the meta device")
-    parser.add_argument("--max-macs", type=float, default=3e9, help="costlier models run on the meta device")
+    parser.add_argument("--max-params", type=float, default=40e6, help="larger models run on the meta device")
+    parser.add_argument("--max-macs", type=float, default=1.5e9, help="costlier models run on the meta device")
     parser.add_argument("--seconds", type=int, default=900, help="a model that takes longer counts as failed")
     parser.add_argument("--chunk", nargs="+", help=argparse.SUPPRESS)  # how this program starts itself for a part
     return parser.parse_args(arguments)
@@ -174,17 +175,17 @@ def _print_lines(names: Sequence[str], args: argparse.Namespace) -> None:
         print(json.dumps(row), file=lines, flush=True)
 
 
-def _device_for(name: str, max_params: float, max_macs: float) -> str:
-    """Return "cpu" for a model that is small or that the meta device cannot run, else "meta"."""
+def _build_on_meta(name: str, max_params: float, max_macs: float) -> Any:
+    """Return the backbone on the meta device, or None if it is small or cannot run there."""
     try:
         backbone = Subject(name, "meta").create()
         if not hasattr(backbone, "get_classifier"):
-            return "meta"
+            return backbone
         macs = explore(backbone).run.total_macs
     except Exception:
-        return "cpu"
+        return None
     params = sum(parameter.numel() for parameter in backbone.parameters())
-    return "cpu" if params <= max_params and macs <= max_macs else "meta"
+    return None if params <= max_params and macs <= max_macs else backbone
 
 
 def _out_of_time(*args: object) -> None:

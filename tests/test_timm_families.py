@@ -195,7 +195,7 @@ def test_checks_see_what_is_broken():
     assert fault(checks.check_same_answer, bare, model, x) == "model(x), training=True differs"
     wrong = replace(model.points[0].taps[0], layout="NHWC")
     model.taps = replace(model.taps, points=(replace(model.points[0], taps=(wrong,)), *model.points[1:]))
-    assert fault(checks.check_layouts, model, x).startswith("layer1 was read as")
+    assert fault(checks.check_outputs, model, x).startswith("layer1 was read as")
 
 
 def test_checks_on_the_meta_device_see_another_operation():
