@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import timm_selfdistill as sd
+from timm_selfdistill.cli import main as cli
 from timm_selfdistill.heads import HEADS
 from timm_selfdistill.losses import PRESETS, divergences, presets, self_distillation, teachers
 from timm_selfdistill.recipe import EmaSection, Recipe, RecipeError, load_recipe, sections
@@ -66,6 +67,14 @@ COMMANDS = [
     if re.search(r"timm-selfdistill train|timm_selfdistill\.train", command)
 ]
 
+SHOWN = [
+    (match[1], match[2])
+    for page in PAGES
+    for match in re.finditer(
+        r"^```bash\n(timm-selfdistill exits [^\n]+)\n```\n\n```text\n(.*?)^```$", page.read_text(), re.M | re.S
+    )
+]
+
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
@@ -98,6 +107,12 @@ def test_examples_run_and_print_what_the_page_says(page, finished_run, monkeypat
     printed = capsys.readouterr().out
     for text in re.findall(r"^```python\n[^`]*^```\n\n```text\n(.*?)^```$", page.read_text(), re.M | re.S):
         assert text in printed
+
+
+@pytest.mark.parametrize(("command", "output"), SHOWN, ids=lambda text: text.splitlines()[0])
+def test_commands_print_what_the_page_shows(command, output, capsys):
+    assert cli(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out == output
 
 
 @pytest.mark.parametrize("block", NOT_RUN, ids=str)

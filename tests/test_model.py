@@ -238,6 +238,20 @@ def test_compiled_training_step_equals_the_eager_one(make_backbone, images):
         torch.testing.assert_close(one, other, msg=name)
 
 
+def test_compiled_training_step_under_gradient_checkpointing_equals_the_eager_one(make_backbone, images, monkeypatch):
+    # As the documentation says: without this, torch refuses the hooks inside the checkpointed part.
+    monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+    torch._dynamo.reset()
+    eager = wrap(make_backbone("vit_tiny_patch16_224"), image_size=SIZE)
+    compiled = copy.deepcopy(eager)
+    compiled.set_grad_checkpointing()
+    loss_over_all(eager(images, return_exits=True)).backward()
+    loss_over_all(torch.compile(compiled, fullgraph=True, backend="aot_eager")(images, return_exits=True)).backward()
+    torch._dynamo.reset()
+    for (name, one), other in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, msg=name, rtol=1e-4, atol=1e-5)
+
+
 # Training.
 
 

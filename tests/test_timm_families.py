@@ -124,6 +124,8 @@ FORMS = {
     "ResNetV2 of BiT": Subject("resnetv2_50x1_bit", image_size=64, head="linear"),
     "Twins of PCPVT": Subject("twins_pcpvt_small", model_kwargs={"img_size": 64}),
 }
+# CSATv2's stem is made for three channels, as timm warns.
+RGB_ONLY = {"CSATv2"}
 ENCODERS = {name for name in MEMBERS if name.endswith("Encoder")}
 
 
@@ -137,6 +139,17 @@ def test_one_member_of_every_class(name):
 @pytest.mark.parametrize("form", FORMS)
 def test_one_member_of_every_further_form(form):
     assert check_backbone(FORMS[form])["status"] == "supported"
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("name", sorted(set(MEMBERS) - ENCODERS - RGB_ONLY))
+def test_every_class_takes_other_numbers_of_input_channels(name, channels):
+    member = MEMBERS[name]
+    subject = replace(member, device="meta", model_kwargs={**member.model_kwargs, "in_chans": channels})
+    model = subject.wrap(subject.create())
+    x = subject.images(model.backbone)
+    assert x.shape[1] == channels
+    assert model(x, return_exits=True).logits[0].shape == (len(x), checks.NUM_CLASSES)
 
 
 def test_every_class_of_timm_has_a_member(monkeypatch):
