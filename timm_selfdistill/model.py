@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, Exits, find_exit_points, pool_feature
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.stem import use_small_stem
+from timm_selfdistill.tape import Reached, Tape, record_feature, record_tap
 
 
 class ExitOutput(NamedTuple):
@@ -133,12 +134,11 @@ class SelfDistillModel(nn.Module):
         self.taps = taps
         self.config = config
         self.heads = self._build_heads(self.num_classes)
-        self._tape = _Tape()
-        # Hooks are functions bound to the tape, not closures: copied with the model, they write to the copy's tape.
+        self._tape = Tape()
         for index, point in enumerate(taps.points):
             module = backbone.get_submodule(point.module)
             members = tuple(tap.member for tap in point.taps)
-            module.register_forward_hook(partial(_record_tap, self._tape, index, members))
+            module.register_forward_hook(partial(record_tap, self._tape, index, members))
         self._read_classifiers()
 
     def forward(self, x: Tensor, return_exits: bool = False) -> Tensor | ExitOutput:
@@ -186,7 +186,7 @@ class SelfDistillModel(nn.Module):
         tape.start(stop_at=exit)
         try:
             self.backbone(x)
-        except _Reached:
+        except Reached:
             tapped = tape.taps[exit]
         finally:
             tape.stop()
@@ -328,46 +328,8 @@ class SelfDistillModel(nn.Module):
         for name in self.taps.classifier.modules:
             module = self.backbone.get_submodule(name)
             if not any(_is_bound_to(hook, self._tape) for hook in module._forward_pre_hooks.values()):
-                module.register_forward_pre_hook(partial(_record_feature, self._tape, name))
+                module.register_forward_pre_hook(partial(record_feature, self._tape, name))
 
 
-class _Reached(Exception):
-    """Ends a backbone's forward at the exit that was asked for."""
-
-
-class _Tape:
-    """What the hooks of one model recorded in the forward that is under way."""
-
-    def __init__(self) -> None:
-        self.active = False
-        self.stop_at: int | None = None
-        self.taps: dict[int, tuple[Tensor, ...]] = {}
-        self.features: dict[str, Tensor] = {}
-
-    def start(self, stop_at: int | None = None) -> None:
-        """Record from now on; with `stop_at`, end the forward at that tap."""
-        self.active, self.stop_at = True, stop_at
-
-    def stop(self) -> None:
-        """Record no more and let go of what was recorded."""
-        self.active, self.stop_at = False, None
-        self.taps, self.features = {}, {}
-
-
-def _record_tap(
-    tape: _Tape, index: int, members: tuple[int | None, ...], module: nn.Module, args: Any, output: Any
-) -> None:
-    if not tape.active:
-        return
-    tape.taps[index] = tuple(output if member is None else output[member] for member in members)
-    if tape.stop_at == index:
-        raise _Reached
-
-
-def _record_feature(tape: _Tape, name: str, module: nn.Module, args: Any) -> None:
-    if tape.active:
-        tape.features[name] = args[0]
-
-
-def _is_bound_to(hook: Callable[..., Any], tape: _Tape) -> bool:
+def _is_bound_to(hook: Callable[..., Any], tape: Tape) -> bool:
     return isinstance(hook, partial) and bool(hook.args) and hook.args[0] is tape

@@ -1,17 +1,14 @@
-"""The classifiers that hang on a backbone's taps: each maps its tap to the teacher's feature width, then to logits."""
+"""The bodies of the heads: each maps a tapped tensor to the teacher's feature width."""
 
-import inspect
 import math
-from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
-from timm_selfdistill.exits import ExitPoint, Tap
+from timm_selfdistill.exits import Tap
+from timm_selfdistill.heads.reading import as_map, as_tokens, grid_of, pooled
 from timm_selfdistill.registry import Registry
 
 HEADS: Registry[type[nn.Module]] = Registry("head", "timm_selfdistill.heads")
@@ -21,71 +18,6 @@ register_head = HEADS.register
 def list_heads() -> list[str]:
     """Return the names of all registered heads; "auto", which chooses by the tap's layout, is allowed beside them."""
     return HEADS.names()
-
-
-class ExitHead(nn.Module):
-    """An exit's network: a body that embeds what is tapped, and a linear classifier on what the body returns.
-
-    Where the backbone has several branches there, each has a body of its own, and their features are averaged.
-
-    Args:
-        point: The exit point that is read.
-        feature_dim: Width D of the teacher's feature.
-        num_classes: Number of logits.
-        head: Name of a registered body, or "auto": `token` for NLC, NCL and NHWC taps, `bottleneck` for an NCHW tap,
-            `linear` for each of several NCHW branches.
-        head_kwargs: Further arguments of the body.
-        hint_adapter: Report the feature through a trainable linear layer, as the journal version does before it
-            compares features; the classifier still reads the body's own output.
-
-    Raises:
-        ValueError: If the name or an argument of the head is unknown, or the head cannot read the tap's layout.
-    """
-
-    def __init__(
-        self,
-        point: ExitPoint,
-        feature_dim: int,
-        num_classes: int,
-        head: str = "auto",
-        head_kwargs: Mapping[str, Any] | None = None,
-        hint_adapter: bool = False,
-    ) -> None:
-        super().__init__()
-        name = choose_head(point) if head == "auto" else head
-        bodies = [_build_body(name, tap, feature_dim, head_kwargs or {}) for tap in point.taps]
-        self.body = bodies[0] if len(bodies) == 1 else _Branches(bodies)
-        self.classifier = nn.Linear(feature_dim, num_classes)
-        self.adapter = nn.Linear(feature_dim, feature_dim) if hint_adapter else nn.Identity()
-
-    def classify(self, *taps: Tensor) -> Tensor:
-        """Return logits [B, num_classes] alone."""
-        logits: Tensor = self.classifier(self.body(*taps))
-        return logits
-
-    def forward(self, *taps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits [B, num_classes] and the feature [B, D] that the hint compares."""
-        feature = self.body(*taps)
-        return self.classifier(feature), self.adapter(feature)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a new one of `num_classes` logits."""
-        old = self.classifier
-        self.classifier = nn.Linear(old.in_features, num_classes, device=old.weight.device, dtype=old.weight.dtype)
-
-
-class _Branches(nn.ModuleList):
-    """One body a branch; the mean of what they return."""
-
-    def forward(self, *taps: Tensor) -> Tensor:
-        return torch.stack([body(tap) for body, tap in zip(self, taps, strict=True)]).mean(0)
-
-
-def choose_head(point: ExitPoint) -> str:
-    """Return the name of the head that "auto" means at an exit point."""
-    if any(tap.layout != "NCHW" for tap in point.taps):
-        return "token"
-    return "bottleneck" if len(point.taps) == 1 else "linear"
 
 
 @register_head("bottleneck")
@@ -231,52 +163,9 @@ class TokenHead(nn.Module):
         return feature
 
 
-def as_map(x: Tensor, tap: Tap) -> Tensor:
-    """Return a tapped tensor of any layout as a feature map [B, C, H, W], without its prefix tokens."""
-    if tap.layout == "NCHW":
-        return x
-    if tap.layout == "NHWC":
-        return x.permute(0, 3, 1, 2)
-    rows, columns = _grid(tap)
-    tokens = as_tokens(x, tap)[:, tap.num_prefix_tokens :].transpose(1, 2)
-    # At another input size than the dry run's, the tokens tell the grid's area; its aspect is taken to be the same.
-    height = max(1, round(math.sqrt(tokens.shape[2] * rows / columns)))
-    width, rest = divmod(tokens.shape[2], height)
-    if rest:
-        raise ValueError(
-            f"The {tokens.shape[2]} tokens of {tap.name!r} form no grid of the aspect {rows}:{columns}, which a "
-            "convolutional head needs: give images of the dry run's aspect, or choose the head token or linear."
-        )
-    return tokens.reshape(*tokens.shape[:2], height, width)
-
-
-def as_tokens(x: Tensor, tap: Tap) -> Tensor:
-    """Return a tapped tensor of any layout as tokens [B, L, C], its prefix tokens in front."""
-    if tap.layout == "NHWC":
-        return x.flatten(1, 2)
-    return x if tap.layout == "NLC" else x.flatten(2).transpose(1, 2)
-
-
-def pooled(x: Tensor) -> Tensor:
-    """Return the mean over the positions of a feature map [B, C, H, W]."""
-    return x.mean((2, 3))
-
-
-def _build_body(head: str, tap: Tap, feature_dim: int, head_kwargs: Mapping[str, Any]) -> nn.Module:
-    """Build the registered body `head`."""
-    cls = HEADS.get(head)
-    allowed = list(inspect.signature(cls).parameters)[2:]
-    unknown = sorted(set(head_kwargs) - set(allowed))
-    if unknown:
-        raise ValueError(
-            f"Head {head!r} takes no argument {', '.join(unknown)}; allowed are {', '.join(allowed) or 'none'}."
-        )
-    return cls(tap, feature_dim, **head_kwargs)
-
-
 def _halvings(tap: Tap) -> int:
     """Return how often the tap's grid is halved to reach the deepest one, between 1 and the paper's 3."""
-    _grid(tap)
+    grid_of(tap)
     return min(3, max(1, round(math.log2(tap.downsample))))
 
 
@@ -287,13 +176,6 @@ def _check_batch(body: "Bottleneck | SepConvAttention", x: Tensor, stride: int) 
             f"The head at {body.tap.name!r} cannot train on a batch of one image of this size: its batch norm would "
             "see one value a channel. Give at least two images (or larger ones), or choose the head linear or token."
         )
-
-
-def _grid(tap: Tap) -> tuple[int, int]:
-    """Return the tap's grid, which a convolutional head needs."""
-    if tap.grid is None:
-        raise ValueError(f"The tokens of {tap.name!r} form no grid: choose the head token or linear.")
-    return tap.grid
 
 
 def _positive(name: str, value: int) -> int:
