@@ -2,7 +2,7 @@
 
 from timm_selfdistill.exits import ExitPoint, Tap
 from timm_selfdistill.heads import list_heads, register_head
-from timm_selfdistill.hub import from_pretrained, save_pretrained
+from timm_selfdistill.hub import HubError, from_pretrained, push_to_hub, save_pretrained
 from timm_selfdistill.losses import (
     SelfDistillationConfig,
     SelfDistillationLoss,
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ExitOutput",
     "ExitPoint",
+    "HubError",
     "SelfDistillModel",
     "SelfDistillationConfig",
     "SelfDistillationLoss",
@@ -36,6 +37,7 @@ __all__ = [
     "list_recipes",
     "list_teachers",
     "load_recipe",
+    "push_to_hub",
     "register_divergence",
     "register_head",
     "register_loss",

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm_selfdistill.hub import HubError, push_folder
 from timm_selfdistill.preview import format_preview, preview_exits
 from timm_selfdistill.recipe import list_recipes, read_settings
 from timm_selfdistill.report import format_table
@@ -29,6 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="fields of the recipe's data section, such as eval_split=val"
     )
     evaluate.set_defaults(run=_evaluate)
+
+    push = commands.add_parser("push", help="push a trained model to the Hugging Face Hub")
+    push.add_argument("folder", type=Path, help="a run's folder, or the model folder in it")
+    push.add_argument("repo", help="the repository, as namespace/name; made if it does not exist")
+    push.add_argument("--private", action="store_true", help="make a private repository")
+    push.add_argument("--pr", action="store_true", help="open a pull request")
+    push.add_argument("--revision", help="branch to push to; the main branch by default")
+    push.add_argument("--message", help="what the commit says")
+    push.set_defaults(run=_push)
 
     exits = commands.add_parser("exits", help="show where exits could hang on a timm model, and what they would cost")
     exits.add_argument("model", help="name of a timm model")
@@ -62,6 +72,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_table(report))
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    try:
+        address = push_folder(
+            arguments.folder,
+            arguments.repo,
+            private=arguments.private,
+            revision=arguments.revision,
+            create_pr=arguments.pr,
+            commit_message=arguments.message,
+        )
+    except (ValueError, HubError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(address)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Save and load a wrapped model: a folder that plain timm loads too."""
+"""A saved model: a folder that plain timm loads too."""
 
 import copy
 import hashlib
@@ -19,6 +19,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import save_for_hf
 from torch import nn
 
+from timm_selfdistill.hub.card import model_card
 from timm_selfdistill.model import SelfDistillModel, wrap
 
 CONFIG, BACKBONE, EXITS, CARD = "config.json", "model.safetensors", "exits.safetensors", "README.md"
@@ -85,7 +86,7 @@ def save_pretrained(
     return folder
 
 
-def from_pretrained(folder: str | Path) -> SelfDistillModel:
+def load_folder(folder: str | Path) -> SelfDistillModel:
     """Load a model that `save_pretrained` wrote, in eval mode.
 
     Nothing is unpickled or executed.
@@ -120,34 +121,6 @@ def from_pretrained(folder: str | Path) -> SelfDistillModel:
         except RuntimeError as error:
             raise ValueError(f"{folder / name} does not fit the model that {CONFIG} describes: {error}") from error
     return model.eval()
-
-
-def model_card(model: SelfDistillModel) -> str:
-    """Return a model card that tells how to load the model."""
-    architecture = model.pretrained_cfg.get("architecture", type(model.backbone).__name__)
-    names = ", ".join(f"`{name}`" for name in model.exit_names)
-    return (
-        "---\nlibrary_name: timm\ntags:\n- image-classification\n- timm\n- timm_selfdistill\n---\n\n"
-        f"# {architecture}, self-distilled\n\n"
-        f"A timm `{architecture}` with {model.num_classes} classes and exits at {names}, trained as its own teacher.\n"
-        f"\nIn plain timm, without the exits:\n\n```python\n{_timm_snippet(model, architecture)}```\n\n"
-        "With the exits:\n\n```python\nimport timm_selfdistill as sd\n\n"
-        "model = sd.from_pretrained(FOLDER)\nout = model(x, return_exits=True)  # out.logits: shallow to deep\n```\n"
-    )
-
-
-def _timm_snippet(model: SelfDistillModel, architecture: str) -> str:
-    """Return the lines that load the backbone without this package."""
-    if not model.config.small_stem:
-        return 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)\n'
-    stem = model.backbone.conv1
-    return (
-        "import timm\nimport torch\n\n"
-        'model = timm.create_model("local-dir:FOLDER", pretrained=False)\n'
-        f"model.conv1 = torch.nn.Conv2d({stem.in_channels}, {stem.out_channels}, 3, padding=1, bias=False)\n"
-        "model.maxpool = torch.nn.Identity()\n"
-        'timm.models.load_checkpoint(model, "FOLDER/model.safetensors")\n'
-    )
 
 
 def _unshare(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict[str, Any]) -> None:

@@ -1,0 +1,252 @@
+"""Pushing to a Hub and loading from it: the real clients, in their own processes, against a server on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import HubServer
+
+import timm_selfdistill as sd
+from timm_selfdistill.cli import main as cli
+from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, model_card
+
+pytestmark = pytest.mark.multiprocess
+
+COMMON = """
+import json, torch, timm
+import timm_selfdistill as sd
+
+def make_model(seed=0, width=16, **kwargs):
+    torch.manual_seed(seed)
+    channels = [width, 2 * width, 4 * width, 5 * width]
+    return sd.wrap("resnet18", num_classes=7, image_size=64, model_kwargs={"channels": channels}, **kwargs).eval()
+
+def same(one, other):
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        pairs = zip(one(x, return_exits=True).logits, other(x, return_exits=True).logits, strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+def refused(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+def answer(**values):
+    print("ANSWER " + json.dumps(values))
+"""
+
+Client = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub: HubServer, tmp_path: Path) -> Client:
+    """A function that runs code in a process whose Hub is the server, and returns what the code answers."""
+
+    def run(code: str, **environment: str) -> dict[str, Any]:
+        unset = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        process = subprocess.run(
+            [sys.executable, "-c", COMMON + textwrap.dedent(code)],
+            env={**unset, **own, "HF_TOKEN": "hf_owner", **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert process.returncode == 0, process.stderr
+        answers = [line for line in process.stdout.splitlines() if line.startswith("ANSWER ")]
+        return json.loads(answers[-1].removeprefix("ANSWER "))
+
+    return run
+
+
+def test_a_pushed_model_is_loaded_bit_for_bit_here_and_in_plain_timm(hub: HubServer, client: Client) -> None:
+    answer = client(
+        """
+        model = make_model(width=64)
+        address = sd.push_to_hub(model, "me/large", commit_message="First")
+        again = sd.push_to_hub(model, "me/large")
+        x = torch.randn(2, 3, 64, 64)
+        plain = timm.create_model("hf-hub:me/large", pretrained=True).eval()
+        loaded = sd.from_pretrained("me/large")
+        modes = {module.training for module in loaded.modules()}
+        plain_same = torch.equal(plain(x), model(x))
+        answer(address=address, again=again, same=same(model, loaded), modes=list(modes), plain=plain_same)
+        """
+    )
+    assert answer["same"]
+    assert answer["plain"]
+    assert answer["modes"] == [False]
+    assert answer["address"] == answer["again"] == f"{hub.url}/me/large/commit/{hub.repos['me/large'].refs['main']}"
+    # One commit on top of the first, empty one; what is there already is not sent again.
+    assert len(hub.repos["me/large"].commits) == 2
+    assert sum(request.startswith("PUT") for request in hub.requests) == 2
+    files = hub.files("me/large")
+    assert set(files) == {".gitattributes", CONFIG, BACKBONE, EXITS, CARD}
+    assert len(files[BACKBONE]) > 10_000_000
+    card = files[CARD].decode()
+    assert 'timm.create_model("hf-hub:me/large", pretrained=True)' in card
+    assert 'sd.from_pretrained("me/large")' in card
+    assert "FOLDER" not in card
+
+
+def test_downloads_are_cached_resumed_and_checked(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    client('sd.push_to_hub(make_model(), "me/net"); sd.push_to_hub(make_model(1), "me/net"); answer()')
+    first = next(name for name, tree in hub.repos["me/net"].commits.items() if CONFIG in tree)
+    hub.cut_after = 100_000
+    code = """
+    model = make_model()
+    newest, first = sd.from_pretrained("me/net"), sd.from_pretrained("me/net", revision="COMMIT")
+    answer(newest=same(newest, make_model(1)), first=same(first, model))
+    """.replace("COMMIT", first)
+    assert client(code) == {"newest": True, "first": True}
+    assert hub.cut_after is None  # the connection did break, and the rest was fetched
+    hub.requests.clear()
+    assert client(code) == {"newest": True, "first": True}
+    assert not [request for request in hub.requests if request.startswith("GET") and "/resolve/" in request]
+
+    (weights,) = (tmp_path / "cache").glob(f"hub/models--me--net/snapshots/{hub.repos['me/net'].refs['main']}/{EXITS}")
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.resolve().write_bytes(damaged)
+    code = """
+    offline = same(sd.from_pretrained("me/net", revision="COMMIT"), make_model())
+    damaged, new = refused(sd.from_pretrained, "me/net"), refused(sd.from_pretrained, "me/new")
+    answer(offline=offline, damaged=damaged, new=new)
+    """
+    answer = client(code.replace("COMMIT", first), HF_HUB_OFFLINE="1")
+    assert answer["offline"]
+    assert answer["damaged"].startswith("ValueError: ")
+    assert "exits.safetensors is damaged or was exchanged" in answer["damaged"]
+    assert answer["new"].startswith(f"HubError: Loading me/new failed: {hub.url} cannot be reached, and what is not in")
+
+
+def test_a_run_is_pushed_from_its_folder_to_a_private_repository(
+    hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for name in ("report.json", "report.md", "report.png", "recipe.yaml", "metrics.jsonl"):
+        run.mkdir(exist_ok=True)
+        (run / name).write_text(name)
+    torch.manual_seed(0)
+    model = sd.wrap("resnet18", num_classes=7, image_size=64, model_kwargs={"channels": [16, 32, 64, 80]}).eval()
+    edited = f"{model_card(model)}\nTrained on a rainy day.\n"
+    sd.save_pretrained(model, run / "model", card=edited)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    push = f"""
+    from timm_selfdistill.cli import main as cli
+    answer(status=cli(["push", {str(run)!r}, "me/run", *%s]))
+    """
+    assert client(push % ["--private", "--message", "From a run"]) == {"status": 0}
+    files = hub.files("me/run")
+    assert set(files) - {".gitattributes"} == {
+        CONFIG,
+        BACKBONE,
+        EXITS,
+        CARD,
+        "report.json",
+        "report.md",
+        "report.png",
+        "recipe.yaml",
+    }
+    assert files[BACKBONE] == (run / "model" / BACKBONE).read_bytes()
+    assert 'from_pretrained("me/run")' in files[CARD].decode()
+    assert files[CARD].decode().endswith("\nTrained on a rainy day.\n")
+    assert hub.repos["me/run"].private
+
+    (run / "report.md").write_text("changed")
+    before[run / "report.md"] = b"changed"
+    assert client(push % ["--pr"]) == {"status": 0}
+    assert hub.files("me/run")["report.md"] == b"report.md"
+    (pull_request,) = set(hub.repos["me/run"].refs) - {"main"}
+    assert hub.files("me/run", pull_request)["report.md"] == b"changed"
+
+    answer = client(
+        f"""
+        answer(
+            stranger=refused(sd.from_pretrained, "me/run", token="hf_other"),
+            nobody=refused(sd.from_pretrained, "me/run", token=False),
+            wrong=refused(sd.from_pretrained, "me/run", token="hf_wrong"),
+            other_place=refused(sd.push_to_hub, make_model(), "you/net"),
+            wrong_push=refused(sd.push_to_hub, make_model(), "me/net", token="hf_wrong"),
+            no_branch=refused(sd.push_to_hub, make_model(), "me/run", revision="v9"),
+            owner=same(sd.from_pretrained("me/run"), sd.from_pretrained({str(run / "model")!r})),
+        )
+        """
+    )
+    for name in ("stranger", "nobody"):
+        assert answer[name].startswith("HubError: Loading me/run failed: there is no such repository, or it is private")
+    assert "the token is missing or not valid: log in with `hf auth login`" in answer["wrong"]
+    assert answer["other_place"].startswith("HubError: Pushing to you/net failed: the token may not do that")
+    assert "the token is missing or not valid: log in with `hf auth login`" in answer["wrong_push"]
+    assert answer["no_branch"] == "HubError: Pushing to me/run failed: it has no branch, tag or commit 'v9'."
+    assert answer["owner"]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_push_that_somebody_else_overtook_changes_nothing(hub: HubServer, client: Client) -> None:
+    client('sd.push_to_hub(make_model(), "me/net"); answer()')
+    repo = hub.repos["me/net"]
+    hub.meanwhile = lambda: repo.commit("main", {"theirs.txt": b"theirs"}, repo.refs["main"])
+    code = 'answer(error=refused(sd.push_to_hub, make_model(1), "me/net"))'
+    error = client(code)["error"]
+    assert error.startswith(
+        "HubError: Pushing to me/net failed: somebody else pushed to it meanwhile, so nothing was ch"
+    )
+    before = hub.files("me/net")
+    assert before["theirs.txt"] == b"theirs"
+    assert client(code)["error"] is None
+    after = hub.files("me/net")
+    assert after["theirs.txt"] == b"theirs"
+    assert after[BACKBONE] != before[BACKBONE]
+
+
+def test_a_hub_that_is_not_there_is_an_error_that_says_so(hub: HubServer, client: Client) -> None:
+    nowhere = "http://127.0.0.1:9"
+    answer = client(
+        """
+        answer(push=refused(sd.push_to_hub, make_model(), "me/net"), load=refused(sd.from_pretrained, "me/net"))
+        """,
+        HF_ENDPOINT=nowhere,
+    )
+    for error, doing in ((answer["push"], "Pushing to me/net"), (answer["load"], "Loading me/net")):
+        assert error.startswith(f"HubError: {doing} failed: {nowhere} cannot be reached, and what is not in the cache")
+
+
+# Before anything is sent.
+
+
+@pytest.mark.parametrize("repo_id", ["net", "me/net/more", "me/", "me /net", "", "https://hub/me/net"])
+def test_a_name_that_is_no_repositorys_is_refused(repo_id: str, tmp_path: Path) -> None:
+    model = sd.wrap("resnet18", num_classes=7, image_size=32, model_kwargs={"channels": [16, 32, 64, 80]})
+    with pytest.raises(ValueError, match="A repository on the Hub is named namespace/name, such as me/my-net"):
+        sd.push_to_hub(model, repo_id)
+
+
+def test_a_damaged_folder_is_not_pushed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = sd.wrap("resnet18", num_classes=7, image_size=32, model_kwargs={"channels": [16, 32, 64, 80]})
+    sd.save_pretrained(model, tmp_path)
+    (tmp_path / EXITS).write_bytes(b"torn")
+    assert cli(["push", str(tmp_path), "me/net"]) == 2
+    assert "exits.safetensors is damaged or was exchanged" in capsys.readouterr().err
+    assert cli(["push", str(tmp_path / "nowhere"), "me/net"]) == 2
+    assert "holds no model" in capsys.readouterr().err
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"revision='v1' is one of a repository on the Hub, but .* is a folder"):
+        sd.from_pretrained(tmp_path, revision="v1")

@@ -1,0 +1,200 @@
+"""Models on the Hugging Face Hub: push one, load one."""
+
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from timm_selfdistill.hub.card import model_card
+from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, load_folder, save_pretrained
+from timm_selfdistill.model import SelfDistillModel
+
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What a training run writes beside its model.
+_OF_A_RUN = ("report.json", "report.md", "report.png", "recipe.yaml")
+_BY_STATUS = {
+    401: "the token is missing or not valid: log in with `hf auth login`, or give another token",
+    403: "the token may not do that: give one that may write to it",
+    412: "somebody else pushed to it meanwhile, so nothing was changed: look at the new commit, and push again",
+}
+
+
+class HubError(RuntimeError):
+    """The Hub could not be reached, or did not do what was asked; what is stored locally is as it was."""
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> SelfDistillModel:
+    """Load a model from a folder or from the Hugging Face Hub, in eval mode.
+
+    Nothing is unpickled or executed. Files that were downloaded before are taken from the cache.
+
+    Args:
+        source: A folder that `save_pretrained` wrote, or the Hub's repository, as "namespace/name"; a folder wins.
+        revision: Branch, tag or commit on the Hub; the main branch by default.
+        token: Access token of the Hub; the one that is logged in by default.
+        cache_dir: Where downloads are kept; the Hub's usual cache by default.
+
+    Returns:
+        The wrapped model.
+
+    Raises:
+        ValueError: If the folder or a file is missing, damaged, of a newer format, or from something else.
+        HubError: If the repository or revision does not exist or may not be read, or the Hub cannot be reached.
+    """
+    if not Path(source).is_dir() and _REPO_ID.fullmatch(str(source)):
+        with _explained(f"Loading {source}", revision):
+            source = snapshot_download(
+                str(source),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                allow_patterns=[CONFIG, BACKBONE, EXITS],
+                library_name="timm_selfdistill",
+            )
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r} is one of a repository on the Hub, but {source} is a folder, or none.")
+    return load_folder(source)
+
+
+def push_to_hub(
+    model: SelfDistillModel,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+    label_names: Sequence[str] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+) -> str:
+    """Push a model to the Hugging Face Hub in one commit; plain timm loads the backbone from there too.
+
+    Args:
+        model: The wrapped model; what it is wrapped in (DDP, compile) must be removed first.
+        repo_id: The repository, as "namespace/name"; made if it does not exist.
+        private: Whether a repository that is made is private.
+        revision: Branch to push to; the main branch by default.
+        create_pr: Open a pull request instead of changing the branch.
+        token: Access token; the one that is logged in by default.
+        commit_message: What the commit says.
+        label_names: Class names, in the order of the logits.
+        data_config: Preprocessing of the training run, as in `save_pretrained`.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: If the repository's name is none, or the model cannot be saved.
+        HubError: If the Hub cannot be reached, or does not let the token do this.
+    """
+    _check_repo_id(repo_id)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, label_names=label_names, data_config=data_config)
+        return push_folder(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            token=token,
+            commit_message=commit_message,
+        )
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Push a saved model to the Hugging Face Hub in one commit.
+
+    The model is loaded first, so that nothing damaged is pushed. Of a training run, the report and the recipe go with
+    it. The folder itself is only read. A model card that was edited is pushed as it is; the one that was written with
+    the model then tells how to load it from the Hub.
+
+    Args:
+        folder: A folder that `save_pretrained` or a training run wrote.
+        repo_id: The repository, as "namespace/name"; made if it does not exist.
+        private: Whether a repository that is made is private.
+        revision: Branch to push to; the main branch by default.
+        create_pr: Open a pull request instead of changing the branch.
+        token: Access token; the one that is logged in by default.
+        commit_message: What the commit says.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: If the repository's name is none, or the folder holds no whole model.
+        HubError: If the Hub cannot be reached, or does not let the token do this.
+    """
+    _check_repo_id(repo_id)
+    folder = Path(folder)
+    saved = folder / "model" if (folder / "model" / CONFIG).is_file() else folder
+    model = load_folder(saved)
+    files: dict[str, Path | bytes] = {name: saved / name for name in (CONFIG, BACKBONE, EXITS)}
+    files |= {name: folder / name for name in _OF_A_RUN if (folder / name).is_file()}
+    if (saved / CARD).is_file():
+        written = model_card(model)
+        text = (saved / CARD).read_text()
+        files[CARD] = text.replace(written, model_card(model, repo_id), 1).encode()
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    api = HfApi(token=token, library_name="timm_selfdistill")
+    with _explained(f"Pushing to {repo_id}", revision):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        parent = api.repo_info(repo_id, revision=revision).sha
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or f"Add {model.pretrained_cfg['architecture']}, self-distilled",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent,
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _check_repo_id(repo_id: str) -> None:
+    if not _REPO_ID.fullmatch(repo_id):
+        raise ValueError(f"A repository on the Hub is named namespace/name, such as me/my-net, not {repo_id!r}.")
+
+
+@contextmanager
+def _explained(doing: str, revision: str | None) -> Iterator[None]:
+    """Say what the Hub's errors mean."""
+    try:
+        yield
+    except Exception as error:  # the client's, its HTTP library's and the system's errors have no common base
+        raise HubError(f"{doing} failed: {_explain(error, revision)}.") from error
+
+
+def _explain(error: Exception, revision: str | None) -> str:
+    """Return what an error of the Hub means, and what to do."""
+    if isinstance(error, RevisionNotFoundError):
+        return f"it has no branch, tag or commit {revision!r}"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "there is no such repository, or it is private and the token may not read it: check the name, log in with "
+            "`hf auth login`, or give a token"
+        )
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return _BY_STATUS.get(status, f"{constants.ENDPOINT} answered {status} ({error})")
+    return f"{constants.ENDPOINT} cannot be reached, and what is not in the cache is needed ({error})"
