@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_selfdistill.exits import Classifier, find_exit_points, pool_feature
+from timm_selfdistill.exits import Classifier, explore, find_exit_points, pool_feature
 
 
 def names(taps):
@@ -67,6 +67,14 @@ def test_exits_by_index_name_and_cost_are_sorted_shallow_to_deep(make_backbone, 
 
 def test_cost_share_picks_the_nearest_point(vit):
     assert names(find_exit_points(vit, [0.02, 0.94])) == ["blocks.0", "blocks.10"]
+
+
+def test_cost_shares_take_an_exit_each_even_where_one_is_nearest_to_all(make_backbone):
+    backbone = make_backbone("resnet18", channels=[64, 128, 256, 512])
+    costs = {point.name: point.cost for point in explore(backbone, image_size=64).points}
+    assert min(costs, key=lambda name: abs(costs[name] - 0.72)) == min(costs, key=lambda name: abs(costs[name] - 0.85))
+    assert names(find_exit_points(backbone, [0.85, 0.72], image_size=64)) == ["layer2", "layer3"]
+    assert names(find_exit_points(backbone, ["layer2", 0.5], image_size=64)) == ["layer2", "layer3"]
 
 
 def test_module_that_feature_info_does_not_name_can_be_tapped(make_backbone):
@@ -348,8 +356,13 @@ def test_dry_run_takes_the_backbones_own_size_and_channels(make_backbone):
         ("layer1", r"exits='layer1': give a number, or a list of feature_info indices, cost shares or module names"),
         ([True], r"An exit is a feature_info index, a cost share or a module name, not True"),
         ([None], r"An exit is a feature_info index, a cost share or a module name, not None"),
-        ([1.0], r"A cost share lies between 0 and 1, got 1\.0; exit points are .*layer1"),
-        ([0.0], r"A cost share lies between 0 and 1, got 0\.0"),
+        (
+            [1.0],
+            r"exits=\[1\.0\]: cost shares lie between 0 and 1, .*left for them are 4: act1, layer1, layer2, layer3",
+        ),
+        ([0.0], r"exits=\[0\.0\]: cost shares lie between 0 and 1"),
+        ([0.5, 0.5], r"exits=\[0\.5, 0\.5\]: cost shares .* are all different"),
+        ([0.1, 0.2, 0.3, 0.4, 1], r"take an exit point each; left for them are 3: act1, layer2, layer3"),
         (["layer9"], r"ResNet has no module 'layer9'.*feature_info names act1, layer1, layer2, layer3, layer4"),
         (["fc"], r"Module 'fc' returns no feature map or tokens in a forward.*exit points are act1, layer1"),
         (["bn1"], r"Module 'bn1' is overwritten in place in a forward.*exit points are act1, layer1"),

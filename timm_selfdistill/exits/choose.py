@@ -87,22 +87,29 @@ def _choose(found: Exploration, exits: Exits | None) -> list[ExitPoint]:
         stage_ends = [p for p in useful if p.downsample <= _MAX_DOWNSAMPLE]
         points = stage_ends if len(stage_ends) >= exits else useful
         return _nearest(points, [(k + 1) / (exits + 1) for k in range(exits)])
-    chosen = [_pick(item, useful, found) for item in exits]
+    chosen = [_pick(item, found) for item in exits if not isinstance(item, float)]
+    chosen += _pick_by_cost(exits, [point for point in useful if point not in chosen])
     if len({point.module for point in chosen}) != len(chosen):
         raise ValueError(f"exits={list(exits)!r} names the same exit point twice: {names_of(chosen)}.")
     return sorted(chosen, key=lambda point: found.run.records[point.module].order)
 
 
-def _pick(item: int | float | str, useful: list[ExitPoint], found: Exploration) -> ExitPoint:
-    """Return the exit point that one element of `exits` means."""
-    if isinstance(item, bool) or not isinstance(item, int | float | str):
+def _pick_by_cost(exits: Sequence[int | float | str], free: list[ExitPoint]) -> list[ExitPoint]:
+    """Return the exit points that the cost shares among `exits` mean: the nearest in order, each another one."""
+    shares = sorted(item for item in exits if isinstance(item, float))
+    wrong = [share for share in shares if not 0 < share < 1]
+    if wrong or len(set(shares)) < len(shares) or len(shares) > len(free):
+        raise ValueError(
+            f"exits={list(exits)!r}: cost shares lie between 0 and 1, are all different, and take an exit point each; "
+            f"left for them are {len(free)}: {names_of(free)}."
+        )
+    return _nearest(free, shares)
+
+
+def _pick(item: int | str, found: Exploration) -> ExitPoint:
+    """Return the exit point that an index or a name means."""
+    if isinstance(item, bool) or not isinstance(item, int | str):
         raise ValueError(f"An exit is a feature_info index, a cost share or a module name, not {item!r}.")
-    if isinstance(item, float):
-        if not 0 < item < 1 or not useful:
-            raise ValueError(
-                f"A cost share lies between 0 and 1, got {item}; exit points are {names_of(found.points)}."
-            )
-        return _nearest(useful, [item])[0]
     if isinstance(item, int):
         indexed = {index: candidate.name for candidate in found.candidates.values() for index in candidate.indices}
         if item not in indexed:
