@@ -74,7 +74,7 @@ def test_cost_shares_take_an_exit_each_even_where_one_is_nearest_to_all(make_bac
     costs = {point.name: point.cost for point in explore(backbone, image_size=64).points}
     assert min(costs, key=lambda name: abs(costs[name] - 0.72)) == min(costs, key=lambda name: abs(costs[name] - 0.85))
     assert names(find_exit_points(backbone, [0.85, 0.72], image_size=64)) == ["layer2", "layer3"]
-    assert names(find_exit_points(backbone, ["layer2", 0.5], image_size=64)) == ["layer2", "layer3"]
+    assert names(find_exit_points(backbone, ["layer2", 0.5], image_size=64)) == ["layer1", "layer2"]
 
 
 def test_module_that_feature_info_does_not_name_can_be_tapped(make_backbone):
