@@ -407,7 +407,7 @@ def test_backbone_without_the_contract_is_refused():
         ("stages", r"feature_info of TinyNet must be a list of dicts, got str"),
         ([{"module": "stage0", "reduction": 2}], r"entry 0 has no num_chs: \{'module': 'stage0', 'reduction': 2\}"),
         (["stage0"], r"entry 0 has no module, num_chs, reduction: 'stage0'"),
-        ([], r"exits=1: this backbone has 0 useful exit points \(none\)"),
+        ([], r"No exit point lies between 2% and 97% of this backbone's cost; name others.*Those found are none"),
     ],
 )
 def test_feature_info_that_does_not_follow_the_contract_is_refused(tiny_net, feature_info, message):

@@ -80,7 +80,12 @@ def _choose(found: Exploration, exits: Exits | None) -> list[ExitPoint]:
     """Return the requested exit points from shallow to deep."""
     useful = [p for p in found.points if _MIN_COST <= p.cost <= _MAX_COST]
     if exits is None:
-        exits = max(1, min(_DEFAULT_EXITS, len(useful)))
+        if not useful:
+            raise ValueError(
+                f"No exit point lies between {_MIN_COST:.0%} and {_MAX_COST:.0%} of this backbone's cost; name others: "
+                f"exits=[...] takes the path of any module that runs once. Those found are {names_of(found.points)}."
+            )
+        exits = min(_DEFAULT_EXITS, len(useful))
     if isinstance(exits, int):
         if isinstance(exits, bool) or not 1 <= exits <= len(useful):
             raise ValueError(f"exits={exits}: this backbone has {len(useful)} useful exit points ({names_of(useful)}).")
