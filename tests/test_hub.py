@@ -13,11 +13,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import ModelCard
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS
+from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, Evaluation, model_card
+from timm_selfdistill.hub.card import card_for_repository
 from timm_selfdistill.model import SelfDistillModel
 
 CLASSES = 7
@@ -154,6 +156,43 @@ def test_the_model_card_shows_code_that_loads_the_model(case: str, tmp_path: Pat
     assert same([*own["out"].logits, *own["out"].features], outputs(model))
     assert f"{CLASSES} classes" in card
     assert all(f"`{name}`" in card for name in model.exit_names)
+
+
+def make_evaluation() -> Evaluation:
+    """Return the results of a run with one exit, whose accuracy was not a number, and the backbone's."""
+    rows = [{"index": 0, "name": "layer1", "top1": None}, {"index": 1, "name": "fc", "top1": 81.239}]
+    report = {"exits": rows, "ensemble": {"top1": 82.0}, "dataset": "my data, test"}
+    return Evaluation(report, "## The table\n", "/data/my data", "epochs: 3\n")
+
+
+def test_the_card_of_a_run_holds_its_results_in_the_hubs_form() -> None:
+    card = model_card(make_model(), make_evaluation())
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag, data.metrics) == ("timm", "image-classification", ["accuracy"])
+    assert {"timm", "timm_selfdistill"} <= set(data.tags)
+    assert [
+        (r.dataset_name, r.dataset_type, r.metric_type, r.metric_name, r.metric_value) for r in data.eval_results
+    ] == [
+        ("my data, test", "/data/my-data", "accuracy", "top-1 accuracy in percent (exit 1, fc)", 81.24),
+        ("my data, test", "/data/my-data", "accuracy", "top-1 accuracy in percent (ensemble)", 82.0),
+    ]
+    assert "## The table" in card
+    assert "```yaml\nepochs: 3\n```" in card
+    assert ModelCard(model_card(make_model())).data.eval_results is None
+
+
+@all_cases
+def test_the_card_in_a_repository_tells_how_to_load_from_there(case: str) -> None:
+    model = make_model(case)
+    card = f"{model_card(model, make_evaluation())}\nMy own words.\n"
+    pushed = card_for_repository(card, model, "me/net")
+    assert "FOLDER" not in pushed
+    assert 'timm.create_model("hf-hub:me/net", pretrained=' in pushed
+    assert 'sd.from_pretrained("me/net")' in pushed
+    assert "](report.png)" in pushed
+    assert pushed.endswith("\nMy own words.\n")
+    for code in re.findall(r"```python\n(.*?)```", pushed, flags=re.DOTALL):
+        compile(code, "card", "exec")
 
 
 def test_a_card_of_ones_own_is_written_as_it_is(tmp_path: Path) -> None:

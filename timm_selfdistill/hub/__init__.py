@@ -1,6 +1,6 @@
 """Save and load a wrapped model: a folder, or a repository on the Hugging Face Hub, that plain timm loads too."""
 
-from timm_selfdistill.hub.card import model_card
+from timm_selfdistill.hub.card import Evaluation, model_card
 from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, save_pretrained
 from timm_selfdistill.hub.remote import HubError, from_pretrained, push_folder, push_to_hub
 
@@ -9,6 +9,7 @@ __all__ = [
     "CARD",
     "CONFIG",
     "EXITS",
+    "Evaluation",
     "HubError",
     "from_pretrained",
     "model_card",

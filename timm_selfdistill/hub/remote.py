@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from timm_selfdistill.hub.card import model_card
+from timm_selfdistill.hub.card import card_for_repository
 from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, load_folder, save_pretrained
 from timm_selfdistill.model import SelfDistillModel
 
@@ -126,8 +126,8 @@ def push_folder(
     """Push a saved model to the Hugging Face Hub in one commit.
 
     The model is loaded first, so that nothing damaged is pushed. Of a training run, the report and the recipe go with
-    it. The folder itself is only read. A model card that was edited is pushed as it is; the one that was written with
-    the model then tells how to load it from the Hub.
+    it. The folder itself is only read. The model card tells how to load the model from the Hub; what was edited in it
+    stays.
 
     Args:
         folder: A folder that `save_pretrained` or a training run wrote.
@@ -152,9 +152,7 @@ def push_folder(
     files: dict[str, Path | bytes] = {name: saved / name for name in (CONFIG, BACKBONE, EXITS)}
     files |= {name: folder / name for name in _OF_A_RUN if (folder / name).is_file()}
     if (saved / CARD).is_file():
-        written = model_card(model)
-        text = (saved / CARD).read_text()
-        files[CARD] = text.replace(written, model_card(model, repo_id), 1).encode()
+        files[CARD] = card_for_repository((saved / CARD).read_text(), model, repo_id).encode()
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     api = HfApi(token=token, library_name="timm_selfdistill")
     with _explained(f"Pushing to {repo_id}", revision):

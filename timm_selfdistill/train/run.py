@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from timm_selfdistill.data import ImageData, InputConfig, Loaders, build_loaders, build_mixup, open_dataset
-from timm_selfdistill.hub import model_card, save_pretrained
+from timm_selfdistill.hub import Evaluation, model_card, save_pretrained
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe, load_recipe
@@ -90,7 +90,7 @@ def train(recipe: Recipe) -> Report:
     )
     if accelerator.is_main_process:
         write_report(report, folder)
-        _save_model(model, report, folder / "model", data, input)
+        _save_model(model, report, folder / "model", data, input, recipe)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return report
@@ -212,11 +212,13 @@ def _claim(folder: Path, recipe: Recipe, *, is_main: bool) -> None:
         temporary.replace(path)
 
 
-def _save_model(model: SelfDistillModel, report: Report, folder: Path, data: ImageData, input: InputConfig) -> None:
-    """Write the trained model, with what plain timm needs to know of its input and a card with the report."""
+def _save_model(
+    model: SelfDistillModel, report: Report, folder: Path, data: ImageData, input: InputConfig, recipe: Recipe
+) -> None:
+    """Write the trained model, with what plain timm needs to know of its input, and a card with report and recipe."""
     data_config = asdict(input)
     data_config["input_size"] = (data_config.pop("channels"), *data_config.pop("image_size"))
-    card = f"{model_card(model)}\n{format_markdown(report)}"
+    card = model_card(model, Evaluation(report, format_markdown(report), recipe.data.path, recipe.to_yaml()))
     save_pretrained(model, folder, label_names=data.class_names, data_config=data_config, card=card)
 
 
