@@ -146,6 +146,20 @@ def test_tokens_with_channels_first_are_recognised(tiny_net):
     assert (tap.layout, tap.channels, tap.grid, tap.num_prefix_tokens) == ("NCL", 8, (16, 16), 0)
 
 
+def test_tokens_that_form_no_grid_can_be_tapped(tiny_net):
+    class Few(tiny_net):
+        def __init__(self):
+            super().__init__()
+            self.few = nn.Identity()
+
+        def forward(self, x):
+            x = self.stage0(x).flatten(2).transpose(1, 2)[:, :150]
+            return self.fc(nn.functional.pad(self.few(x).mean(1), (0, 24)))
+
+    (point,) = find_exit_points(Few(), ["few"], image_size=32).points
+    assert [(tap.layout, tap.channels, tap.grid, tap.downsample) for tap in point.taps] == [("NLC", 8, None, 1)]
+
+
 def test_every_branch_that_feature_info_promises_is_tapped(make_backbone):
     points = find_exit_points(make_backbone("crossvit_tiny_240", embed_dim=[16, 32], num_heads=[2, 2])).points
     assert [point.name for point in points] == ["blocks.0", "blocks.1"]

@@ -17,7 +17,7 @@ _MAX_REDUCTION = 64
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a tensor's shape; the fields are those of `Tap`."""
+    """One way to read a tensor's shape; the fields are those of `Tap`, and `reduction` is infinite without a grid."""
 
     layout: Layout
     channels: int
@@ -25,6 +25,10 @@ class Reading:
     num_prefix_tokens: int
     reduction: float
     member: int | None
+
+
+# The ways to read one tensor, each with how badly it fits, the best first.
+Ranks = list[tuple[tuple[float, ...], Reading]]
 
 
 def read_taps(
@@ -39,9 +43,6 @@ def read_taps(
     ranked = {c.name: _rank(c, records[c.module], image_size, reductions) for c in candidates}
     usual = _usual_layout(ranks[0] for taps in ranked.values() for ranks in taps if not _is_tie(ranks))
     return {name: tuple(_settle(ranks, usual) for ranks in taps) for name, taps in ranked.items() if taps}
-
-
-Ranks = list[tuple[tuple[float, ...], Reading]]
 
 
 def _rank(
@@ -79,31 +80,32 @@ def _readings(
             reduction = math.sqrt(math.prod(image_size) / math.prod(grid)) if all(grid) else math.inf
             yield Reading(layout, channels, (grid[0], grid[1]), 0, reduction, member)  # type: ignore[arg-type]
     elif len(shape) == 3:
-        for layout, length, channels in (("NLC", shape[1], shape[2]), ("NCL", shape[2], shape[1])):
-            yield from _token_readings(layout, length, channels, member, image_size, reductions)  # type: ignore[arg-type]
+        yield _read_tokens("NLC", shape[1], shape[2], _MAX_PREFIX_TOKENS, member, image_size, reductions)
+        # Whoever puts channels first has no other tokens in front of the grid's.
+        yield _read_tokens("NCL", shape[2], shape[1], 0, member, image_size, reductions)
 
 
-def _token_readings(
+def _read_tokens(
     layout: Layout,
     length: int,
     channels: int,
+    max_prefix: int,
     member: int | None,
     image_size: tuple[int, int],
     reductions: Sequence[float],
-) -> Iterator[Reading]:
-    """Yield the grid that leaves the fewest prefix tokens, at the promised reductions or else at any."""
+) -> Reading:
+    """Return the grid that leaves the fewest prefix tokens, at the promised reductions or else at any; or none."""
     for tried in (reductions, range(1, _MAX_REDUCTION + 1)):
         fits = []
         for reduction in tried:
             for rounded in (math.ceil, math.floor):
                 grid = (rounded(image_size[0] / reduction), rounded(image_size[1] / reduction))
                 extra = length - math.prod(grid)
-                if all(grid) and 0 <= extra <= _MAX_PREFIX_TOKENS:
+                if all(grid) and 0 <= extra <= max_prefix:
                     fits.append(Reading(layout, channels, grid, extra, reduction, member))
         if fits:
-            yield min(fits, key=lambda reading: reading.num_prefix_tokens)
-            return
-    yield Reading(layout, channels, None, 0, 1.0, member)
+            return min(fits, key=lambda reading: reading.num_prefix_tokens)
+    return Reading(layout, channels, None, 0, math.inf, member)
 
 
 def _misfit(reading: Reading, promise: Promise | None, image_size: tuple[int, int]) -> tuple[float, ...]:

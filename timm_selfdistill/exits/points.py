@@ -1,5 +1,6 @@
 """Every point of a backbone that an exit could hang on, proved by one dry run."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,7 +137,8 @@ def _prove(candidates: dict[str, Candidate], run: DryRun, tokens_in_order: bool)
     fired = [c for c in candidates.values() if records[c.module].calls == 1 and not records[c.module].overwritten]
     fired.sort(key=lambda c: records[c.module].order)
     readings = read_taps(fired, records, run.image_size)
-    coarsest = max((reading.reduction for taps in readings.values() for reading in taps), default=1.0)
+    reductions = [reading.reduction for taps in readings.values() for reading in taps]
+    coarsest = max(filter(math.isfinite, reductions), default=1.0)
     points = []
     for position, (name, found) in enumerate(readings.items()):
         candidate = candidates[name]
