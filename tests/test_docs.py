@@ -13,7 +13,7 @@ import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.heads import HEADS
 from timm_selfdistill.losses import PRESETS, divergences, presets, self_distillation, teachers
-from timm_selfdistill.recipe import EmaSection, Recipe, RecipeError, load_recipe, sections
+from timm_selfdistill.recipe import EmaSection, PushSection, Recipe, RecipeError, load_recipe, sections
 from timm_selfdistill.recipe.plain_yaml import parse
 from timm_selfdistill.train import train
 
@@ -147,7 +147,12 @@ def test_example_recipe_errors_are_seen():
 
 SECTIONS = {name: Recipe.model_fields[name].annotation for name in Recipe.model_fields}
 SECTIONS = {name: kind for name, kind in SECTIONS.items() if isinstance(kind, type) and hasattr(kind, "model_fields")}
-TABLES = {**{f"`{name}`": kind for name, kind in SECTIONS.items()}, "`ema`": EmaSection, "The run": Recipe}
+TABLES = {
+    **{f"`{name}`": kind for name, kind in SECTIONS.items()},
+    "`ema`": EmaSection,
+    "`push_to_hub`": PushSection,
+    "The run": Recipe,
+}
 
 
 def test_every_section_class_has_a_table():

@@ -227,6 +227,51 @@ def test_a_hub_that_is_not_there_is_an_error_that_says_so(hub: HubServer, client
         assert error.startswith(f"HubError: {doing} failed: {nowhere} cannot be reached, and what is not in the cache")
 
 
+def test_a_recipe_pushes_the_run_when_it_is_done(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    settings = ["epochs=1", "batch_size=16", "data.max_train=32", "data.max_eval=10", "data.image_size=16"]
+    settings += ["precision='no'", "push_to_hub={repo: me/digits, private: true}", f"output_dir={tmp_path / 'run'}"]
+    code = f"""
+    import contextlib, io
+    from timm_selfdistill.cli import main as cli
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        status = cli(["train", "digits", *{settings!r}])
+    answer(status=status, errors=errors.getvalue().splitlines()[-1:])
+    """
+    answer = client(code, HF_TOKEN="hf_wrong")
+    assert answer["status"] == 2
+    assert answer["errors"][0].startswith("error: Pushing to me/digits failed: the token is missing or not valid")
+    assert not (tmp_path / "run").exists()
+
+    hub.meanwhile = lambda: hub.repos["me/digits"].commit(
+        "main", {"theirs.txt": b""}, hub.repos["me/digits"].refs["main"]
+    )
+    answer = client(code)
+    assert answer["status"] == 2
+    assert "somebody else pushed to it meanwhile" in answer["errors"][0]
+    run = tmp_path / "run"
+    again = f"The run is complete in {run}; push it again by: timm-selfdistill push {run} me/digits"
+    assert answer["errors"][0].endswith(again)
+    assert (tmp_path / "run" / "model" / EXITS).is_file()
+
+    assert client(code)["status"] == 0  # the finished run is not trained again
+    files = hub.files("me/digits")
+    assert set(files) - {".gitattributes", "theirs.txt"} == {
+        CONFIG,
+        BACKBONE,
+        EXITS,
+        CARD,
+        "report.json",
+        "report.md",
+        "report.png",
+        "recipe.yaml",
+    }
+    assert hub.repos["me/digits"].private
+    card = files[CARD].decode()
+    assert "model-index:" in card
+    assert "![Accuracy of every exit over its compute](report.png)" in card
+
+
 # Before anything is sent.
 
 

@@ -68,7 +68,7 @@ def test_defaults_are_the_agreed_ones(load):
     assert (recipe.schedule.warmup_lr, recipe.schedule.decay_rate, recipe.schedule.decay_milestones) == (1e-5, 0.1, ())
     assert (recipe.epochs, recipe.batch_size, recipe.precision, recipe.seed) == (200, 128, "no", 0)
     assert (recipe.compile, recipe.ema, recipe.baseline) == (False, None, False)
-    assert (recipe.resume, recipe.trackers) == ("auto", ())
+    assert (recipe.resume, recipe.trackers, recipe.push_to_hub) == ("auto", (), None)
 
 
 def test_every_field_is_documented_and_only_fields_are():
@@ -76,10 +76,19 @@ def test_every_field_is_documented_and_only_fields_are():
     for field in Recipe.model_fields.values():
         kinds = (field.annotation, *get_args(field.annotation))
         sections += [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    assert len(sections) == 9
+    assert len(sections) == 10
     for section in sections:
         arguments = section.__doc__.split("Args:\n")[1]
         assert re.findall(r"^ {8}(\w+):", arguments, flags=re.MULTILINE) == list(section.model_fields), section
+
+
+@pytest.mark.parametrize("repo", ["my-net", "me/my/net", "me/", "https://hub/me/net"])
+def test_a_repository_has_a_namespace_and_a_name(problems, repo):
+    assert load_recipe(
+        {"model": {"name": "resnet18"}, "data": {"path": "digits"}, "push_to_hub": {"repo": "me/my.net-1"}}
+    )
+    (problem,) = problems(MINIMAL, f"push_to_hub.repo={repo}")
+    assert problem == f"push_to_hub.repo: must be the name of a repository, namespace/name, received {repo!r}"
 
 
 def test_recipe_is_frozen(load):

@@ -2,7 +2,7 @@
 
 from timm_selfdistill.hub.card import Evaluation, model_card
 from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, save_pretrained
-from timm_selfdistill.hub.remote import HubError, from_pretrained, push_folder, push_to_hub
+from timm_selfdistill.hub.remote import HubError, from_pretrained, make_repository, push_folder, push_to_hub
 
 __all__ = [
     "BACKBONE",
@@ -12,6 +12,7 @@ __all__ = [
     "Evaluation",
     "HubError",
     "from_pretrained",
+    "make_repository",
     "model_card",
     "push_folder",
     "push_to_hub",

@@ -154,9 +154,9 @@ def push_folder(
     if (saved / CARD).is_file():
         files[CARD] = card_for_repository((saved / CARD).read_text(), model, repo_id).encode()
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    make_repository(repo_id, private=private, token=token)
     api = HfApi(token=token, library_name="timm_selfdistill")
     with _explained(f"Pushing to {repo_id}", revision):
-        api.create_repo(repo_id, private=private, exist_ok=True)
         parent = api.repo_info(repo_id, revision=revision).sha
         commit = api.create_commit(
             repo_id,
@@ -167,6 +167,23 @@ def push_folder(
             parent_commit=parent,
         )
     return str(commit.pr_url or commit.commit_url)
+
+
+def make_repository(repo_id: str, *, private: bool = False, token: str | None = None) -> None:
+    """Make a repository on the Hugging Face Hub where there is none yet.
+
+    Args:
+        repo_id: The repository, as "namespace/name".
+        private: Whether it is private.
+        token: Access token; the one that is logged in by default.
+
+    Raises:
+        ValueError: If the repository's name is none.
+        HubError: If the Hub cannot be reached, or does not let the token do this.
+    """
+    _check_repo_id(repo_id)
+    with _explained(f"Pushing to {repo_id}", None):
+        HfApi(token=token, library_name="timm_selfdistill").create_repo(repo_id, private=private, exist_ok=True)
 
 
 def _check_repo_id(repo_id: str) -> None:

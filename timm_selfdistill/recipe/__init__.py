@@ -9,6 +9,7 @@ from timm_selfdistill.recipe.sections import (
     LossSection,
     ModelSection,
     OptimizerSection,
+    PushSection,
     Recipe,
     ScheduleSection,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "LossSection",
     "ModelSection",
     "OptimizerSection",
+    "PushSection",
     "Recipe",
     "RecipeError",
     "ScheduleSection",

@@ -5,6 +5,7 @@ neither torch nor timm.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -401,6 +402,25 @@ class EmaSection(_Section):
     warmup: bool = False
 
 
+class PushSection(_Section):
+    """Where the trained model is pushed on the Hugging Face Hub.
+
+    Args:
+        repo: The repository, as "namespace/name"; made before training if it does not exist.
+        private: Make it a private one.
+    """
+
+    repo: Text
+    private: bool = False
+
+    @field_validator("repo")
+    @classmethod
+    def _check_repo(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+            raise ValueError("must be the name of a repository, namespace/name")
+        return value
+
+
 class Recipe(_Section):
     """Everything a training run depends on.
 
@@ -423,6 +443,7 @@ class Recipe(_Section):
         resume: Continue from the newest checkpoint if there is one (auto), start afresh (never), or the path of a
             checkpoint.
         trackers: Names of Accelerate trackers to log to besides metrics.jsonl.
+        push_to_hub: Push the run's model to the Hugging Face Hub when it is done; null for no push.
     """
 
     model: ModelSection
@@ -442,6 +463,7 @@ class Recipe(_Section):
     output_dir: Text | None = None
     resume: Text = "auto"
     trackers: Names = ()
+    push_to_hub: PushSection | None = None
 
     def to_yaml(self) -> str:
         """Return the whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from timm_selfdistill.data import ImageData, InputConfig, Loaders, build_loaders, build_mixup, open_dataset
-from timm_selfdistill.hub import Evaluation, model_card, save_pretrained
+from timm_selfdistill.hub import Evaluation, HubError, make_repository, model_card, push_folder, save_pretrained
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe, load_recipe
@@ -25,7 +25,7 @@ from timm_selfdistill.train.launch import per_process_batch, start_accelerator
 from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self_distillation_phases
 
 # What may differ between a run and its continuation: none of it changes the numbers.
-_FREE_KEYS = ("output_dir", "resume", "trackers")
+_FREE_KEYS = ("output_dir", "resume", "trackers", "push_to_hub", "push_to_hub.repo", "push_to_hub.private")
 
 
 def train(recipe: Recipe) -> Report:
@@ -39,6 +39,8 @@ def train(recipe: Recipe) -> Report:
 
     Raises:
         ValueError: If the recipe, the launch or the data cannot work; raised before training starts.
+        HubError: If the model is to be pushed and the Hub cannot be reached or does not let the token do this; raised
+            before training starts, or when the run's folder is complete.
     """
     if recipe.output_dir is None:
         raise ValueError("output_dir: must be a folder.")
@@ -64,7 +66,10 @@ def train(recipe: Recipe) -> Report:
         seed=recipe.seed,
     )
     feed, eval_loader = _prepare(loaders, data, recipe, accelerator)
+    push = recipe.push_to_hub if accelerator.is_main_process else None
     with accelerator.main_process_first():
+        if push is not None:
+            make_repository(push.repo, private=push.private)
         _claim(folder, recipe, is_main=accelerator.is_main_process)
     accelerator.init_trackers(folder.name, config=_flat(recipe))
 
@@ -93,6 +98,12 @@ def train(recipe: Recipe) -> Report:
         _save_model(model, report, folder / "model", data, input, recipe)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if push is not None:
+        try:
+            push_folder(folder, push.repo, private=push.private)
+        except HubError as error:
+            again = f"timm-selfdistill push {folder} {push.repo}"
+            raise HubError(f"{error} The run is complete in {folder}; push it again by: {again}") from error
     return report
 
 
@@ -148,12 +159,14 @@ def run_command(arguments: argparse.Namespace) -> int:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         report = train(recipe)
-    except ValueError as error:
+    except (ValueError, HubError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if PartialState().is_main_process:
         print(format_table(report))
         print(f"\nWritten to {recipe.output_dir}: report.json, report.md, report.png, model/")
+        if recipe.push_to_hub is not None:
+            print(f"Pushed to {recipe.push_to_hub.repo}")
     return 0
 
 
