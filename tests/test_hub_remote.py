@@ -44,6 +44,8 @@ def answer(**values):
     print("ANSWER " + json.dumps(values))
 """
 
+FILES_OF_A_RUN = {CONFIG, BACKBONE, EXITS, CARD, "report.json", "report.md", "report.png", "recipe.yaml"}
+
 Client = Callable[..., dict[str, Any]]
 
 
@@ -153,16 +155,7 @@ def test_a_run_is_pushed_from_its_folder_to_a_private_repository(
     """
     assert client(push % ["--private", "--message", "From a run"]) == {"status": 0}
     files = hub.files("me/run")
-    assert set(files) - {".gitattributes"} == {
-        CONFIG,
-        BACKBONE,
-        EXITS,
-        CARD,
-        "report.json",
-        "report.md",
-        "report.png",
-        "recipe.yaml",
-    }
+    assert set(files) - {".gitattributes"} == FILES_OF_A_RUN
     assert files[BACKBONE] == (run / "model" / BACKBONE).read_bytes()
     assert 'from_pretrained("me/run")' in files[CARD].decode()
     assert files[CARD].decode().endswith("\nTrained on a rainy day.\n")
@@ -256,16 +249,7 @@ def test_a_recipe_pushes_the_run_when_it_is_done(hub: HubServer, client: Client,
 
     assert client(code)["status"] == 0  # the finished run is not trained again
     files = hub.files("me/digits")
-    assert set(files) - {".gitattributes", "theirs.txt"} == {
-        CONFIG,
-        BACKBONE,
-        EXITS,
-        CARD,
-        "report.json",
-        "report.md",
-        "report.png",
-        "recipe.yaml",
-    }
+    assert set(files) - {".gitattributes", "theirs.txt"} == FILES_OF_A_RUN
     assert hub.repos["me/digits"].private
     card = files[CARD].decode()
     assert "model-index:" in card
