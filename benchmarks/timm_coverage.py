@@ -324,9 +324,9 @@ def _oracle(rows: Sequence[Row]) -> list[str]:
     real_shapes, values = (sum(row["taps_checked"][key] for row in real) for key in ("same_shape", "same_values"))
     features = Counter(row["teacher_feature"] for row in rows)
     lines = [
-        f"Of {taps:,} taps, {shapes:,} have a counterpart in `forward_intermediates` and the same shape as it; of the "
-        f"{real_shapes:,} of them on real tensors, {values:,} have the same values (timm normalises or continues the "
-        "others).",
+        f"Of {taps:,} taps, {shapes:,} have a counterpart in `forward_intermediates`, all of the same shape; of the "
+        f"{real_shapes:,} of them on real tensors, {values:,} have the same values. The others are branches that timm "
+        "does not list, or tokens that form no map.",
         "",
         "The teacher's feature is what enters the classifier. Beside `forward_head(..., pre_logits=True)` it is:",
         "",
