@@ -51,7 +51,7 @@ def test_small_stem_keeps_input_channels_precision_and_all_other_weights(make_ba
 def test_wrap_hangs_the_same_exits_on_a_small_stem(make_backbone):
     model = wrap(make_backbone("resnet18"), small_stem=True, image_size=32).eval()
     assert [point.name for point in model.points] == ["layer1", "layer2", "layer3"]
-    assert [point.grid for point in model.points] == [(32, 32), (16, 16), (8, 8)]
+    assert [point.taps[0].grid for point in model.points] == [(32, 32), (16, 16), (8, 8)]
     assert [point.downsample for point in model.points] == [8, 4, 2]
     assert model(torch.randn(2, 3, 32, 32), return_exits=True).logits[0].shape == (2, 5)
 
