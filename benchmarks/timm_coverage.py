@@ -325,8 +325,7 @@ def _oracle(rows: Sequence[Row]) -> list[str]:
     features = Counter(row["teacher_feature"] for row in rows)
     lines = [
         f"Of {taps:,} taps, {shapes:,} have a counterpart in `forward_intermediates`, all of the same shape; of the "
-        f"{real_shapes:,} of them on real tensors, {values:,} have the same values. The others are branches that timm "
-        "does not list, or tokens that form no map.",
+        f"{real_shapes:,} of them on real tensors, {values:,} have the same values. Without one: {_without(rows)}.",
         "",
         "The teacher's feature is what enters the classifier. Beside `forward_head(..., pre_logits=True)` it is:",
         "",
@@ -334,6 +333,19 @@ def _oracle(rows: Sequence[Row]) -> list[str]:
         "|---|---:|",
     ]
     return lines + [f"| {outcome} | {count:,} |" for outcome, count in features.most_common()]
+
+
+def _without(rows: Sequence[Row]) -> str:
+    """Return the families whose taps have no counterpart, with their numbers, and why where timm's method failed."""
+    missing: Counter[str] = Counter()
+    failed: dict[str, str] = {}
+    for row in rows:
+        checked = row["taps_checked"]
+        missing[row["family"]] += checked["taps"] - checked["same_shape"]
+        if "error" in checked:
+            failed[row["family"]] = f", where timm's method fails on the {row['device']} device"
+    noted = (f"`{family}` ({count}{failed.get(family, '')})" for family, count in sorted((+missing).items()))
+    return ", ".join(noted) or "none"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hub_server import HubServer
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, model_card
+from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, model_card, remote
 
 pytestmark = pytest.mark.multiprocess
 
@@ -279,3 +279,12 @@ def test_a_damaged_folder_is_not_pushed(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"revision='v1' is one of a repository on the Hub, but .* is a folder"):
         sd.from_pretrained(tmp_path, revision="v1")
+
+
+def test_a_full_disk_is_not_taken_for_a_hub_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(remote, "snapshot_download", fill)
+    with pytest.raises(sd.HubError, match=r"^Loading me/net failed: \[Errno 28\] No space left on device\.$"):
+        sd.from_pretrained("me/net")

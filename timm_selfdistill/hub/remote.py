@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from timm_selfdistill.hub.card import card_for_repository
 from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, load_folder, save_pretrained
@@ -212,4 +217,7 @@ def _explain(error: Exception, revision: str | None) -> str:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return _BY_STATUS.get(status, f"{constants.ENDPOINT} answered {status} ({error})")
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError | LocalEntryNotFoundError):
+        # This machine's own trouble, such as a full disk.
+        return str(error)
     return f"{constants.ENDPOINT} cannot be reached, and what is not in the cache is needed ({error})"
