@@ -190,11 +190,16 @@ def compare_feature(model: sd.SelfDistillModel, x: Tensor, feature: Tensor) -> s
     Returns:
         "as forward_head", or how it differs, which is no fault: timm may include a first layer or a norm of the
         classifier there.
+
+    Raises:
+        Broken: If the widths differ.
     """
     try:
         expected = model.forward_head(model.forward_features(x), pre_logits=True)
     except Exception as error:
         return f"forward_head fails: {type(error).__name__}"
+    if isinstance(expected, Tensor) and expected.ndim == 2:
+        _require(expected.shape == feature.shape, f"the feature is {list(feature.shape)}, not {list(expected.shape)}")
     if not isinstance(expected, Tensor) or expected.shape != feature.shape:
         return f"other shape: {list(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__}"
     same = x.is_meta or torch.allclose(expected, feature, rtol=1e-3, atol=1e-5)
