@@ -6,6 +6,7 @@ that run are compared instead, one by one: the same operations on the same shape
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,6 +107,7 @@ def check_backbone(subject: Subject, bare: Any = None) -> dict[str, Any]:
     row["grad_checkpointing"] = check_gradient_checkpointing(model, x, loss)
     check_copy(model, x)
     check_saving(subject, model, x)
+    row["early_exit"] = check_early_exit(model, x) if subject.is_real else None
     check_new_classifier(model, x)
     return {**row, "status": "supported"}
 
@@ -309,6 +311,39 @@ def check_saving(subject: Subject, model: sd.SelfDistillModel, x: Tensor) -> Non
     _require({n: v.shape for n, v in loaded.state_dict().items()} == shapes, "a loaded model has other weights")
     _require(_essence(loaded.taps) == _essence(model.taps), f"a loaded model has other exits: {loaded.points}")
     _require_same_outputs(loaded, model, x, "a loaded model")
+
+
+def check_early_exit(model: sd.SelfDistillModel, x: Tensor) -> list[bool]:
+    """Each image gets the logits of the first exit that is sure of it, as if all had run and one were chosen then.
+
+    Returns:
+        For each exit, whether the backbone runs on with a part of its batch behind it.
+    """
+    model.eval()
+    torch.manual_seed(3)
+    images = torch.cat([x, torch.randn_like(x), 3 * torch.rand_like(x)])
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", message=".*part of its batch")
+        every = model(images, return_exits=True).logits
+        sure = torch.stack(every[:-1]).softmax(-1).amax(-1)
+        thresholds = [_widest_gap(row) for row in sure]
+        leaves = torch.cat([sure >= torch.tensor(thresholds).unsqueeze(1), sure.new_ones(1, len(images)) > 0])
+        expected = leaves.int().argmax(0)
+        fast = sd.EarlyExit(model, thresholds)
+        out = fast(images)
+    _require(torch.equal(out.exit_index, expected), f"images left at {out.exit_index.tolist()}: {expected.tolist()}")
+    answers = torch.stack(every)[expected, torch.arange(len(images))]
+    # Kernels differ between batch sizes.
+    off = (out.logits - answers).abs().max() / answers.abs().max()
+    _require(bool(off < 1e-3), f"early exit gives other logits, off by a share of {off}")
+    return list(fast.shrinks)
+
+
+def _widest_gap(confidence: Tensor) -> float:
+    """Return a threshold between the images, farthest from any of them."""
+    ordered = confidence.sort().values
+    place = int(ordered.diff().argmax())
+    return float(ordered[place : place + 2].mean())
 
 
 def check_new_classifier(model: sd.SelfDistillModel, x: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Turn any timm backbone into its own teacher: self-distillation with shallow exits."""
 
+from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig, EarlyExitOutput
 from timm_selfdistill.exits import ExitPoint, Tap
 from timm_selfdistill.heads import list_heads, register_head
 from timm_selfdistill.hub import HubError, from_pretrained, push_to_hub, save_pretrained
@@ -21,6 +22,9 @@ from timm_selfdistill.task import SelfDistillationTask
 __version__ = "0.1.0"
 
 __all__ = [
+    "EarlyExit",
+    "EarlyExitConfig",
+    "EarlyExitOutput",
     "ExitOutput",
     "ExitPoint",
     "HubError",

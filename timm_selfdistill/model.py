@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, Exits, find_exit_points, pool_feature
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.stem import use_small_stem
-from timm_selfdistill.tape import Reached, Tape, record_feature, record_tap
+from timm_selfdistill.tape import Reached, Tape, Visit, record_feature, record_tap
 
 
 class ExitOutput(NamedTuple):
@@ -193,6 +193,26 @@ class SelfDistillModel(nn.Module):
         head = self.heads[exit]
         assert isinstance(head, ExitHead)
         return head.classify(*tapped)
+
+    def forward_while(self, x: Tensor, visit: Visit) -> Tensor | None:
+        """Run the backbone, letting images leave the batch at the exits.
+
+        Args:
+            x: Images [B, C, H, W].
+            visit: Called at each exit with its index and the tensors that its head reads; returns the rows [B'], int64,
+                of the images that go on, or None for all of them. The forward ends where it returns no rows.
+
+        Returns:
+            The backbone's logits [B', num_classes] of the images that went on to the end; None if none did.
+        """
+        tape = self._tape
+        tape.start(visit=visit)
+        try:
+            return self._run_backbone(x)
+        except Reached:
+            return None
+        finally:
+            tape.stop()
 
     @property
     def points(self) -> tuple[ExitPoint, ...]:

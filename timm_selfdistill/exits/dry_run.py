@@ -120,7 +120,7 @@ def _forward(
     handles = [backbone.get_submodule(n).register_forward_hook(partial(record_tap, n)) for n in records]
     handles += [backbone.get_submodule(n).register_forward_pre_hook(partial(record_feature, n)) for n in classifiers]
     try:
-        with _untouched(backbone), torch.no_grad(), counter:
+        with untouched(backbone), torch.no_grad(), counter:
             output = backbone(zeros)
     finally:
         for handle in handles:
@@ -152,13 +152,13 @@ def pool_feature(value: Tensor, axis: int) -> Tensor:
 
 
 @contextmanager
-def _untouched(backbone: Backbone) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Run the body in eval mode, then restore every module's mode and the random number generators."""
-    modes = [(module, module.training) for module in backbone.modules()]
-    device = next(backbone.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
     devices = [device] if device.type not in ("cpu", "meta") else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        backbone.eval()
+        model.eval()
         try:
             yield
         finally:

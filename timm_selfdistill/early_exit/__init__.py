@@ -1,0 +1,6 @@
+"""Early exit: each image stops at the first exit that is sure of it."""
+
+from timm_selfdistill.early_exit.network import EarlyExit, EarlyExitOutput
+from timm_selfdistill.early_exit.settings import RULES, EarlyExitConfig
+
+__all__ = ["RULES", "EarlyExit", "EarlyExitConfig", "EarlyExitOutput"]
