@@ -1,6 +1,7 @@
 """A Hugging Face Hub on this machine: the endpoints that the real clients need to create, push, commit and download.
 
-Everything is kept in memory. What a test wants to go wrong is set on the server: `meanwhile`, `cut_after`.
+Everything is kept in memory. What a test wants to go wrong is set on the server: `meanwhile`, `cut_after`,
+`broken_uploads`.
 """
 
 import hashlib
@@ -43,7 +44,8 @@ class HubServer(ThreadingHTTPServer):
     """The server; use it in a `with` block.
 
     `requests` lists what was asked, as "METHOD path". `meanwhile` is called once before the next commit is made.
-    `cut_after` is a number of bytes after which the next download of a larger file breaks off.
+    `cut_after` is a number of bytes after which the next download of a larger file breaks off. Of the next
+    `broken_uploads` uploads the connection breaks off before they are stored.
     """
 
     daemon_threads = True
@@ -55,6 +57,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.meanwhile: Callable[[], None] | None = None
         self.cut_after: int | None = None
+        self.broken_uploads = 0
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -208,6 +211,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"transfer": "basic", "objects": objects})
 
     def put(self, oid: str) -> None:
+        if self.server.broken_uploads:
+            self.server.broken_uploads -= 1
+            self.close_connection = True
+            return
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise _Refusal(400, message="wrong sha256")
         self.server.blobs[oid] = self.body

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, Evaluation, model_card
+from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, Training, model_card
 from timm_selfdistill.hub.card import card_for_repository
 from timm_selfdistill.model import SelfDistillModel
 
@@ -142,7 +143,7 @@ def test_the_model_card_shows_code_that_loads_the_model(case: str, tmp_path: Pat
     model = make_model(case)
     sd.save_pretrained(model, tmp_path)
     card = (tmp_path / CARD).read_text()
-    plain_code, own_code = (
+    plain_code, own_code, fast_code = (
         code.replace("FOLDER)", f"{str(tmp_path)!r})").replace("FOLDER", str(tmp_path))
         for code in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     )
@@ -154,19 +155,22 @@ def test_the_model_card_shows_code_that_loads_the_model(case: str, tmp_path: Pat
     own: dict[str, Any] = {"x": x}
     exec(own_code, own)
     assert same([*own["out"].logits, *own["out"].features], outputs(model))
+    with torch.no_grad():
+        exec(fast_code, own)
+        assert same([*own["out"]], [*sd.EarlyExit(model, 0.9)(x)])
     assert f"{CLASSES} classes" in card
     assert all(f"`{name}`" in card for name in model.exit_names)
 
 
-def make_evaluation() -> Evaluation:
+def make_training() -> Training:
     """Return the results of a run with one exit, whose accuracy was not a number, and the backbone's."""
     rows = [{"index": 0, "name": "layer1", "top1": None}, {"index": 1, "name": "fc", "top1": 81.239}]
     report = {"exits": rows, "ensemble": {"top1": 82.0}, "dataset": "my data, test"}
-    return Evaluation(report, "## The table\n", "/data/my data", "epochs: 3\n")
+    return Training("/data/my data", False, None, "epochs: 3\n", report, "## The table\n")
 
 
 def test_the_card_of_a_run_holds_its_results_in_the_hubs_form() -> None:
-    card = model_card(make_model(), make_evaluation())
+    card = model_card(make_model(), make_training())
     data = ModelCard(card).data
     assert (data.library_name, data.pipeline_tag, data.metrics) == ("timm", "image-classification", ["accuracy"])
     assert {"timm", "timm_selfdistill"} <= set(data.tags)
@@ -181,10 +185,75 @@ def test_the_card_of_a_run_holds_its_results_in_the_hubs_form() -> None:
     assert ModelCard(model_card(make_model())).data.eval_results is None
 
 
+def test_the_card_names_licence_data_set_and_origin() -> None:
+    training = Training("uoft-cs/cifar100", True, "timm/resnet18.a1_in1k", "epochs: 3\n")
+    card = model_card(make_model(), training, license="apache-2.0")
+    data = ModelCard(card).data
+    assert (data.license, data.datasets, data.base_model) == (
+        "apache-2.0",
+        ["uoft-cs/cifar100"],
+        "timm/resnet18.a1_in1k",
+    )
+    assert "on [uoft-cs/cifar100](https://huggingface.co/datasets/uoft-cs/cifar100), from the weights of [timm" in card
+    assert "Licence: apache-2.0." in card
+    here = model_card(make_model(), make_training())
+    assert "as its own teacher on `/data/my data`. Licence: not stated." in here
+    assert (ModelCard(here).data.license, ModelCard(here).data.datasets) == (None, None)
+
+
+def test_a_licence_that_is_given_at_the_push_is_the_cards() -> None:
+    model = make_model()
+    for before in (None, "mit"):
+        card = f"{model_card(model, make_training(), license=before)}\nMy own words.\n"
+        pushed = card_for_repository(card, model, "me/net", license="cc-by-4.0")
+        assert ModelCard(pushed).data.license == "cc-by-4.0"
+        assert len(ModelCard(pushed).data.eval_results) == 2
+        assert pushed.count("Licence: cc-by-4.0.") == pushed.count("Licence: ") == 1
+        assert pushed.rstrip().endswith("My own words.")
+
+
+def test_early_exit_is_saved_with_the_model(tmp_path: Path) -> None:
+    model = make_model()
+    fast = sd.EarlyExit(model, [0.2, math.inf, 0.25], rule="margin", temperatures=[1, 2, 3], fallback="ensemble")
+    sd.save_pretrained(model, tmp_path, early_exit=fast.config)
+    loaded = sd.load_early_exit(tmp_path)
+    assert loaded.config == fast.config
+    assert same([*loaded(images(model))], [*fast(images(model))])
+    assert "Infinity" not in (tmp_path / CONFIG).read_text()  # which is no JSON
+    card = (tmp_path / CARD).read_text()
+    assert "fast = sd.load_early_exit(FOLDER)" in card
+    assert 'sd.load_early_exit("me/net")' in card_for_repository(card, model, "me/net", early_exit=fast.config)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+    sd.save_pretrained(model, tmp_path)
+    with pytest.raises(ValueError, match="has no early-exit settings; with thresholds of your own"):
+        sd.load_early_exit(tmp_path)
+    with pytest.raises(ValueError, match="1 thresholds for 3 exits"):
+        sd.save_pretrained(model, tmp_path, early_exit=sd.EarlyExitConfig((0.5,)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "mood"}, "rule is 'mood'; allowed are"),
+        ({"thresholds": ["high", 1, 1]}, "allowed are numbers"),
+        ({"thresholds": 3}, "not iterable"),
+        ({"thresholds": [0.5]}, "1 thresholds for 3 exits"),
+        ({"colour": "red"}, "the keys are"),
+    ],
+)
+def test_damaged_early_exit_settings_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = sd.EarlyExitConfig((0.5, 0.5, 0.5))
+    sd.save_pretrained(make_model(), tmp_path, early_exit=config)
+    describe(early_exit=config.to_json() | settings)(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        sd.load_early_exit(tmp_path)
+
+
 @all_cases
 def test_the_card_in_a_repository_tells_how_to_load_from_there(case: str) -> None:
     model = make_model(case)
-    card = f"{model_card(model, make_evaluation())}\nMy own words.\n"
+    card = f"{model_card(model, make_training())}\nMy own words.\n"
     pushed = card_for_repository(card, model, "me/net")
     assert "FOLDER" not in pushed
     assert 'timm.create_model("hf-hub:me/net", pretrained=' in pushed

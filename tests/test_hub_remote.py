@@ -106,6 +106,83 @@ def test_a_pushed_model_is_loaded_bit_for_bit_here_and_in_plain_timm(hub: HubSer
     assert "FOLDER" not in card
 
 
+# Backbones whose taps differ in kind: NCHW, NLC, NHWC, branches of tokens, branches of maps, a member of a tuple.
+LAYOUTS = {
+    "resnet18": {"channels": [16, 32, 64, 80]},
+    "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 64,
+        "window_size": 2,
+        "embed_dim": 24,
+        "depths": [1, 1, 2, 1],
+        "num_heads": [1, 2, 4, 8],
+    },
+    "crossvit_tiny_240": {},
+    "hrnet_w18_small": {},
+    "tnt_s_legacy_patch16_224": {"img_size": 64, "depth": 4},
+}
+
+
+def test_every_layout_class_comes_back_with_its_changed_number_of_classes(hub: HubServer, client: Client) -> None:
+    answers = client(
+        f"""
+        def check(name, kwargs):
+            torch.manual_seed(0)
+            model = sd.wrap(name, num_classes=7, model_kwargs=kwargs).eval()
+            model.reset_classifier(11)
+            config = sd.EarlyExitConfig((0.09,) * model.num_exits)
+            sd.push_to_hub(model, f"me/{{name}}", early_exit=config, license="mit")
+            loaded = sd.from_pretrained(f"me/{{name}}")
+            fast = sd.load_early_exit(f"me/{{name}}")
+            plain = timm.create_model(f"hf-hub:me/{{name}}", pretrained=True).eval()
+            size = timm.data.resolve_model_data_config(plain)["input_size"]
+            x = torch.randn(2, *size)
+            with torch.no_grad():
+                ours, theirs = (net(x, return_exits=True).logits for net in (model, loaded))
+                exits = all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+                last = torch.equal(plain(x), ours[-1])
+            return [ours[0].shape[1], exits, last, fast.config == config]
+
+        answer(**{{name: check(name, kwargs) for name, kwargs in {LAYOUTS!r}.items()}})
+        """
+    )
+    assert answers == {name: [11, True, True, True] for name in LAYOUTS}
+    for name in LAYOUTS:
+        card = hub.files(f"me/{name}")[CARD].decode()
+        assert f'fast = sd.load_early_exit("me/{name}")' in card
+        assert "license: mit" in card
+
+
+def test_a_connection_that_breaks_while_a_file_is_sent_is_made_again(hub: HubServer, client: Client) -> None:
+    hub.broken_uploads = 1
+    code = 'sd.push_to_hub(make_model(), "me/net"); answer(same=same(make_model(), sd.from_pretrained("me/net")))'
+    assert client(code)["same"]
+    assert hub.broken_uploads == 0
+    assert sum(request.startswith("PUT") for request in hub.requests) == 3  # one of the two files twice
+
+
+def test_a_repository_that_this_version_cannot_read_is_refused(hub: HubServer, client: Client) -> None:
+    client('sd.push_to_hub(make_model(), "me/net"); answer()')
+    files = hub.files("me/net")
+
+    def change(**ours: Any) -> None:
+        config = json.loads(files[CONFIG])
+        config["timm_selfdistill"] |= ours
+        hub.repos["me/net"].commit("main", {CONFIG: json.dumps(config).encode()}, hub.repos["me/net"].refs["main"])
+
+    code = 'answer(error=refused(sd.from_pretrained, "me/net"))'
+    change(head="nose")
+    assert "Unknown head 'nose'; known are" in client(code)["error"]
+    change(format_version=2)
+    assert "has format version 2, this version of timm_selfdistill reads 1: upgrade" in client(code)["error"]
+    change(sha256={BACKBONE: "0" * 64})
+    assert "model.safetensors is damaged or was exchanged" in client(code)["error"]
+    repo = hub.repos["me/net"]
+    name = repo.commit("main", {CONFIG: files[CONFIG]}, repo.refs["main"])
+    del repo.commits[name][EXITS]
+    assert client(code)["error"].endswith("exits.safetensors is missing.")
+
+
 def test_downloads_are_cached_resumed_and_checked(hub: HubServer, client: Client, tmp_path: Path) -> None:
     client('sd.push_to_hub(make_model(), "me/net"); sd.push_to_hub(make_model(1), "me/net"); answer()')
     first = next(name for name, tree in hub.repos["me/net"].commits.items() if CONFIG in tree)
@@ -202,7 +279,9 @@ def test_a_push_that_somebody_else_overtook_changes_nothing(hub: HubServer, clie
     )
     before = hub.files("me/net")
     assert before["theirs.txt"] == b"theirs"
+    hub.requests.clear()
     assert client(code)["error"] is None
+    assert not [request for request in hub.requests if request.startswith("PUT")]  # the weights were sent before
     after = hub.files("me/net")
     assert after["theirs.txt"] == b"theirs"
     assert after[BACKBONE] != before[BACKBONE]
@@ -256,7 +335,52 @@ def test_a_recipe_pushes_the_run_when_it_is_done(hub: HubServer, client: Client,
     assert "![Accuracy of every exit over its compute](report.png)" in card
 
 
+def test_a_recipe_pushes_in_the_background_while_it_trains(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    settings = ["epochs=5", "batch_size=16", "data.max_train=32", "data.max_eval=10", "data.image_size=16"]
+    settings += ["precision='no'", "baseline=false", "schedule.warmup_epochs=0", f"output_dir={tmp_path / 'run'}"]
+    settings += ["push_to_hub={repo: me/digits, every: 2, license: cc-by-4.0}"]
+    # The first push in the background meets somebody else's commit; the second, and the last, do not.
+    hub.meanwhile = lambda: hub.repos["me/digits"].commit(
+        "main", {"theirs.txt": b""}, hub.repos["me/digits"].refs["main"]
+    )
+    code = f"""
+    import contextlib, io
+    from timm_selfdistill.cli import main as cli
+    from timm_selfdistill.train import publish
+    class AtOnce(publish.ThreadPoolExecutor):
+        def submit(self, work, *args):
+            future = super().submit(work, *args)
+            future.result()
+            return future
+    publish.ThreadPoolExecutor = AtOnce
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        status = cli(["train", "digits", *{settings!r}])
+    answer(status=status, errors=errors.getvalue())
+    """
+    answer = client(code)
+    assert answer["status"] == 0, answer["errors"]
+    assert "somebody else pushed to it meanwhile, so nothing was changed" in answer["errors"]
+    assert "Training goes on." in answer["errors"]
+    repo = hub.repos["me/digits"]
+    trees = [tree for tree in repo.commits.values() if CARD in tree]
+    assert len(trees) == 2
+    during, after = trees
+    assert set(during) - {".gitattributes", "theirs.txt"} == {CONFIG, BACKBONE, EXITS, CARD, "recipe.yaml"}
+    assert "this is the model after epoch 4 of 5" in during[CARD].decode()
+    assert "license: cc-by-4.0" in during[CARD].decode()
+    assert set(after) - {".gitattributes", "theirs.txt"} == FILES_OF_A_RUN
+    assert during[BACKBONE] != after[BACKBONE]
+    assert "Training goes on" not in after[CARD].decode()
+    assert not (tmp_path / "run" / ".pushing").exists()
+
+
 # Before anything is sent.
+
+
+def test_a_licence_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"A licence is named as on the Hub, such as apache-2\.0"):
+        remote.push_folder(tmp_path, "me/net", license="Apache 2")
 
 
 @pytest.mark.parametrize("repo_id", ["net", "me/net/more", "me/", "me /net", "", "https://hub/me/net"])

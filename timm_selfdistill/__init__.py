@@ -3,7 +3,7 @@
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig, EarlyExitOutput
 from timm_selfdistill.exits import ExitPoint, Tap
 from timm_selfdistill.heads import list_heads, register_head
-from timm_selfdistill.hub import HubError, from_pretrained, push_to_hub, save_pretrained
+from timm_selfdistill.hub import HubError, from_pretrained, load_early_exit, push_to_hub, save_pretrained
 from timm_selfdistill.losses import (
     SelfDistillationConfig,
     SelfDistillationLoss,
@@ -40,6 +40,7 @@ __all__ = [
     "list_presets",
     "list_recipes",
     "list_teachers",
+    "load_early_exit",
     "load_recipe",
     "push_to_hub",
     "register_divergence",

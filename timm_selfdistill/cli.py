@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     push.add_argument("--pr", action="store_true", help="open a pull request")
     push.add_argument("--revision", help="branch to push to; the main branch by default")
     push.add_argument("--message", help="what the commit says")
+    push.add_argument("--license", help="licence of the weights, by its identifier on the Hub, such as apache-2.0")
     push.set_defaults(run=_push)
 
     exits = commands.add_parser("exits", help="show where exits could hang on a timm model, and what they would cost")
@@ -84,6 +85,7 @@ def _push(arguments: argparse.Namespace) -> int:
             revision=arguments.revision,
             create_pr=arguments.pr,
             commit_message=arguments.message,
+            license=arguments.license,
         )
     except (ValueError, HubError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -38,7 +38,7 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
                 f"all must end in one of {', '.join(FILE_FORMATS)}."
             )
         source = FILE_FORMATS[endings.pop()]
-    elif source.startswith((".", "/", "~")) or source.endswith(FILE_ENDINGS) or not HUB_NAME.fullmatch(source):
+    elif not is_on_hub(source):
         raise ValueError(f"data.path {section.path!r}: there is no such folder or file.")
     try:
         splits: Mapping[str, Any] = datasets.load_dataset(
@@ -50,6 +50,13 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
             f"hub. {error}"
         ) from error
     return splits
+
+
+def is_on_hub(path: str) -> bool:
+    """Whether a recipe's `data.path` names a data set on the Hub rather than files here, or the embedded one."""
+    here = path == "digits" or Path(path).expanduser().is_dir() or bool(glob(path))
+    is_file = path.startswith((".", "/", "~")) or path.endswith(FILE_ENDINGS)
+    return not here and not is_file and HUB_NAME.fullmatch(path) is not None
 
 
 def _load_saved(path: Path, streaming: bool) -> Mapping[str, Any]:

@@ -67,13 +67,11 @@ class EarlyExit(nn.Module):
         super().__init__()
         if isinstance(thresholds, int | float):
             thresholds = [thresholds] * model.num_exits
-        if len(thresholds) != model.num_exits:
-            names = ", ".join(model.exit_names[:-1])
-            raise ValueError(f"{len(thresholds)} thresholds for {model.num_exits} exits ({names}): give one for each.")
         if model.num_classes < 2:
             raise ValueError(f"Early exit needs a choice, but the model has {model.num_classes} class.")
         temperatures = None if temperatures is None else tuple(temperatures)
         self.config = EarlyExitConfig(tuple(thresholds), rule, temperatures, fallback)
+        self.config.check_exits(model.exit_names[:-1])
         self.model = model
         self.training = model.training
         self.shrinks = _try_to_shrink(model)

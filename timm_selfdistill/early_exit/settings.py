@@ -1,9 +1,9 @@
 """When an image stops: the rules that say how sure an exit is, and the settings of early exit."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class EarlyExitConfig:
             raise ValueError(f"rule is {self.rule!r}; allowed are {', '.join(RULES)}.")
         if self.fallback not in FALLBACKS:
             raise ValueError(f"fallback is {self.fallback!r}; allowed are {', '.join(FALLBACKS)}.")
-        if not all(_is_number(value) and not math.isnan(value) for value in self.thresholds):
+        if not all(_is_number(value) and not math.isnan(value) and value > -math.inf for value in self.thresholds):
             raise ValueError(f"thresholds are {list(self.thresholds)}; allowed are numbers, infinity for never.")
         if self.temperatures is None:
             return
@@ -99,6 +99,36 @@ class EarlyExitConfig:
             raise ValueError(f"{len(self.thresholds)} thresholds, but {len(self.temperatures)} temperatures.")
         if not all(_is_number(value) and 0 < value < math.inf for value in self.temperatures):
             raise ValueError(f"temperatures are {list(self.temperatures)}; allowed are finite numbers above 0.")
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "EarlyExitConfig":
+        """Return the settings that `to_json` gave.
+
+        Raises:
+            ValueError: If a value is not allowed, or a key is missing or unknown.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(saved) != names:
+            raise ValueError(f"the keys are {', '.join(saved)}; they must be {', '.join(sorted(names))}.")
+        thresholds = [math.inf if value is None else value for value in saved["thresholds"]]
+        temperatures = saved["temperatures"]
+        return cls(
+            thresholds=tuple(thresholds),
+            rule=saved["rule"],
+            temperatures=None if temperatures is None else tuple(temperatures),
+            fallback=saved["fallback"],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON, where null stands for a threshold of infinity."""
+        return {**asdict(self), "thresholds": [None if value == math.inf else value for value in self.thresholds]}
+
+    def check_exits(self, names: Sequence[str]) -> None:
+        """Raise ValueError unless there is one threshold for each of these exits."""
+        if len(self.thresholds) != len(names):
+            raise ValueError(
+                f"{len(self.thresholds)} thresholds for {len(names)} exits ({', '.join(names)}): give one for each."
+            )
 
     def confidence(self, logits: Tensor, exit: int, state: State) -> tuple[Tensor, State]:
         """Return how sure an exit is of each image [B], and the rule's state for the next exit.

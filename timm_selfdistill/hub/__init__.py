@@ -1,20 +1,29 @@
 """Save and load a wrapped model: a folder, or a repository on the Hugging Face Hub, that plain timm loads too."""
 
-from timm_selfdistill.hub.card import Evaluation, model_card
-from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, save_pretrained
-from timm_selfdistill.hub.remote import HubError, from_pretrained, make_repository, push_folder, push_to_hub
+from timm_selfdistill.hub.card import Training, model_card
+from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, read_early_exit, save_pretrained
+from timm_selfdistill.hub.remote import (
+    HubError,
+    from_pretrained,
+    load_early_exit,
+    make_repository,
+    push_folder,
+    push_to_hub,
+)
 
 __all__ = [
     "BACKBONE",
     "CARD",
     "CONFIG",
     "EXITS",
-    "Evaluation",
     "HubError",
+    "Training",
     "from_pretrained",
+    "load_early_exit",
     "make_repository",
     "model_card",
     "push_folder",
     "push_to_hub",
+    "read_early_exit",
     "save_pretrained",
 ]

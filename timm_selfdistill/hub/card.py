@@ -5,71 +5,104 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.model import SelfDistillModel
 
 # Where a run's picture is, seen from the model's folder; a repository has both in one place.
 _PICTURE = "../report.png"
+_NO_LICENSE = "Licence: not stated."
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Training:
     """What a training run tells a model card.
 
     Args:
-        report: What `report.json` holds.
-        table: The report as a section of markdown.
         dataset: Name of the data set on the Hub, or its path.
+        on_hub: Whether the data set is the Hub's.
+        base_model: Name on the Hub of the pretrained weights that training started from, or None.
         recipe: The recipe, as YAML.
+        report: What `report.json` holds, or None before the end.
+        table: The report as a section of markdown.
     """
 
-    report: Mapping[str, Any]
-    table: str
     dataset: str
+    on_hub: bool
+    base_model: str | None
     recipe: str
+    report: Mapping[str, Any] | None = None
+    table: str = ""
 
 
-def model_card(model: SelfDistillModel, evaluation: Evaluation | None = None) -> str:
+def model_card(
+    model: SelfDistillModel,
+    training: Training | None = None,
+    *,
+    license: str | None = None,
+    early_exit: EarlyExitConfig | None = None,
+) -> str:
     """Return the model card of a model that is saved in a folder, for which FOLDER stands.
 
     Args:
         model: The wrapped model.
-        evaluation: What its training run found; a card without results by default.
+        training: How it was trained and what came out; a card without results by default.
+        license: Licence of the weights, by its identifier on the Hub.
+        early_exit: The early-exit settings that are saved with the model, if any.
     """
     names = ", ".join(f"`{name}`" for name in model.exit_names)
     text = (
-        f"---\n{_metadata(model, evaluation)}\n---\n\n"
+        f"---\n{_metadata(model, training, license)}\n---\n\n"
         f"# {_architecture(model)}, self-distilled\n\n"
         f"A timm `{_architecture(model)}` with {model.num_classes} classes and exits at {names}, trained as its own "
-        f"teacher.\n\n{_usage(model, None)}"
+        f"teacher{_origin(training)}. {_licence(license)}\n\n{_usage(model, None, early_exit)}"
     )
-    if evaluation is None:
+    if training is None:
         return text
-    return (
-        f"{text}\n{evaluation.table}\n![Accuracy of every exit over its compute]({_PICTURE})\n\n"
-        f"## Recipe\n\n```yaml\n{evaluation.recipe.rstrip()}\n```\n"
-    )
+    if training.report is not None:
+        text += f"\n{training.table}\n![Accuracy of every exit over its compute]({_PICTURE})\n"
+    return f"{text}\n## Recipe\n\n```yaml\n{training.recipe.rstrip()}\n```\n"
 
 
-def card_for_repository(card: str, model: SelfDistillModel, repo_id: str) -> str:
+def card_for_repository(
+    card: str,
+    model: SelfDistillModel,
+    repo_id: str,
+    *,
+    license: str | None = None,
+    early_exit: EarlyExitConfig | None = None,
+) -> str:
     """Return a model card that tells how to load the model from the Hub instead of a folder; the rest stays.
 
     Args:
         card: The text of the card of a saved model, perhaps edited.
         model: The model.
         repo_id: The repository, as "namespace/name".
+        license: Licence to state instead of the one in the card, by its identifier on the Hub.
+        early_exit: The early-exit settings that are saved with the model, if any.
     """
-    return card.replace(_usage(model, None), _usage(model, repo_id)).replace(f"]({_PICTURE})", "](report.png)")
+    card = card.replace(_usage(model, None, early_exit), _usage(model, repo_id, early_exit))
+    card = card.replace(f"]({_PICTURE})", "](report.png)")
+    if license is None:
+        return card
+    parsed = ModelCard(card)
+    before = _licence(parsed.data.get("license"))
+    parsed.data["license"] = license
+    return str(parsed).replace(before, _licence(license), 1)
 
 
-def _metadata(model: SelfDistillModel, evaluation: Evaluation | None) -> str:
+def _metadata(model: SelfDistillModel, training: Training | None, license: str | None) -> str:
     """Return the card's metadata as YAML, the results in the Hub's form of a model index."""
-    results = [] if evaluation is None else _results(evaluation)
+    results = [] if training is None or training.report is None else _results(training, training.report)
+    on_hub = training is not None and training.on_hub
     metadata = ModelCardData(
+        license=license,
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "timm_selfdistill"],
+        datasets=[training.dataset] if training is not None and on_hub else None,
+        base_model=training.base_model if training is not None else None,
         model_name=f"{_architecture(model)}, self-distilled" if results else None,
         metrics=["accuracy"] if results else None,
         eval_results=results or None,
@@ -77,14 +110,27 @@ def _metadata(model: SelfDistillModel, evaluation: Evaluation | None) -> str:
     return str(metadata.to_yaml()).strip()
 
 
-def _results(evaluation: Evaluation) -> list[EvalResult]:
-    report = evaluation.report
+def _origin(training: Training | None) -> str:
+    """Return on what the model was trained, and from which weights, as the end of a sentence."""
+    if training is None:
+        return ""
+    name = training.dataset
+    data = f"[{name}](https://huggingface.co/datasets/{name})" if training.on_hub else f"`{name}`"
+    base = training.base_model
+    return f" on {data}" + (f", from the weights of [{base}](https://huggingface.co/{base})" if base else "")
+
+
+def _licence(license: str | None) -> str:
+    return _NO_LICENSE if license is None else f"Licence: {license}."
+
+
+def _results(training: Training, report: Mapping[str, Any]) -> list[EvalResult]:
     rows = [(f"exit {row['index']}, {row['name']}", row["top1"]) for row in report["exits"]]
     rows.append(("ensemble", report["ensemble"]["top1"]))
     return [
         EvalResult(
             task_type="image-classification",
-            dataset_type=re.sub(r"[^\w./-]+", "-", evaluation.dataset),
+            dataset_type=re.sub(r"[^\w./-]+", "-", training.dataset),
             dataset_name=report["dataset"],
             metric_type="accuracy",
             metric_name=f"top-1 accuracy in percent ({name})",
@@ -95,13 +141,20 @@ def _results(evaluation: Evaluation) -> list[EvalResult]:
     ]
 
 
-def _usage(model: SelfDistillModel, repo_id: str | None) -> str:
+def _usage(model: SelfDistillModel, repo_id: str | None, early_exit: EarlyExitConfig | None) -> str:
     """Return the section that loads the model: from a repository, or from a folder."""
     source = "FOLDER" if repo_id is None else f'"{repo_id}"'
+    if early_exit is None:
+        fast = "fast = sd.EarlyExit(model, 0.9)  # how sure an exit must be; higher is slower and more accurate\n"
+    else:
+        fast = f"fast = sd.load_early_exit({source})  # with the thresholds that are saved with the model\n"
     return (
         f"In plain timm, without the exits:\n\n```python\n{_timm_snippet(model, repo_id)}```\n\n"
         "With the exits:\n\n```python\nimport timm_selfdistill as sd\n\n"
-        f"model = sd.from_pretrained({source})\nout = model(x, return_exits=True)  # out.logits: shallow to deep\n```\n"
+        f"model = sd.from_pretrained({source})\n"
+        "out = model(x, return_exits=True)  # out.logits: shallow to deep\n```\n\n"
+        f"Each image at the first exit that is sure of it:\n\n```python\n{fast}"
+        "out = fast(x)  # out.logits, and out.exit_index: who answered\n```\n"
     )
 
 

@@ -19,6 +19,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import save_for_hf
 from torch import nn
 
+from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.hub.card import model_card
 from timm_selfdistill.model import SelfDistillModel, wrap
 
@@ -33,6 +34,7 @@ def save_pretrained(
     *,
     label_names: Sequence[str] | None = None,
     data_config: Mapping[str, Any] | None = None,
+    early_exit: EarlyExitConfig | None = None,
     card: str | None = None,
 ) -> Path:
     """Write a model to a folder that `from_pretrained` and, for the backbone, plain timm load.
@@ -49,16 +51,20 @@ def save_pretrained(
         folder: Where to write; made if it does not exist.
         label_names: Class names, in the order of the logits.
         data_config: Preprocessing of the training run (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
+        early_exit: When images leave early, for `load_early_exit`; the `config` of an `EarlyExit`.
         card: Text of the model card; a short one by default.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the backbone is not a timm model, or not one that `data_config` fits.
+        ValueError: If the backbone is not a timm model, or not one that `data_config` fits; if `early_exit` has not one
+            threshold for each exit.
     """
     if not hasattr(model.backbone, "pretrained_cfg"):
         raise ValueError(f"A saved model must have a backbone of timm's, got {type(model.backbone).__name__}.")
+    if early_exit is not None:
+        early_exit.check_exits(model.exit_names[:-1])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Saved as stored on disk by plain timm: on the CPU and in the default memory format.
@@ -76,9 +82,9 @@ def save_pretrained(
         )
         safetensors.torch.save_file(exits, staged / EXITS)
         config = json.loads((staged / CONFIG).read_text())
-        config[_KEY] = asdict(_describe(model, staged))
+        config[_KEY] = asdict(_describe(model, staged, early_exit))
         (staged / CONFIG).write_text(json.dumps(config, indent=2))
-        (staged / CARD).write_text(card if card is not None else model_card(model))
+        (staged / CARD).write_text(card if card is not None else model_card(model, early_exit=early_exit))
         for name in (BACKBONE, EXITS, CARD, CONFIG):
             # safetensors makes files that only their owner can read, whatever the umask.
             shutil.copymode(staged / CONFIG, staged / name)
@@ -123,6 +129,21 @@ def load_folder(folder: str | Path) -> SelfDistillModel:
     return model.eval()
 
 
+def read_early_exit(folder: str | Path) -> EarlyExitConfig | None:
+    """Return the early-exit settings that were saved with a model, or None if there are none.
+
+    Raises:
+        ValueError: If the folder holds no model, or the settings are not allowed.
+    """
+    saved = _read_config(Path(folder)).early_exit
+    if saved is None:
+        return None
+    try:
+        return EarlyExitConfig.from_json(saved)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{Path(folder) / CONFIG} holds early-exit settings that are not allowed: {error}") from error
+
+
 def _unshare(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict[str, Any]) -> None:
     """Give tensors that share memory, as CoaT's position encodings do, a copy each: safetensors refuses them else."""
     seen: set[int] = set()
@@ -155,9 +176,10 @@ class _Saved:
     small_stem: bool
     image_size: Sequence[int]
     sha256: dict[str, str]
+    early_exit: dict[str, Any] | None = None
 
 
-def _describe(model: SelfDistillModel, folder: Path) -> _Saved:
+def _describe(model: SelfDistillModel, folder: Path, early_exit: EarlyExitConfig | None) -> _Saved:
     config = model.config
     # The dry run's size as it was: the saved input size may be another one, at which the taps' grids look otherwise.
     own_size = resolve_input_data_config(model.backbone, {"mean": 0.5, "std": 0.5})["input_size"][1:]
@@ -170,6 +192,7 @@ def _describe(model: SelfDistillModel, folder: Path) -> _Saved:
         small_stem=config.small_stem,
         image_size=config.image_size or own_size,
         sha256={name: _sha256((folder / name).read_bytes()) for name in (BACKBONE, EXITS)},
+        early_exit=None if early_exit is None else early_exit.to_json(),
     )
 
 
@@ -192,7 +215,7 @@ def _read_config(folder: Path) -> _Saved:
             "upgrade timm_selfdistill."
         )
     expected = [field.name for field in fields(_Saved)]
-    if sorted(ours) != sorted(expected):
+    if not set(expected) - {"early_exit"} <= set(ours) <= set(expected):
         raise ValueError(f"{path} is damaged: {_KEY!r} holds {', '.join(ours)}; it must hold {', '.join(expected)}.")
     return _Saved(**ours)
 

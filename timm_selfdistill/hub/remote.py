@@ -1,6 +1,5 @@
 """Models on the Hugging Face Hub: push one, load one."""
 
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +14,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig
 from timm_selfdistill.hub.card import card_for_repository
-from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, load_folder, save_pretrained
+from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, load_folder, read_early_exit, save_pretrained
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.recipe import LICENSE, REPO_ID
 
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a training run writes beside its model.
 _OF_A_RUN = ("report.json", "report.md", "report.png", "recipe.yaml")
 _BY_STATUS = {
@@ -57,19 +57,45 @@ def from_pretrained(
         ValueError: If the folder or a file is missing, damaged, of a newer format, or from something else.
         HubError: If the repository or revision does not exist or may not be read, or the Hub cannot be reached.
     """
-    if not Path(source).is_dir() and _REPO_ID.fullmatch(str(source)):
-        with _explained(f"Loading {source}", revision):
-            source = snapshot_download(
-                str(source),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                allow_patterns=[CONFIG, BACKBONE, EXITS],
-                library_name="timm_selfdistill",
-            )
-    elif revision is not None:
-        raise ValueError(f"revision={revision!r} is one of a repository on the Hub, but {source} is a folder, or none.")
-    return load_folder(source)
+    return load_folder(_fetch(source, revision, token, cache_dir))
+
+
+def load_early_exit(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> EarlyExit:
+    """Load a model with the early-exit settings that are saved with it, in eval mode.
+
+    Args:
+        source: A folder, or the Hub's repository, as in `from_pretrained`.
+        revision: Branch, tag or commit on the Hub; the main branch by default.
+        token: Access token of the Hub; the one that is logged in by default.
+        cache_dir: Where downloads are kept; the Hub's usual cache by default.
+
+    Returns:
+        The network that lets images leave early.
+
+    Raises:
+        ValueError: As `from_pretrained`; also if no early-exit settings are saved with the model.
+        HubError: As `from_pretrained`.
+    """
+    folder = _fetch(source, revision, token, cache_dir)
+    config = read_early_exit(folder)
+    if config is None:
+        raise ValueError(
+            f"{source} has no early-exit settings; with thresholds of your own: "
+            "sd.EarlyExit(sd.from_pretrained(...), thresholds)."
+        )
+    return EarlyExit(
+        load_folder(folder),
+        config.thresholds,
+        rule=config.rule,
+        temperatures=config.temperatures,
+        fallback=config.fallback,
+    )
 
 
 def push_to_hub(
@@ -81,8 +107,10 @@ def push_to_hub(
     create_pr: bool = False,
     token: str | None = None,
     commit_message: str | None = None,
+    license: str | None = None,
     label_names: Sequence[str] | None = None,
     data_config: Mapping[str, Any] | None = None,
+    early_exit: EarlyExitConfig | None = None,
 ) -> str:
     """Push a model to the Hugging Face Hub in one commit; plain timm loads the backbone from there too.
 
@@ -94,8 +122,10 @@ def push_to_hub(
         create_pr: Open a pull request instead of changing the branch.
         token: Access token; the one that is logged in by default.
         commit_message: What the commit says.
+        license: Licence of the weights, by its identifier on the Hub, such as "apache-2.0".
         label_names: Class names, in the order of the logits.
         data_config: Preprocessing of the training run, as in `save_pretrained`.
+        early_exit: When images leave early, as in `save_pretrained`.
 
     Returns:
         The address of the commit, or of the pull request.
@@ -106,7 +136,7 @@ def push_to_hub(
     """
     _check_repo_id(repo_id)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, label_names=label_names, data_config=data_config)
+        save_pretrained(model, folder, label_names=label_names, data_config=data_config, early_exit=early_exit)
         return push_folder(
             folder,
             repo_id,
@@ -115,6 +145,7 @@ def push_to_hub(
             create_pr=create_pr,
             token=token,
             commit_message=commit_message,
+            license=license,
         )
 
 
@@ -127,6 +158,7 @@ def push_folder(
     create_pr: bool = False,
     token: str | None = None,
     commit_message: str | None = None,
+    license: str | None = None,
 ) -> str:
     """Push a saved model to the Hugging Face Hub in one commit.
 
@@ -142,22 +174,29 @@ def push_folder(
         create_pr: Open a pull request instead of changing the branch.
         token: Access token; the one that is logged in by default.
         commit_message: What the commit says.
+        license: Licence of the weights, by its identifier on the Hub, such as "apache-2.0".
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        ValueError: If the repository's name is none, or the folder holds no whole model.
+        ValueError: If the repository's or licence's name is none, or the folder holds no whole model.
         HubError: If the Hub cannot be reached, or does not let the token do this.
     """
     _check_repo_id(repo_id)
+    if license is not None and not LICENSE.fullmatch(license):
+        raise ValueError(
+            f"A licence is named as on the Hub, such as apache-2.0, mit, cc-by-4.0 or other, not {license!r}."
+        )
     folder = Path(folder)
     saved = folder / "model" if (folder / "model" / CONFIG).is_file() else folder
     model = load_folder(saved)
     files: dict[str, Path | bytes] = {name: saved / name for name in (CONFIG, BACKBONE, EXITS)}
     files |= {name: folder / name for name in _OF_A_RUN if (folder / name).is_file()}
     if (saved / CARD).is_file():
-        files[CARD] = card_for_repository((saved / CARD).read_text(), model, repo_id).encode()
+        card = (saved / CARD).read_text()
+        early_exit = read_early_exit(saved)
+        files[CARD] = card_for_repository(card, model, repo_id, license=license, early_exit=early_exit).encode()
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     make_repository(repo_id, private=private, token=token)
     api = HfApi(token=token, library_name="timm_selfdistill")
@@ -191,8 +230,27 @@ def make_repository(repo_id: str, *, private: bool = False, token: str | None = 
         HfApi(token=token, library_name="timm_selfdistill").create_repo(repo_id, private=private, exist_ok=True)
 
 
+def _fetch(source: str | Path, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Path:
+    """Return the folder of a saved model, downloaded first where it is a repository on the Hub."""
+    if not Path(source).is_dir() and REPO_ID.fullmatch(str(source)):
+        with _explained(f"Loading {source}", revision):
+            return Path(
+                snapshot_download(
+                    str(source),
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    allow_patterns=[CONFIG, BACKBONE, EXITS],
+                    library_name="timm_selfdistill",
+                )
+            )
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is one of a repository on the Hub, but {source} is a folder, or none.")
+    return Path(source)
+
+
 def _check_repo_id(repo_id: str) -> None:
-    if not _REPO_ID.fullmatch(repo_id):
+    if not REPO_ID.fullmatch(repo_id):
         raise ValueError(f"A repository on the Hub is named namespace/name, such as me/my-net, not {repo_id!r}.")
 
 

@@ -2,6 +2,8 @@
 
 from timm_selfdistill.recipe.load import RecipeError, list_recipes, load_recipe, read_settings
 from timm_selfdistill.recipe.sections import (
+    LICENSE,
+    REPO_ID,
     AugmentSection,
     DataSection,
     EmaSection,
@@ -15,6 +17,8 @@ from timm_selfdistill.recipe.sections import (
 )
 
 __all__ = [
+    "LICENSE",
+    "REPO_ID",
     "AugmentSection",
     "DataSection",
     "EmaSection",

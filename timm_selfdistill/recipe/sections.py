@@ -7,12 +7,15 @@ neither torch nor timm.
 import math
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from timm_selfdistill.recipe.plain_yaml import dump
+
+REPO_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -408,16 +411,27 @@ class PushSection(_Section):
     Args:
         repo: The repository, as "namespace/name"; made before training if it does not exist.
         private: Make it a private one.
+        license: Licence of the weights, by its identifier on the Hub; null for that of the pretrained weights, if any.
+        every: Also push after every so many epochs, in the background; null for the end only.
     """
 
     repo: Text
     private: bool = False
+    license: Text | None = None
+    every: Count | None = None
 
     @field_validator("repo")
     @classmethod
     def _check_repo(cls, value: str) -> str:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+        if not REPO_ID.fullmatch(value):
             raise ValueError("must be the name of a repository, namespace/name")
+        return value
+
+    @field_validator("license")
+    @classmethod
+    def _check_license(cls, value: str | None) -> str | None:
+        if value is not None and not LICENSE.fullmatch(value):
+            raise ValueError("must be a licence's identifier on the Hub, such as apache-2.0, mit, cc-by-4.0 or other")
         return value
 
 
@@ -443,7 +457,7 @@ class Recipe(_Section):
         resume: Continue from the newest checkpoint if there is one (auto), start afresh (never), or the path of a
             checkpoint.
         trackers: Names of Accelerate trackers to log to besides metrics.jsonl.
-        push_to_hub: Push the run's model to the Hugging Face Hub when it is done; null for no push.
+        push_to_hub: Push the run's model to the Hugging Face Hub; null for no push.
     """
 
     model: ModelSection

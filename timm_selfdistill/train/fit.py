@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +80,8 @@ class Fit:
         recipe: The recipe.
         accelerator: The accelerator.
         folder: The run's folder; checkpoints go to `checkpoints/<name>` in it.
+        on_epoch: Called after every epoch, when its checkpoint is written, with the model as it would be evaluated, the
+            number of epochs done and that of all.
     """
 
     def __init__(
@@ -91,7 +93,9 @@ class Fit:
         recipe: Recipe,
         accelerator: Accelerator,
         folder: Path,
+        on_epoch: Callable[[SelfDistillModel, int, int], None] | None = None,
     ) -> None:
+        self.on_epoch = on_epoch
         self.name = name
         self.model = model
         self.phases = phases
@@ -152,6 +156,9 @@ class Fit:
             if metrics is not None:
                 accelerator.log(self._values("validation", progress.epoch, _flatten(metrics)), step=progress.step)
             self._save(state)
+            if self.on_epoch is not None:
+                trained = unwrapped_model(task.get_eval_model(ema=recipe.ema is not None))
+                self.on_epoch(trained, progress.epoch, self.total_epochs)
         return unwrapped_model(task.get_trainable_module(ema=recipe.ema is not None))
 
     def _train_epoch(self, prepared: nn.Module, task: SelfDistillationTask, optimizer: Any, scheduler: Any) -> None:

@@ -4,7 +4,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,19 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from timm_selfdistill.data import ImageData, InputConfig, Loaders, build_loaders, build_mixup, open_dataset
-from timm_selfdistill.hub import Evaluation, HubError, make_repository, model_card, push_folder, save_pretrained
+from timm_selfdistill.hub import HubError
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.report import Report, build_report, format_markdown, format_table, write_report
+from timm_selfdistill.report import Report, build_report, format_table, write_report
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.fit import Feed, Fit
 from timm_selfdistill.train.launch import per_process_batch, start_accelerator
 from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self_distillation_phases
+from timm_selfdistill.train.publish import ModelWriter, Publisher
 
-# What may differ between a run and its continuation: none of it changes the numbers.
-_FREE_KEYS = ("output_dir", "resume", "trackers", "push_to_hub", "push_to_hub.repo", "push_to_hub.private")
+# Sections that may differ between a run and its continuation: none of them changes the numbers.
+_FREE_SECTIONS = ("output_dir", "resume", "trackers", "push_to_hub")
 
 
 def train(recipe: Recipe) -> Report:
@@ -66,10 +66,11 @@ def train(recipe: Recipe) -> Report:
         seed=recipe.seed,
     )
     feed, eval_loader = _prepare(loaders, data, recipe, accelerator)
-    push = recipe.push_to_hub if accelerator.is_main_process else None
+    writer = ModelWriter(recipe, data, input)
+    publisher = None
     with accelerator.main_process_first():
-        if push is not None:
-            make_repository(push.repo, private=push.private)
+        if recipe.push_to_hub is not None and accelerator.is_main_process:
+            publisher = Publisher(recipe.push_to_hub, folder, writer)
         _claim(folder, recipe, is_main=accelerator.is_main_process)
     accelerator.init_trackers(folder.name, config=_flat(recipe))
 
@@ -79,7 +80,8 @@ def train(recipe: Recipe) -> Report:
         set_seed(recipe.seed)
         network = build_model(recipe, data).to(accelerator.device)
         set_seed(recipe.seed, device_specific=True)
-        model = Fit(name, network, phases, feed, recipe, accelerator, folder).run()
+        on_epoch = publisher.after_epoch if publisher is not None and name == "self-distilled" else None
+        model = Fit(name, network, phases, feed, recipe, accelerator, folder, on_epoch).run()
         num_exits = model.num_exits if name == "self-distilled" else 0
         results[name] = evaluate_model(
             model, eval_loader, accelerator, num_exits=num_exits, gather=feed.sharded, title=f"evaluate {name}"
@@ -95,15 +97,11 @@ def train(recipe: Recipe) -> Report:
     )
     if accelerator.is_main_process:
         write_report(report, folder)
-        _save_model(model, report, folder / "model", data, input, recipe)
+        writer.save(model, folder / "model", report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if push is not None:
-        try:
-            push_folder(folder, push.repo, private=push.private)
-        except HubError as error:
-            again = f"timm-selfdistill push {folder} {push.repo}"
-            raise HubError(f"{error} The run is complete in {folder}; push it again by: {again}") from error
+    if publisher is not None:
+        publisher.finish()
     return report
 
 
@@ -211,7 +209,7 @@ def _claim(folder: Path, recipe: Recipe, *, is_main: bool) -> None:
         changed = [
             f"{key} ({before.get(key)}, now {now.get(key)})"
             for key in sorted(before | now)
-            if key not in _FREE_KEYS and before.get(key) != now.get(key)
+            if key.split(".")[0] not in _FREE_SECTIONS and before.get(key) != now.get(key)
         ]
         if changed:
             raise ValueError(
@@ -223,16 +221,6 @@ def _claim(folder: Path, recipe: Recipe, *, is_main: bool) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(recipe.to_yaml())
         temporary.replace(path)
-
-
-def _save_model(
-    model: SelfDistillModel, report: Report, folder: Path, data: ImageData, input: InputConfig, recipe: Recipe
-) -> None:
-    """Write the trained model, with what plain timm needs to know of its input, and a card with report and recipe."""
-    data_config = asdict(input)
-    data_config["input_size"] = (data_config.pop("channels"), *data_config.pop("image_size"))
-    card = model_card(model, Evaluation(report, format_markdown(report), recipe.data.path, recipe.to_yaml()))
-    save_pretrained(model, folder, label_names=data.class_names, data_config=data_config, card=card)
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

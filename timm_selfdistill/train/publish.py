@@ -1,0 +1,131 @@
+"""What a run saves of its model, and what it pushes to the Hugging Face Hub."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from timm_selfdistill.data import ImageData, InputConfig, is_on_hub
+from timm_selfdistill.hub import HubError, Training, make_repository, model_card, push_folder, save_pretrained
+from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.recipe import PushSection, Recipe
+from timm_selfdistill.report import Report, format_markdown
+
+_logger = logging.getLogger(__name__)
+
+
+class ModelWriter:
+    """Saves a run's model, with what plain timm needs to know of its input and a card that tells how it was trained.
+
+    Args:
+        recipe: The recipe.
+        data: The data set.
+        input: What the model takes.
+    """
+
+    def __init__(self, recipe: Recipe, data: ImageData, input: InputConfig) -> None:
+        self._recipe = recipe
+        self._class_names = data.class_names
+        self._data_config = asdict(input)
+        size = self._data_config.pop("image_size")
+        self._data_config["input_size"] = (self._data_config.pop("channels"), *size)
+
+    def save(self, model: SelfDistillModel, folder: Path, report: Report | None = None, note: str = "") -> None:
+        """Write the model.
+
+        Args:
+            model: The model.
+            folder: Where to.
+            report: What came out of the run, for the card.
+            note: The card's last words.
+        """
+        recipe = self._recipe
+        # The weights that training started from are under a licence of their own, which what is made of them inherits.
+        origin = model.pretrained_cfg if recipe.model.pretrained else {}
+        training = Training(
+            dataset=recipe.data.path,
+            on_hub=is_on_hub(recipe.data.path),
+            base_model=origin.get("hf_hub_id"),
+            recipe=recipe.to_yaml(),
+            report=report,
+            table="" if report is None else format_markdown(report),
+        )
+        chosen = recipe.push_to_hub.license if recipe.push_to_hub is not None else None
+        card = model_card(model, training, license=chosen or origin.get("license"))
+        save_pretrained(
+            model, folder, label_names=self._class_names, data_config=self._data_config, card=f"{card}{note}"
+        )
+
+
+class Publisher:
+    """Pushes a run's model to the Hub: in the background while it trains, and when it is done.
+
+    Making one makes the repository, and so proves the token, before training.
+
+    Args:
+        push: Where to, and how often.
+        folder: The run's folder.
+        writer: Saves the model.
+
+    Raises:
+        HubError: If the Hub cannot be reached or does not let the token do this.
+    """
+
+    def __init__(self, push: PushSection, folder: Path, writer: ModelWriter) -> None:
+        make_repository(push.repo, private=push.private)
+        self._push, self._folder, self._writer = push, folder, writer
+        self._snapshot = folder / ".pushing"
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push-to-hub")
+        self._running: Future[bool] | None = None
+
+    def after_epoch(self, model: SelfDistillModel, epoch: int, total: int) -> None:
+        """Start to push the model as it is after an epoch, if it is due and the push before is done.
+
+        Args:
+            model: The model; it may change as soon as this returns.
+            epoch: Epochs done.
+            total: Epochs of the whole run.
+        """
+        if self._push.every is None or epoch % self._push.every or epoch == total:
+            return
+        if self._running is not None and not self._running.done():
+            _logger.warning("Epoch %d is not pushed: the push before it still runs.", epoch)
+            return
+        done = f"epoch {epoch} of {total}"
+        # Saved on this thread, as training goes on to change the weights.
+        if self._succeeds(lambda: self._save_snapshot(model, done)):
+            self._running = self._worker.submit(self._succeeds, lambda: self._push_snapshot(done))
+
+    def finish(self) -> None:
+        """Push the complete run.
+
+        Raises:
+            HubError: If that fails; the run's folder is complete, and the message names the command that pushes it.
+        """
+        self._worker.shutdown(wait=True)
+        shutil.rmtree(self._snapshot, ignore_errors=True)
+        try:
+            push_folder(self._folder, self._push.repo, private=self._push.private)
+        except HubError as error:
+            again = f"timm-selfdistill push {self._folder} {self._push.repo}"
+            raise HubError(f"{error} The run is complete in {self._folder}; push it again by: {again}") from error
+
+    def _save_snapshot(self, model: SelfDistillModel, done: str) -> None:
+        note = f"\nTraining goes on: this is the model after {done}.\n"
+        self._writer.save(model, self._snapshot / "model", note=note)
+        shutil.copyfile(self._folder / "recipe.yaml", self._snapshot / "recipe.yaml")
+
+    def _push_snapshot(self, done: str) -> None:
+        message = f"Add the model after {done}"
+        push_folder(self._snapshot, self._push.repo, private=self._push.private, commit_message=message)
+
+    def _succeeds(self, work: Callable[[], None]) -> bool:
+        """Do what a training must not stop for."""
+        try:
+            work()
+        except (HubError, OSError, ValueError) as error:
+            _logger.warning("%s Training goes on.", error)
+            return False
+        return True
