@@ -31,7 +31,6 @@ class SelfDistillationTask(ClassificationTask):
         ValueError: If the model is not wrapped, or nothing or an unreachable part would be trained.
 
     Examples:
-
         ```python
         task = SelfDistillationTask(sd.wrap('resnet18'), sd.SelfDistillationLoss())
         result = task(input, target)
