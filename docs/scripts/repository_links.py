@@ -18,7 +18,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     root = Path(config.docs_dir).parent
     pages = [Path(config.docs_dir, page.src_uri).read_text() for page in files.documentation_pages()]
     for path in sorted({match["path"] for text in pages for match in _OUTSIDE.finditer(text)}):
-        files.append(File.generated(config, path, abs_src_path=str(root / path)))
+        # MkDocs warns of a link to a file that is not there.
+        if (root / path).is_file():
+            files.append(File.generated(config, path, abs_src_path=str(root / path)))
     return files
 
 
