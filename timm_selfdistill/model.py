@@ -20,7 +20,7 @@ from timm_selfdistill.tape import Reached, Tape, Visit, record_feature, record_t
 class ExitOutput(NamedTuple):
     """What a model returns with `return_exits=True`, shallow to deep; the last entry is the backbone's own.
 
-    Args:
+    Attributes:
         logits: K + 1 tensors [B, num_classes].
         features: K + 1 tensors [B, D], D the width of what enters the backbone's classifier.
     """

@@ -31,7 +31,6 @@ class SelfDistillationTask(ClassificationTask):
         ValueError: If the model is not wrapped, or nothing or an unreachable part would be trained.
 
     Examples:
-
         ```python
         task = SelfDistillationTask(sd.wrap('resnet18'), sd.SelfDistillationLoss())
         result = task(input, target)
@@ -74,10 +73,8 @@ class SelfDistillationTask(ClassificationTask):
             target: Class indices [B] or soft targets [B, num_classes]
 
         Returns:
-            Dictionary containing:
-                - 'loss': Self-distillation loss
-                - 'output': Logits of the backbone's own classifier
-                - every term of the loss, such as 'ce/0', 'kd/0', 'hint/0'
+            Dictionary with 'loss', the self-distillation loss; 'output', the logits of the backbone's own classifier;
+            and every term of the loss, such as 'ce/0', 'kd/0', 'hint/0'.
         """
         if self.needs_exits:
             out = self.trainable_module(input, return_exits=True)

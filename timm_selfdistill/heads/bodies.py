@@ -1,6 +1,7 @@
 """The bodies of the heads: each maps a tapped tensor to the teacher's feature width."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -12,7 +13,24 @@ from timm_selfdistill.heads.reading import as_map, as_tokens, grid_of, pooled
 from timm_selfdistill.registry import Registry
 
 HEADS: Registry[type[nn.Module]] = Registry("head", "timm_selfdistill.heads")
-register_head = HEADS.register
+
+
+def register_head(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Return a decorator that registers a module as the head `name`.
+
+    The module is made with `(tap: Tap, feature_dim: int)`, and `head_kwargs` as further arguments, and maps the tapped
+    tensor to a feature [B, feature_dim]; the linear classifier behind it is added by the exit.
+
+    Args:
+        name: What `wrap` and recipes call it.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    return HEADS.register(name)
 
 
 def list_heads() -> list[str]:

@@ -1,5 +1,6 @@
 """How far logits, and features, are from those of the teacher."""
 
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import torch
@@ -10,30 +11,47 @@ from timm_selfdistill.registry import Registry
 
 
 class Divergence(Protocol):
-    """How far the exits' logits are from their teachers'.
-
-    Logits arrive in at least float32 and limited to +-1e14, so squares and sums of them stay finite.
-
-    Args:
-        student: Logits of the K exits [K, B, C].
-        teacher: Logits each of them learns from [K, B, C], detached.
-        target: Class indices [B] or class probabilities [B, C].
-        temperature: What logits are divided by before a softmax.
-        scale: Factor for what was computed at that temperature: T^2 with `t_squared`, else 1.
-
-    Returns:
-        Mean over the batch, one value per exit [K].
-    """
+    """How far the exits' logits are from their teachers': any function that is called like this."""
 
     def __call__(
         self, student: Tensor, teacher: Tensor, target: Tensor, /, *, temperature: float, scale: float
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Compare logits, which arrive in at least float32 and within +-1e14: squares and sums of them stay finite.
+
+        Args:
+            student: Logits of the K exits [K, B, C].
+            teacher: Logits each of them learns from [K, B, C], detached.
+            target: Class indices [B] or class probabilities [B, C].
+            temperature: What logits are divided by before a softmax.
+            scale: Factor for what was computed at that temperature: T^2 with `t_squared`, else 1.
+
+        Returns:
+            Mean over the batch, one value per exit [K].
+        """
 
 
 _DIVERGENCES: Registry[Divergence] = Registry("divergence", "timm_selfdistill.divergences")
-register_divergence = _DIVERGENCES.register
 get_divergence = _DIVERGENCES.get
-list_divergences = _DIVERGENCES.names
+
+
+def register_divergence(name: str) -> Callable[[Divergence], Divergence]:
+    """Return a decorator that registers a function as the divergence `name`.
+
+    Args:
+        name: What `SelfDistillationConfig.divergence` and recipes call it.
+
+    Returns:
+        The decorator, for a function that is called as `Divergence` says.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    return _DIVERGENCES.register(name)
+
+
+def list_divergences() -> list[str]:
+    """Return the names of all registered divergences, sorted."""
+    return _DIVERGENCES.names()
 
 
 @register_divergence("kl")

@@ -19,7 +19,6 @@ LossClass = TypeVar("LossClass", bound=type[nn.Module])
 _LIMIT: Final = 1e14
 _LOSSES: Registry[type[nn.Module]] = Registry("loss", "timm_selfdistill.losses")
 get_loss = _LOSSES.get
-list_losses = _LOSSES.names
 
 
 def register_loss(name: str) -> Callable[[LossClass], LossClass]:
@@ -27,6 +26,12 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
 
     The class is an `nn.Module`, called with `(out: ExitOutput, target)`, that returns a dict of scalars with at least
     "loss", and has an attribute `needs_exits`: whether `out` must hold the exits' entries.
+
+    Args:
+        name: What recipes call it.
+
+    Returns:
+        The decorator.
 
     Raises:
         ValueError: If the name is taken.
@@ -37,6 +42,11 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
         return loss
 
     return decorate
+
+
+def list_losses() -> list[str]:
+    """Return the names of all registered losses, sorted."""
+    return _LOSSES.names()
 
 
 @register_loss("self-distillation")

@@ -10,9 +10,28 @@ Teacher = Callable[[Tensor], Tensor]
 """From the detached logits of all exits and the backbone [K + 1, B, C] to those each exit learns from [K, B, C]."""
 
 _TEACHERS: Registry[Teacher] = Registry("teacher", "timm_selfdistill.teachers")
-register_teacher = _TEACHERS.register
 get_teacher = _TEACHERS.get
-list_teachers = _TEACHERS.names
+
+
+def register_teacher(name: str) -> Callable[[Teacher], Teacher]:
+    """Return a decorator that registers a function as the teacher `name`.
+
+    Args:
+        name: What `SelfDistillationConfig.teacher` and recipes call it.
+
+    Returns:
+        The decorator, for a function from the detached logits of all exits and the backbone [K + 1, B, C] to those
+        that each exit learns from [K, B, C].
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    return _TEACHERS.register(name)
+
+
+def list_teachers() -> list[str]:
+    """Return the names of all registered teachers, sorted."""
+    return _TEACHERS.names()
 
 
 @register_teacher("deepest")
