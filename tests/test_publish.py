@@ -46,7 +46,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 def make_writer(channels: int = 1, **model: Any) -> ModelWriter:
     recipe = sd.load_recipe({"model": {"name": "resnet18", **model}, "data": {"path": "digits", "image_size": 32}})
     data = open_dataset(recipe.data, 0)
-    return ModelWriter(recipe, data, InputConfig(channels, (32, 32), (0.5,), (0.5,), "bilinear", 1.0))
+    return ModelWriter(
+        recipe, data, InputConfig(channels, (32, 32), (0.5,) * channels, (0.5,) * channels, "bilinear", 1.0)
+    )
 
 
 def make_model() -> sd.SelfDistillModel:

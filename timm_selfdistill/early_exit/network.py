@@ -18,7 +18,7 @@ from timm_selfdistill.model import SelfDistillModel
 class EarlyExitOutput(NamedTuple):
     """What a network with early exit returns, in the order of the input.
 
-    Args:
+    Attributes:
         logits: Logits [B, num_classes].
         exit_index: Which exit gave them [B], int64, 0 the shallowest. K, the number of added exits, means that no exit
             was sure: the backbone's own classifier, or the ensemble, as the settings say.
