@@ -58,7 +58,8 @@ def blocks(page: Path, language: str) -> list[Block]:
 PYTHON = [block for page in PAGES for block in blocks(page, "python")]
 RUN_PAGES = sorted({block.page for block in PYTHON if block.reason is None})
 NOT_RUN = [block for block in PYTHON if block.reason is not None]
-YAML = [block for page in PAGES for block in blocks(page, "yaml")]
+TORCHDISTILL_PAGE = ROOT / "docs" / "torchdistill.md"
+YAML = [block for page in PAGES if page != TORCHDISTILL_PAGE for block in blocks(page, "yaml")]
 COMMANDS = [
     pytest.param(command, id=f"{block}:{index}")
     for page in PAGES
@@ -88,8 +89,9 @@ def _as_before(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    """A folder with the run `runs/digits` in it, which the pages evaluate and load."""
+    """A clone's folder with the run `runs/digits` in it, which the pages evaluate and load."""
     folder = tmp_path_factory.mktemp("docs")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
     small = ["epochs=1", "baseline=false", "data.max_train=64", "data.max_eval=10", "batch_size=16", "precision='no'"]
     train(load_recipe("digits", [*small, f"output_dir={folder / 'runs' / 'digits'}"]))
     return folder
@@ -97,6 +99,8 @@ def finished_run(tmp_path_factory):
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: page.name)
 def test_examples_run_and_print_what_the_page_says(page, finished_run, monkeypatch, capsys):
+    if page == TORCHDISTILL_PAGE:
+        pytest.importorskip("torchdistill")
     monkeypatch.chdir(finished_run)
     torch.manual_seed(0)
     shared: dict[str, Any] = {"__name__": "example"}
@@ -126,6 +130,12 @@ def test_yaml_is_a_recipe_or_a_part_of_one(block):
     mapping, problems = parse(block.text)
     assert not problems
     load_recipe({"model": {"name": "resnet18"}, "data": {"path": "digits"}} | mapping)
+
+
+@pytest.mark.parametrize("block", blocks(TORCHDISTILL_PAGE, "yaml"), ids=str)
+def test_yaml_for_torchdistill_is_a_part_of_a_shipped_configuration(block):
+    configurations = [path.read_text() for path in (ROOT / "recipes" / "torchdistill").glob("*.yaml")]
+    assert any(block.text in text for text in configurations)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
