@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,35 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint that is incomplete or not what was written."""
 
 
-def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int = 2) -> Path:
+@dataclass(frozen=True)
+class EncodedState:
+    """A state as a checkpoint stores it, all of it copied: what it was taken from may change."""
+
+    tree: Any
+    tensors: Mapping[str, Tensor]
+
+
+def encode_state(state: Mapping[str, Any]) -> EncodedState:
+    """Copy a state into the form in which it is stored.
+
+    Args:
+        state: Nested dicts, lists and tuples of dense tensors, numpy arrays and scalars, and int, float, bool, str and
+            None; keys of dicts may be any of the last five. Mappings come back as dicts, parameters as plain tensors,
+            all tensors on the CPU with their strides, every float and bit as it was. Tensors that share memory come
+            back apart.
+
+    Raises:
+        CheckpointError: If the state holds anything else; the message says where.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        tree = _encode(state, "state", tensors)
+    except RecursionError as error:
+        raise CheckpointError("The state is nested too deeply, or contains itself.") from error
+    return EncodedState(tree, tensors)
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Any] | EncodedState, step: int, keep: int = 2) -> Path:
     """Save a state as `folder/checkpoint-<step>`, so that a kill at any moment leaves a whole checkpoint behind.
 
     It is written beside under a hidden name, flushed to the disk, read back and compared, and only then renamed; older
@@ -37,10 +66,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int
 
     Args:
         folder: Where the checkpoints of one run are; created if missing.
-        state: Nested dicts, lists and tuples of dense tensors, numpy arrays and scalars, and int, float, bool, str and
-            None; keys of dicts may be any of the last five. Mappings come back as dicts, parameters as plain tensors,
-            all tensors on the CPU with their strides, every float and bit as it was. Tensors that share memory come
-            back apart.
+        state: What to save: what `encode_state` takes, or what it returned.
         step: The number in the name, growing as training goes on. A checkpoint of the same step is replaced.
         keep: How many of the newest checkpoints to keep, this one included.
 
@@ -48,17 +74,13 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int
         The new checkpoint's folder.
 
     Raises:
-        CheckpointError: If the state holds anything else (the message says where), if `step` < 0 or `keep` < 1, or if
-            the folder has whole checkpoints of later steps, which must be another run's.
+        CheckpointError: If the state holds what cannot be stored, if `step` < 0 or `keep` < 1, or if the folder has
+            whole checkpoints of later steps, which must be another run's.
         OSError: If the files cannot be written; what was there before is untouched.
     """
     if step < 0 or keep < 1:
         raise CheckpointError(f"step must be 0 or more and keep 1 or more; got step={step}, keep={keep}.")
-    tensors: dict[str, Tensor] = {}
-    try:
-        tree = _encode(state, "state", tensors)
-    except RecursionError as error:
-        raise CheckpointError("The state is nested too deeply, or contains itself.") from error
+    encoded = state if isinstance(state, EncodedState) else encode_state(state)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f".{_NAME}*"):
         shutil.rmtree(leftover)
@@ -66,7 +88,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int
     final = folder / f"{_NAME}{step}"
     temporary, replaced = folder / f".{final.name}", folder / f"{final.name}{_REPLACED}"
     try:
-        _write(temporary, tree, tensors)
+        _write(temporary, encoded)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -171,9 +193,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _write(folder: Path, tree: Any, tensors: dict[str, Tensor]) -> None:
+def _write(folder: Path, encoded: EncodedState) -> None:
     folder.mkdir()
-    text = json.dumps(tree, allow_nan=False, separators=(",", ":")).encode()
+    tensors = dict(encoded.tensors)
+    text = json.dumps(encoded.tree, allow_nan=False, separators=(",", ":")).encode()
     (folder / _STATE).write_bytes(text)
     try:
         save_file(tensors, folder / _TENSORS)

@@ -1,6 +1,5 @@
 """Batches from splits: loaders that Accelerate shards, or that already hold this process's share of a stream."""
 
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from timm_selfdistill.data.order import DrawnSamples, TrainingOrder, generators_of_training, seed_generators
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit
 from timm_selfdistill.data.transforms import MODES, InputConfig, Transform, decode, eval_transform, train_transform
 from timm_selfdistill.recipe import AugmentSection, DataSection
@@ -29,12 +29,14 @@ class Loaders:
         validation: In order, to the last sample; None if the recipe wants none.
         eval: In order, to the last sample.
         steps_per_epoch: Training batches of each process in an epoch.
+        order: Draws the training samples; None for a stream.
     """
 
     train: DataLoader[Batch]
     validation: DataLoader[Batch] | None
     eval: DataLoader[Batch]
     steps_per_epoch: int
+    order: TrainingOrder | None
 
 
 def build_loaders(
@@ -54,8 +56,9 @@ def build_loaders(
     number of batches, starting over or stopping early where shares differ; validation and evaluation are read whole by
     every process, because nobody knows their length beforehand, so their metrics need no gathering.
 
-    Augmentation draws from the global generators of `random`, NumPy and torch: of the workers, which are seeded apart
-    for every process, or of this process without workers.
+    Augmentation draws from the generators of `random`, NumPy and torch. For rows with an index they are seeded for each
+    sample, and what training draws from them in this process is left alone. For a stream they are those of the workers,
+    which are seeded apart for every process and epoch, or of this process without workers.
 
     Args:
         data: What `open_dataset` returned.
@@ -83,24 +86,31 @@ def build_loaders(
             "process(es)."
         )
 
+    order = TrainingOrder(size, seed) if isinstance(data.train, ImageSplit) else None
+
     def loader(split: ImageSplit | StreamSplit, transform: Transform, training: bool = False) -> DataLoader[Any]:
         build: Callable[..., DataLoader[Any]] = DataLoader
         samples: Any = split
         workers = section.workers
-        if isinstance(split, StreamSplit):
+        persistent = workers > 0
+        if isinstance(split, ImageSplit):
+            samples = DrawnSamples(split, seed) if training else split
+        else:
             samples = split.rows
             if training:
-                build = partial(_SteadyLoader, steps)
+                build = partial(_SteadyLoader, steps, seed)
                 samples = samples.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
                 samples = split_dataset_by_node(samples, rank=process, world_size=processes)
             workers = min(workers, samples.num_shards)  # a shard is read by one worker
+            # Those of a stream are started, and so seeded, anew in every epoch: one can then be repeated.
+            persistent = workers > 0 and not training
         return build(
             samples,
             batch_size=batch_size,
-            shuffle=training and isinstance(split, ImageSplit),
+            sampler=order if training else None,
             drop_last=training,
             num_workers=workers,
-            persistent_workers=workers > 0,
+            persistent_workers=persistent,
             collate_fn=_Collate(split.name, MODES[input.channels], transform),
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=partial(_seed_worker, process=process),
@@ -115,15 +125,16 @@ def build_loaders(
         validation=None if data.validation is None else loader(data.validation, still),
         eval=loader(data.eval, still),
         steps_per_epoch=steps,
+        order=order,
     )
 
 
 class _SteadyLoader(DataLoader[Any]):
     """A loader of a stream that gives exactly `steps` batches an epoch: it starts over or stops early."""
 
-    def __init__(self, steps: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, steps: int, seed: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.steps = steps
+        self.steps, self.seed = steps, seed
 
     def __len__(self) -> int:
         return self.steps
@@ -140,9 +151,11 @@ class _SteadyLoader(DataLoader[Any]):
                     f"A pass over this process's share of the stream gave no full batch of {self.batch_size} samples."
                 )
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the coming epoch."""
+    def begin(self, epoch: int) -> None:
+        """Choose the order of the coming epoch, and the seeds of its workers."""
         self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        words = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
+        self.generator.manual_seed(int(words[0]))
 
 
 @dataclass(frozen=True)
@@ -154,6 +167,12 @@ class _Collate:
     transform: Transform
 
     def __call__(self, samples: list[dict[str, Any]]) -> Batch:
+        if "seed" not in samples[0]:
+            return self._stack(samples)
+        with generators_of_training():
+            return self._stack(samples)
+
+    def _stack(self, samples: list[dict[str, Any]]) -> Batch:
         images, targets = default_collate([(self._image(sample), self._target(sample)) for sample in samples])
         return images, targets
 
@@ -162,6 +181,8 @@ class _Collate:
             image = decode(sample["image"], self.mode)
         except Exception as error:  # Pillow's decoders raise whatever their format's library does
             raise ValueError(f"{self._place(sample)}: the image cannot be decoded: {error}") from error
+        if "seed" in sample:
+            seed_generators(sample["seed"])
         return self.transform(image)
 
     def _target(self, sample: dict[str, Any]) -> int:
@@ -180,7 +201,4 @@ class _Collate:
 
 def _seed_worker(worker: int, *, process: int) -> None:
     """Seed a worker's generators; torch alone would give worker i of every process the same seed."""
-    words = np.random.SeedSequence([torch.initial_seed(), process]).generate_state(2)
-    random.seed(int(words[0]))
-    np.random.seed(words[0])
-    torch.manual_seed(int(words[1]))
+    seed_generators([torch.initial_seed(), process])
