@@ -87,9 +87,10 @@ def _as_before(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    """A folder with the run `runs/digits` in it, which the pages evaluate and load."""
+def finished_run(tmp_path_factory, make_image_folder):
+    """A folder with the run `runs/digits` in it, which the pages evaluate and load, and with images in `images`."""
     folder = tmp_path_factory.mktemp("docs")
+    make_image_folder(folder / "images")
     small = ["epochs=1", "baseline=false", "data.max_train=64", "data.max_eval=10", "batch_size=16", "precision='no'"]
     train(load_recipe("digits", [*small, f"output_dir={folder / 'runs' / 'digits'}"]))
     return folder
