@@ -1,8 +1,11 @@
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 
@@ -57,6 +60,26 @@ def make_backbone() -> Callable[..., nn.Module]:
 def images() -> Tensor:
     """Four images [4, 3, 64, 64]."""
     return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def make_image_folder() -> Callable[..., Path]:
+    """A function that writes an image folder as timm reads it: SPLIT/CLASS/IMAGE.png."""
+
+    def make(folder: Path, classes: int = 4, train: int = 8, validation: int = 5) -> Path:
+        generator = np.random.default_rng(0)
+        for split, count in (("train", train), ("validation", validation)):
+            for index in range(classes):
+                # Brightness tells the class.
+                pixels = (
+                    generator.normal(40 + 180 * index / classes, 20, (count, 24, 24, 3)).clip(0, 255).astype("uint8")
+                )
+                (folder / split / f"class{index}").mkdir(parents=True)
+                for number, image in enumerate(pixels):
+                    Image.fromarray(image).save(folder / split / f"class{index}" / f"{number}.png")
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -88,10 +88,11 @@ def _as_before(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    """A clone's folder with the run `runs/digits` in it, which the pages evaluate and load."""
+def finished_run(tmp_path_factory, make_image_folder):
+    """A clone's folder with the run `runs/digits` in it, which the pages evaluate and load, and images in `images`."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "recipes").symlink_to(ROOT / "recipes")
+    make_image_folder(folder / "images")
     small = ["epochs=1", "baseline=false", "data.max_train=64", "data.max_eval=10", "batch_size=16", "precision='no'"]
     train(load_recipe("digits", [*small, f"output_dir={folder / 'runs' / 'digits'}"]))
     return folder

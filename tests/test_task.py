@@ -250,8 +250,9 @@ def test_frozen_backbone_stays_as_it_is() -> None:
     model = make_resnet()
     task = make_task(model, regime="frozen")
     before, heads = state_of(model.backbone), state_of(model.heads)
-    for _ in range(3):
-        task.train()
+    # timm's train.py sets the mode of the model, not of the task.
+    for train_mode in (task.train, task.get_trainable_module().train, model.train):
+        train_mode()
         assert not any(module.training for module in model.backbone.modules())
         assert all(module.training for module in model.heads.modules())
         losses = train(task, steps=4)

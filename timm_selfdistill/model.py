@@ -133,6 +133,7 @@ class SelfDistillModel(nn.Module):
         self.backbone = backbone
         self.taps = taps
         self.config = config
+        self.backbone_frozen = False
         self.heads = self._build_heads(self.num_classes)
         self._tape = Tape()
         for index, point in enumerate(taps.points):
@@ -140,6 +141,13 @@ class SelfDistillModel(nn.Module):
             members = tuple(tap.member for tap in point.taps)
             module.register_forward_hook(partial(record_tap, self._tape, index, members))
         self._read_classifiers()
+
+    def train(self, mode: bool = True) -> "SelfDistillModel":
+        """Set the mode; where `backbone_frozen` is set, the backbone stays in eval mode: its batch statistics rest."""
+        super().train(mode)
+        if self.backbone_frozen:
+            self.backbone.eval()
+        return self
 
     def forward(self, x: Tensor, return_exits: bool = False) -> Tensor | ExitOutput:
         """Classify a batch.
@@ -240,9 +248,24 @@ class SelfDistillModel(nn.Module):
         return int(self.backbone.num_features)
 
     @property
+    def in_chans(self) -> int:
+        """Channels of the images, where the backbone tells them."""
+        return int(self.backbone.in_chans)
+
+    @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """The backbone's pretrained configuration."""
         return dict(self.backbone.pretrained_cfg)
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """The backbone's pretrained configuration, under its older name."""
+        return self.pretrained_cfg
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        """What timm's `resolve_input_data_config` reads the backbone's image size from."""
+        return dict(getattr(self.backbone, "_traits", {}))
 
     @property
     def feature_info(self) -> Any:

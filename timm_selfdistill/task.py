@@ -54,16 +54,10 @@ class SelfDistillationTask(ClassificationTask):
         _check_reach(model, criterion, regime, self.needs_exits)
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
         self.regime = regime
+        model.backbone_frozen = regime == "frozen"
         model.backbone.requires_grad_(regime == "joint")
         model.heads.requires_grad_(self.needs_exits)
         self.train(self.training)
-
-    def train(self, mode: bool = True) -> "SelfDistillationTask":
-        """Set the mode; a frozen backbone stays in eval mode, so that its batch statistics do not move."""
-        super().train(mode)
-        if self.regime == "frozen":
-            unwrapped_model(self.trainable_module).backbone.eval()
-        return self
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Forward pass through model and exits, and the loss.
