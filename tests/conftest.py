@@ -14,7 +14,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.option.markexpr:
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes an hour or more: run it with -m slow"))
+                item.add_marker(pytest.mark.skip(reason="takes many minutes: run it with -m slow"))
 
 
 # The tensors are tiny: more threads would only wait for one another.

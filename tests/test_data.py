@@ -403,9 +403,6 @@ def test_order_and_augmentation_follow_the_seed(workers: int) -> None:
     data_section = section("digits", workers=workers, max_train=32)
 
     def batches(seed: int) -> torch.Tensor:
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
         return torch.cat([images for images, _ in load(data_section, augment=augment, batch_size=8, seed=seed).train])
 
     first = batches(0)
@@ -413,20 +410,63 @@ def test_order_and_augmentation_follow_the_seed(workers: int) -> None:
     assert not torch.equal(first, batches(1))
 
 
-def test_processes_augment_differently_but_see_the_same_order() -> None:
-    augment = AugmentSection(scale=(0.3, 1.0))
-    data_section = section("digits", workers=1, max_train=16)
-    batches = [
-        next(iter(load(data_section, augment=augment, batch_size=8, accelerator_shards=(process, 2)).train))
-        for process in range(2)
-    ]
-    assert torch.equal(batches[0][1], batches[1][1])
-    assert not torch.equal(batches[0][0], batches[1][0])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_sample_is_augmented_by_seed_epoch_and_row_alone(workers: int) -> None:
+    """Whoever loads it, whenever, and however often the generators were used before."""
+    augment = AugmentSection(scale=(0.3, 1.0), color_jitter=0.4, re_prob=0.5, re_mode="pixel")
+
+    def epoch(index: int, first: int, *, workers: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        loaders = load(section("digits", workers=workers, max_train=32), augment=augment, batch_size=batch_size)
+        assert loaders.order is not None
+        loaders.order.begin(index, first)
+        images, targets = zip(*loaders.train, strict=True)
+        return torch.cat(images), torch.cat(targets)
+
+    images, targets = epoch(3, 0, workers=workers, batch_size=8)
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    for first in (0, 8, 24):
+        rest = epoch(3, first, workers=0, batch_size=4)
+        assert torch.equal(rest[0], images[first:])
+        assert torch.equal(rest[1], targets[first:])
+    other = epoch(4, 0, workers=workers, batch_size=8)
+    assert not torch.equal(other[1], targets)
+    one = images.flatten(1)
+    assert all(not torch.isclose(one, row).all(1).any() for row in other[0].flatten(1))
+
+
+def test_augmentation_leaves_the_generators_of_training_alone() -> None:
+    loaders = load(section("digits", max_train=32), augment=AugmentSection(scale=(0.3, 1.0), re_prob=1.0))
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    next(iter(loaders.train))
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_workers_of_a_stream_augment_apart(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "stream", 2, 16)
+    data_section = section(folder, streaming=True, train_size=32, workers=1, shuffle_buffer=1)
+    noise = AugmentSection(re_prob=1.0, re_mode="pixel")
+
+    def first(process: int, epoch: int) -> torch.Tensor:
+        loader = load(data_section, augment=noise, accelerator_shards=(process, 2)).train
+        loader.begin(epoch)
+        batch: torch.Tensor = next(iter(loader))[0]
+        return batch
+
+    assert torch.equal(first(0, 0), first(0, 0))
+    assert not torch.equal(first(0, 0), first(1, 0))
+    assert not torch.equal(first(0, 0), first(0, 1))
 
 
 def test_epochs_are_shuffled_anew_and_evaluation_leaves_the_global_generator_alone(parquet: Path) -> None:
     loaders = load(section(parquet))
-    first, second = values(loaders.train), values(loaders.train)
+    first = values(loaders.train)
+    loaders.order.begin(1)
+    second = values(loaders.train)
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
     torch.manual_seed(0)
@@ -439,10 +479,7 @@ def test_prepared_loaders_share_the_rows_among_processes(parquet: Path) -> None:
     halves = []
     for process in range(2):
         loaders = load(section(parquet), accelerator_shards=(process, 2))
-        torch.manual_seed(0)  # the seedable sampler starts from it in every process
-        prepared = prepare_data_loader(
-            loaders.train, num_processes=2, process_index=process, put_on_device=False, use_seedable_sampler=True
-        )
+        prepared = prepare_data_loader(loaders.train, num_processes=2, process_index=process, put_on_device=False)
         assert len(prepared) == loaders.steps_per_epoch
         halves.append(values(prepared))
     assert [len(half) for half in halves] == [8, 8]
@@ -577,7 +614,7 @@ def test_stream_is_shuffled_by_seed_and_epoch(tmp_path: Path, workers: int) -> N
         loader = load(data_section, seed=seed).train
         orders = []
         for epoch in range(2):
-            loader.set_epoch(epoch)
+            loader.begin(epoch)
             orders.append(values(loader))
         return orders
 

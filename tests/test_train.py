@@ -120,38 +120,10 @@ def test_baseline_and_self_distilled_network_start_from_the_same_weights(tmp_pat
     assert all(torch.equal(starts["baseline"][name], value) for name, value in starts["self-distilled"].items())
 
 
-@pytest.mark.parametrize(("ema", "after_save"), [("null", False), ("null", True), ("{decay: 0.9}", False)])
-def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, ema, after_save):
-    overrides = ("epochs=3", "data.workers=0", f"ema={ema}")
-    train(small_recipe(tmp_path / "whole", *overrides))
-    save, saved = fit.save_checkpoint, []
-
-    def interrupted(*args, **kwargs):
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-        saved.append(save(*args, **kwargs))
-        if after_save and len(saved) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(fit, "save_checkpoint", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(small_recipe(tmp_path / "cut", *overrides))
-    monkeypatch.setattr(fit, "save_checkpoint", save)
-    train(small_recipe(tmp_path / "cut", *overrides))
-
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert [name for name in whole if not torch.equal(whole[name], cut[name])] == []
-
-    def timeless(entries):
-        return [{k: v for k, v in entry.items() if k != "train/images_per_second"} for entry in entries]
-
-    assert timeless(lines(tmp_path / "whole")) == timeless(lines(tmp_path / "cut"))
-
-
 def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(tmp_path, monkeypatch):
     train(small_recipe(tmp_path))
     before = weights(tmp_path)
-    monkeypatch.setattr(fit.Fit, "_train_epoch", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(fit.Fit, "_step", lambda *args: pytest.fail("trained again"))
     train(small_recipe(tmp_path))
     assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
     with pytest.raises(ValueError, match=r"another recipe: optimizer\.lr \(0\.05, now 0\.01\)"):

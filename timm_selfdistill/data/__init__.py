@@ -1,6 +1,7 @@
 """From a recipe's data section to batches: open and split a data set, transform its images, load them."""
 
 from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.order import TrainingOrder
 from timm_selfdistill.data.sources import is_on_hub
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit, open_dataset
 from timm_selfdistill.data.transforms import InputConfig, build_mixup, eval_transform, train_transform
@@ -11,6 +12,7 @@ __all__ = [
     "InputConfig",
     "Loaders",
     "StreamSplit",
+    "TrainingOrder",
     "build_loaders",
     "build_mixup",
     "eval_transform",

@@ -328,6 +328,7 @@ class OptimizerSection(_Section):
         clip_grad: Largest gradient norm, value or ratio, as clip_mode says; null for no clipping.
         clip_mode: Clip the global norm, each value, or each unit's norm relative to its weights (agc).
         accumulate: Micro batches per optimizer step.
+        on_nonfinite: What to do where the loss is NaN or infinite: stop the run, or skip the step.
         kwargs: Further arguments of the optimizer.
     """
 
@@ -340,6 +341,7 @@ class OptimizerSection(_Section):
     clip_grad: Positive | None = None
     clip_mode: Literal["norm", "value", "agc"] = "norm"
     accumulate: Count = 1
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     kwargs: OptimizerArguments = {}
 
 
@@ -405,6 +407,18 @@ class EmaSection(_Section):
     warmup: bool = False
 
 
+class CheckpointSection(_Section):
+    """When checkpoints are written, besides at the end of every epoch, and how many are kept.
+
+    Args:
+        every_steps: Also write one after every so many optimizer steps; null for epochs only.
+        keep: How many of the newest are kept.
+    """
+
+    every_steps: Count | None = None
+    keep: Count = 2
+
+
 class PushSection(_Section):
     """Where the trained model is pushed on the Hugging Face Hub.
 
@@ -456,6 +470,7 @@ class Recipe(_Section):
         output_dir: Folder of the run; `load_recipe` replaces null by runs/<recipe name>.
         resume: Continue from the newest checkpoint if there is one (auto), start afresh (never), or the path of a
             checkpoint.
+        checkpoint: When checkpoints are written, and how many are kept.
         trackers: Names of Accelerate trackers to log to besides metrics.jsonl.
         push_to_hub: Push the run's model to the Hugging Face Hub; null for no push.
     """
@@ -476,6 +491,7 @@ class Recipe(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     output_dir: Text | None = None
     resume: Text = "auto"
+    checkpoint: CheckpointSection = CheckpointSection()
     trackers: Names = ()
     push_to_hub: PushSection | None = None
 

@@ -1,4 +1,4 @@
-"""What all processes must know after a step: whether one of them is to stop, or had a loss that is no number."""
+"""What all processes must know after a step: whether one of them is to stop, or had a loss that is not finite."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the processes agreed on.
+    """What the processes agreed on about a step.
 
     Args:
+        step: Which one.
         stop: Whether any of them is to stop.
         bad: Whether the loss was not finite in any of them.
         bad_here: Whether it was in this one.
     """
 
+    step: int
     stop: bool
     bad: bool
     bad_here: bool
@@ -38,34 +40,32 @@ class Agreement:
         self._device = accelerator.device
         self._alone = accelerator.num_processes == 1
         self._at_once = at_once or accelerator.device.type == "cpu"
-        self._pending: tuple[Tensor, Tensor, Any] | None = None
+        self._pending: tuple[int, Tensor, Tensor, Any] | None = None
 
-    def ask(self, stop: bool, bad: Tensor) -> Verdict:
-        """Tell the others about this step, and return what is known.
+    def ask(self, step: int, stop: bool, bad: Tensor) -> Verdict | None:
+        """Tell the others about a step, and return what is known; None if that is nothing yet.
 
         Args:
+            step: Which one.
             stop: Whether this process is to stop.
             bad: Whether its loss was not finite: a tensor of one bool.
         """
-        mine = torch.stack([torch.tensor(stop, device=self._device), bad.reshape(())]).to(torch.int32)
+        before = None if self._at_once else self.settle()
+        mine = torch.stack([torch.tensor(stop, device=self._device), bad]).to(torch.int32)
         everybody = mine.clone()
         handle = None
         if not self._alone:
             handle = torch.distributed.all_reduce(everybody, torch.distributed.ReduceOp.MAX, async_op=True)
-        before, self._pending = self._pending, (mine, everybody, handle)
-        return self.settle() if self._at_once else _read(before)
+        self._pending = step, mine, everybody, handle
+        return self.settle() if self._at_once else before
 
-    def settle(self) -> Verdict:
-        """Return what is known about the last step."""
-        before, self._pending = self._pending, None
-        return _read(before)
-
-
-def _read(pending: tuple[Tensor, Tensor, Any] | None) -> Verdict:
-    if pending is None:
-        return Verdict(False, False, False)
-    mine, everybody, handle = pending
-    if handle is not None:
-        handle.wait()
-    stop, bad = everybody.tolist()
-    return Verdict(bool(stop), bool(bad), bool(mine[1]))
+    def settle(self) -> Verdict | None:
+        """Return what the processes agreed on about the last step, if that was not told before."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        step, mine, everybody, handle = pending
+        if handle is not None:
+            handle.wait()
+        stop, bad = everybody.tolist()
+        return Verdict(step, bool(stop), bool(bad), bool(mine[1]))

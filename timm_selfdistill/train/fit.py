@@ -2,31 +2,35 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from timm.data import Mixup
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.task import SelfDistillationTask, unwrapped_model
+from timm_selfdistill.train.agreement import Agreement
 from timm_selfdistill.train.evaluation import evaluate_model, share_buffers
+from timm_selfdistill.train.feed import Feed
+from timm_selfdistill.train.guard import LossGuard
 from timm_selfdistill.train.launch import JsonLinesTracker
 from timm_selfdistill.train.optim import build_optimizer, build_scheduler
 from timm_selfdistill.train.phases import Phase
+from timm_selfdistill.train.progress import Progress
 from timm_selfdistill.train.running import RunningTerms
 from timm_selfdistill.train.state import PhaseState
+from timm_selfdistill.train.stop import StopSignals
+from timm_selfdistill.train.writer import CheckpointWriter
 
 _logger = logging.getLogger(__name__)
 
@@ -34,43 +38,28 @@ _LOG_INTERVAL = 20  # optimizer steps between two lines of metrics.jsonl
 
 
 @dataclass
-class Feed:
-    """The data of a run, as the loop takes it.
+class _Training:
+    """What takes the steps of a phase.
 
     Args:
-        train: Training batches of this process.
-        validation: Validation batches, or None.
-        steps_per_epoch: Training batches of this process in an epoch.
-        mixup: Mixes a training batch and its targets, or None.
-        sharded: Whether each process sees a share of the validation batches, to be gathered.
+        prepared: The task as Accelerate prepared it.
+        task: The task.
+        optimizer: The optimizer as Accelerate prepared it.
+        scheduler: timm's scheduler, or None.
+        state: What a checkpoint holds of it.
+        rate: The learning rate of the last step.
     """
 
-    train: DataLoader[Any]
-    validation: DataLoader[Any] | None
-    steps_per_epoch: int
-    mixup: Mixup | None
-    sharded: bool
-
-
-@dataclass
-class _Progress:
-    """How far a network's training has come; saved with each checkpoint.
-
-    Epochs and steps are counted over all phases; `first_epoch` and `first_step` are those before the present one.
-    """
-
-    phase: int = 0
-    epoch: int = 0
-    step: int = 0
-    first_epoch: int = 0
-    first_step: int = 0
-    seconds: float = 0.0
-    best_top1: float = -1.0
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    prepared: nn.Module
+    task: SelfDistillationTask
+    optimizer: Any
+    scheduler: Any
+    state: PhaseState
+    rate: float = 0.0
 
 
 class Fit:
-    """Train one network through its phases, saving a checkpoint after every epoch.
+    """Train one network through its phases, saving checkpoints from which a run goes on as if nothing had happened.
 
     Args:
         name: Name of the network in logs and checkpoints, such as "self-distilled".
@@ -80,8 +69,9 @@ class Fit:
         recipe: The recipe.
         accelerator: The accelerator.
         folder: The run's folder; checkpoints go to `checkpoints/<name>` in it.
-        on_epoch: Called after every epoch, when its checkpoint is written, with the model as it would be evaluated, the
-            number of epochs done and that of all.
+        signals: Tells when to stop.
+        on_epoch: Called after every epoch with the model as it would be evaluated, the number of epochs done and that
+            of all.
     """
 
     def __init__(
@@ -93,19 +83,26 @@ class Fit:
         recipe: Recipe,
         accelerator: Accelerator,
         folder: Path,
+        signals: StopSignals,
         on_epoch: Callable[[SelfDistillModel, int, int], None] | None = None,
     ) -> None:
-        self.on_epoch = on_epoch
         self.name = name
         self.model = model
         self.phases = phases
         self.feed = feed
         self.recipe = recipe
         self.accelerator = accelerator
+        self.folder = folder
+        self.signals = signals
+        self.on_epoch = on_epoch
         self.checkpoints = folder / "checkpoints" / name
-        self.progress = _Progress()
+        self.progress = Progress()
+        self.agreement = Agreement(accelerator, at_once=recipe.optimizer.on_nonfinite == "skip")
+        self.guard = LossGuard(name, feed, recipe, folder, accelerator.process_index)
         self.total_epochs = sum(phase.epochs for phase in phases) + recipe.schedule.cooldown_epochs
         self.updates_per_epoch = feed.steps_per_epoch // recipe.optimizer.accumulate
+        self.writer = CheckpointWriter(self.checkpoints, recipe.checkpoint.keep)
+        self._saved_epoch, self._saved_step = -1, -1
         if self.updates_per_epoch < 1:
             raise ValueError(
                 f"optimizer.accumulate: {recipe.optimizer.accumulate} micro batches make one step, but an epoch has "
@@ -113,16 +110,27 @@ class Fit:
             )
 
     def run(self) -> SelfDistillModel:
-        """Train to the end, from the newest checkpoint if there is one, and return the trained model."""
+        """Train to the end, from the newest checkpoint if there is one, and return the trained model.
+
+        Raises:
+            Interrupted: If a signal stops it; what was trained is saved.
+            NonFiniteLossError: If the loss is no number and the recipe does not skip such steps.
+            CheckpointError: If a checkpoint cannot be used.
+            OSError: If the last checkpoint cannot be written.
+        """
         saved = self._load()
         if saved is not None:
-            self.progress = _Progress(**saved["progress"])
+            self.progress = Progress(**saved["progress"])
+            self._saved_epoch, self._saved_step = self.progress.epoch, self.progress.step
+            self._compare_processes(len(saved["random"]))
         result = self.model
-        for index, phase in enumerate(self.phases):
-            if index < self.progress.phase:
-                continue
-            result = self._run_phase(index, phase, saved)
-            saved = None
+        try:
+            for index, phase in enumerate(self.phases):
+                if index >= self.progress.phase:
+                    result = self._run_phase(index, phase, saved)
+                    saved = None
+        finally:
+            self.writer.close()
         if self.progress.best_weights:
             result.load_state_dict(self.progress.best_weights)
         return result.eval()
@@ -140,67 +148,124 @@ class Fit:
         if recipe.ema:
             task.setup_ema(decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, device=accelerator.device)
         state = PhaseState(self.model, task, optimizer, scheduler, accelerator)
+        training = _Training(prepared, task, wrapped, scheduler, state)
         if saved is not None:
             state.restore(saved)
         else:
             progress.phase, progress.first_epoch, progress.first_step = index, progress.epoch, progress.step
         while progress.epoch - progress.first_epoch < epochs:
             start = time.monotonic()
-            self._train_epoch(prepared, task, wrapped, scheduler)
-            progress.epoch += 1
-            progress.seconds += time.monotonic() - start
+            with self.signals.deferred():
+                stopped = self._train_epoch(training, saved)
+                saved = None
+                progress.seconds += time.monotonic() - start
+                # Before the validation, which a resumed run repeats: a signal may then end it at once.
+                self._save(state)
+            self._stop_if_asked(stopped)
             metrics = self._validate(task, phase)
+            if metrics is not None:
+                self._log("validation", _flatten(metrics))
+            progress.epoch, progress.micro, progress.running = progress.epoch + 1, 0, None
             if scheduler is not None:
                 scheduler.step(progress.epoch - progress.first_epoch)
-            # Logged before it is saved: a resumed run removes lines behind its checkpoint, and cannot add lost ones.
-            if metrics is not None:
-                accelerator.log(self._values("validation", progress.epoch, _flatten(metrics)), step=progress.step)
-            self._save(state)
             if self.on_epoch is not None:
                 trained = unwrapped_model(task.get_eval_model(ema=recipe.ema is not None))
                 self.on_epoch(trained, progress.epoch, self.total_epochs)
+        if phase is self.phases[-1]:
+            # With what the last validation found: a network that is done is not validated again.
+            with self.signals.deferred():
+                self._save(state)
+            self._stop_if_asked(False)
         return unwrapped_model(task.get_trainable_module(ema=recipe.ema is not None))
 
-    def _train_epoch(self, prepared: nn.Module, task: SelfDistillationTask, optimizer: Any, scheduler: Any) -> None:
-        """Take every optimizer step of one epoch."""
-        recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
-        accumulate = recipe.optimizer.accumulate
-        prepared.train()
-        _set_epoch(self.feed.train, progress.epoch)
+    def _stop_if_asked(self, stopped: bool) -> None:
+        """End the run, with everything saved, if a signal stopped the steps or came since."""
+        if stopped or self.signals.received is not None:
+            self.writer.finish()
+            raise self.signals.interruption()
+
+    def _train_epoch(self, training: _Training, saved: dict[str, Any] | None) -> bool:
+        """Take the optimizer steps that are left of one epoch; return whether a signal ended it before."""
+        progress, accumulate = self.progress, self.recipe.optimizer.accumulate
+        training.prepared.train()
         title = f"{self.name} {progress.epoch + 1}/{self.total_epochs}"
-        running = RunningTerms(title, self.updates_per_epoch, recipe.batch_size, accelerator)
+        done = progress.micro // accumulate
+        running = RunningTerms(title, self.updates_per_epoch, done, self.recipe.batch_size, self.accelerator)
+        if progress.running is not None:
+            running.load_state_dict(progress.running)
+        left = self.updates_per_epoch - done
+        batches = self.feed.batches(progress.epoch, progress.micro) if left else iter(())
+        if saved is not None:
+            # Last of all, as finding the place in a stream draws random numbers.
+            training.state.restore_random(saved)
+        stopped = any(self._step(training, running, batches) for _ in range(left))
+        stopped |= self._settle()
+        progress.running = running.state_dict()
+        running.close()
+        return stopped
+
+    def _step(self, training: _Training, running: RunningTerms, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
+        """Take one optimizer step; return whether all processes are to stop behind it."""
+        recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
+        accumulate, optimizer = recipe.optimizer.accumulate, training.optimizer
         memory_format = torch.channels_last if recipe.model.channels_last else torch.contiguous_format
-        for micro, (images, targets) in enumerate(self.feed.train):
-            if micro >= self.updates_per_epoch * accumulate:
-                break  # micro batches that do not make up a whole step
+        skipping = recipe.optimizer.on_nonfinite == "skip"
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if skipping else []
+        parts: list[dict[str, Tensor]] = []
+        for micro in range(accumulate):
+            images, targets = next(batches)
             images = images.to(accelerator.device, memory_format=memory_format)
             targets = targets.to(accelerator.device)
             if self.feed.mixup is not None:
                 images, targets = self.feed.mixup(images, targets)
-            steps_now = (micro + 1) % accumulate == 0
-            with nullcontext() if steps_now else accelerator.no_sync(prepared):
-                terms = prepared(images, targets)
+            steps_now = micro + 1 == accumulate
+            with nullcontext() if steps_now else accelerator.no_sync(training.prepared):
+                terms = training.prepared(images, targets)
                 accelerator.backward(terms["loss"] / accumulate)
-            running.add(terms)
-            if not steps_now:
-                continue
-            if recipe.optimizer.clip_grad is not None:
-                accelerator.unscale_gradients(optimizer)
-                exclude_head = recipe.optimizer.clip_mode == "agc"
-                parameters = task.get_clip_parameters(exclude_head=exclude_head)
-                dispatch_clip_grad(parameters, recipe.optimizer.clip_grad, recipe.optimizer.clip_mode)
-            rate = max(group["lr"] for group in optimizer.param_groups)
-            optimizer.step()
+            parts.append({name: value.detach() for name, value in terms.items() if name != "output"})
+        progress.micro += accumulate
+        progress.step += 1
+        bad = ~torch.stack([part["loss"] for part in parts]).isfinite().all()
+        verdict = self.agreement.ask(progress.step, self.signals.received is not None, bad)
+        stop = verdict is not None and verdict.stop
+        if self.guard.judge(verdict, progress):
             optimizer.zero_grad()
-            progress.step += 1
-            if scheduler is not None:
-                scheduler.step_update(progress.step - progress.first_step)
-            task.update_ema(progress.step)
-            running.advance()
-            if progress.step % _LOG_INTERVAL == 0 or running.updates == self.updates_per_epoch:
-                values = running.read() | {"lr": rate}
-                accelerator.log(self._values("train", progress.epoch + 1, values), step=progress.step)
-        running.close()
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        else:
+            self._update(training)
+            running.add(parts)
+        if training.scheduler is not None:
+            training.scheduler.step_update(progress.step - progress.first_step)
+        running.advance()
+        is_last = running.updates == self.updates_per_epoch
+        if progress.step % _LOG_INTERVAL == 0 or is_last:
+            self._log("train", running.read() | {"lr": training.rate})
+        every = recipe.checkpoint.every_steps
+        if every is not None and progress.step % every == 0 and not is_last:
+            stop |= self._settle()
+            progress.running = running.state_dict()
+            self._save(training.state)
+        return stop
+
+    def _settle(self) -> bool:
+        """Learn what is not known yet about the last step; return whether all processes are to stop."""
+        verdict = self.agreement.settle()
+        self.guard.judge(verdict, self.progress)
+        return verdict is not None and verdict.stop
+
+    def _update(self, training: _Training) -> None:
+        """Let the optimizer take its step."""
+        recipe, optimizer = self.recipe, training.optimizer
+        if recipe.optimizer.clip_grad is not None:
+            self.accelerator.unscale_gradients(optimizer)
+            exclude_head = recipe.optimizer.clip_mode == "agc"
+            parameters = training.task.get_clip_parameters(exclude_head=exclude_head)
+            dispatch_clip_grad(parameters, recipe.optimizer.clip_grad, recipe.optimizer.clip_mode)
+        training.rate = max(group["lr"] for group in optimizer.param_groups)
+        optimizer.step()
+        optimizer.zero_grad()
+        training.task.update_ema(self.progress.step)
 
     def _validate(self, task: SelfDistillationTask, phase: Phase) -> ExitMetricsResult | None:
         """Evaluate on the validation split, if there is one, and remember the weights if they are the best so far."""
@@ -215,7 +280,7 @@ class Fit:
             self.feed.validation,
             self.accelerator,
             num_exits=num_exits,
-            gather=self.feed.sharded,
+            gather=not self.feed.streaming,
             title="validate",
         )
         top1 = metrics["exits"][-1]["top1"]
@@ -226,11 +291,14 @@ class Fit:
         return metrics
 
     def _save(self, state: PhaseState) -> None:
-        """Write a checkpoint, on the main process."""
-        captured = {"progress": vars(self.progress), **state.capture()}
+        """Begin to write a checkpoint, on the main process, unless nothing has changed since the last."""
+        progress = self.progress
+        if (progress.epoch, progress.step) == (self._saved_epoch, self._saved_step):
+            return
+        self._saved_epoch, self._saved_step = progress.epoch, progress.step
+        captured = {"progress": vars(progress), **state.capture()}
         if self.accelerator.is_main_process:
-            save_checkpoint(self.checkpoints, captured, self.progress.step)
-        self.accelerator.wait_for_everyone()
+            self.writer.save(captured, progress.step)
 
     def _load(self) -> dict[str, Any] | None:
         """Return the newest checkpoint's state, or None to start afresh."""
@@ -259,23 +327,38 @@ class Fit:
             _logger.warning("Resuming %s from %s.", self.name, path)
         tracker = self.accelerator.get_tracker("jsonl")
         if isinstance(tracker, JsonLinesTracker):
-            tracker.forget_after(self.name, saved["progress"]["step"])
+            tracker.keep(self.name, saved["progress"]["logged"])
         return saved
 
-    def _values(self, kind: str, epoch: int, values: dict[str, float]) -> dict[str, Any]:
-        return {
-            "network": self.name,
-            "epoch": epoch,
-            **{f"{kind}/{name}": value for name, value in values.items()},
-        }
+    def _compare_processes(self, before: int) -> None:
+        """Say what another number of processes changes, and leave an epoch of a stream that cannot be entered again."""
+        now, progress = self.accelerator.num_processes, self.progress
+        if before == now:
+            return
+        done = progress.micro // self.recipe.optimizer.accumulate
+        if self.feed.streaming:
+            progress.micro = self.updates_per_epoch * self.recipe.optimizer.accumulate
+            progress.step += self.updates_per_epoch - done
+            where = f"at the end of epoch {progress.epoch + 1}, as the shares of the stream are others"
+        else:
+            progress.micro = progress.micro * before // now
+            where = f"behind step {progress.step}, with the images that are left of the epoch"
+        if self.accelerator.is_main_process:
+            _logger.warning(
+                "%s was trained by %d process(es) and goes on with %d, %s. It will not end in the same bits as an "
+                "undisturbed run: dropout, Mixup, batch statistics and the order of sums depend on the processes.",
+                self.name,
+                before,
+                now,
+                where,
+            )
 
-
-def _set_epoch(loader: Any, epoch: int) -> None:
-    """Give the sampler its epoch, so that a resumed run draws the order that an undisturbed one would."""
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(epoch)
-    elif hasattr(loader.dataset, "set_epoch"):
-        loader.dataset.set_epoch(epoch)
+    def _log(self, kind: str, values: dict[str, float]) -> None:
+        """Give the trackers the values of the present epoch."""
+        progress = self.progress
+        named = {f"{kind}/{name}": value for name, value in values.items()}
+        self.accelerator.log({"network": self.name, "epoch": progress.epoch + 1, **named}, step=progress.step)
+        progress.logged += 1
 
 
 def _flatten(metrics: ExitMetricsResult) -> dict[str, float]:

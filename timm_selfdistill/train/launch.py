@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
-from accelerate.utils import DataLoaderConfiguration, DynamoBackend
+from accelerate.utils import DynamoBackend
 
 from timm_selfdistill.recipe import Recipe
 
@@ -44,16 +44,24 @@ class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     @on_main_process  # type: ignore[untyped-decorator]
-    def forget_after(self, network: str, step: int) -> None:
-        """Remove the lines of a network behind a step, which a resumed run will write again."""
+    def keep(self, network: str, count: int) -> None:
+        """Keep the first lines of a network only: those behind a checkpoint, a resumed run will write again.
+
+        Args:
+            network: Name of the network.
+            count: How many lines it had written at the checkpoint.
+        """
         if not self.path.is_file():
             return
-        lines = self.path.read_text().splitlines()
-        kept = [line for line in lines if not _is_behind(line, network, step)]
-        if len(kept) < len(lines):
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(self.path)
+        lines, seen = [], 0
+        for line in self.path.read_text().splitlines():
+            owner = _network_of(line)
+            seen += owner == network
+            if owner is not None and not (owner == network and seen > count):
+                lines.append(line)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines))
+        temporary.replace(self.path)
 
 
 def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
@@ -79,8 +87,6 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         mixed_precision=recipe.precision,
         log_with=[JsonLinesTracker(folder / "metrics.jsonl"), *recipe.trackers],
         project_dir=str(folder),
-        # Every process draws the same order, whatever their number, and takes its share of it.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=recipe.seed),
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
@@ -118,10 +124,9 @@ def per_process_batch(recipe: Recipe, num_processes: int) -> int:
     return recipe.batch_size // parts
 
 
-def _is_behind(line: str, network: str, step: int) -> bool:
-    """Whether a line belongs to a later step of the network, or was torn by a kill in the middle of writing."""
+def _network_of(line: str) -> str | None:
+    """Return whose line it is, or None if it was torn by a kill in the middle of writing."""
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError:
-        return True
-    return bool(entry.get("network") == network and (entry.get("step") or 0) > step)
+        return str(json.loads(line)["network"])
+    except (json.JSONDecodeError, LookupError, TypeError):
+        return None

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import Report, build_report, format_table, write_report
 from timm_selfdistill.train.evaluation import evaluate_model
-from timm_selfdistill.train.fit import Feed, Fit
+from timm_selfdistill.train.feed import Feed
+from timm_selfdistill.train.fit import Fit
 from timm_selfdistill.train.launch import per_process_batch, start_accelerator
+from timm_selfdistill.train.lock import locked
 from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self_distillation_phases
 from timm_selfdistill.train.publish import ModelWriter, Publisher
+from timm_selfdistill.train.stop import Interrupted, NonFiniteLossError, StopSignals
 
 # Sections that may differ between a run and its continuation: none of them changes the numbers.
-_FREE_SECTIONS = ("output_dir", "resume", "trackers", "push_to_hub")
+_FREE_SECTIONS = ("output_dir", "resume", "trackers", "checkpoint", "push_to_hub")
 
 
 def train(recipe: Recipe) -> Report:
@@ -41,11 +45,21 @@ def train(recipe: Recipe) -> Report:
         ValueError: If the recipe, the launch or the data cannot work; raised before training starts.
         HubError: If the model is to be pushed and the Hub cannot be reached or does not let the token do this; raised
             before training starts, or when the run's folder is complete.
+        Interrupted: If SIGTERM, SIGUSR1 or Ctrl-C stops it; the same call goes on.
+        NonFiniteLossError: If the loss is NaN or infinite.
+        OSError: If the disk is full when the last checkpoint or the results are written; the same call goes on.
     """
     if recipe.output_dir is None:
         raise ValueError("output_dir: must be a folder.")
     folder = Path(recipe.output_dir)
-    accelerator = start_accelerator(recipe, folder)
+    with StopSignals() as signals:
+        accelerator = start_accelerator(recipe, folder)
+        with locked(folder) if accelerator.is_main_process else nullcontext():
+            return _train(recipe, folder, accelerator, signals)
+
+
+def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: StopSignals) -> Report:
+    """Run a recipe in a folder that nobody else uses."""
     batch_size = per_process_batch(recipe, accelerator.num_processes)
     set_seed(recipe.seed)
     with accelerator.main_process_first():
@@ -65,7 +79,7 @@ def train(recipe: Recipe) -> Report:
         accelerator_shards=(accelerator.process_index, accelerator.num_processes),
         seed=recipe.seed,
     )
-    feed, eval_loader = _prepare(loaders, data, recipe, accelerator)
+    feed, eval_loader = _prepare(loaders, data, recipe, accelerator, batch_size)
     writer = ModelWriter(recipe, data, input)
     publisher = None
     with accelerator.main_process_first():
@@ -81,10 +95,10 @@ def train(recipe: Recipe) -> Report:
         network = build_model(recipe, data).to(accelerator.device)
         set_seed(recipe.seed, device_specific=True)
         on_epoch = publisher.after_epoch if publisher is not None and name == "self-distilled" else None
-        model = Fit(name, network, phases, feed, recipe, accelerator, folder, on_epoch).run()
+        model = Fit(name, network, phases, feed, recipe, accelerator, folder, signals, on_epoch).run()
         num_exits = model.num_exits if name == "self-distilled" else 0
         results[name] = evaluate_model(
-            model, eval_loader, accelerator, num_exits=num_exits, gather=feed.sharded, title=f"evaluate {name}"
+            model, eval_loader, accelerator, num_exits=num_exits, gather=not feed.streaming, title=f"evaluate {name}"
         )
     report = build_report(
         model,
@@ -157,9 +171,25 @@ def run_command(arguments: argparse.Namespace) -> int:
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         report = train(recipe)
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        return interruption.exit_status
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}. Make room, and run the same command again to go on.", file=sys.stderr)
+        return 1
     except (ValueError, HubError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print(
+            f"error: {error} Run the same command again to go on; fewer data.workers need less memory.", file=sys.stderr
+        )
+        return 1
     if PartialState().is_main_process:
         print(format_table(report))
         print(f"\nWritten to {recipe.output_dir}: report.json, report.md, report.png, model/")
@@ -169,17 +199,26 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(
-    loaders: Loaders, data: ImageData, recipe: Recipe, accelerator: Accelerator
+    loaders: Loaders, data: ImageData, recipe: Recipe, accelerator: Accelerator, batch_size: int
 ) -> tuple[Feed, DataLoader[Any]]:
     """Shard the loaders over the processes where they are not sharded yet, and add the mixing of batches."""
-    sharded = not data.streaming
     train, evaluation, validation = loaders.train, loaders.eval, loaders.validation
-    if sharded:
+    if not data.streaming:
         train, evaluation = accelerator.prepare(train, evaluation)
         validation = None if validation is None else accelerator.prepare(validation)
     num_classes = recipe.model.num_classes or len(data.class_names)
-    mixup = build_mixup(recipe.augment, num_classes, label_smoothing(recipe.loss))
-    return Feed(train, validation, loaders.steps_per_epoch, mixup, sharded), evaluation
+    feed = Feed(
+        train=train,
+        validation=validation,
+        steps_per_epoch=loaders.steps_per_epoch,
+        mixup=build_mixup(recipe.augment, num_classes, label_smoothing(recipe.loss)),
+        split=data.train,
+        order=loaders.order,
+        batch_size=batch_size,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    return feed, evaluation
 
 
 def _check_resume(recipe: Recipe, networks: Collection[str]) -> None:
@@ -217,7 +256,6 @@ def _claim(folder: Path, recipe: Recipe, *, is_main: bool) -> None:
                 "Choose another output_dir, or move it away."
             )
     if is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(recipe.to_yaml())
         temporary.replace(path)

@@ -38,9 +38,12 @@ class PhaseState:
         return {"random": random_states} | {name: part.state_dict() for name, part in self.parts.items()}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Load the state of every part, and the random state of this process where their number is the same."""
+        """Load the state of every part."""
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
+
+    def restore_random(self, saved: dict[str, Any]) -> None:
+        """Load the random state of this process, where there are as many as when it was saved."""
         if len(saved["random"]) == self.accelerator.num_processes:
             _set_random_state(saved["random"][self.accelerator.process_index])
 

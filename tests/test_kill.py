@@ -1,0 +1,114 @@
+"""Runs that are killed without warning, and go on."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_resume import SMALL, outcome
+
+# Imports everything once; then, for each line that it reads, forks a process that trains, and kills it after the time
+# that the line says. Answers with the time that it took, or "killed".
+SERVER = """
+import os, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from timm_selfdistill.recipe import load_recipe
+from timm_selfdistill.train import train
+
+print("ready", flush=True)
+for line in sys.stdin:
+    seconds, *overrides = line.rstrip("\\n").split("\\t")
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        try:
+            train(load_recipe("digits", overrides))
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    while time.monotonic() - start < float(seconds):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.002)
+    else:
+        os.killpg(child, signal.SIGKILL)
+        done, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        print("killed", flush=True)
+    else:
+        print(time.monotonic() - start if os.WEXITSTATUS(status) == 0 else "failed", flush=True)
+"""
+
+
+class Server:
+    """Trains in processes of its own."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self._read()
+
+    def train(self, folder: Path, *overrides: str, seconds: float = 300.0) -> float | None:
+        """Train until done, and return how long it took; or until the time is over, and return None."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\t".join([str(seconds), *SMALL, *overrides, f"output_dir={folder}"]) + "\n")
+        self.process.stdin.flush()
+        answer = self._read()
+        assert answer != "failed", self._errors()
+        return None if answer == "killed" else float(answer)
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        answer = self.process.stdout.readline().strip()
+        assert answer, self._errors()
+        return answer
+
+    def _errors(self) -> str:
+        self.process.kill()
+        assert self.process.stderr is not None
+        return self.process.stderr.read()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.process.kill()
+    server.process.communicate()
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Path, server: Server, kills: int) -> None:
+    # A checkpoint at every step, so that many a kill falls into the writing of one.
+    overrides = ("checkpoint.every_steps=1", f"epochs={3 if kills < 10 else 12}", "ema={decay: 0.9}")
+    whole = server.train(tmp_path / "whole", *overrides)
+    assert whole is not None
+    draw = random.Random(kills)
+    done = 0
+    started = time.monotonic()
+    while done < kills:
+        assert time.monotonic() - started < 1200
+        if server.train(tmp_path / "cut", *overrides, seconds=draw.uniform(0.1, 0.7) * whole) is None:
+            done += 1
+        else:
+            # Finished before all kills were done: the rest of them hit a run of its own.
+            assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+            (tmp_path / "cut").rename(tmp_path / f"done {done}")
+    assert server.train(tmp_path / "cut", *overrides) is not None
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
