@@ -1,13 +1,17 @@
 """Runs that are killed without warning, and go on."""
 
+import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from test_resume import SMALL, outcome
 
@@ -112,3 +116,94 @@ def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Pat
             (tmp_path / "cut").rename(tmp_path / f"done {done}")
     assert server.train(tmp_path / "cut", *overrides) is not None
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+# Several processes.
+
+
+def start(folder: Path, *overrides: str, processes: int = 2, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Start CPU processes as docs/train.md says."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--num_processes", str(processes), *options]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--multi_gpu", "--main_process_port", str(_free_port())]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command += ["-m", "timm_selfdistill.train", "digits", *SMALL, *overrides, f"output_dir={folder}"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that train, once they do."""
+    return [
+        child
+        for child in psutil.Process(launcher.pid).children(recursive=True)
+        if "timm_selfdistill.train" in child.cmdline() and "accelerate.commands.launch" not in child.cmdline()
+    ]
+
+
+def wait_for_steps(folder: Path, launcher: subprocess.Popen[str]) -> None:
+    """Wait until a run is in its second epoch."""
+    for _ in range(3000):
+        if (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").read_text():
+            return
+        assert launcher.poll() is None, launcher.communicate()[1]
+        time.sleep(0.02)
+    raise AssertionError("it does not train")
+
+
+def finish(launcher: subprocess.Popen[str], timeout: float = 300) -> str:
+    """Wait for the end, and return what was said."""
+    return launcher.communicate(timeout=timeout)[1]
+
+
+@pytest.mark.multiprocess
+def test_a_signal_to_one_process_stops_all_of_them_with_everything_saved(tmp_path: Path) -> None:
+    overrides = ("epochs=12",)
+    whole = start(tmp_path / "whole", *overrides)
+    errors = finish(whole)
+    assert whole.returncode == 0, errors
+    cut = start(tmp_path / "cut", *overrides)
+    wait_for_steps(tmp_path / "cut", cut)
+    ranks_of(cut)[1].send_signal(signal.SIGTERM)
+    errors = finish(cut)
+    assert cut.returncode != 0
+    assert "Stopped by SIGTERM" in errors
+    assert errors.count("Run the same command again to go on.") == 2
+    cut = start(tmp_path / "cut", *overrides)
+    errors = finish(cut)
+    assert cut.returncode == 0, errors
+    assert "Resuming self-distilled from" in errors
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_is_killed_ends_the_run_within_a_minute_or_restarts_it(tmp_path: Path) -> None:
+    overrides = ("epochs=12", "checkpoint.every_steps=1")
+    killed = start(tmp_path / "killed", *overrides)
+    wait_for_steps(tmp_path / "killed", killed)
+    ranks_of(killed)[1].kill()
+    finish(killed, timeout=60)
+    assert killed.returncode != 0
+    # One process goes on where two were.
+    alone = start(tmp_path / "killed", *overrides, processes=1)
+    errors = finish(alone)
+    assert alone.returncode == 0, errors
+    assert "was trained by 2 process(es) and goes on with 1" in errors
+    assert "It will not end in the same bits as an undisturbed run" in errors
+
+    restarted = start(tmp_path / "restarted", *overrides, options=("--max_restarts", "1"))
+    wait_for_steps(tmp_path / "restarted", restarted)
+    ranks_of(restarted)[0].kill()
+    errors = finish(restarted)
+    assert restarted.returncode == 0, errors
+    steps = [json.loads(line)["step"] for line in (tmp_path / "restarted" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 48
+    assert "Resuming self-distilled from" in errors
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

@@ -182,6 +182,9 @@ class Fit:
         """End the run, with everything saved, if a signal stopped the steps or came since."""
         if stopped or self.signals.received is not None:
             self.writer.finish()
+            if stopped:
+                # All of them stop: a launcher kills the others soon after the first has ended.
+                self.accelerator.wait_for_everyone()
             raise self.signals.interruption()
 
     def _train_epoch(self, training: _Training, saved: dict[str, Any] | None) -> bool:
