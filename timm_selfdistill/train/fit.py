@@ -21,8 +21,9 @@ from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.task import SelfDistillationTask, unwrapped_model
-from timm_selfdistill.train.evaluation import evaluate_model, share_buffers
-from timm_selfdistill.train.launch import JsonLinesTracker
+from timm_selfdistill.train.batch_norm import share_buffers
+from timm_selfdistill.train.evaluation import evaluate_model
+from timm_selfdistill.train.launch import JsonLinesTracker, refuse_sharding_loader
 from timm_selfdistill.train.optim import build_optimizer, build_scheduler
 from timm_selfdistill.train.phases import Phase
 from timm_selfdistill.train.running import RunningTerms
@@ -43,6 +44,9 @@ class Feed:
         steps_per_epoch: Training batches of this process in an epoch.
         mixup: Mixes a training batch and its targets, or None.
         sharded: Whether each process sees a share of the validation batches, to be gathered.
+
+    Raises:
+        ValueError: If a loader shards by itself, or is of a kind that Accelerate does not shard.
     """
 
     train: DataLoader[Any]
@@ -50,6 +54,11 @@ class Feed:
     steps_per_epoch: int
     mixup: Mixup | None
     sharded: bool
+
+    def __post_init__(self) -> None:
+        for loader in (self.train, self.validation):
+            if loader is not None:
+                refuse_sharding_loader(loader)
 
 
 @dataclass

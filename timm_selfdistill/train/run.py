@@ -18,9 +18,10 @@ from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import Report, build_report, format_table, write_report
+from timm_selfdistill.train.batch_norm import synchronize_batch_norm
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.fit import Feed, Fit
-from timm_selfdistill.train.launch import per_process_batch, start_accelerator
+from timm_selfdistill.train.launch import lock_folder, per_process_batch, start_accelerator
 from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self_distillation_phases
 from timm_selfdistill.train.publish import ModelWriter, Publisher
 
@@ -71,6 +72,7 @@ def train(recipe: Recipe) -> Report:
     with accelerator.main_process_first():
         if recipe.push_to_hub is not None and accelerator.is_main_process:
             publisher = Publisher(recipe.push_to_hub, folder, writer)
+        lock = lock_folder(folder) if accelerator.is_main_process else None
         _claim(folder, recipe, is_main=accelerator.is_main_process)
     accelerator.init_trackers(folder.name, config=_flat(recipe))
 
@@ -79,6 +81,8 @@ def train(recipe: Recipe) -> Report:
         # Built anew from the same seed: every network starts from the same weights and sees the same images.
         set_seed(recipe.seed)
         network = build_model(recipe, data).to(accelerator.device)
+        if recipe.sync_batchnorm and accelerator.num_processes > 1:
+            network = synchronize_batch_norm(network)
         set_seed(recipe.seed, device_specific=True)
         on_epoch = publisher.after_epoch if publisher is not None and name == "self-distilled" else None
         model = Fit(name, network, phases, feed, recipe, accelerator, folder, on_epoch).run()
@@ -102,6 +106,8 @@ def train(recipe: Recipe) -> Report:
     accelerator.end_training()
     if publisher is not None:
         publisher.finish()
+    if lock is not None:
+        lock.close()
     return report
 
 
@@ -217,7 +223,6 @@ def _claim(folder: Path, recipe: Recipe, *, is_main: bool) -> None:
                 "Choose another output_dir, or move it away."
             )
     if is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(recipe.to_yaml())
         temporary.replace(path)
