@@ -183,7 +183,7 @@ def test_launch_commands_have_options_that_accelerate_knows(command):
 
 def test_the_slurm_script_starts_one_launcher_on_each_machine():
     (script,) = re.findall(
-        r"```bash\n(#!/bin/bash\n#SBATCH.*?)^```", (ROOT / "docs" / "train.md").read_text(), re.M | re.S
+        r"```sh\n(#!/bin/bash\n#SBATCH.*?)^```", (ROOT / "docs" / "train.md").read_text(), re.M | re.S
     )
     directives = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", script, re.M))
     config = load_config_from_file(str(ROOT / "recipes" / "accelerate" / "4x8-gpu.yaml"))
@@ -218,12 +218,15 @@ def test_an_exit_on_a_batch_norm_keeps_its_hook(make_backbone, images: Tensor, t
     # bn1 of an EfficientNet is timm's batch norm with an activation, which the conversion replaces as a whole.
     model = sd.wrap(make_backbone("test_efficientnet"), exits=["bn1", "blocks.2"])
     before = model.backbone.bn1
+    entered: list[Tensor] = []
+    before.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     expected = model.eval()(images, return_exits=True)
     synchronize_batch_norm(model)
     assert model.backbone.bn1 is not before
     assert list(model.backbone.bn1._forward_hooks.values()) == list(before._forward_hooks.values()) != []
     for a, b in zip(expected.logits, model(images, return_exits=True).logits, strict=True):
         assert torch.equal(a, b)
+    assert len(entered) == 2
     sd.save_pretrained(model, tmp_path)
     saved = sd.from_pretrained(tmp_path)
     assert not any(isinstance(module, nn.SyncBatchNorm) for module in saved.modules())
