@@ -295,19 +295,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(capsys: pyte
     assert "error: output_dir: nothing can be written to /proc/no/run" in capsys.readouterr().err
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, after_steps: Any) -> None:
-    seen: list[str] = []
-
-    def second() -> None:
-        with pytest.raises(ValueError, match="another run is under way") as error:
-            train(recipe(tmp_path))
-        seen.append(str(error.value))
-
-    after_steps(2, second)
-    train(recipe(tmp_path))
-    assert f"in {tmp_path} (process {os.getpid()} on " in seen[0]
-
-
 # Losses that are not finite.
 
 

@@ -464,6 +464,7 @@ class Recipe(_Section):
         batch_size: Images per optimizer step, over all processes and micro batches.
         precision: Autocast type; "no" computes in float32.
         compile: Run the model through `torch.compile`.
+        sync_batchnorm: Normalise by the statistics of all processes' images; on several GPUs only.
         ema: Average the weights; null for no average.
         baseline: Also train the plain backbone on the same budget and report it beside.
         seed: Seed of weights, order and augmentation.
@@ -486,6 +487,7 @@ class Recipe(_Section):
     batch_size: Count = 128
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
+    sync_batchnorm: bool = False
     ema: EmaSection | None = None
     baseline: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -52,13 +52,6 @@ def evaluate_model(
     return metrics.compute()
 
 
-def share_buffers(model: SelfDistillModel, accelerator: Accelerator) -> None:
-    """Give every process the main process's buffers: under DDP, batch statistics differ after the last step."""
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
-
-
 def evaluate_folder(
     folder: Path, data_path: str | None = None, overrides: Sequence[str] = (), output: Path | None = None
 ) -> Report:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from timm_selfdistill.data import ImageSplit, StreamSplit, TrainingOrder
+from timm_selfdistill.train.launch import refuse_sharding_loader
 
 
 @dataclass
@@ -25,6 +26,9 @@ class Feed:
         batch_size: Samples in a training batch of one process.
         process: Index of this process.
         processes: Number of processes.
+
+    Raises:
+        ValueError: If a loader shards by itself, or is of a kind that Accelerate does not shard.
     """
 
     train: Any
@@ -36,6 +40,11 @@ class Feed:
     batch_size: int
     process: int
     processes: int
+
+    def __post_init__(self) -> None:
+        for loader in (self.train, self.validation):
+            if loader is not None:
+                refuse_sharding_loader(loader)
 
     @property
     def streaming(self) -> bool:

@@ -20,7 +20,8 @@ from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.task import SelfDistillationTask, unwrapped_model
 from timm_selfdistill.train.agreement import Agreement
-from timm_selfdistill.train.evaluation import evaluate_model, share_buffers
+from timm_selfdistill.train.batch_norm import share_buffers
+from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.feed import Feed
 from timm_selfdistill.train.guard import LossGuard
 from timm_selfdistill.train.launch import JsonLinesTracker

@@ -1,6 +1,7 @@
 """Start Accelerate for a recipe, and refuse launches that would silently do something else."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend
+from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from timm_selfdistill.recipe import Recipe
+
+_logger = logging.getLogger(__name__)
+
+# What hands each process its share of the data, which Accelerate does already.
+_SHARDING_SAMPLERS = (DistributedSampler, OrderedDistributedSampler, RepeatAugSampler)
+# What leaves each process with a part of the network; the loop saves, averages and evaluates the whole one.
+_SHARDED_NETWORK = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
@@ -95,6 +105,7 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             "alone and write over the others. On CPU, launch with ACCELERATE_USE_CPU=true accelerate launch "
             "--multi_gpu --num_processes N."
         )
+    _refuse_sharded_network(accelerator)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"Accelerate was told to accumulate {accelerator.gradient_accumulation_steps} steps, which would divide "
@@ -106,7 +117,33 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         raise ValueError("precision: fp16 does nothing on a CPU; allowed there are no and bf16.")
     if recipe.precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError("precision: this GPU cannot compute in bf16; allowed are no and fp16.")
+    if recipe.sync_batchnorm and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        raise ValueError(
+            f"sync_batchnorm: torch synchronises batch norm on GPUs only, received {accelerator.num_processes} "
+            "processes on the CPU; allowed there is false."
+        )
     return accelerator
+
+
+def refuse_sharding_loader(loader: object) -> None:
+    """Refuse a loader that Accelerate would pass on as it is, or that is sharded already.
+
+    Raises:
+        ValueError: If processes would all see all data, or each a share of its share.
+    """
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"Accelerate shards a torch.utils.data.DataLoader only, received {type(loader).__name__}, of which every "
+            "process would see all data (timm's create_loader(use_prefetcher=True) makes such a one)."
+        )
+    sampler: Any = loader
+    while sampler is not None:
+        sampler = getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))
+        if isinstance(sampler, _SHARDING_SAMPLERS):
+            raise ValueError(
+                f"The loader's {type(sampler).__name__} gives each process its share, of which Accelerate would give "
+                "it a share again; allowed is a loader of all samples (timm's create_loader(distributed=False))."
+            )
 
 
 def per_process_batch(recipe: Recipe, num_processes: int) -> int:
@@ -122,6 +159,19 @@ def per_process_batch(recipe: Recipe, num_processes: int) -> int:
             f"optimizer.accumulate={recipe.optimizer.accumulate}; allowed are multiples of {parts}."
         )
     return recipe.batch_size // parts
+
+
+def _refuse_sharded_network(accelerator: Accelerator) -> None:
+    """Refuse what splits the network over the processes; on the CPU, Accelerate replaces FSDP by DDP without a word."""
+    distributed = accelerator.distributed_type
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        distributed = DistributedType.FSDP
+    if distributed in _SHARDED_NETWORK:
+        raise ValueError(
+            f"Accelerate was told to use {distributed.value}, which leaves each process with a part of the network, "
+            "but checkpoints, average and evaluation need the whole; allowed is data parallel training: "
+            "distributed_type MULTI_GPU, or NO for one process."
+        )
 
 
 def _network_of(line: str) -> str | None:

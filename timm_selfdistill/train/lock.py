@@ -1,38 +1,44 @@
 """One run at a time in a folder."""
 
+import errno
 import fcntl
+import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder while the body runs; the system opens the lock when a process dies.
+    """Keep runs of other processes out of a folder while the body runs, or until this process ends, however it does.
 
     Args:
         folder: The run's folder; made if it does not exist.
 
     Raises:
-        ValueError: If another run holds it, or nothing can be written there.
+        ValueError: If another process holds it, or nothing can be written there.
     """
-    path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = (folder / ".lock").open("a+")
     except OSError as error:
         raise ValueError(f"output_dir: nothing can be written to {folder} ({error}): choose another one.") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"output_dir: another run is under way in {folder} ({file.read() or 'unknown'}): wait for it, or "
-                "choose another one."
-            ) from None
+            # Unlike flock's, this lock is not inherited by loader processes, which may outlive a killed training.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise ValueError(
+                    f"output_dir: another run is under way in {folder} ({file.read() or 'unknown'}): wait for it, or "
+                    "choose another one."
+                ) from error
+            _logger.warning("%s cannot be locked (%s): nothing prevents a second run into it.", folder, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -19,6 +19,7 @@ from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import Report, build_report, format_table, write_report
+from timm_selfdistill.train.batch_norm import synchronize_batch_norm
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.feed import Feed
 from timm_selfdistill.train.fit import Fit
@@ -93,6 +94,8 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         # Built anew from the same seed: every network starts from the same weights and sees the same images.
         set_seed(recipe.seed)
         network = build_model(recipe, data).to(accelerator.device)
+        if recipe.sync_batchnorm and accelerator.num_processes > 1:
+            network = synchronize_batch_norm(network)
         set_seed(recipe.seed, device_specific=True)
         on_epoch = publisher.after_epoch if publisher is not None and name == "self-distilled" else None
         model = Fit(name, network, phases, feed, recipe, accelerator, folder, signals, on_epoch).run()
