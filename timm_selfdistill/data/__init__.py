@@ -1,20 +1,24 @@
 """From a recipe's data section to batches: open and split a data set, transform its images, load them."""
 
 from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.skipped import SKIPPED, SkipList, merge_skipped
 from timm_selfdistill.data.sources import is_on_hub
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit, open_dataset
 from timm_selfdistill.data.transforms import InputConfig, build_mixup, eval_transform, train_transform
 
 __all__ = [
+    "SKIPPED",
     "ImageData",
     "ImageSplit",
     "InputConfig",
     "Loaders",
+    "SkipList",
     "StreamSplit",
     "build_loaders",
     "build_mixup",
     "eval_transform",
     "is_on_hub",
+    "merge_skipped",
     "open_dataset",
     "train_transform",
 ]
