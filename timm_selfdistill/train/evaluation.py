@@ -133,7 +133,8 @@ def _recipe(run: Path, model: SelfDistillModel, data_path: str | None, overrides
 def _check_classes(folder: Path, data: ImageData) -> None:
     """Refuse a data set whose classes are not those the model was trained on, in its order."""
     names = json.loads((folder / CONFIG).read_text()).get("label_names")
-    if names is not None and tuple(names) != data.class_names:
+    if names is not None and names != list(data.class_names):
+        names = list(map(str, names)) if isinstance(names, list) else [str(names)]
         raise ValueError(
             f"{data.name} has {len(data.class_names)} classes ({', '.join(data.class_names[:5])}, ...), the model in "
             f"{folder} was trained on {len(names)} ({', '.join(names[:5])}, ...): "
