@@ -370,12 +370,15 @@ def test_forged_manifests(saved: Path, run: Path, data: st.DataObject) -> None:
         assert str(refused) == str(error)
 
 
+SETTINGS = EarlyExitConfig((0.5, math.inf), temperatures=(1.0, 2.0)).to_json()
+
+
 @pytest.fixture(scope="module")
 def model_folder(folder: Path) -> Path:
     torch.manual_seed(0)
     kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2}
     model = sd.wrap("vit_tiny_patch16_224", num_classes=3, exits=2, model_kwargs=kwargs)
-    early_exit = EarlyExitConfig((0.5, math.inf), temperatures=(1.0, 2.0))
+    early_exit = EarlyExitConfig.from_json(SETTINGS)
     return sd.save_pretrained(model, folder / "model", label_names=["a", "b", "c"], early_exit=early_exit)
 
 
@@ -390,6 +393,15 @@ def check_model(path: Path) -> None:
         assert str(path) in str(error)
     early_exit, error = outcome(lambda: read_early_exit(path))
     assert isinstance(early_exit, EarlyExitConfig | None) if error is None else str(path) in str(error)
+
+
+def test_what_is_not_damaged_is_read(saved: Path, model_folder: Path, folder: Path) -> None:
+    """Else the tests of damage would prove nothing."""
+    assert same(load_checkpoint(saved / "checkpoint-2"), STATE | {"step": 2})
+    assert sd.from_pretrained(model_folder).num_exits == 2
+    assert read_early_exit(model_folder) == EarlyExitConfig.from_json(SETTINGS)
+    (folder / "example.yaml").write_text(load_recipe(EXAMPLE).to_yaml())
+    assert load_recipe(folder / "example.yaml") == load_recipe(EXAMPLE)
 
 
 @bounded(150)
@@ -414,9 +426,6 @@ def test_damaged_model_folders(folder: Path, model_folder: Path, harm: Callable[
     shutil.copytree(model_folder, path)
     harm(path)
     check_model(path)
-
-
-SETTINGS = EarlyExitConfig((0.5, math.inf), temperatures=(1.0, 2.0)).to_json()
 
 
 @bounded(300)

@@ -219,7 +219,7 @@ def _read_config(folder: Path) -> _Saved:
     if not set(expected) - {"early_exit"} <= set(ours) <= set(expected):
         raise ValueError(f"{path} is damaged: {_KEY!r} holds {', '.join(ours)}; it must hold {', '.join(expected)}.")
     try:
-        return TypeAdapter(_Saved).validate_python(ours, strict=True)
+        return TypeAdapter(_Saved).validate_json(json.dumps(ours), strict=True)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ValueError(f"{path} is damaged: in {_KEY!r}, {wrong}.") from error
