@@ -119,7 +119,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
         folder: Where `save_checkpoint` put them; need not exist.
 
     Raises:
-        CheckpointError: If another version of this library wrote the latest one, or it cannot be read for the storage.
+        CheckpointError: If another version of this library wrote the latest one, or the storage fails.
     """
     for path in reversed(_checkpoints(folder)):
         try:
