@@ -26,7 +26,7 @@ from timm_selfdistill.data import (
     open_dataset,
     train_transform,
 )
-from timm_selfdistill.data.transforms import decode
+from timm_selfdistill.data.transforms import decode, read
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 PLAIN = AugmentSection(train_crop_mode="pad", hflip=0.0)
@@ -140,7 +140,9 @@ def test_digits_are_those_of_scikit_learn() -> None:
     bunch = pytest.importorskip("sklearn.datasets").load_digits()
     expected = Counter(np.round(image * 255 / 16).astype(np.uint8).tobytes() for image in bunch.images)
     data = open_dataset(section("digits"), seed=0)
-    stored = [decode(split[i]["image"], "L").tobytes() for split in (data.train, data.eval) for i in range(len(split))]
+    stored = [
+        decode(read(split[i]["image"]), "L").tobytes() for split in (data.train, data.eval) for i in range(len(split))
+    ]
     assert Counter(stored) == expected
 
 
@@ -228,7 +230,7 @@ def test_decoding_converts_pixels(image: Image.Image, mode: str, expected: Any) 
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     for value in (buffer.getvalue(), {"bytes": buffer.getvalue(), "path": None}):
-        decoded = decode(value, mode)
+        decoded = decode(read(value), mode)
         assert decoded.mode == mode
         assert decoded.getpixel((0, 0)) == expected
 

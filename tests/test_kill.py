@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_multiprocess import TWO_PROCESSES, accelerate
 from test_resume import SMALL, outcome
 
 # Imports everything once; then, for each line that it reads, forks a process that trains, and kills it after the time
@@ -125,9 +125,7 @@ def start(folder: Path, *overrides: str, processes: int = 2, options: tuple[str,
     """Start CPU processes as docs/train.md says."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--num_processes", str(processes), *options]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--multi_gpu", "--main_process_port", str(_free_port())]
+        command += ["-m", *accelerate(*TWO_PROCESSES, *options)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command += ["-m", "timm_selfdistill.train", "digits", *SMALL, *overrides, f"output_dir={folder}"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -200,10 +198,3 @@ def test_a_process_that_is_killed_ends_the_run_within_a_minute_or_restarts_it(tm
     steps = [json.loads(line)["step"] for line in (tmp_path / "restarted" / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 48
     assert "Resuming self-distilled from" in errors
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import evaluate_folder, train
@@ -85,6 +86,35 @@ def test_both_processes_evaluate_with_the_batch_statistics_that_are_saved(tmp_pa
     for a, b in zip(trained["exits"], saved["exits"], strict=True):
         assert a["top1"] == b["top1"]
         assert a["ece"] == pytest.approx(b["ece"], abs=1e-4)
+
+
+def test_broken_images_are_left_out_and_listed_once(tmp_path):
+    for split, count, broken in (("train", 30, 5), ("test", 11, 3)):
+        for index in range(count + broken):
+            path = tmp_path / "pets" / split / ("cat", "dog")[index % 2] / f"{index:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 5 * index).save(path)
+            if index % 7 == 1:
+                path.write_bytes(path.read_bytes()[:40])
+    data = [
+        f"data.path={tmp_path / 'pets'}",
+        "data.on_error=skip",
+        "data.workers=2",
+        "data.validation=0",
+        "batch_size=10",
+    ]
+    data += ["data.max_train=null", "data.max_eval=null"]
+    AcceleratorState._reset_state(True)
+    train(load_recipe(RECIPE[0], [*RECIPE[1:], *data, f"output_dir={tmp_path / '1'}"]))
+    (run,) = launch([accelerate(*TWO_PROCESSES)], *data, f"output_dir={tmp_path / '2'}")
+    assert run.returncode == 0, run.stderr
+    reports = [json.loads((tmp_path / str(n) / "report.json").read_text()) for n in (1, 2)]
+    lists = [[json.loads(line) for line in (tmp_path / str(n) / "skipped.jsonl").open()] for n in (1, 2)]
+    assert [report["num_samples"] for report in reports] == [12, 12]
+    assert [report["num_skipped"]["evaluation"] for report in reports] == [2, 2]
+    assert sorted(map(str, lists[0])) == sorted(map(str, lists[1]))
+    assert len(lists[0]) == 2 + reports[0]["num_skipped"]["training"]
+    assert not list((tmp_path / "2").glob("skipped-*"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with GPUs, these processes do find each other")

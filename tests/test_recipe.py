@@ -313,6 +313,8 @@ def test_combination_that_makes_sense_is_accepted(load, overrides):
         ("a: 2020-01-01", "line 1: '2020-01-01' is !!timestamp; only text, numbers"),
         ("a: !!set {x}", "line 1: a mapping is !!set; only text, numbers"),
         ("a: !!int x", "not valid YAML: invalid literal for int()"),
+        ("a: !!bool x", "not valid YAML: a value does not fit its explicit tag"),
+        ("a: !!float", "not valid YAML: a value does not fit its explicit tag"),
         ("a: &x 1\nb: *x", "line 1: anchors and aliases are not allowed, received &x"),
         ("a: " + "[" * 30 + "]" * 30, "line 1: is nested more than 20 levels deep"),
         ("a: " + "[" * 9999, "is nested more than 20 levels deep"),

@@ -44,11 +44,12 @@ def entry(top1, top5=99.0, ece=0.05):
     return {"top1": top1, "top5": top5, "ece": ece, "loss": 1.0}
 
 
-def metrics(*top1, ensemble=80.0, num_samples=1234, num_nonfinite=0):
+def metrics(*top1, ensemble=80.0, num_samples=1234, num_skipped=0, num_nonfinite=0):
     return {
         "exits": [entry(value) for value in top1],
         "ensemble": entry(ensemble),
         "num_samples": num_samples,
+        "num_skipped": num_skipped,
         "num_nonfinite": num_nonfinite,
     }
 

@@ -112,7 +112,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpointError: If a file is missing or not what was written.
-        CheckpointError: If there is no such folder, or another version of this library wrote it.
+        CheckpointError: If there is no such folder, another version of this library wrote it, or the storage does not
+            let it be read.
     """
     _verify(path)
     try:
@@ -140,7 +141,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
         folder: Where `save_checkpoint` put them; need not exist.
 
     Raises:
-        CheckpointError: If another version of this library wrote the latest one.
+        CheckpointError: If another version of this library wrote the latest one, or the storage fails.
     """
     for path in reversed(_checkpoints(folder)):
         try:
@@ -244,6 +245,12 @@ def _verify(path: Path) -> None:
         raise DamagedCheckpointError(
             f"Checkpoint {path} is incomplete: {Path(error.filename).name} is missing."
         ) from error
+    except IsADirectoryError as error:
+        raise DamagedCheckpointError(
+            f"Checkpoint {path} is damaged: {Path(error.filename).name} is a folder."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"Checkpoint {path} cannot be read: {error}.") from error
     except (RecursionError, ValueError) as error:
         raise DamagedCheckpointError(f"Checkpoint {path} is damaged: its {_MANIFEST} is not JSON ({error}).") from error
     if isinstance(found, dict) and found.get("format") == _FORMAT and isinstance(found.get("version"), int):

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, Final, TypedDict
 
 import evaluate
 import numpy as np
@@ -19,6 +19,9 @@ from timm_selfdistill.model import ExitOutput
 
 logger = logging.getLogger(__name__)
 
+# The label of a sample that is not counted, as PyTorch's cross-entropy has it.
+IGNORED: Final = -100
+
 
 class OutputMetrics(TypedDict):
     """How good one output is: `top1` and `top5` in percent, `ece` in [0, 1], `loss` the mean cross-entropy in nats."""
@@ -33,12 +36,14 @@ class ExitMetricsResult(TypedDict):
     """What `ExitMetrics.compute` returns; plain numbers, ready for JSON.
 
     `exits` holds K + 1 entries, shallow to deep, the last the backbone's own; `ensemble` is None for a model without
-    added exits. `num_nonfinite` counts the samples for which any output was not a number.
+    added exits. `num_samples` counts the samples of the metrics, `num_skipped` those that were left out for their label
+    IGNORED, and `num_nonfinite` the samples for which any output was not a number.
     """
 
     exits: list[OutputMetrics]
     ensemble: OutputMetrics | None
     num_samples: int
+    num_skipped: int
     num_nonfinite: int
 
 
@@ -161,6 +166,8 @@ class ExitMetrics:
     exits, the backbone's own included. All arithmetic is in float32 whatever the model's precision. `update` waits
     neither for the device nor for other processes, which may therefore have unequal numbers of batches.
 
+    A sample whose label is IGNORED (-100) counts nowhere but in `num_skipped`; its image was not readable.
+
     A sample whose softmax is not a number (NaN or +inf among its logits) counts as wrong with confidence 0, makes that
     output's `loss` NaN, and is counted and logged.
 
@@ -190,7 +197,7 @@ class ExitMetrics:
 
         Args:
             out: What the model returned: `num_outputs` logits [B, num_classes].
-            target: Class indices [B].
+            target: Class indices [B], or IGNORED.
 
         Raises:
             ValueError: If the number of outputs or a shape is another.
@@ -216,12 +223,17 @@ class ExitMetrics:
         """Return the metrics of all samples since the last call; all processes call it together and get the same.
 
         Raises:
-            ValueError: If there are no samples, or labels outside the model's classes.
+            ValueError: If there are no samples or all are ignored, or if labels lie outside the model's classes.
         """
         scores, labels = self._gather()
         num_classes, self._num_classes, self._scores, self._labels = self._num_classes, None, [], []
         if not len(labels):
             raise ValueError("There are no samples to compute metrics of: update() was not called.")
+        counted = labels != IGNORED
+        num_skipped = int((~counted).sum())
+        scores, labels = scores[counted], labels[counted]
+        if not len(labels):
+            raise ValueError(f"All {num_skipped} samples were skipped, so there is nothing to compute metrics of.")
         if num_classes is not None and (labels.min() < 0 or labels.max() >= num_classes):
             raise ValueError(
                 f"The model has {num_classes} classes, so labels must lie in 0..{num_classes - 1}; "
@@ -235,6 +247,7 @@ class ExitMetrics:
             "exits": outputs[: self.num_outputs],
             "ensemble": outputs[-1] if self.num_outputs > 1 else None,
             "num_samples": len(labels),
+            "num_skipped": num_skipped,
             "num_nonfinite": num_nonfinite,
         }
 

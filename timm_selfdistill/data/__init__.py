@@ -2,21 +2,25 @@
 
 from timm_selfdistill.data.loaders import Loaders, build_loaders
 from timm_selfdistill.data.order import TrainingOrder
+from timm_selfdistill.data.skipped import SKIPPED, SkipList, merge_skipped
 from timm_selfdistill.data.sources import is_on_hub
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit, open_dataset
 from timm_selfdistill.data.transforms import InputConfig, build_mixup, eval_transform, train_transform
 
 __all__ = [
+    "SKIPPED",
     "ImageData",
     "ImageSplit",
     "InputConfig",
     "Loaders",
+    "SkipList",
     "StreamSplit",
     "TrainingOrder",
     "build_loaders",
     "build_mixup",
     "eval_transform",
     "is_on_hub",
+    "merge_skipped",
     "open_dataset",
     "train_transform",
 ]

@@ -9,20 +9,22 @@ from typing import Any
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
-from timm_selfdistill.data.order import DrawnSamples, TrainingOrder, generators_of_training, seed_generators
+from timm_selfdistill.data.collate import Batch, Collate
+from timm_selfdistill.data.order import DrawnSamples, TrainingOrder, seed_generators
+from timm_selfdistill.data.skipped import SkipList, Use
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit
-from timm_selfdistill.data.transforms import MODES, InputConfig, Transform, decode, eval_transform, train_transform
+from timm_selfdistill.data.transforms import MODES, InputConfig, check_pillow, eval_transform, train_transform
 from timm_selfdistill.recipe import AugmentSection, DataSection
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Loaders:
     """Loaders of (images [B, C, H, W] float, targets [B] int64).
+
+    An image that cannot be decoded is an error or, with `data.on_error=skip`, left out as `Collate` says: of the
+    training batches another image takes its place, of the others its target is IGNORED.
 
     Args:
         train: Shuffled; every batch is full.
@@ -48,6 +50,7 @@ def build_loaders(
     batch_size: int,
     accelerator_shards: tuple[int, int],
     seed: int,
+    skipped: SkipList | None = None,
 ) -> Loaders:
     """Build the loaders of a run.
 
@@ -68,11 +71,14 @@ def build_loaders(
         batch_size: Samples of one process and micro step.
         accelerator_shards: Index of this process, number of processes.
         seed: Decides the order of the training samples and the workers' augmentation.
+        skipped: Lists the images that are skipped; in no file by default.
 
     Raises:
-        ValueError: If the training split is smaller than one batch of all processes or of unknown length, or if an odd
-            batch is to be mixed.
+        ValueError: If the training split is smaller than one batch of all processes or of unknown length, if an odd
+            batch is to be mixed, or if Pillow was told to accept truncated images.
     """
+    check_pillow()
+    skip_list = SkipList() if skipped is None else skipped
     process, processes = accelerator_shards
     if augment.mixes and batch_size % 2:
         raise ValueError(f"Mixup and CutMix need an even batch size per process and micro step, received {batch_size}.")
@@ -88,7 +94,8 @@ def build_loaders(
 
     order = TrainingOrder(size, seed) if isinstance(data.train, ImageSplit) else None
 
-    def loader(split: ImageSplit | StreamSplit, transform: Transform, training: bool = False) -> DataLoader[Any]:
+    def loader(split: ImageSplit | StreamSplit, use: Use) -> DataLoader[Any]:
+        training = use == "training"
         build: Callable[..., DataLoader[Any]] = DataLoader
         samples: Any = split
         workers = section.workers
@@ -111,7 +118,13 @@ def build_loaders(
             drop_last=training,
             num_workers=workers,
             persistent_workers=persistent,
-            collate_fn=_Collate(split.name, MODES[input.channels], transform),
+            collate_fn=Collate(
+                use,
+                split.name,
+                MODES[input.channels],
+                train_transform(augment, input) if training else eval_transform(input),
+                skip_list if section.on_error == "skip" else None,
+            ),
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=partial(_seed_worker, process=process),
             # Its own, because starting a loader draws a number: from the global generator, that would change what
@@ -119,11 +132,10 @@ def build_loaders(
             generator=torch.Generator().manual_seed(seed),
         )
 
-    still = eval_transform(input)
     return Loaders(
-        train=loader(data.train, train_transform(augment, input), training=True),
-        validation=None if data.validation is None else loader(data.validation, still),
-        eval=loader(data.eval, still),
+        train=loader(data.train, "training"),
+        validation=None if data.validation is None else loader(data.validation, "validation"),
+        eval=loader(data.eval, "evaluation"),
         steps_per_epoch=steps,
         order=order,
     )
@@ -156,47 +168,6 @@ class _SteadyLoader(DataLoader[Any]):
         self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
         words = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
         self.generator.manual_seed(int(words[0]))
-
-
-@dataclass(frozen=True)
-class _Collate:
-    """Decode, transform and stack samples; all in the worker that read them."""
-
-    split: str
-    mode: str
-    transform: Transform
-
-    def __call__(self, samples: list[dict[str, Any]]) -> Batch:
-        if "seed" not in samples[0]:
-            return self._stack(samples)
-        with generators_of_training():
-            return self._stack(samples)
-
-    def _stack(self, samples: list[dict[str, Any]]) -> Batch:
-        images, targets = default_collate([(self._image(sample), self._target(sample)) for sample in samples])
-        return images, targets
-
-    def _image(self, sample: dict[str, Any]) -> Tensor:
-        try:
-            image = decode(sample["image"], self.mode)
-        except Exception as error:  # Pillow's decoders raise whatever their format's library does
-            raise ValueError(f"{self._place(sample)}: the image cannot be decoded: {error}") from error
-        if "seed" in sample:
-            seed_generators(sample["seed"])
-        return self.transform(image)
-
-    def _target(self, sample: dict[str, Any]) -> int:
-        target = sample["target"]
-        if target is None or target < 0:
-            raise ValueError(f"{self._place(sample)}: the label is missing ({target}).")
-        return int(target)
-
-    def _place(self, sample: dict[str, Any]) -> str:
-        place = f"Split {self.split!r}"
-        if "row" in sample:
-            place += f", row {sample['row']}"
-        path = sample["image"].get("path") if isinstance(sample["image"], dict) else None
-        return f"{place}, file {path}" if path else place
 
 
 def _seed_worker(worker: int, *, process: int) -> None:

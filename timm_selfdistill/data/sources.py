@@ -26,7 +26,14 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
     """Return split name -> `datasets.Dataset` or, for streaming, `datasets.IterableDataset`."""
     path = DIGITS if section.path == "digits" else Path(section.path).expanduser()
     if any((path / marker).exists() for marker in ("dataset_dict.json", "state.json")):
-        return _load_saved(path, section.streaming)
+        if section.streaming:
+            raise ValueError(
+                f"{path} was written by save_to_disk, which is memory-mapped: set data.streaming to false."
+            )
+        try:
+            return _load_saved(path)
+        except Exception as error:
+            raise _unreadable(section, error) from error
     source, files = section.path, None
     if path.is_dir():
         source = str(path.resolve())
@@ -49,6 +56,8 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
             f"data.path {section.path!r} cannot be opened; it can be 'digits', a folder or file, or a data set on the "
             f"hub. {error}"
         ) from error
+    except Exception as error:
+        raise _unreadable(section, error) from error
     return splits
 
 
@@ -59,11 +68,18 @@ def is_on_hub(path: str) -> bool:
     return not here and not is_file and HUB_NAME.fullmatch(path) is not None
 
 
-def _load_saved(path: Path, streaming: bool) -> Mapping[str, Any]:
-    if streaming:
-        raise ValueError(f"{path} was written by save_to_disk, which is memory-mapped: set data.streaming to false.")
+def _load_saved(path: Path) -> Mapping[str, Any]:
     saved = datasets.load_from_disk(str(path)).with_format(None)
     return saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+
+
+def _unreadable(section: DataSection, error: Exception) -> ValueError:
+    """Return what to say of an error of `datasets` or pyarrow, which for a damaged file have no common base class."""
+    reason = str(error.__cause__ or error).rstrip(".")
+    return ValueError(
+        f"data.path {section.path!r} cannot be read: {reason}. If a file of it is damaged or "
+        "incomplete, write or download it again."
+    )
 
 
 def check_columns(features: datasets.Features | None, split: str, section: DataSection) -> None:

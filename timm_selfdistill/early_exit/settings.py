@@ -1,8 +1,9 @@
 """When an image stops: the rules that say how sure an exit is, and the settings of early exit."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import torch
@@ -87,11 +88,11 @@ class EarlyExitConfig:
     fallback: str = "last"
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
+        if self.rule not in list(RULES):
             raise ValueError(f"rule is {self.rule!r}; allowed are {', '.join(RULES)}.")
         if self.fallback not in FALLBACKS:
             raise ValueError(f"fallback is {self.fallback!r}; allowed are {', '.join(FALLBACKS)}.")
-        if not all(_is_number(value) and not math.isnan(value) and value > -math.inf for value in self.thresholds):
+        if not all(_is_number(value) and value > -math.inf for value in self.thresholds):
             raise ValueError(f"thresholds are {list(self.thresholds)}; allowed are numbers, infinity for never.")
         if self.temperatures is None:
             return
@@ -108,12 +109,16 @@ class EarlyExitConfig:
             ValueError: If a value is not allowed, or a key is missing or unknown.
         """
         names = {field.name for field in fields(cls)}
-        if set(saved) != names:
-            raise ValueError(f"the keys are {', '.join(saved)}; they must be {', '.join(sorted(names))}.")
-        thresholds = [math.inf if value is None else value for value in saved["thresholds"]]
-        temperatures = saved["temperatures"]
+        if not isinstance(saved, Mapping) or set(saved) != names:
+            raise ValueError(f"it is {saved!r}; it must be an object with the keys {', '.join(sorted(names))}.")
+        thresholds, temperatures = saved["thresholds"], saved["temperatures"]
+        if not isinstance(thresholds, list) or not isinstance(temperatures, list | None):
+            raise ValueError(
+                f"thresholds are {thresholds!r} and temperatures {temperatures!r}; allowed are lists of numbers, for "
+                "temperatures also null."
+            )
         return cls(
-            thresholds=tuple(thresholds),
+            thresholds=tuple(math.inf if value is None else value for value in thresholds),
             rule=saved["rule"],
             temperatures=None if temperatures is None else tuple(temperatures),
             fallback=saved["fallback"],
@@ -121,7 +126,12 @@ class EarlyExitConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON, where null stands for a threshold of infinity."""
-        return {**asdict(self), "thresholds": [None if value == math.inf else value for value in self.thresholds]}
+        return {
+            "thresholds": [None if value == math.inf else value for value in self.thresholds],
+            "rule": self.rule,
+            "temperatures": None if self.temperatures is None else list(self.temperatures),
+            "fallback": self.fallback,
+        }
 
     def check_exits(self, names: Sequence[str]) -> None:
         """Raise ValueError unless there is one threshold for each of these exits."""
@@ -147,4 +157,7 @@ class EarlyExitConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == math.inf or abs(value) <= sys.float_info.max  # false for NaN

@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import timm
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
 from timm.models import save_for_hf
@@ -119,7 +120,7 @@ def load_folder(folder: str | Path) -> SelfDistillModel:
             small_stem=saved.small_stem,
             image_size=(saved.image_size[0], saved.image_size[1]),
         )
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
         raise ValueError(f"The model that {folder / CONFIG} describes cannot be built: {error!r}") from error
     for name, module in ((BACKBONE, model.backbone), (EXITS, model.heads)):
         try:
@@ -140,7 +141,7 @@ def read_early_exit(folder: str | Path) -> EarlyExitConfig | None:
         return None
     try:
         return EarlyExitConfig.from_json(saved)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{Path(folder) / CONFIG} holds early-exit settings that are not allowed: {error}") from error
 
 
@@ -174,9 +175,9 @@ class _Saved:
     head_kwargs: dict[str, Any]
     hint_adapter: bool
     small_stem: bool
-    image_size: Sequence[int]
+    image_size: Annotated[list[int], Field(min_length=2, max_length=2)]
     sha256: dict[str, str]
-    early_exit: dict[str, Any] | None = None
+    early_exit: Any = None
 
 
 def _describe(model: SelfDistillModel, folder: Path, early_exit: EarlyExitConfig | None) -> _Saved:
@@ -190,7 +191,7 @@ def _describe(model: SelfDistillModel, folder: Path, early_exit: EarlyExitConfig
         head_kwargs=dict(config.head_kwargs),
         hint_adapter=config.hint_adapter,
         small_stem=config.small_stem,
-        image_size=config.image_size or own_size,
+        image_size=list(config.image_size or own_size),
         sha256={name: _sha256((folder / name).read_bytes()) for name in (BACKBONE, EXITS)},
         early_exit=None if early_exit is None else early_exit.to_json(),
     )
@@ -203,7 +204,7 @@ def _read_config(folder: Path) -> _Saved:
         raise ValueError(f"{folder} holds no model: there is no {CONFIG} in it.")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     ours = config.get(_KEY) if isinstance(config, dict) else None
     if not isinstance(ours, dict):
@@ -217,7 +218,11 @@ def _read_config(folder: Path) -> _Saved:
     expected = [field.name for field in fields(_Saved)]
     if not set(expected) - {"early_exit"} <= set(ours) <= set(expected):
         raise ValueError(f"{path} is damaged: {_KEY!r} holds {', '.join(ours)}; it must hold {', '.join(expected)}.")
-    return _Saved(**ours)
+    try:
+        return TypeAdapter(_Saved).validate_json(json.dumps(ours), strict=True)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ValueError(f"{path} is damaged: in {_KEY!r}, {wrong}.") from error
 
 
 def _read_weights(path: Path, digest: str | None) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from timm_selfdistill.recipe.plain_yaml import parse
+from timm_selfdistill.recipe.plain_yaml import parse, unplain
 from timm_selfdistill.recipe.sections import Recipe
 
 _OVERRIDE_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
@@ -73,7 +73,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         RecipeError: If there is no such recipe, or if anything in it or in the overrides is wrong; lists all of it.
     """
     if isinstance(source, Mapping):
-        path, mapping = Path("recipe"), copy.deepcopy(dict(source))
+        path = Path("recipe")
+        if problems := list(unplain(dict(source))):
+            raise RecipeError(path.stem, problems)
+        mapping = copy.deepcopy(dict(source))
     else:
         path = _shipped().get(str(source), Path(source))
         mapping = _read(path)
@@ -197,7 +200,9 @@ def _section(parents: Sequence[int | str]) -> type[BaseModel]:
 
 
 def _path(location: Sequence[int | str]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+    return "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part or repr(part)}" for part in location
+    ).removeprefix(".")
 
 
 def _did_you_mean(word: str, allowed: Collection[str]) -> str:

@@ -41,6 +41,37 @@ def parse(text: str, depth: int = 0) -> tuple[Any, list[str]]:
         return None, [_TOO_DEEP]
     except ValueError as error:  # a scalar that does not fit its explicit tag, such as `!!int x`
         return None, [f"not valid YAML: {error}"]
+    except LookupError:  # the same, such as `!!bool x` or an empty `!!float`
+        return None, ["not valid YAML: a value does not fit its explicit tag"]
+
+
+def unplain(value: Any, path: str = "", depth: int = 0) -> Iterator[str]:
+    """Yield what a value holds that `parse` would not return, each as "path: what is wrong".
+
+    Args:
+        value: The value.
+        path: Its place in what is checked.
+        depth: How many levels deep it is there.
+    """
+    if depth > _MAX_DEPTH:
+        yield f"{path}: {_TOO_DEEP}"
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if isinstance(key, str):
+                yield from unplain(item, f"{path}.{key or repr(key)}".removeprefix("."), depth + 1)
+            else:
+                yield f"{path or 'the recipe'}: a key must be text, received {key!r}"
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from unplain(item, f"{path}[{index}]", depth + 1)
+    elif isinstance(value, str):
+        if not _is_unicode(value):
+            yield f"{path}: {value!r} is not valid Unicode"
+    elif isinstance(value, int):
+        if abs(value) >= 10**_MAX_DIGITS:
+            yield f"{path}: has more than {_MAX_DIGITS} digits"
+    elif not isinstance(value, float | None):
+        yield f"{path}: must be text, a number, true, false, null, a list or a mapping, received {value!r}"
 
 
 def dump(value: dict[str, Any]) -> str:
@@ -74,7 +105,7 @@ def _problems(node: Node, depth: int) -> Iterator[str]:
     elif isinstance(node, ScalarNode):
         if str(node.tag) == _PREFIX + "int" and len(node.value) > _MAX_DIGITS:
             yield f"{where}{_excerpt(node)} has more than {_MAX_DIGITS} digits"
-        if any("\ud800" <= character <= "\udfff" for character in node.value):
+        if not _is_unicode(node.value):
             yield f"{where}{_excerpt(node)} is not valid Unicode"
     elif isinstance(node, SequenceNode):
         for item in node.value:
@@ -96,6 +127,10 @@ def _key_problems(node: MappingNode) -> Iterator[str]:
         else:
             first_lines[key.value] = line
             yield from _problems(key, 0)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _excerpt(node: Node) -> str:

@@ -183,6 +183,7 @@ class DataSection(_Section):
         validation: Share of the training images held out (0..1, stratified; 0 for none), or the name of a split.
         eval_fraction: Share of the training images (0..1, stratified) held out as the split to report on, for
             datasets without one.
+        on_error: Stop at an image that cannot be decoded (raise), or go on without it and list it (skip).
         workers: Loader processes per training process.
         image_size: Height and width in pixels; null takes the model's own.
         mean: Mean per channel on the scale 0..1; null takes the model's own.
@@ -204,6 +205,7 @@ class DataSection(_Section):
     eval_split: Text = "test"
     validation: float | str = 0.1
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    on_error: Literal["raise", "skip"] = "raise"
     workers: Annotated[int, Field(ge=0)] = 4
     image_size: Count | None = None
     mean: Channels | None = None

@@ -2,6 +2,7 @@
 
 import math
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from typing import TypedDict
 
@@ -48,8 +49,10 @@ class Report(TypedDict):
     """The content of `report.json`; plain numbers, so that writing and reading it again changes nothing.
 
     `exits` go from shallow to deep, the last the backbone's own classifier. `baseline` is the plain backbone trained on
-    its own: it costs what the last exit costs. The rest tells how the figures came about; `num_nonfinite` counts the
-    samples for which some output was not a number, `input_size` is [C, H, W].
+    its own: it costs what the last exit costs. The rest tells how the figures came about; `num_skipped` counts the
+    images that could not be decoded, by what they were to be used for ("training", "validation", "evaluation"), as far
+    as that is known; `num_nonfinite` counts the samples for which some output was not a number; `input_size` is
+    [C, H, W].
     """
 
     exits: list[ExitRow]
@@ -58,6 +61,7 @@ class Report(TypedDict):
     backbone: str
     dataset: str
     num_samples: int
+    num_skipped: dict[str, int]
     num_nonfinite: int
     recipe: str
     seed: int
@@ -79,6 +83,7 @@ def build_report(
     dataset: str,
     recipe: str,
     seed: int,
+    skipped: Mapping[str, int] | None = None,
     latency_batch_size: int = LATENCY_BATCH_SIZE,
 ) -> Report:
     """Measure what every exit costs and put it beside how good it is.
@@ -130,6 +135,7 @@ def build_report(
         "backbone": _backbone_name(model.backbone),
         "dataset": dataset,
         "num_samples": metrics["num_samples"],
+        "num_skipped": {**(skipped or {}), "evaluation": metrics["num_skipped"]},
         "num_nonfinite": metrics["num_nonfinite"],
         "recipe": recipe,
         "seed": seed,

@@ -105,6 +105,9 @@ def _notes(report: Report) -> list[str]:
     ]
     if report["baseline"] is not None:
         notes.append("The baseline is the same backbone, trained on its own; it costs what the last exit costs.")
+    if any(report["num_skipped"].values()):
+        counts = ", ".join(f"{number:,} for {use}" for use, number in report["num_skipped"].items())
+        notes.append(f"Images that could not be decoded, and are not counted: {counts}.")
     if report["num_nonfinite"]:
         notes.append(f"For {_count(report['num_nonfinite'], 'sample')} an output was not a number: counted as wrong.")
     if any(value is None for row in _accuracies(report) for value in row.values()):

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from timm_selfdistill.data import ImageData, InputConfig, build_loaders, open_dataset
+from timm_selfdistill.data import ImageData, InputConfig, SkipList, build_loaders, merge_skipped, open_dataset
 from timm_selfdistill.hub import CONFIG, from_pretrained
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
@@ -62,7 +62,7 @@ def evaluate_folder(
         data_path: Hub name or path of the data set; the run's own data by default. Of another data set only the split
             `eval_split` is read.
         overrides: Fields of the recipe's data section, as "key=value".
-        output: Folder for the report's files; none are written by default.
+        output: Folder for the report's files and the list of skipped images; none are written by default.
 
     Returns:
         The report.
@@ -85,6 +85,7 @@ def evaluate_folder(
         batch_size=min(_BATCH_SIZE, len(data.train)) if isinstance(data.train, Sized) else _BATCH_SIZE,
         accelerator_shards=(0, 1),
         seed=recipe.seed,
+        skipped=SkipList(output),
     )
     accelerator = Accelerator(mixed_precision=recipe.precision)
     loader = loaders.eval if data.streaming else accelerator.prepare(loaders.eval)
@@ -101,6 +102,7 @@ def evaluate_folder(
     )
     if output is not None and accelerator.is_main_process:
         write_report(report, output)
+        merge_skipped(output)
     return report
 
 
@@ -124,7 +126,8 @@ def _recipe(run: Path, model: SelfDistillModel, data_path: str | None, overrides
 def _check_classes(folder: Path, data: ImageData) -> None:
     """Refuse a data set whose classes are not those the model was trained on, in its order."""
     names = json.loads((folder / CONFIG).read_text()).get("label_names")
-    if names is not None and tuple(names) != data.class_names:
+    if names is not None and names != list(data.class_names):
+        names = list(map(str, names)) if isinstance(names, list) else [str(names)]
         raise ValueError(
             f"{data.name} has {len(data.class_names)} classes ({', '.join(data.class_names[:5])}, ...), the model in "
             f"{folder} was trained on {len(names)} ({', '.join(names[:5])}, ...): "

@@ -366,8 +366,9 @@ class Fit:
 
 
 def _flatten(metrics: ExitMetricsResult) -> dict[str, float]:
-    """Return the metrics under names such as "top1/0" and "top1/ensemble"."""
+    """Return the metrics under names such as "top1/0" and "top1/ensemble", and how many images were skipped."""
     outputs = {str(index): dict(output) for index, output in enumerate(metrics["exits"])}
     if metrics["ensemble"] is not None:
         outputs["ensemble"] = dict(metrics["ensemble"])
-    return {f"{name}/{key}": value for key, output in outputs.items() for name, value in output.items()}  # type: ignore[misc]
+    flat = {f"{name}/{key}": value for key, output in outputs.items() for name, value in output.items()}
+    return {**flat, "num_skipped": metrics["num_skipped"]}  # type: ignore[dict-item]

@@ -13,7 +13,17 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import ImageData, InputConfig, Loaders, build_loaders, build_mixup, open_dataset
+from timm_selfdistill.data import (
+    SKIPPED,
+    ImageData,
+    InputConfig,
+    Loaders,
+    SkipList,
+    build_loaders,
+    build_mixup,
+    merge_skipped,
+    open_dataset,
+)
 from timm_selfdistill.hub import HubError
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel, wrap
@@ -29,8 +39,10 @@ from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self
 from timm_selfdistill.train.publish import ModelWriter, Publisher
 from timm_selfdistill.train.stop import Interrupted, NonFiniteLossError, StopSignals
 
-# Sections that may differ between a run and its continuation: none of them changes the numbers.
+# What may differ between a run and its continuation: sections that do not change the numbers, and fields that change
+# them only where the run would have stopped.
 _FREE_SECTIONS = ("output_dir", "resume", "trackers", "checkpoint", "push_to_hub")
+_FREE_FIELDS = ("data.on_error",)
 
 
 def train(recipe: Recipe) -> Report:
@@ -79,6 +91,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         batch_size=batch_size,
         accelerator_shards=(accelerator.process_index, accelerator.num_processes),
         seed=recipe.seed,
+        skipped=SkipList(folder, accelerator.process_index),
     )
     feed, eval_loader = _prepare(loaders, data, recipe, accelerator, batch_size)
     writer = ModelWriter(recipe, data, input)
@@ -103,6 +116,9 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         results[name] = evaluate_model(
             model, eval_loader, accelerator, num_exits=num_exits, gather=not feed.streaming, title=f"evaluate {name}"
         )
+    accelerator.wait_for_everyone()
+    with accelerator.main_process_first():
+        skipped = merge_skipped(folder)
     report = build_report(
         model,
         results["self-distilled"],
@@ -111,6 +127,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         dataset=f"{data.name}, {recipe.data.eval_split}",
         recipe=folder.name,
         seed=recipe.seed,
+        skipped=skipped,
     )
     if accelerator.is_main_process:
         write_report(report, folder)
@@ -195,7 +212,8 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 1
     if PartialState().is_main_process:
         print(format_table(report))
-        print(f"\nWritten to {recipe.output_dir}: report.json, report.md, report.png, model/")
+        listed = f", {SKIPPED}" if any(report["num_skipped"].values()) else ""
+        print(f"\nWritten to {recipe.output_dir}: report.json, report.md, report.png, model/{listed}")
         if recipe.push_to_hub is not None:
             print(f"Pushed to {recipe.push_to_hub.repo}")
     return 0
@@ -251,7 +269,7 @@ def _claim(folder: Path, recipe: Recipe, *, is_main: bool) -> None:
         changed = [
             f"{key} ({before.get(key)}, now {now.get(key)})"
             for key in sorted(before | now)
-            if key.split(".")[0] not in _FREE_SECTIONS and before.get(key) != now.get(key)
+            if key.split(".")[0] not in _FREE_SECTIONS and key not in _FREE_FIELDS and before.get(key) != now.get(key)
         ]
         if changed:
             raise ValueError(
