@@ -93,6 +93,7 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             f"Installed are {', '.join(available) or 'none'}; Accelerate knows {known}. "
             "metrics.jsonl is always written."
         )
+    _join_again()
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
         log_with=[JsonLinesTracker(folder / "metrics.jsonl"), *recipe.trackers],
@@ -159,6 +160,25 @@ def per_process_batch(recipe: Recipe, num_processes: int) -> int:
             f"optimizer.accumulate={recipe.optimizer.accumulate}; allowed are multiples of {parts}."
         )
     return recipe.batch_size // parts
+
+
+def _join_again() -> None:
+    """Let the processes of a restarted launch find one another, not their predecessors.
+
+    The launcher's store outlives a restart, and torch looks there under the same names: a process that reads the
+    address of one that is gone fails or waits for ever.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    store, rank, world_size = next(torch.distributed.rendezvous("env://"))  # type: ignore[attr-defined]
+    torch.distributed.init_process_group(
+        "gloo" if on_cpu else "nccl",
+        store=torch.distributed.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def _refuse_sharded_network(accelerator: Accelerator) -> None:
