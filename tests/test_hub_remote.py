@@ -313,7 +313,7 @@ def test_a_recipe_pushes_the_run_when_it_is_done(hub: HubServer, client: Client,
     answer = client(code, HF_TOKEN="hf_wrong")
     assert answer["status"] == 2
     assert answer["errors"][0].startswith("error: Pushing to me/digits failed: the token is missing or not valid")
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
     hub.meanwhile = lambda: hub.repos["me/digits"].commit(
         "main", {"theirs.txt": b""}, hub.repos["me/digits"].refs["main"]

@@ -76,7 +76,7 @@ def test_every_field_is_documented_and_only_fields_are():
     for field in Recipe.model_fields.values():
         kinds = (field.annotation, *get_args(field.annotation))
         sections += [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    assert len(sections) == 10
+    assert len(sections) == 11
     for section in sections:
         arguments = section.__doc__.split("Args:\n")[1]
         assert re.findall(r"^ {8}(\w+):", arguments, flags=re.MULTILINE) == list(section.model_fields), section

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_selfdistill.data import ImageSplit, open_dataset
-from timm_selfdistill.data.transforms import MODES, decode
+from timm_selfdistill.data.transforms import MODES, decode, read
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.losses import SelfDistillationLoss, get_loss
 from timm_selfdistill.model import ExitOutput, wrap
@@ -190,7 +190,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         sample = self._split[index]
-        image = decode(sample["image"], self._mode)
+        image = decode(read(sample["image"]), self._mode)
         return image if self.transform is None else self.transform(image), sample["target"]
 
 
