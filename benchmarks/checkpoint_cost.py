@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +21,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from timm_selfdistill.recipe import load_recipe
-from timm_selfdistill.train import fit, train
+from timm_selfdistill.train import train
 from timm_selfdistill.train.launch import JsonLinesTracker
 from timm_selfdistill.train.writer import CheckpointWriter
 
