@@ -413,26 +413,26 @@ def test_order_and_augmentation_follow_the_seed(workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_sample_is_augmented_by_seed_epoch_and_row_alone(workers: int) -> None:
+def test_a_batch_is_augmented_by_seed_epoch_and_rows_alone(workers: int) -> None:
     """Whoever loads it, whenever, and however often the generators were used before."""
     augment = AugmentSection(scale=(0.3, 1.0), color_jitter=0.4, re_prob=0.5, re_mode="pixel")
 
-    def epoch(index: int, first: int, *, workers: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        loaders = load(section("digits", workers=workers, max_train=32), augment=augment, batch_size=batch_size)
+    def epoch(index: int, first: int, *, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+        loaders = load(section("digits", workers=workers, max_train=32), augment=augment, batch_size=8)
         assert loaders.order is not None
         loaders.order.begin(index, first)
         images, targets = zip(*loaders.train, strict=True)
         return torch.cat(images), torch.cat(targets)
 
-    images, targets = epoch(3, 0, workers=workers, batch_size=8)
+    images, targets = epoch(3, 0, workers=workers)
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
     for first in (0, 8, 24):
-        rest = epoch(3, first, workers=0, batch_size=4)
+        rest = epoch(3, first, workers=0)
         assert torch.equal(rest[0], images[first:])
         assert torch.equal(rest[1], targets[first:])
-    other = epoch(4, 0, workers=workers, batch_size=8)
+    other = epoch(4, 0, workers=workers)
     assert not torch.equal(other[1], targets)
     one = images.flatten(1)
     assert all(not torch.isclose(one, row).all(1).any() for row in other[0].flatten(1))

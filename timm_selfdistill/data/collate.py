@@ -60,6 +60,7 @@ class Collate:
         if "seed" not in samples[0]:
             return self._batch(samples)
         with generators_of_training():
+            seed_generators(samples[0]["seed"])
             return self._batch(samples)
 
     def _batch(self, samples: list[dict[str, Any]]) -> Batch:
@@ -99,8 +100,6 @@ class Collate:
                 )
             )
             return None
-        if "seed" in sample:
-            seed_generators(sample["seed"])
         return self.transform(image), self._target(sample)
 
     def _substitute(self, place: int, samples: list[dict[str, Any]], good: list[int]) -> tuple[Tensor, int] | None:
@@ -112,11 +111,7 @@ class Collate:
                 f"{self._where(samples[0])}: none of the {len(samples)} images of a training batch can be decoded, so "
                 "nothing can take their places. Repair or remove them."
             )
-        taken = samples[next((later for later in good if later > place), good[0])]
-        if "seed" in taken:
-            # Of its place, so that it is augmented otherwise.
-            taken = {**taken, "seed": samples[place]["seed"]}
-        return self._load(taken)
+        return self._load(samples[next((later for later in good if later > place), good[0])])
 
     def _target(self, sample: dict[str, Any]) -> int:
         target = sample["target"]

@@ -60,7 +60,7 @@ def build_loaders(
     every process, because nobody knows their length beforehand, so their metrics need no gathering.
 
     Augmentation draws from the generators of `random`, NumPy and torch. For rows with an index they are seeded for each
-    sample, and what training draws from them in this process is left alone. For a stream they are those of the workers,
+    batch, and what training draws from them in this process is left alone. For a stream they are those of the workers,
     which are seeded apart for every process and epoch, or of this process without workers.
 
     Args:

@@ -1,4 +1,4 @@
-"""The order of the training samples and what each of them is augmented with: functions of seed, epoch and row alone.
+"""The order of the training samples and what a batch is augmented with: functions of seed, epoch and first row alone.
 
 So a training goes on in the middle of an epoch as if nothing had happened, with any number of loader processes.
 """
@@ -54,7 +54,7 @@ class TrainingOrder(Sampler[Draw]):
 
 
 class DrawnSamples(Dataset[dict[str, Any]]):
-    """The samples of a split as `TrainingOrder` draws them, each with the seed of its augmentation.
+    """The samples of a split as `TrainingOrder` draws them, each with a seed for the batch that it begins.
 
     Args:
         split: The split.
