@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
 
-from timm_selfdistill import checkpoint
+from timm_selfdistill.checkpoint import load_checkpoint, store
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.train import fit, train
@@ -231,7 +231,7 @@ def test_the_former_handlers_come_back() -> None:
 def test_a_full_disk_does_not_stop_training_and_the_next_checkpoint_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write, calls = checkpoint._write, []
+    write, calls = store._write, []
 
     def full_once(folder: Path, *args: Any) -> None:
         calls.append(folder.name)
@@ -241,7 +241,7 @@ def test_a_full_disk_does_not_stop_training_and_the_next_checkpoint_is_tried(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(folder, *args)
 
-    monkeypatch.setattr(checkpoint, "_write", full_once)
+    monkeypatch.setattr(store, "_write", full_once)
     train(recipe(tmp_path))
     assert calls == [".checkpoint-4", ".checkpoint-8", ".checkpoint-12", ".checkpoint-12"]
     assert "The checkpoint of step 8 cannot be written" in caplog.text
@@ -256,19 +256,19 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_and_the_run_goes_on_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(recipe(tmp_path / "whole"))
-    write = checkpoint._write
+    write = store._write
 
     def full(folder: Path, *args: Any) -> None:
         if folder.name != ".checkpoint-4":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(folder, *args)
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(store, "_write", full)
     arguments = ["train", "digits", *SMALL, f"output_dir={tmp_path / 'cut'}"]
     AcceleratorState._reset_state(True)
     assert cli(arguments) == 1
     assert "No space left on device; those before it are kept. Make room, and run the same" in capsys.readouterr().err
-    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(store, "_write", write)
     AcceleratorState._reset_state(True)
     assert cli(arguments) == 0
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
@@ -325,7 +325,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_tells_the_rows(
     assert len(set(entry["rows"])) == 16
     # The weights that this step would have spoilt are not saved.
     assert [path.name for path in (tmp_path / "checkpoints" / "self-distilled").iterdir()] == ["checkpoint-4"]
-    state = checkpoint.load_checkpoint(tmp_path / "checkpoints" / "self-distilled" / "checkpoint-4")
+    state = load_checkpoint(tmp_path / "checkpoints" / "self-distilled" / "checkpoint-4")
     assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
 
 

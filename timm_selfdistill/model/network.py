@@ -1,19 +1,16 @@
-"""The self-distilling model: a timm backbone with classifiers on its intermediate features."""
+"""A timm backbone with classifiers on its intermediate features."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, Exits, find_exit_points, pool_feature
+from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, find_exit_points, pool_feature
 from timm_selfdistill.heads import ExitHead
-from timm_selfdistill.stem import use_small_stem
 from timm_selfdistill.tape import Reached, Tape, Visit, record_feature, record_tap
 
 
@@ -27,79 +24,6 @@ class ExitOutput(NamedTuple):
 
     logits: tuple[Tensor, ...]
     features: tuple[Tensor, ...]
-
-
-def wrap(
-    backbone: str | nn.Module,
-    *,
-    num_classes: int | None = None,
-    exits: Exits | None = None,
-    head: str = "auto",
-    head_kwargs: Mapping[str, Any] | None = None,
-    hint_adapter: bool = False,
-    small_stem: bool = False,
-    image_size: int | tuple[int, int] | None = None,
-    pretrained: bool = False,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> "SelfDistillModel":
-    """Turn a timm model into its own teacher by hanging classifiers on its intermediate features.
-
-    Args:
-        backbone: Name of a timm model, or a timm model (wrapped as it is, its hooks apart).
-        num_classes: Number of classes of a backbone given by name; its default otherwise.
-        exits: How many exits, spread evenly over the backbone's cost; or for each exit an index into `feature_info`
-            (int), a share of the cost (float) or a module path (str). By default three, or fewer where the backbone
-            has fewer stages.
-        head: Name of a registered head, or "auto" to choose by the layout of each tap.
-        head_kwargs: Further arguments of the head.
-        hint_adapter: Report each exit's feature through a trainable linear layer (the journal version).
-        small_stem: Replace a ResNet's stem by a 3x3 convolution with stride 1, for images of about 32 px.
-        image_size: Input height and width in pixels of the dry run; the backbone's own by default.
-        pretrained: Load the pretrained weights of a backbone given by name.
-        model_kwargs: Further arguments of `timm.create_model` for a backbone given by name.
-
-    Returns:
-        The wrapped model.
-
-    Raises:
-        ValueError: If the backbone cannot be wrapped, or if an exit, head or option is unknown; the message lists
-            what is allowed.
-    """
-    if isinstance(backbone, SelfDistillModel):
-        raise ValueError("The model is wrapped already; wrap its .backbone to choose other exits.")
-    if isinstance(backbone, str):
-        kwargs = dict(model_kwargs or {}) | ({} if num_classes is None else {"num_classes": num_classes})
-        backbone = create_backbone(backbone, pretrained, kwargs)
-    elif num_classes is not None or pretrained or model_kwargs:
-        raise ValueError(
-            "num_classes, pretrained and model_kwargs create a backbone from its name; for the "
-            f"{type(backbone).__name__} given, call its reset_classifier(num_classes) first."
-        )
-    if small_stem:
-        use_small_stem(backbone)
-    taps = find_exit_points(backbone, exits, image_size)
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return SelfDistillModel(backbone, taps, WrapConfig(head, dict(head_kwargs or {}), hint_adapter, small_stem, size))
-
-
-def create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Backbone:
-    """Create a timm model.
-
-    Args:
-        name: Its name in timm.
-        pretrained: Load its pretrained weights.
-        kwargs: Further arguments of `timm.create_model`.
-
-    Raises:
-        ValueError: If the name or an argument is unknown; names similar ones.
-    """
-    try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (RuntimeError, TypeError) as error:
-        architecture = name.split(".")[0]
-        close = [] if timm.is_model(architecture) else difflib.get_close_matches(architecture, timm.list_models(), n=5)
-        hint = f" Similar names: {', '.join(close)}." if close else ""
-        raise ValueError(f"timm cannot create {name!r} with {kwargs}: {error}.{hint}") from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,6 @@
+"""The self-distilling model: a timm backbone with classifiers on its intermediate features."""
+
+from timm_selfdistill.model.network import ExitOutput, SelfDistillModel, WrapConfig
+from timm_selfdistill.model.wrapping import create_backbone, wrap
+
+__all__ = ["ExitOutput", "SelfDistillModel", "WrapConfig", "create_backbone", "wrap"]
