@@ -215,6 +215,29 @@ def test_checks_see_what_is_broken():
     assert fault(checks.check_outputs, model, x).startswith("layer1 was read as")
 
 
+def test_checks_see_a_wrong_cut(monkeypatch):
+    subject = Subject("test_resnet", image_size=64)
+    model = subject.wrap(subject.create())
+    x = subject.images(model.backbone)
+    truncate = checks.sd.truncate
+
+    def cut_too_early(model, exit):
+        return truncate(model, 0)
+
+    monkeypatch.setattr(checks.sd, "truncate", cut_too_early)
+    with pytest.raises(checks.Broken, match="cut at layer2, training=True: the answer differs"):
+        checks.check_truncation(model, x, True)
+
+    def freeze_body(model, exit):
+        small = truncate(model, exit)
+        small.backbone.requires_grad_(False)
+        return small
+
+    monkeypatch.setattr(checks.sd, "truncate", freeze_body)
+    with pytest.raises(checks.Broken, match=r"only one of two runs has a gradient of backbone\.conv1\.weight"):
+        checks.check_truncation(model, x, True)
+
+
 def test_checks_on_the_meta_device_see_another_operation():
     subject = Subject("test_resnet", "meta", image_size=64)
     bare, model = subject.create(), subject.wrap(subject.create())
