@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
@@ -92,7 +93,7 @@ def check_backbone(subject: Subject, bare: Any = None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "class": type(bare).__name__,
         "family": type(bare).__module__.removeprefix("timm.models."),
-        "params": sum(parameter.numel() for parameter in bare.parameters()),
+        "params": _count_parameters(bare),
     }
     if not hasattr(bare, "get_classifier"):
         check_that_an_encoder_is_refused(bare)
@@ -108,6 +109,7 @@ def check_backbone(subject: Subject, bare: Any = None) -> dict[str, Any]:
     check_copy(model, x)
     check_saving(subject, model, x)
     row["early_exit"] = check_early_exit(model, x) if subject.is_real else None
+    row["truncation"] = check_truncation(model, x, row["grad_checkpointing"]) if subject.is_real else None
     check_new_classifier(model, x)
     return {**row, "status": "supported"}
 
@@ -344,6 +346,60 @@ def _widest_gap(confidence: Tensor) -> float:
     ordered = confidence.sort().values
     place = int(ordered.diff().argmax())
     return float(ordered[place : place + 2].mean())
+
+
+def check_truncation(model: sd.SelfDistillModel, x: Tensor, grad_checkpointing: bool) -> list[float]:
+    """Cut off behind an exit, a model has the exit's logits in both modes and trains with the exit's gradients.
+
+    Args:
+        model: The model.
+        x: Images [B, C, H, W].
+        grad_checkpointing: Whether timm offers gradient checkpointing for it.
+
+    Returns:
+        For each exit, the share of the wrapped model's parameters that is left.
+    """
+    shares = []
+    for index, name in enumerate(model.exit_names[:-1]):
+        small = sd.truncate(model, index)
+        to_exit = partial(model.forward_exit, exit=index)
+        for training in (True, False):
+            model.train(training)
+            small.train(training)
+            _require_same_run(partial(to_exit, x), partial(small, x), f"cut at {name}, training={training}: the answer")
+        expected = {
+            key.replace(f"heads.{index}.", "head."): gradient for key, gradient in _gradients(model, to_exit, x).items()
+        }
+        _require_same_gradients(_gradients(small, small, x), expected, 0, f"cut at {name}")
+        if grad_checkpointing:
+            small.set_grad_checkpointing()
+            _require_same_gradients(_gradients(small, small, x), expected, 1e-3, f"cut at {name}, under checkpointing")
+        shares.append(round(_count_parameters(small) / _count_parameters(model), 4))
+    return shares
+
+
+def _gradients(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor | None]:
+    """Return the gradients of a mean of squared logits."""
+    model.train().zero_grad()
+    torch.manual_seed(2)
+    run(x).square().mean().backward()  # type: ignore[no-untyped-call]
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def _require_same_gradients(
+    found: dict[str, Tensor | None], expected: dict[str, Tensor | None], tolerance: float, what: str
+) -> None:
+    for name, one in found.items():
+        other = expected[name]
+        if one is None or other is None:
+            _require(one is other, f"{what}: only one of two runs has a gradient of {name}")
+        else:
+            near = torch.allclose(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
+            _require(near, f"{what}: the gradient of {name} differs")
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_new_classifier(model: sd.SelfDistillModel, x: Tensor) -> None:

@@ -184,7 +184,7 @@ def test_meta_device_gives_the_same_verdict():
     real, meta = (
         check_backbone(Subject(subject.name, device, model_kwargs=subject.model_kwargs)) for device in ("cpu", "meta")
     )
-    only_real = {"taps_checked": None, "early_exit": None}
+    only_real = {"taps_checked": None, "early_exit": None, "truncation": None}
     assert {**meta, **only_real} == {**real, **only_real}
     assert real["early_exit"] == [True] * 3
     assert meta["taps_checked"] == {"taps": 3, "same_shape": 3, "same_values": 0}
@@ -213,6 +213,29 @@ def test_checks_see_what_is_broken():
     wrong = replace(model.points[0].taps[0], layout="NHWC")
     model.taps = replace(model.taps, points=(replace(model.points[0], taps=(wrong,)), *model.points[1:]))
     assert fault(checks.check_outputs, model, x).startswith("layer1 was read as")
+
+
+def test_checks_see_a_wrong_cut(monkeypatch):
+    subject = Subject("test_resnet", image_size=64)
+    model = subject.wrap(subject.create())
+    x = subject.images(model.backbone)
+    truncate = checks.sd.truncate
+
+    def cut_too_early(model, exit):
+        return truncate(model, 0)
+
+    monkeypatch.setattr(checks.sd, "truncate", cut_too_early)
+    with pytest.raises(checks.Broken, match="cut at layer2, training=True: the answer differs"):
+        checks.check_truncation(model, x, True)
+
+    def freeze_backbone(model, exit):
+        small = truncate(model, exit)
+        small.backbone.requires_grad_(False)
+        return small
+
+    monkeypatch.setattr(checks.sd, "truncate", freeze_backbone)
+    with pytest.raises(checks.Broken, match=r"only one of two runs has a gradient of backbone\.conv1"):
+        checks.check_truncation(model, x, True)
 
 
 def test_checks_on_the_meta_device_see_another_operation():

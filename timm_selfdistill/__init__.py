@@ -18,6 +18,7 @@ from timm_selfdistill.losses import (
 from timm_selfdistill.model import ExitOutput, SelfDistillModel, wrap
 from timm_selfdistill.recipe import list_recipes, load_recipe
 from timm_selfdistill.task import SelfDistillationTask
+from timm_selfdistill.truncation import TruncatedModel, truncate
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "SelfDistillationLoss",
     "SelfDistillationTask",
     "Tap",
+    "TruncatedModel",
     "from_pretrained",
     "list_divergences",
     "list_heads",
@@ -48,5 +50,6 @@ __all__ = [
     "register_loss",
     "register_teacher",
     "save_pretrained",
+    "truncate",
     "wrap",
 ]

@@ -4,6 +4,7 @@ The hooks are functions bound to a tape, not closures: copied with the model, th
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,6 +72,20 @@ def record_feature(tape: Tape, name: str, module: nn.Module, args: Any) -> None:
     """Record what enters a module of the classifier, as a forward pre-hook."""
     if tape.active:
         tape.features[name] = args[0]
+
+
+def is_bound_to(hook: Callable[..., Any], tape: Tape) -> bool:
+    """Whether a hook writes to this tape."""
+    return isinstance(hook, partial) and bool(hook.args) and hook.args[0] is tape
+
+
+def remove_hooks(model: nn.Module, tape: Tape) -> None:
+    """Remove from a model all hooks that write to a tape."""
+    for module in model.modules():
+        kinds: tuple[dict[int, Callable[..., Any]], ...] = (module._forward_hooks, module._forward_pre_hooks)
+        for hooks in kinds:
+            for key in [key for key, hook in hooks.items() if is_bound_to(hook, tape)]:
+                del hooks[key]
 
 
 def _take_rows(value: Any, rows: Tensor, batch_size: int) -> Any:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from timm_selfdistill.early_exit.settings import EarlyExitConfig, State
-from timm_selfdistill.exits import untouched
+from timm_selfdistill.exits import random_images, untouched
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model import SelfDistillModel
 
@@ -160,12 +159,8 @@ class _Journey:
 @torch.no_grad()
 def _try_to_shrink(model: SelfDistillModel) -> tuple[bool, ...]:
     """Return, for each exit, whether the backbone gives the same answers on a part of the batch behind it."""
-    channels, *size = resolve_input_data_config(model.backbone, {"mean": 0.5, "std": 0.5})["input_size"]
-    parameter = next(model.parameters())
+    images = random_images(model.backbone, model.config.image_size, 4)
     with untouched(model):
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(4, channels, *(model.config.image_size or size), generator=generator)
-        images = images.to(device=parameter.device, dtype=parameter.dtype)
         expected = model(images)
         shrinks = tuple(_shrinks(model, images, expected, exit) for exit in range(model.num_exits))
     if not all(shrinks):

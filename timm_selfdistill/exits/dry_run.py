@@ -56,12 +56,9 @@ def dry_run(
     Raises:
         ValueError: If the backbone fails, returns no logits, or does not run its classifier as modules.
     """
-    # Only the input size is read; with statistics given, timm does not warn about those of another channel count.
-    channels, *size = resolve_input_data_config(backbone, {"mean": 0.5, "std": 0.5})["input_size"]
-    if image_size is not None:
-        size = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
+    channels, height, width = _input_size(backbone, image_size)
     parameter = next(backbone.parameters())
-    zeros = torch.zeros(1, channels, *size, device=parameter.device, dtype=parameter.dtype)
+    zeros = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
     try:
         records, inputs, output, macs = _forward(backbone, zeros, taps, classifier.modules)
     except Exception as error:
@@ -87,7 +84,29 @@ def dry_run(
             f"The classifiers of {type(backbone).__name__} read features of different widths, of which no mean can be "
             f"taken: {widths}."
         )
-    return DryRun(records, (size[0], size[1]), macs, feature_dims.pop(), axes)
+    return DryRun(records, (height, width), macs, feature_dims.pop(), axes)
+
+
+def random_images(backbone: Backbone, image_size: int | tuple[int, int] | None, count: int) -> Tensor:
+    """Return images [count, C, H, W] of noise, the same every time, as the backbone can take them.
+
+    Args:
+        backbone: The backbone.
+        image_size: Height and width in pixels; the backbone's own if None.
+        count: How many.
+    """
+    parameter = next(backbone.parameters())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, *_input_size(backbone, image_size), generator=generator)
+    return images.to(device=parameter.device, dtype=parameter.dtype)
+
+
+def _input_size(backbone: Backbone, image_size: int | tuple[int, int] | None) -> tuple[int, int, int]:
+    # Only the input size is read; with statistics given, timm does not warn about those of another channel count.
+    channels, *size = resolve_input_data_config(backbone, {"mean": 0.5, "std": 0.5})["input_size"]
+    if image_size is not None:
+        size = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
+    return channels, size[0], size[1]
 
 
 def _forward(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, find_exit_points, pool_feature
 from timm_selfdistill.heads import ExitHead
-from timm_selfdistill.tape import Reached, Tape, Visit, record_feature, record_tap
+from timm_selfdistill.tape import Reached, Tape, Visit, is_bound_to, record_feature, record_tap
 
 
 class ExitOutput(NamedTuple):
@@ -294,9 +294,5 @@ class SelfDistillModel(nn.Module):
         """Record what enters the backbone's classifier: the teacher's feature."""
         for name in self.taps.classifier.modules:
             module = self.backbone.get_submodule(name)
-            if not any(_is_bound_to(hook, self._tape) for hook in module._forward_pre_hooks.values()):
+            if not any(is_bound_to(hook, self._tape) for hook in module._forward_pre_hooks.values()):
                 module.register_forward_pre_hook(partial(record_feature, self._tape, name))
-
-
-def _is_bound_to(hook: Callable[..., Any], tape: Tape) -> bool:
-    return isinstance(hook, partial) and bool(hook.args) and hook.args[0] is tape

@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from timm_selfdistill.flops import MacCounter
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.usage import watch_usage
 
 LATENCY_BATCH_SIZE = 16
 
@@ -99,41 +97,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _count(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, int]:
-    """Return the parameters that `run` needs, each once, and its multiply-accumulates.
-
-    A parameter is needed if its module ran, or if it was read by an operation: some modules apply the weight of
-    another one that never runs itself, and some keep in eval mode what they once computed from theirs.
-    """
-    needed: dict[int, int] = {}
-
-    def note(tensors: Sequence[Any]) -> None:
-        needed.update((id(tensor), tensor.numel()) for tensor in tensors if isinstance(tensor, nn.Parameter))
-
-    def note_module(module: nn.Module, args: Any) -> None:
-        note(list(module.parameters(recurse=False)))
-
-    handles = [module.register_forward_pre_hook(note_module) for module in model.modules()]
-    try:
-        with torch.no_grad(), MacCounter() as counter, _OperandWatch(note):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sum(needed.values()), counter.macs
-
-
-class _OperandWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Calls `note` with the operands of every operation."""
-
-    def __init__(self, note: Callable[[Sequence[Any]], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.note = note
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.note(tree_leaves((args, kwargs)))
-        return func(*args, **(kwargs or {}))
+    """Return the parameters that `run` needs, each once, and its multiply-accumulates."""
+    with torch.no_grad(), MacCounter() as counter, watch_usage(model) as usage:
+        run()
+    needed = (tensor.numel() for tensor in usage.tensors.values() if isinstance(tensor, nn.Parameter))
+    return sum(needed), counter.macs
 
 
 @torch.inference_mode()

@@ -1,0 +1,186 @@
+"""A network that ends at an exit: what lies behind it is gone."""
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_selfdistill.exits import Backbone, ExitPoint, random_images, untouched
+from timm_selfdistill.heads import ExitHead
+from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.tape import Reached, Tape, record_tap, remove_hooks
+from timm_selfdistill.usage import Usage, watch_usage
+
+# A forward may ask for their length or run along them, so they stay, with their members removed.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def truncate(model: SelfDistillModel, exit: int) -> nn.Module:
+    """Cut a network off behind one of its exits.
+
+    Which modules the exit needs is seen in one forward. The others are not copied, and the result is tried in eval and
+    train mode: what the backbone turns out to look at, though it does not run it, stays.
+
+    Args:
+        model: The wrapped model; it stays as it is.
+        exit: Index of the exit, 0 the shallowest; `num_exits` is the backbone's own classifier.
+
+    Returns:
+        A `TruncatedModel` in the mode of the model, which gives the logits of `model.forward_exit(x, exit)`; for the
+        backbone's own classifier, a copy of the backbone.
+
+    Raises:
+        ValueError: If there is no such exit, or the model is not wrapped.
+    """
+    if not isinstance(model, SelfDistillModel):
+        raise ValueError(f"Only a wrapped model has exits to cut at; got {type(model).__name__}: call wrap first.")
+    if not 0 <= exit <= model.num_exits:
+        raise ValueError(f"There is no exit {exit}; allowed are 0 to {model.num_exits} (the backbone's own).")
+    if exit == model.num_exits:
+        backbone: nn.Module = _copy_backbone(model, {})
+        return backbone
+    x = random_images(model.backbone, model.config.image_size, 2)
+    with untouched(model), torch.no_grad(), watch_usage(model.backbone) as usage:
+        expected = model.forward_exit(x, exit)
+    idle = list(_idle(model.backbone, usage))
+    small = _cut(model, exit, idle)
+    if _gives(small, x, expected):
+        return small
+    removed: list[nn.Module] = []
+    while idle:
+        module = idle.pop()
+        if _gives(_cut(model, exit, [*removed, module]), x, expected):
+            removed.append(module)
+        else:
+            idle += [child for child in module.children() if _has_tensors(child)]
+    return _cut(model, exit, removed)
+
+
+class TruncatedModel(nn.Module):
+    """A backbone up to an exit, and the exit's head; made by `truncate`.
+
+    Args:
+        backbone: The timm model, without what the exit does not need; it cannot be called on its own.
+        head: The exit's head.
+        point: Where the head reads the backbone.
+
+    Attributes:
+        exit_name: Name of the exit.
+        num_classes: Number of logits.
+    """
+
+    backbone: Backbone
+
+    def __init__(self, backbone: Backbone, head: ExitHead, point: ExitPoint) -> None:
+        super().__init__()
+        self.training = head.training
+        self.backbone = backbone
+        self.head = head
+        self.exit_name = point.name
+        self.num_classes = head.classifier.out_features
+        self._tape = Tape()
+        members = tuple(tap.member for tap in point.taps)
+        backbone.get_submodule(point.module).register_forward_hook(partial(record_tap, self._tape, 0, members))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify a batch.
+
+        Args:
+            x: Images [B, C, H, W].
+
+        Returns:
+            Logits [B, num_classes].
+        """
+        tape = self._tape
+        tape.start(stop_at=0)
+        try:
+            self.backbone(x)
+        except Reached:
+            tapped = tape.taps[0]
+        finally:
+            # Recomputation under gradient checkpointing calls the hook again: by then it records nothing.
+            tape.stop()
+        return self.head.classify(*tapped)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The backbone's pretrained configuration, from which timm resolves how images are prepared."""
+        return dict(self.backbone.pretrained_cfg)
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        """What timm's `resolve_input_data_config` reads the backbone's image size from."""
+        return dict(getattr(self.backbone, "_traits", {}))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Switch gradient checkpointing of the backbone."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the backbone's parameters that timm exempts from weight decay."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {f"backbone.{name}" for name in names}
+
+
+class _Removed(nn.Module):
+    """What stands for a module behind the exit: it holds nothing, and never runs."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("This layer lies behind the exit that the network was truncated at; it is gone.")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Do nothing: timm's models tell all their stages."""
+
+
+def _idle(module: nn.Module, usage: Usage) -> Iterator[nn.Module]:
+    """Return the largest modules below one of which nothing was used."""
+    for child in module.children():
+        if not _has_tensors(child):
+            continue
+        if type(child) in _CONTAINERS or _is_used(child, usage):
+            yield from _idle(child, usage)
+        else:
+            yield child
+
+
+def _is_used(module: nn.Module, usage: Usage) -> bool:
+    if not usage.modules.isdisjoint(module.modules()):
+        return True
+    return any(id(tensor) in usage.tensors for tensor in chain(module.parameters(), module.buffers()))
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in chain(module.parameters(), module.buffers()))
+
+
+def _cut(model: SelfDistillModel, exit: int, removed: list[nn.Module]) -> TruncatedModel:
+    """Return a copy of the model up to an exit, without the modules that are to be removed."""
+    head = model.heads[exit]
+    assert isinstance(head, ExitHead)
+    backbone = _copy_backbone(model, {id(module): _Removed() for module in removed})
+    return TruncatedModel(backbone, copy.deepcopy(head, {id(head.adapter): nn.Identity()}), model.points[exit])
+
+
+def _copy_backbone(model: SelfDistillModel, replaced: dict[int, nn.Module]) -> Backbone:
+    """Return a copy of the backbone that has no hooks of the exits, with some modules, by their id, replaced."""
+    # What is in the memo counts as copied already, so it is not copied.
+    memo: dict[int, Any] = dict(replaced)
+    backbone = copy.deepcopy(model.backbone, memo)
+    remove_hooks(backbone, memo[id(model._tape)])
+    return backbone
+
+
+def _gives(small: TruncatedModel, x: Tensor, expected: Tensor) -> bool:
+    """Whether a truncated model gives the expected logits in eval mode and runs in train mode."""
+    trial = copy.deepcopy(small)
+    try:
+        with untouched(trial), torch.no_grad():
+            logits = trial(x)
+            trial.train()(x)
+    except Exception:  # whatever the backbone raises, it means that it misses something
+        return False
+    return logits.is_meta or torch.allclose(logits, expected, equal_nan=True)
