@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import struct
 import zlib
 from collections import Counter
@@ -271,6 +272,26 @@ def test_parquet_files_with_broken_bytes(tmp_path: Path, streaming: bool, worker
     assert merge_skipped(tmp_path / "run") == {"training": 3, "evaluation": 3}
     rows = sorted(str(entry["row"]) for entry in listed(tmp_path / "run") if entry["use"] == "training")
     assert rows == (["None"] * 3 if streaming else ["0", "10", "11"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_breaks_off_in_a_damaged_file_says_so(tmp_path: Path, workers: int) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    generator = random.Random(0)
+    images = [{"bytes": encode(Image.frombytes("L", (16, 16), generator.randbytes(256)), "PNG")} for _ in range(100)]
+    split = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 50}, features=features)
+    for name in ("train", "test"):
+        split.to_parquet(tmp_path / f"{name}-00000-of-00001.parquet")
+    damaged = tmp_path / "train-00000-of-00001.parquet"
+    content = bytearray(damaged.read_bytes())
+    middle = len(content) // 2
+    content[middle - 2000 : middle + 2000] = b"\xff" * 4000
+    damaged.write_bytes(content)
+    loaders = load(tmp_path, workers=workers, batch_size=10, streaming=True, train_size=100)
+    with pytest.raises(ValueError, match=f"^{tmp_path.name}, split 'train': the stream cannot be read on: ") as raised:
+        list(loaders.train)
+    assert "Traceback" not in str(raised.value)
+    assert sum(len(targets) for _, targets in loaders.eval) == 100
 
 
 def test_metrics_leave_out_what_is_ignored() -> None:

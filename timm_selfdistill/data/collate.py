@@ -8,24 +8,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from timm_selfdistill.data.errors import SampleError
 from timm_selfdistill.data.order import generators_of_training, seed_generators
 from timm_selfdistill.data.skipped import SkipList, SkippedImage, Use
 from timm_selfdistill.data.transforms import Transform, decode, read
 from timm_selfdistill.metrics import IGNORED
 
 Batch = tuple[Tensor, Tensor]
-
-
-class SampleError(ValueError):
-    """A sample that cannot be used; the message says which.
-
-    Args:
-        message: What is wrong. From a loader process, torch hands on the whole traceback, of which the message is the
-            end.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition(f"{__name__}.{type(self).__qualname__}: ")[2].rstrip())
 
 
 @dataclass(frozen=True)

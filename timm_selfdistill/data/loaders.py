@@ -6,12 +6,14 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from timm_selfdistill.data.collate import Batch, Collate
+from timm_selfdistill.data.errors import SampleError
 from timm_selfdistill.data.order import DrawnSamples, TrainingOrder, seed_generators
 from timm_selfdistill.data.skipped import SkipList, Use
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit
@@ -109,6 +111,7 @@ def build_loaders(
                 samples = samples.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
                 samples = split_dataset_by_node(samples, rank=process, world_size=processes)
             workers = min(workers, samples.num_shards)  # a shard is read by one worker
+            samples = _Stream(samples, f"{data.name}, split {split.name!r}")
             # Those of a stream are started, and so seeded, anew in every epoch: one can then be repeated.
             persistent = workers > 0 and not training
         return build(
@@ -141,6 +144,23 @@ def build_loaders(
     )
 
 
+class _Stream(IterableDataset[dict[str, Any]]):
+    """The samples of a stream; where it breaks off, the error says which stream."""
+
+    def __init__(self, rows: datasets.IterableDataset, name: str) -> None:
+        self.rows, self.name = rows, name
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self.rows
+        except Exception as error:  # of the file system, the network, pyarrow or whatever reads the format
+            reason = str(error.__cause__ or error).rstrip(".") or repr(error)
+            raise SampleError(
+                f"{self.name}: the stream cannot be read on: {reason}. If a file of it is damaged or incomplete, write "
+                "or download it again; then the same command goes on."
+            ) from error
+
+
 class _SteadyLoader(DataLoader[Any]):
     """A loader of a stream that gives exactly `steps` batches an epoch: it starts over or stops early."""
 
@@ -165,7 +185,7 @@ class _SteadyLoader(DataLoader[Any]):
 
     def begin(self, epoch: int) -> None:
         """Choose the order of the coming epoch, and the seeds of its workers."""
-        self.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.dataset.rows.set_epoch(epoch)  # type: ignore[attr-defined]
         words = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
         self.generator.manual_seed(int(words[0]))
 
