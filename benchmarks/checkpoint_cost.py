@@ -1,4 +1,4 @@
-"""Measure what checkpoints and metrics.jsonl cost a training: an epoch with them, beside the same epoch without.
+"""Measure what checkpoints and metrics.jsonl cost a training: the time spent on them, and an epoch with and without.
 
 Run from the repository root, with the package installed: python benchmarks/checkpoint_cost.py --data FOLDER
 What each column means is told in benchmarks/README.md.
@@ -54,46 +54,58 @@ def main() -> int:
                 f"output_dir={folder}/run",
             ],
         )
-        times = _time_epochs(recipe)
+        times, spent = _time_epochs(recipe)
     kept, plain = times[0::2], times[1::2]
+    shares = [100 * seconds / epoch for seconds, epoch in zip(spent, kept, strict=True)]
     ratios = [one / other for one, other in zip(kept, plain, strict=True)]
     steps = arguments.images // recipe.batch_size
-    print(f"{'epochs':>6}  {'with s':>8}  {'without s':>9}  {'ratio':>6}  {'lowest':>6}  {'highest':>7}")
-    print(
-        f"{len(kept):>6}  {statistics.median(kept):>8.2f}  {statistics.median(plain):>9.2f}  "
-        f"{statistics.median(ratios):>6.3f}  {min(ratios):>6.3f}  {max(ratios):>7.3f}"
-    )
-    print(f"\n{steps} steps of {recipe.batch_size} images an epoch, {recipe.model.name} {recipe.model.kwargs}, bf16")
+    print(f"{'':>9}  {'with s':>8}  {'spent s':>8}  {'share %':>8}  {'without s':>9}  {'ratio':>6}")
+    for name, pick in (("median", statistics.median), ("lowest", min), ("highest", max)):
+        print(
+            f"{name:>9}  {pick(kept):>8.2f}  {pick(spent):>8.3f}  {pick(shares):>8.3f}  {pick(plain):>9.2f}  "
+            f"{pick(ratios):>6.3f}"
+        )
+    print(f"\n{len(kept)} epochs of each kind")
+    print(f"{steps} steps of {recipe.batch_size} images an epoch, {recipe.model.name} {recipe.model.kwargs}, bf16")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
     print(f"command: python {shlex.join(sys.argv)}")
     return 0
 
 
-def _time_epochs(recipe: Any) -> list[float]:
-    """Train, with checkpoints and log in every other epoch only; return the seconds of each epoch but the first.
+def _time_epochs(recipe: Any) -> tuple[list[float], list[float]]:
+    """Train, with checkpoints and log in every other epoch only.
 
     Nothing is left to the background: the time of an epoch holds all of the writing of its checkpoint.
+
+    Returns:
+        Seconds of each epoch but the first, and seconds spent on checkpoint and log in each epoch that has them.
     """
     marks = [0.0]
+    spent = [0.0]
     saved, logged, finish = CheckpointWriter.save, JsonLinesTracker.log, CheckpointWriter.finish
 
     def keeping() -> bool:
         return len(marks) % 2 == 0
 
     def save(self: CheckpointWriter, state: Any, step: int) -> None:
+        start = time.perf_counter()
         if keeping():
             saved(self, state, step)
             finish(self)
         marks.append(time.perf_counter())
+        spent[-1] += marks[-1] - start
+        spent.append(0.0)
 
     def log(self: JsonLinesTracker, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        start = time.perf_counter()
         if keeping():
             logged(self, values, step, **kwargs)
+        spent[-1] += time.perf_counter() - start
 
     with _fresh(), patch.object(CheckpointWriter, "save", save), patch.object(JsonLinesTracker, "log", log):
         train(recipe)
     del marks[-1]  # the last checkpoint, of no epoch
-    return [later - earlier for earlier, later in pairwise(marks[1:])]
+    return [later - earlier for earlier, later in pairwise(marks[1:])], spent[1 : len(marks) - 1 : 2]
 
 
 @contextmanager
