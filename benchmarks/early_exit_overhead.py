@@ -41,7 +41,9 @@ def main() -> int:
     calibrate_statistics(model, torch.randn(8, 3, SIZE, SIZE, device=device))
     largest = max(arguments.batch_sizes)
     with torch.inference_mode():
-        print(f"{'batch':>5}  {'left at':>15}  {'forward ms':>10}  {'bookkeeping ms':>14}  {'share %':>7}  {'highest':>7}")
+        print(
+            f"{'batch':>5}  {'left at':>15}  {'forward ms':>10}  {'bookkeeping ms':>14}  {'share %':>7}  {'highest':>7}"
+        )
         for batch_size in arguments.batch_sizes:
             x = torch.randn(batch_size, 3, SIZE, SIZE, device=device)
             rounds = arguments.rounds * (1 if batch_size == largest else 10)
@@ -70,11 +72,9 @@ def calibrate_statistics(model: nn.Module, x: Tensor) -> None:
 
 def measure_bookkeeping(model: sd.SelfDistillModel, x: Tensor, rounds: int) -> None:
     """Print what share of a forward is spent on neither backbone nor heads, with a quarter leaving at each exit."""
-    if len(x) > 1:
-        thresholds = quarters(model, x)
-    else:
-        # The most bookkeeping that one image can have: every exit is asked, and the last added one is sure.
-        thresholds = [1.1] * (model.num_exits - 1) + [0.0]
+    # The most that one image can cost: every exit is asked, and the last added one is sure.
+    alone = [1.1] * (model.num_exits - 1) + [0.0]
+    thresholds = alone if len(x) == 1 else quarters(model, x)
     fast = sd.EarlyExit(model, thresholds)
     out = fast(x)
     left = [int((out.exit_index == exit).sum()) for exit in range(model.num_exits + 1)]
@@ -89,7 +89,7 @@ def measure_bookkeeping(model: sd.SelfDistillModel, x: Tensor, rounds: int) -> N
     shares = [100 * part / (total - part) for part, total in zip(spent, totals, strict=True)]
     print(
         f"{len(x):>5}  {'/'.join(map(str, left)):>15}  {1000 * statistics.median(totals):>10.2f}  "
-        f"{1000 * statistics.median(spent):>14.3f}  {statistics.median(shares):>7.2f}  {max(shares):>7.2f}"
+        f"{1000 * statistics.median(spent):>11.3f}  {statistics.median(shares):>7.2f}  {max(shares):>7.2f}"
     )
 
 

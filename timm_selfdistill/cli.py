@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm_selfdistill import compare
 from timm_selfdistill.hub import HubError, push_folder
 from timm_selfdistill.preview import format_preview, preview_exits
 from timm_selfdistill.recipe import list_recipes, read_settings
@@ -21,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="train from a recipe (the same as accelerate launch's module)")
     add_arguments(train)
     train.set_defaults(run=run_command)
+
+    comparison = commands.add_parser("compare", help="train a recipe with several losses and seeds, side by side")
+    compare.add_arguments(comparison)
+    comparison.set_defaults(run=compare.run_command)
 
     evaluate = commands.add_parser("evaluate", help="report every exit of a trained model on a data set")
     evaluate.add_argument("folder", type=Path, help="a run's folder, or the model folder in it")

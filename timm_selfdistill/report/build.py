@@ -51,8 +51,8 @@ class Report(TypedDict):
     `exits` go from shallow to deep, the last the backbone's own classifier. `baseline` is the plain backbone trained on
     its own: it costs what the last exit costs. The rest tells how the figures came about; `num_skipped` counts the
     images that could not be decoded, by what they were to be used for ("training", "validation", "evaluation"), as far
-    as that is known; `num_nonfinite` counts the samples for which some output was not a number; `input_size` is
-    [C, H, W].
+    as that is known; `num_nonfinite` counts the samples for which some output was not a number; `train_seconds`
+    tells how long the training steps of each network of the run took; `input_size` is [C, H, W].
     """
 
     exits: list[ExitRow]
@@ -63,6 +63,7 @@ class Report(TypedDict):
     num_samples: int
     num_skipped: dict[str, int]
     num_nonfinite: int
+    train_seconds: dict[str, float]
     recipe: str
     seed: int
     versions: dict[str, str]
@@ -84,6 +85,7 @@ def build_report(
     recipe: str,
     seed: int,
     skipped: Mapping[str, int] | None = None,
+    train_seconds: Mapping[str, float] | None = None,
     latency_batch_size: int = LATENCY_BATCH_SIZE,
 ) -> Report:
     """Measure what every exit costs and put it beside how good it is.
@@ -100,6 +102,8 @@ def build_report(
         dataset: What was evaluated on.
         recipe: Name of the recipe.
         seed: The recipe's seed.
+        skipped: How many images were skipped while training, by what they were to be used for.
+        train_seconds: Seconds that the training steps of each network took, by its name.
         latency_batch_size: Number of images in a timed batch.
 
     Returns:
@@ -137,6 +141,7 @@ def build_report(
         "num_samples": metrics["num_samples"],
         "num_skipped": {**(skipped or {}), "evaluation": metrics["num_skipped"]},
         "num_nonfinite": metrics["num_nonfinite"],
+        "train_seconds": dict(train_seconds or {}),
         "recipe": recipe,
         "seed": seed,
         "versions": _versions(),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm_selfdistill.files import replace_file
 from timm_selfdistill.report.build import AccuracyRow, EnsembleRow, ExitRow, Report
 from timm_selfdistill.report.picture import draw_report
 from timm_selfdistill.tables import align, with_prefix
@@ -52,9 +53,9 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
     picture = io.BytesIO()
     draw_report(report).savefig(picture, format="png")
     markdown = f"{format_markdown(report)}\n![Accuracy of every exit over its compute](report.png)\n"
-    _replace(folder / "report.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
-    _replace(folder / "report.md", markdown.encode())
-    _replace(folder / "report.png", picture.getvalue())
+    replace_file(folder / "report.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
+    replace_file(folder / "report.md", markdown.encode())
+    replace_file(folder / "report.png", picture.getvalue())
 
 
 def _rows(report: Report) -> list[list[str]]:
@@ -122,10 +123,3 @@ def _accuracies(report: Report) -> Sequence[AccuracyRow]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file under another name, then rename it: nobody reads half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

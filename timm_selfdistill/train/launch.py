@@ -169,7 +169,8 @@ def _join_again() -> None:
     address of one that is gone fails or waits for ever.
     """
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if attempt == 0 or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if attempt == 0 or alone or torch.distributed.is_initialized():
         return
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     store, rank, world_size = next(torch.distributed.rendezvous("env://"))  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
 """Run a recipe: data, model, training, evaluation, report, saved model."""
 
 import argparse
+import json
 import logging
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from timm_selfdistill.data import (
     merge_skipped,
     open_dataset,
 )
-from timm_selfdistill.hub import HubError
+from timm_selfdistill.hub import CONFIG, HubError
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe, load_recipe
@@ -103,6 +104,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
     accelerator.init_trackers(folder.name, config=_flat(recipe))
 
     results: dict[str, ExitMetricsResult] = {}
+    seconds: dict[str, float] = {}
     for name, phases in networks.items():
         # Built anew from the same seed: every network starts from the same weights and sees the same images.
         set_seed(recipe.seed)
@@ -111,7 +113,9 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
             network = synchronize_batch_norm(network)
         set_seed(recipe.seed, device_specific=True)
         on_epoch = publisher.after_epoch if publisher is not None and name == "self-distilled" else None
-        model = Fit(name, network, phases, feed, recipe, accelerator, folder, signals, on_epoch).run()
+        fit = Fit(name, network, phases, feed, recipe, accelerator, folder, signals, on_epoch)
+        model = fit.run()
+        seconds[name] = fit.progress.seconds
         num_exits = model.num_exits if name == "self-distilled" else 0
         results[name] = evaluate_model(
             model, eval_loader, accelerator, num_exits=num_exits, gather=not feed.streaming, title=f"evaluate {name}"
@@ -128,6 +132,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         recipe=folder.name,
         seed=recipe.seed,
         skipped=skipped,
+        train_seconds=seconds,
     )
     if accelerator.is_main_process:
         write_report(report, folder)
@@ -136,6 +141,26 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
     accelerator.end_training()
     if publisher is not None:
         publisher.finish()
+    return report
+
+
+def finished_report(recipe: Recipe) -> Report | None:
+    """Return the report of a run that is complete, or None if it is still to be trained.
+
+    Raises:
+        ValueError: If the run's folder holds a run of another recipe, or a damaged report.
+    """
+    folder = Path(recipe.output_dir or ".")
+    if (folder / "recipe.yaml").is_file():
+        _check_same_recipe(folder, recipe)
+    path = folder / "report.json"
+    # The model is written last.
+    if not path.is_file() or not (folder / "model" / CONFIG).is_file():
+        return None
+    try:
+        report: Report = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the run writes it again.") from error
     return report
 
 
@@ -187,10 +212,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Train as the parsed arguments say."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
+
+    def run() -> None:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         report = train(recipe)
+        if not PartialState().is_main_process:
+            return
+        print(format_table(report))
+        listed = f", {SKIPPED}" if any(report["num_skipped"].values()) else ""
+        print(f"\nWritten to {recipe.output_dir}: report.json, report.md, report.png, model/{listed}")
+        if recipe.push_to_hub is not None:
+            print(f"Pushed to {recipe.push_to_hub.repo}")
+
+    return run_safely(run)
+
+
+def run_safely(run: Callable[[], None]) -> int:
+    """Run what trains; return the exit status, and say in one sentence what stopped it."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        run()
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         return interruption.exit_status
@@ -210,12 +251,6 @@ def run_command(arguments: argparse.Namespace) -> int:
             f"error: {error} Run the same command again to go on; fewer data.workers need less memory.", file=sys.stderr
         )
         return 1
-    if PartialState().is_main_process:
-        print(format_table(report))
-        listed = f", {SKIPPED}" if any(report["num_skipped"].values()) else ""
-        print(f"\nWritten to {recipe.output_dir}: report.json, report.md, report.png, model/{listed}")
-        if recipe.push_to_hub is not None:
-            print(f"Pushed to {recipe.push_to_hub.repo}")
     return 0
 
 
@@ -265,21 +300,25 @@ def _claim(folder: Path, recipe: Recipe, *, is_main: bool) -> None:
             raise ValueError(
                 f"{folder} already holds a run, and resume is never: choose another output_dir, or move it away."
             )
-        before, now = _flat(load_recipe(path)), _flat(recipe)
-        changed = [
-            f"{key} ({before.get(key)}, now {now.get(key)})"
-            for key in sorted(before | now)
-            if key.split(".")[0] not in _FREE_SECTIONS and key not in _FREE_FIELDS and before.get(key) != now.get(key)
-        ]
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run of another recipe: {'; '.join(changed)}. "
-                "Choose another output_dir, or move it away."
-            )
+        _check_same_recipe(folder, recipe)
     if is_main:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(recipe.to_yaml())
         temporary.replace(path)
+
+
+def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Refuse to mix a run with that of another recipe in its folder."""
+    before, now = _flat(load_recipe(folder / "recipe.yaml")), _flat(recipe)
+    changed = [
+        f"{key} ({before.get(key)}, now {now.get(key)})"
+        for key in sorted(before | now)
+        if key.split(".")[0] not in _FREE_SECTIONS and key not in _FREE_FIELDS and before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run of another recipe: {'; '.join(changed)}. Choose another output_dir, or move it away."
+        )
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
