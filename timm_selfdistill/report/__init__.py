@@ -2,7 +2,7 @@
 
 from timm_selfdistill.report.build import EnsembleRow, ExitRow, Report, build_report
 from timm_selfdistill.report.picture import draw_report
-from timm_selfdistill.report.write import format_markdown, format_table, write_report
+from timm_selfdistill.report.write import format_markdown, format_table, replace_file, write_report
 
 __all__ = [
     "EnsembleRow",
@@ -12,5 +12,6 @@ __all__ = [
     "draw_report",
     "format_markdown",
     "format_table",
+    "replace_file",
     "write_report",
 ]

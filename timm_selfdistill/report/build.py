@@ -139,7 +139,7 @@ def build_report(
         "num_nonfinite": metrics["num_nonfinite"],
         "recipe": recipe,
         "seed": seed,
-        "versions": _versions(),
+        "versions": versions(),
         "input_size": list(input_size),
         "device": _device_name(parameter.device),
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -173,7 +173,7 @@ def _backbone_name(backbone: nn.Module) -> str:
     return str(config.get("architecture") or type(backbone).__name__)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     try:
         own = metadata.version("timm_selfdistill")
     except metadata.PackageNotFoundError:

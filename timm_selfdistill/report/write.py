@@ -52,9 +52,9 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
     picture = io.BytesIO()
     draw_report(report).savefig(picture, format="png")
     markdown = f"{format_markdown(report)}\n![Accuracy of every exit over its compute](report.png)\n"
-    _replace(folder / "report.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
-    _replace(folder / "report.md", markdown.encode())
-    _replace(folder / "report.png", picture.getvalue())
+    replace_file(folder / "report.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
+    replace_file(folder / "report.md", markdown.encode())
+    replace_file(folder / "report.png", picture.getvalue())
 
 
 def _rows(report: Report) -> list[list[str]]:
@@ -124,7 +124,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file under another name, then rename it: nobody reads half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
