@@ -11,7 +11,7 @@ from torch import Tensor
 from timm_selfdistill.calibration.logits import ExitLogits, replay
 from timm_selfdistill.calibration.macs import PathMacs
 from timm_selfdistill.calibration.risk import certified, upper_bound
-from timm_selfdistill.calibration.search import Candidate, Search
+from timm_selfdistill.calibration.search import Candidate, Search, frontier
 from timm_selfdistill.calibration.temperature import fit_temperatures
 from timm_selfdistill.early_exit import EarlyExitConfig
 
@@ -114,14 +114,14 @@ def choose_settings(
     if goal.risk is not None:
         return _choose_by_risk(stored, macs, settings, goal.risk, goal.confidence)
     search = Search(stored, macs, _with_temperatures(settings, stored))
-    frontier = search.frontier()
+    found = frontier(search.explore())
     if goal.max_accuracy_drop is not None:
-        chosen = _cheapest(search, frontier, stored, goal.max_accuracy_drop)
+        chosen = _cheapest(search, found, stored, goal.max_accuracy_drop)
     else:
         budget = macs.full / goal.speedup if goal.speedup is not None else goal.macs_budget
         assert budget is not None
-        chosen = _most_accurate(search, frontier, macs, budget)
-    curve = tuple(replace(search.settings, thresholds=item.thresholds) for item in frontier)
+        chosen = _most_accurate(search, found, macs, budget)
+    curve = tuple(replace(search.settings, thresholds=item.thresholds) for item in found)
     return Choice(replace(search.settings, thresholds=chosen.thresholds), curve)
 
 
@@ -138,43 +138,44 @@ def _with_temperatures(settings: EarlyExitConfig, stored: ExitLogits) -> EarlyEx
     return replace(settings, temperatures=fit_temperatures(stored.logits[:-1], stored.targets))
 
 
-def _cheapest(search: Search, frontier: Sequence[Candidate], stored: ExitLogits, drop: float) -> Candidate:
+def _cheapest(search: Search, found: Sequence[Candidate], stored: ExitLogits, drop: float) -> Candidate:
     """Return the cheapest thresholds whose accuracy is at most `drop` points below the backbone's."""
     full = int(stored.correct[-1].sum())
     # To a billionth of an image: 0.5 % of 200 images is one.
     needed = math.ceil(full - drop / 100 * len(stored) - 1e-9)
-    enough = [item for item in frontier if item.correct >= needed]
+    enough = [item for item in found if item.good >= needed]
     if not enough:
-        best = frontier[-1]
+        best = found[-1].good
         raise ValueError(
-            f"max_accuracy_drop {drop} cannot be reached: of these {len(stored):,} images the backbone's own classifier "
-            f"gets {full:,} right, and early exit {best.correct:,} at best, "
-            f"{100 * (full - best.correct) / len(stored):.2f} points less. Allow so much, or take fallback last."
+            f"max_accuracy_drop {drop} cannot be reached: of these {len(stored):,} images the backbone's own "
+            f"classifier gets {full:,} right, and early exit {best:,} at best, "
+            f"{100 * (full - best) / len(stored):.2f} points less. Allow so much, or take fallback last."
         )
 
-    def score(correct: Tensor, macs: Tensor) -> Tensor:
-        return torch.where(correct >= needed, -macs, -math.inf)
+    def score(good: Tensor, macs: Tensor) -> Tensor:
+        return torch.where(good >= needed, -macs, -math.inf)
 
     return search.climb(min(enough, key=lambda item: item.macs), score)
 
 
-def _most_accurate(search: Search, frontier: Sequence[Candidate], macs: PathMacs, budget: float) -> Candidate:
+def _most_accurate(search: Search, found: Sequence[Candidate], macs: PathMacs, budget: float) -> Candidate:
     """Return the most accurate thresholds with which an image costs at most `budget`; of equal ones the cheapest."""
-    shares = search.shares_within(budget)
-    within = [item for item in [*frontier, *([shares] if shares else [])] if item.macs <= budget]
+    most = budget * (1 + 1e-9)  # a budget that was divided is not exact
+    shares = search.shares_within(most)
+    within = [item for item in [*found, *([shares] if shares else [])] if item.macs <= most]
     if not within:
-        least = frontier[0].macs
+        least = found[0].macs
         raise ValueError(
             f"A budget of {budget:.4g} MACs for an image cannot be kept: the cheapest exit costs {least:.4g}, a "
             f"speedup of {macs.full / least:.4g} over the backbone's {macs.full:.4g}."
         )
 
-    def score(correct: Tensor, macs_of_all: Tensor) -> Tensor:
+    def score(good: Tensor, macs_of_all: Tensor) -> Tensor:
         # Half a right answer for all the cost there can be: a tie goes to the cheapest.
         tie = 0.5 * macs_of_all / (macs.every_exit * search.num_images)
-        return torch.where(macs_of_all <= budget * search.num_images, correct - tie, -math.inf)
+        return torch.where(macs_of_all <= most * search.num_images, good - tie, -math.inf)
 
-    return search.climb(max(within, key=lambda item: (item.correct, -item.macs)), score)
+    return search.climb(max(within, key=lambda item: (item.good, -item.macs)), score)
 
 
 def _choose_by_risk(
@@ -185,8 +186,12 @@ def _choose_by_risk(
     if len(stored) < 2:
         raise ValueError(f"A risk needs 2 images or more, to propose thresholds and to test them; got {len(stored)}.")
     proposing, testing = (stored.select(half) for half in order.chunk(2))
-    search = Search(proposing, macs, _with_temperatures(settings, proposing))
-    proposed = sorted(search.frontier(), key=lambda item: (_losses(search, item, proposing), -item.macs))
+    search = Search(proposing, macs, _with_temperatures(settings, proposing), against_backbone=True)
+    found = search.explore()
+    # From safe to cheap. Thresholds under which few leave and nothing is lost come first, although others are cheaper
+    # and lose nothing either on the half that proposes: the first one that fails ends the test.
+    lossless = [item for item in found if item.good == len(proposing)]
+    proposed = sorted({*lossless, *frontier(found)}, key=lambda item: (-item.good, -item.macs, item.thresholds))
     configs = [replace(search.settings, thresholds=item.thresholds) for item in proposed]
     losses = [int(excess_errors(config, testing).sum()) for config in configs]
     safe = certified(losses, len(testing), risk, confidence)
@@ -194,13 +199,9 @@ def _choose_by_risk(
         bound = upper_bound(losses[0], len(testing), confidence)
         raise ValueError(
             f"A risk of {risk} cannot be certified with confidence {confidence}: half of the images tests the "
-            f"thresholds, and of these {len(testing):,} the safest thresholds lose {losses[0]:,}. A risk of {bound:.4f} "
-            "can be; a smaller one needs more images."
+            f"thresholds, and of these {len(testing):,} the safest thresholds lose {losses[0]:,}. A risk of "
+            f"{bound:.4f} can be; a smaller one needs more images."
         )
     chosen = min(range(safe), key=lambda place: proposed[place].macs)
-    curve = sorted(range(len(configs)), key=lambda place: proposed[place].macs)
-    return Choice(configs[chosen], tuple(configs[place] for place in curve), (len(testing), losses[chosen]))
-
-
-def _losses(search: Search, candidate: Candidate, stored: ExitLogits) -> int:
-    return int(excess_errors(replace(search.settings, thresholds=candidate.thresholds), stored).sum())
+    curve = tuple(replace(search.settings, thresholds=item.thresholds) for item in frontier(found))
+    return Choice(configs[chosen], curve, (len(testing), losses[chosen]))

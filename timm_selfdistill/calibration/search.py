@@ -17,15 +17,17 @@ Score = Callable[[Tensor, Tensor], Tensor]
 """How good outcomes are, the larger the better, -inf for those that are not allowed.
 
 Args:
-    correct: Images that get a right answer [J].
+    good: Images that get a good answer [J].
     macs: Multiply-accumulates of all images together [J].
 """
 
-# So many thresholds of an exit are tried: few enough that the choice among them does not learn the images by heart.
-_LEVELS: Final = 100
-# What one multiply-accumulate is worth, as the share of right answers that a whole backbone may cost.
-_PRICES: Final = tuple(10 ** (-4 + step / 8) for step in range(41))
-_SHARES: Final = tuple(10 ** (-2 + step / 10) for step in range(41))
+# Of the thresholds of an exit that are tried, each lets at least twice as many images more leave than the one before as
+# the square root of their number, the size of chance's part in it: finer steps would learn these images by heart.
+_STEP: Final = 2
+_MOST_LEVELS: Final = 100
+# What one multiply-accumulate is worth, as the share of good answers that a whole backbone may cost.
+_PRICES: Final = tuple(10 ** (-4 + step / 5) for step in range(26))
+_SHARES: Final = tuple(10 ** (-2 + step / 6) for step in range(25))
 _HALVINGS: Final = 40
 
 
@@ -35,32 +37,40 @@ class Candidate:
 
     Args:
         thresholds: K thresholds.
-        correct: Images that get a right answer.
+        good: Images that get a good answer.
         macs: Mean multiply-accumulates of an image.
     """
 
     thresholds: tuple[float, ...]
-    correct: int
+    good: int
     macs: float
 
 
 class Search:
     """Early exit on a split, with thresholds that are still to be found.
 
+    An answer is good if it is right or, with `against_backbone`, if it is not wrong where the backbone's own classifier
+    is right.
+
     Args:
         stored: The logits of the split.
         macs: What the way to each exit costs.
         settings: Rule, temperatures and fallback; its thresholds do not count.
+        against_backbone: What good is.
     """
 
-    def __init__(self, stored: ExitLogits, macs: PathMacs, settings: EarlyExitConfig) -> None:
+    def __init__(
+        self, stored: ExitLogits, macs: PathMacs, settings: EarlyExitConfig, *, against_backbone: bool = False
+    ) -> None:
         self.num_exits, self.num_images = stored.num_exits, len(stored)
         self.settings = replace(settings, thresholds=(math.inf,) * self.num_exits)
         # NaN is never sure.
         self.confidence = confidences(stored.logits, settings).nan_to_num(nan=-math.inf)
-        self._correct = stored.correct
-        if settings.fallback == "ensemble":
-            self._correct = torch.cat([self._correct[:-1], stored.ensemble_correct.unsqueeze(0)])
+        correct = stored.correct
+        last = stored.ensemble_correct if settings.fallback == "ensemble" else correct[-1]
+        self._good = torch.cat([correct[:-1], last.unsqueeze(0)])
+        if against_backbone:
+            self._good |= ~correct[-1]
         self._macs = macs
         self._order = self.confidence.argsort(-1, descending=True)
         self._levels = [self._thresholds_to_try(exit) for exit in range(self.num_exits)]
@@ -73,7 +83,7 @@ class Search:
         """Return what thresholds give."""
         index = first_sure(self.confidence, thresholds)
         macs = self._paths(thresholds)[index].sum()
-        return Candidate(tuple(thresholds), int(self._right(index).sum()), float(macs) / self.num_images)
+        return Candidate(tuple(thresholds), int(self._goodness(index).sum()), float(macs) / self.num_images)
 
     def shares(self, base: float) -> Candidate:
         """Return what MSDNet's thresholds give under which a share of base^k leaves at exit k."""
@@ -104,11 +114,9 @@ class Search:
                 high = middle
         return best
 
-    def frontier(self) -> list[Candidate]:
-        """Return thresholds from cheap to dear, each more often right than all that are cheaper.
-
-        They are found by `climb` for many prices of a multiply-accumulate, and among them are the best that fixed exits
-        and MSDNet's shares give.
+    def explore(self) -> list[Candidate]:
+        """Return thresholds of many costs: what fixed exits and MSDNet's shares give, and what `climb` makes of these
+        for many prices of a multiply-accumulate.
         """
         never = (math.inf,) * self.num_exits
         found = [self.candidate(never)]
@@ -118,7 +126,7 @@ class Search:
             score = partial(self._worth, price)
             start = max(found, key=lambda item: float(score(*self._totals(item))))
             found.append(self.climb(start, score))
-        return _undominated(found)
+        return found
 
     def climb(self, start: Candidate, score: Score) -> Candidate:
         """Change one threshold after the other to the best of those that are tried, until nothing gets better."""
@@ -136,23 +144,23 @@ class Search:
         return self.candidate(thresholds)
 
     def _scan(self, thresholds: Sequence[float], exit: int) -> tuple[Tensor, Tensor]:
-        """Return right answers [J] and multiply-accumulates [J] for each threshold that is tried at an exit."""
+        """Return good answers [J] and multiply-accumulates [J] for each threshold that is tried at an exit."""
         passed = [*thresholds[:exit], math.inf, *thresholds[exit + 1 :]]
         index = first_sure(self.confidence, passed)
         come_by = index > exit
         paths = self._paths([*thresholds[:exit], 0.0, *thresholds[exit + 1 :]])
-        stay_right, stay_macs = self._right(index), paths[index]
+        stay_good, stay_macs = self._goodness(index), paths[index]
         # What changes as one image after the other, the surest first, leaves here.
         order = self._order[exit]
-        gained = ((self._correct[exit].long() - stay_right.long()) * come_by)[order].cumsum(0)
+        gained = ((self._good[exit].long() - stay_good.long()) * come_by)[order].cumsum(0)
         saved = ((stay_macs - paths[exit]) * come_by)[order].cumsum(0)
         counts = self._counts[exit]
-        correct = stay_right.sum() + torch.cat([gained.new_zeros(1), gained])[counts]
+        good = stay_good.sum() + torch.cat([gained.new_zeros(1), gained])[counts]
         macs = stay_macs.sum() - torch.cat([saved.new_zeros(1), saved])[counts]
         if not self.settings.asks(exit):
             # The first threshold is infinity: nobody leaves, and the head does not run.
             macs[0] -= self._macs.heads[exit] * int(come_by.sum())
-        return correct.double(), macs
+        return good.double(), macs
 
     def _thresholds_to_try(self, exit: int) -> Tensor:
         """Return infinity, thresholds that let about equally many images more leave each, and one that lets all."""
@@ -160,7 +168,9 @@ class Search:
         values, counts = torch.unique_consecutive(values[values > -math.inf], return_counts=True)
         # A threshold can only lie between two different values: how many images are above each of these places.
         above = counts.cumsum(0)[:-1]
-        wanted = torch.arange(1, _LEVELS) * (int(counts.sum()) / _LEVELS)
+        images = int(counts.sum())
+        steps = max(2, min(_MOST_LEVELS, math.isqrt(images) // _STEP))
+        wanted = torch.arange(1, steps) * (images / steps)
         places = torch.searchsorted(above.double(), wanted.double())
         used = sorted(set(places[places < len(above)].tolist()))
         levels = [self._between(values[place + 1], values[place]) for place in used]
@@ -173,15 +183,15 @@ class Search:
         config = replace(self.settings, thresholds=tuple(thresholds))
         return self._macs.paths([config.asks(exit) for exit in range(self.num_exits)])
 
-    def _right(self, index: Tensor) -> Tensor:
-        return self._correct[index, torch.arange(self.num_images)]
+    def _goodness(self, index: Tensor) -> Tensor:
+        return self._good[index, torch.arange(self.num_images)]
 
     def _totals(self, candidate: Candidate) -> tuple[Tensor, Tensor]:
-        totals = (candidate.correct, candidate.macs * self.num_images)
+        totals = (candidate.good, candidate.macs * self.num_images)
         return torch.tensor(totals[0]).double(), torch.tensor(totals[1]).double()
 
-    def _worth(self, price: float, correct: Tensor, macs: Tensor) -> Tensor:
-        return correct - price * macs / self._macs.full
+    def _worth(self, price: float, good: Tensor, macs: Tensor) -> Tensor:
+        return good - price * macs / self._macs.full
 
 
 def share_thresholds(confidence: Tensor, base: float) -> tuple[float, ...]:
@@ -223,10 +233,10 @@ def between(lower: Tensor, upper: Tensor) -> float:
     return float(middle if middle > lower else upper)
 
 
-def _undominated(found: Sequence[Candidate]) -> list[Candidate]:
-    """Return those that are more often right than all that are as cheap, from cheap to dear."""
+def frontier(found: Sequence[Candidate]) -> list[Candidate]:
+    """Return those that have more good answers than all that are as cheap, from cheap to dear."""
     kept: list[Candidate] = []
-    for candidate in sorted(found, key=lambda item: (item.macs, -item.correct)):
-        if not kept or candidate.correct > kept[-1].correct:
+    for candidate in sorted(found, key=lambda item: (item.macs, -item.good)):
+        if not kept or candidate.good > kept[-1].good:
             kept.append(candidate)
     return kept

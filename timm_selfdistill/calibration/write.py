@@ -90,9 +90,16 @@ def _settings(report: CalibrationReport) -> list[list[str]]:
         cells = ["", ""]
         if row is not exits[-1]:
             threshold = settings["thresholds"][row["index"]]
-            cells = [f"{temperatures[row['index']]:.3f}", "never" if threshold is None else f"{threshold:.4f}"]
+            cells = [f"{temperatures[row['index']]:.3f}", _threshold(threshold)]
         rows.append([f"{row['index']}: {row['name']}", *cells, f"{share:.1%}", f"{ideal:.1%}"])
     return rows
+
+
+def _threshold(value: float | None) -> str:
+    """Return a threshold, in words where it lets no image leave, or every one."""
+    if value is None:
+        return "never"
+    return f"{value:.4f}" if value > 0 else "always"
 
 
 def _notes(report: CalibrationReport) -> list[str]:
