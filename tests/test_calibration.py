@@ -19,6 +19,7 @@ from timm_selfdistill.calibration import (
     replay,
 )
 from timm_selfdistill.calibration.goal import excess_errors
+from timm_selfdistill.calibration.logits import confidences
 from timm_selfdistill.calibration.risk import binomial_tail, certified, upper_bound
 from timm_selfdistill.calibration.search import share_thresholds
 from timm_selfdistill.flops import MacCounter
@@ -48,13 +49,13 @@ def cost(config, stored, macs=MACS):
 
 @pytest.fixture
 def model(make_backbone):
-    return sd.wrap(make_backbone("resnet18")).eval()
+    return sd.wrap(make_backbone("resnet18"), image_size=64).eval()
 
 
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(5)
-    return torch.randn(12, 3, 64, 64, generator=generator) * torch.linspace(0.1, 3, 12).view(-1, 1, 1, 1)
+    return torch.randn(8, 3, 64, 64, generator=generator) * torch.linspace(0.1, 3, 8).view(-1, 1, 1, 1)
 
 
 @torch.no_grad()
@@ -70,22 +71,25 @@ def centred(model, batch):
 @pytest.mark.parametrize("rule", RULES)
 def test_replay_and_its_cost_are_those_of_the_network(model, batch, rule, fallback):
     centred(model, batch)
-    stored = collect_logits(model, [(batch, torch.arange(12) % 5)])
+    stored = collect_logits(model, [(batch, torch.arange(8) % 5)])
     macs = measure_path_macs(model, (3, 64, 64))
+    temperatures = (0.5, 0.25, 2.0)
+    settings = sd.EarlyExitConfig((math.inf,) * 3, rule, temperatures, fallback)
+    # Between two images, that let three of eight leave.
+    rows = [row.sort(descending=True).values for row in confidences(stored.logits, settings)]
+    first, second, third = (1, 1, 1) if rule == "patience" else (float(row[2:4].mean()) for row in rows)
     indices = set()
-    for thresholds in ([0.45, 0.5, 0.3], [math.inf, 0.4, math.inf], [math.inf] * 3):
-        if rule == "patience":
-            thresholds = [1 if value < math.inf else value for value in thresholds]
-        fast = sd.EarlyExit(model, thresholds, rule=rule, temperatures=(0.5, 0.25, 0.25), fallback=fallback)
+    for thresholds in ((first, second, third), (math.inf, second, math.inf)):
+        fast = sd.EarlyExit(model, thresholds, rule=rule, temperatures=temperatures, fallback=fallback)
         expected, out = fast(batch), replay(fast.config, stored.logits)
         assert torch.equal(out.exit_index, expected.exit_index)
         torch.testing.assert_close(out.logits, expected.logits)
         with MacCounter() as counter:
             for image in batch:
                 fast(image.unsqueeze(0))
-        assert macs.mean(fast.config, out.exit_index) == counter.macs / 12
+        assert macs.mean(fast.config, out.exit_index) == counter.macs / 8
         indices |= set(out.exit_index.tolist())
-    assert len(indices) > 2
+    assert len(indices) > 1
 
 
 def test_macs_of_single_exits_are_those_of_the_report(model):
@@ -101,11 +105,11 @@ def test_macs_of_single_exits_are_those_of_the_report(model):
 
 
 def test_logits_are_collected_without_images_that_could_not_be_decoded(model, batch):
-    targets = torch.arange(12) % 5
+    targets = torch.arange(8) % 5
     targets[[2, 7]] = -100
     stored = collect_logits(model, zip(batch.split(5), targets.split(5), strict=True))
-    whole = collect_logits(model, [(batch, torch.arange(12) % 5)])
-    kept = [0, 1, 3, 4, 5, 6, 8, 9, 10, 11]
+    whole = collect_logits(model, [(batch, torch.arange(8) % 5)])
+    kept = [0, 1, 3, 4, 5, 6]
     assert stored.num_skipped == 2
     assert torch.equal(stored.targets, whole.targets[kept])
     torch.testing.assert_close(stored.logits, whole.logits[:, kept])
@@ -116,15 +120,15 @@ def test_logits_are_collected_without_images_that_could_not_be_decoded(model, ba
 
 
 def test_temperatures_minimise_the_cross_entropy():
-    stored = made_up(500)
+    stored = made_up(200)
     found = fit_temperatures(stored.logits, stored.targets)
-    grid = torch.logspace(math.log10(0.05), math.log10(20), 4001)
+    grid = torch.logspace(math.log10(0.05), math.log10(20), 801)
     for logits, temperature in zip(stored.logits.double(), found, strict=True):
-        rest = 1 / 502
-        wanted = torch.full((500, 10), rest / 9, dtype=torch.float64)
-        wanted[torch.arange(500), stored.targets] = 1 - rest
+        rest = 1 / 202
+        wanted = torch.full((200, 10), rest / 9, dtype=torch.float64)
+        wanted[torch.arange(200), stored.targets] = 1 - rest
         losses = torch.stack([-(wanted * (logits / t).log_softmax(-1)).sum(-1).mean() for t in grid])
-        assert temperature == pytest.approx(float(grid[losses.argmin()]), rel=2e-3)
+        assert temperature == pytest.approx(float(grid[losses.argmin()]), rel=5e-3)
     # Twice the logits need twice the temperature, which gives the same probabilities.
     assert fit_temperatures(2 * stored.logits, stored.targets) == pytest.approx([2 * t for t in found], rel=1e-5)
 
@@ -174,9 +178,10 @@ def test_shares_of_msdnet(base, thresholds):
 def test_the_budget_solver_of_msdnet_keeps_to_its_budget_and_uses_it():
     stored = made_up(2000)
     search = Search(stored, MACS, sd.EarlyExitConfig((0.5,) * 3))
-    for budget in (220, 300, 500, 800, 1060):
+    for budget in (220, 300, 500, 800):
         found = search.shares_within(budget)
-        assert 0.97 * budget <= found.macs <= budget
+        assert 0.99 * budget <= found.macs <= budget
+    assert search.shares_within(1060).thresholds == (math.inf,) * 3
     assert search.shares_within(219) is None
 
 
@@ -277,8 +282,8 @@ def test_the_guarantee_holds_where_a_choice_by_the_same_images_does_not():
     macs = PathMacs((200, 400, 1000), (20, 30))
     broken = {"risk": 0, "max_accuracy_drop": 0}
     speedups = []
-    for seed in range(40):
-        drawn = world.select(torch.randint(20000, (400,), generator=torch.Generator().manual_seed(seed)))
+    for seed in range(24):
+        drawn = world.select(torch.randint(20000, (300,), generator=torch.Generator().manual_seed(seed)))
         for goal in (Goal(risk=0.05, confidence=0.8), Goal(max_accuracy_drop=5)):
             config = choose_settings(drawn, macs, goal).config
             if goal.risk is not None:
@@ -287,9 +292,9 @@ def test_the_guarantee_holds_where_a_choice_by_the_same_images_does_not():
             else:
                 drop = 100 * float(world.correct[-1].double().mean()) - accuracy(config, world)
                 broken["max_accuracy_drop"] += drop > 5
-    assert broken["risk"] <= 8  # a share of 1 - 0.8
+    assert broken["risk"] <= 4  # a share of at most 1 - 0.8
     assert broken["max_accuracy_drop"] > 8
-    assert sum(speedups) / 40 > 1.3
+    assert sum(speedups) / 24 > 1.3
 
 
 @pytest.mark.parametrize(
