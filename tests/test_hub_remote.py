@@ -15,7 +15,7 @@ from hub_server import HubServer
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, model_card, remote
+from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, model_card, remote, save_early_exit
 
 pytestmark = pytest.mark.multiprocess
 
@@ -266,6 +266,29 @@ def test_a_run_is_pushed_from_its_folder_to_a_private_repository(
     assert answer["no_branch"] == "HubError: Pushing to me/run failed: it has no branch, tag or commit 'v9'."
     assert answer["owner"]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_calibrate_wrote_goes_with_the_settings_only(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model = sd.wrap("resnet18", num_classes=7, image_size=64, model_kwargs={"channels": [16, 32, 64, 80]}).eval()
+    sd.save_pretrained(model, run / "model")
+    written = {"calibration.json", "calibration.md", "calibration.png"}
+    for name in written:
+        (run / name).write_text(name)
+    push = f"""
+    from timm_selfdistill.cli import main as cli
+    answer(status=cli(["push", {str(run)!r}, "me/run"]))
+    """
+    assert client(push) == {"status": 0}
+    assert not written & set(hub.files("me/run"))
+
+    settings = sd.EarlyExitConfig((0.9, float("inf"), 0.7), temperatures=(1.5, 1.0, 0.5))
+    save_early_exit(run / "model", settings)
+    assert client(push) == {"status": 0}
+    assert written <= set(hub.files("me/run"))
+    assert 'sd.load_early_exit("me/run")' in hub.files("me/run")[CARD].decode()
+    answer = client('answer(settings=sd.load_early_exit("me/run").config.to_json())')
+    assert answer == {"settings": settings.to_json()}
 
 
 def test_a_push_that_somebody_else_overtook_changes_nothing(hub: HubServer, client: Client) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_selfdistill import compare
+from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
+from timm_selfdistill.early_exit import FALLBACKS, RULES
 from timm_selfdistill.hub import HubError, push_folder
 from timm_selfdistill.preview import format_preview, preview_exits
 from timm_selfdistill.recipe import list_recipes, read_settings
@@ -35,6 +37,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="fields of the recipe's data section, such as eval_split=val"
     )
     evaluate.set_defaults(run=_evaluate)
+
+    calibrate = commands.add_parser(
+        "calibrate", help="choose when a trained model answers early, by images that it was not trained on"
+    )
+    calibrate.add_argument("folder", type=Path, help="a run's folder, or the model folder in it")
+    goal = calibrate.add_mutually_exclusive_group(required=True)
+    goal.add_argument(
+        "--max-accuracy-drop",
+        type=float,
+        metavar="POINTS",
+        help="as cheap as possible, at most so many percentage points of top-1 accuracy below the backbone's own "
+        "classifier on the calibration split",
+    )
+    goal.add_argument("--speedup", type=float, help="as accurate as possible with so many times fewer MACs")
+    goal.add_argument("--macs-budget", type=float, metavar="MACS", help="the same for mean MACs of an image")
+    goal.add_argument(
+        "--risk",
+        type=float,
+        help="as cheap as possible, and certainly (see --confidence) at most this share of new images answered wrong "
+        "that the backbone's own classifier gets right",
+    )
+    calibrate.add_argument("--confidence", type=float, help=f"confidence of --risk; {CONFIDENCE} by default")
+    calibrate.add_argument("--split", help="split to calibrate on; what the run held out for validation by default")
+    calibrate.add_argument("--data", help="data set of both splits: a hub name or a path; the run's own by default")
+    calibrate.add_argument("--rule", choices=list(RULES), default="max-softmax", help="what confidence is")
+    calibrate.add_argument("--fallback", choices=FALLBACKS, default="last", help="who answers when no exit is sure")
+    calibrate.add_argument("--output", type=Path, help="folder for calibration.json, .md, .png; the run's by default")
+    calibrate.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="fields of the recipe's data section, such as eval_split=val"
+    )
+    calibrate.set_defaults(run=_calibrate)
 
     push = commands.add_parser("push", help="push a trained model to the Hugging Face Hub")
     push.add_argument("folder", type=Path, help="a run's folder, or the model folder in it")
@@ -78,6 +111,34 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(format_table(report))
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    try:
+        if arguments.confidence is not None and arguments.risk is None:
+            raise ValueError("--confidence is that of --risk, which is not given.")
+        goal = Goal(
+            max_accuracy_drop=arguments.max_accuracy_drop,
+            speedup=arguments.speedup,
+            macs_budget=arguments.macs_budget,
+            risk=arguments.risk,
+            confidence=CONFIDENCE if arguments.confidence is None else arguments.confidence,
+        )
+        report = calibrate_folder(
+            arguments.folder,
+            goal,
+            data_path=arguments.data,
+            split=arguments.split,
+            overrides=arguments.overrides,
+            rule=arguments.rule,
+            fallback=arguments.fallback,
+            output=arguments.output,
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(format_calibration(report))
     return 0
 
 

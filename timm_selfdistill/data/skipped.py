@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from timm_selfdistill.files import replace_file
+
 _logger = logging.getLogger(__name__)
 
 Use = Literal["training", "validation", "evaluation"]
@@ -79,9 +81,7 @@ def merge_skipped(folder: Path) -> dict[str, int]:
     whole = folder / SKIPPED
     images = {image: line for path in (whole, *parts) for image, line in _read(path).items()}
     if parts:
-        temporary = folder / f".{SKIPPED}.tmp"
-        temporary.write_text("".join(f"{line}\n" for line in images.values()))
-        temporary.replace(whole)
+        replace_file(whole, "".join(f"{line}\n" for line in images.values()).encode())
         for part in parts:
             part.unlink()
     return dict(Counter(use for use, *_ in images))

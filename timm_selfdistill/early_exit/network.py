@@ -1,6 +1,5 @@
 """A network that stops when it knows: images leave the batch at the first exit that is sure of them."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -107,7 +106,6 @@ class _Journey:
 
     def __init__(self, network: EarlyExit, x: Tensor) -> None:
         self._model, self._config, self._shrinks = network.model, network.config, network.shrinks
-        self._needs_every_exit = self._config.fallback == "ensemble" or self._config.rule == "patience"
         self._present = torch.arange(len(x), device=x.device)
         self._waiting = torch.ones_like(self._present, dtype=torch.bool)
         self._state: State = ()
@@ -116,7 +114,7 @@ class _Journey:
 
     def visit(self, exit: int, taps: tuple[Tensor, ...]) -> Tensor | None:
         """Let images leave at an exit; return the rows of those that go on, or None for all."""
-        if self._needs_every_exit or self._config.thresholds[exit] < math.inf:
+        if self._config.asks(exit):
             self._ask(exit, taps)
         rows = self._waiting.nonzero().squeeze(1)
         if len(rows) == len(self._present) or (len(rows) and not self._shrinks[exit]):

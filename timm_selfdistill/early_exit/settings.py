@@ -140,6 +140,10 @@ class EarlyExitConfig:
                 f"{len(self.thresholds)} thresholds for {len(names)} exits ({', '.join(names)}): give one for each."
             )
 
+    def asks(self, exit: int) -> bool:
+        """Whether an exit's head runs on the images that come by; without, it could tell nothing that counts."""
+        return self.thresholds[exit] < math.inf or self.fallback == "ensemble" or self.rule == "patience"
+
     def confidence(self, logits: Tensor, exit: int, state: State) -> tuple[Tensor, State]:
         """Return how sure an exit is of each image [B], and the rule's state for the next exit.
 

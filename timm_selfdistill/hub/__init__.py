@@ -1,7 +1,15 @@
 """Save and load a wrapped model: a folder, or a repository on the Hugging Face Hub, that plain timm loads too."""
 
 from timm_selfdistill.hub.card import Training, model_card
-from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, read_early_exit, save_pretrained
+from timm_selfdistill.hub.folder import (
+    BACKBONE,
+    CARD,
+    CONFIG,
+    EXITS,
+    read_early_exit,
+    save_early_exit,
+    save_pretrained,
+)
 from timm_selfdistill.hub.remote import (
     HubError,
     from_pretrained,
@@ -25,5 +33,6 @@ __all__ = [
     "push_folder",
     "push_to_hub",
     "read_early_exit",
+    "save_early_exit",
     "save_pretrained",
 ]

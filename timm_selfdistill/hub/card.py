@@ -65,6 +65,17 @@ def model_card(
     return f"{text}\n## Recipe\n\n```yaml\n{training.recipe.rstrip()}\n```\n"
 
 
+def card_with_early_exit(card: str, model: SelfDistillModel, early_exit: EarlyExitConfig) -> str:
+    """Return the model card of a saved model that loads the early-exit settings saved with it; the rest stays.
+
+    Args:
+        card: The text of the card, perhaps edited.
+        model: The model.
+        early_exit: The settings.
+    """
+    return card.replace(_usage(model, None, None), _usage(model, None, early_exit))
+
+
 def card_for_repository(
     card: str,
     model: SelfDistillModel,

@@ -21,7 +21,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.hub.card import model_card
+from timm_selfdistill.hub.card import card_with_early_exit, model_card
 from timm_selfdistill.model import SelfDistillModel, wrap
 
 CONFIG, BACKBONE, EXITS, CARD = "config.json", "model.safetensors", "exits.safetensors", "README.md"
@@ -143,6 +143,34 @@ def read_early_exit(folder: str | Path) -> EarlyExitConfig | None:
         return EarlyExitConfig.from_json(saved)
     except ValueError as error:
         raise ValueError(f"{Path(folder) / CONFIG} holds early-exit settings that are not allowed: {error}") from error
+
+
+def save_early_exit(folder: str | Path, early_exit: EarlyExitConfig) -> None:
+    """Keep early-exit settings with a model that is saved already; its weights are not written again.
+
+    `config.json` is replaced first, then the model card, where it still has the lines that tell how to load the model.
+
+    Args:
+        folder: A folder that `save_pretrained` wrote.
+        early_exit: When images leave early.
+
+    Raises:
+        ValueError: If the folder holds no whole model, or there is not one threshold for each of its exits.
+    """
+    folder = Path(folder)
+    model = load_folder(folder)
+    early_exit.check_exits(model.exit_names[:-1])
+    config = json.loads((folder / CONFIG).read_text())
+    config[_KEY]["early_exit"] = early_exit.to_json()
+    texts = {CONFIG: json.dumps(config, indent=2)}
+    if (folder / CARD).is_file():
+        texts[CARD] = card_with_early_exit((folder / CARD).read_text(), model, early_exit)
+    for name, text in texts.items():
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            staged = Path(temporary) / name
+            staged.write_text(text)
+            shutil.copymode(folder / name, staged)
+            os.replace(staged, folder / name)
 
 
 def _unshare(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict[str, Any]) -> None:

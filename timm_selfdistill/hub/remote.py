@@ -22,6 +22,8 @@ from timm_selfdistill.recipe import LICENSE, REPO_ID
 
 # What a training run writes beside its model.
 _OF_A_RUN = ("report.json", "report.md", "report.png", "recipe.yaml")
+# What `calibrate` writes there: it tells of the early-exit settings, and goes with them only.
+_OF_SETTINGS = ("calibration.json", "calibration.md", "calibration.png")
 _BY_STATUS = {
     401: "the token is missing or not valid: log in with `hf auth login`, or give another token",
     403: "the token may not do that: give one that may write to it",
@@ -163,8 +165,8 @@ def push_folder(
     """Push a saved model to the Hugging Face Hub in one commit.
 
     The model is loaded first, so that nothing damaged is pushed. Of a training run, the report and the recipe go with
-    it. The folder itself is only read. The model card tells how to load the model from the Hub; what was edited in it
-    stays.
+    it, and with early-exit settings what `calibrate` wrote of them. The folder itself is only read. The model card
+    tells how to load the model from the Hub; what was edited in it stays.
 
     Args:
         folder: A folder that `save_pretrained` or a training run wrote.
@@ -192,10 +194,11 @@ def push_folder(
     saved = folder / "model" if (folder / "model" / CONFIG).is_file() else folder
     model = load_folder(saved)
     files: dict[str, Path | bytes] = {name: saved / name for name in (CONFIG, BACKBONE, EXITS)}
-    files |= {name: folder / name for name in _OF_A_RUN if (folder / name).is_file()}
+    early_exit = read_early_exit(saved)
+    beside = _OF_A_RUN if early_exit is None else (*_OF_A_RUN, *_OF_SETTINGS)
+    files |= {name: folder / name for name in beside if (folder / name).is_file()}
     if (saved / CARD).is_file():
         card = (saved / CARD).read_text()
-        early_exit = read_early_exit(saved)
         files[CARD] = card_for_repository(card, model, repo_id, license=license, early_exit=early_exit).encode()
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     make_repository(repo_id, private=private, token=token)

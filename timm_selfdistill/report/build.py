@@ -144,7 +144,7 @@ def build_report(
         "train_seconds": dict(train_seconds or {}),
         "recipe": recipe,
         "seed": seed,
-        "versions": _versions(),
+        "versions": versions(),
         "input_size": list(input_size),
         "device": _device_name(parameter.device),
         "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -178,7 +178,7 @@ def _backbone_name(backbone: nn.Module) -> str:
     return str(config.get("architecture") or type(backbone).__name__)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     try:
         own = metadata.version("timm_selfdistill")
     except metadata.PackageNotFoundError:

@@ -75,7 +75,7 @@ def evaluate_folder(
     model = from_pretrained(model_folder)
     recipe = _recipe(run, model, data_path, overrides)
     data = open_dataset(recipe.data, recipe.seed)
-    _check_classes(model_folder, data)
+    check_classes(model_folder, data)
     input = InputConfig.from_model(model.backbone, recipe.data)
     loaders = build_loaders(
         data,
@@ -123,7 +123,7 @@ def _recipe(run: Path, model: SelfDistillModel, data_path: str | None, overrides
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=only)})
 
 
-def _check_classes(folder: Path, data: ImageData) -> None:
+def check_classes(folder: Path, data: ImageData) -> None:
     """Refuse a data set whose classes are not those the model was trained on, in its order."""
     names = json.loads((folder / CONFIG).read_text()).get("label_names")
     if names is not None and names != list(data.class_names):

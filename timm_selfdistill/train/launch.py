@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from torch.utils.data import DataLoader, DistributedSampler
 
+from timm_selfdistill.files import replace_file
 from timm_selfdistill.recipe import Recipe
 
 _logger = logging.getLogger(__name__)
@@ -69,9 +70,7 @@ class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
             seen += owner == network
             if owner is not None and not (owner == network and seen > count):
                 lines.append(line)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in lines))
-        temporary.replace(self.path)
+        replace_file(self.path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:

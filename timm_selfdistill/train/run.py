@@ -25,6 +25,7 @@ from timm_selfdistill.data import (
     merge_skipped,
     open_dataset,
 )
+from timm_selfdistill.files import replace_file
 from timm_selfdistill.hub import CONFIG, HubError
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel, wrap
@@ -302,9 +303,7 @@ def _claim(folder: Path, recipe: Recipe, *, is_main: bool) -> None:
             )
         _check_same_recipe(folder, recipe)
     if is_main:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(recipe.to_yaml())
-        temporary.replace(path)
+        replace_file(path, recipe.to_yaml().encode())
 
 
 def _check_same_recipe(folder: Path, recipe: Recipe) -> None:

@@ -1,0 +1,274 @@
+"""The command `timm-selfdistill calibrate` on a small run: what it stores, what it reports, what it refuses."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+import timm_selfdistill as sd
+from timm_selfdistill.calibration import Goal, calibrate_folder, collect_logits, format_calibration
+from timm_selfdistill.calibration.write import format_calibration_markdown
+from timm_selfdistill.cli import main as cli
+from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
+from timm_selfdistill.hub import folder as hub_folder
+from timm_selfdistill.recipe import load_recipe
+from timm_selfdistill.train import train
+
+SMALL = (
+    "epochs=3",
+    "batch_size=16",
+    "baseline=false",
+    "precision='no'",
+    "data.max_train=640",
+    "data.max_eval=90",
+    "data.image_size=16",
+    "augment={scale: [1.0, 1.0], ratio: [1.0, 1.0], hflip: 0.0}",
+)
+FILES = ("calibration.json", "calibration.md", "calibration.png")
+WEIGHTS = ("model.safetensors", "exits.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on few digits; only read."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    recipe = load_recipe("digits", [*SMALL, f"output_dir={folder}"])
+    train(recipe)
+    # Digits are so easy that the first exit would answer for all: it and the next one get worse.
+    model = sd.from_pretrained(folder / "model")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for head, noise in zip(model.heads, (0.4, 0.2), strict=False):
+            weight = head.classifier.weight
+            weight += noise * torch.randn(weight.shape, generator=generator)
+    names = open_dataset(recipe.data, recipe.seed).class_names
+    sd.save_pretrained(model, folder / "model", label_names=names)
+    report = json.loads((folder / "report.json").read_text())
+    report["baseline"] = {"top1": 91.25, "top5": 99.0, "ece": 0.1}
+    (folder / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of that run."""
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    return tmp_path / "run"
+
+
+def content(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def loaders(run: Path) -> Any:
+    recipe = load_recipe(run / "recipe.yaml")
+    data = open_dataset(recipe.data, recipe.seed)
+    input = InputConfig.from_model(sd.from_pretrained(run / "model").backbone, recipe.data)
+    options = {"batch_size": 16, "accelerator_shards": (0, 1), "seed": 0}
+    return data, build_loaders(data, recipe.data, recipe.augment, input, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--max-accuracy-drop", "3"],
+        ["--speedup", "1.2", "--rule", "entropy", "--fallback", "ensemble"],
+        ["--risk", "0.08", "--confidence", "0.8", "--rule", "margin"],
+        ["--macs-budget", "900000", "--rule", "patience"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_the_stored_network_does_what_the_report_says(run, options, capsys):
+    before = content(run)
+    assert cli(["calibrate", str(run), *options]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((run / "calibration.json").read_text())
+    assert printed == format_calibration(report) + "\n"
+    assert (run / "calibration.md").read_text().startswith(format_calibration_markdown(report))
+    after = content(run)
+    assert {name for name in before if before[name] != after[name]} == {"model/config.json", "model/README.md"}
+    assert set(after) - set(before) == set(FILES)
+
+    assert sum(share > 0 for share in report["early_exit"]["shares"]) > 1
+    fast = sd.load_early_exit(run / "model")
+    assert fast.config.to_json() == report["settings"]
+    data, batches = loaders(run)
+    right, index = 0, []
+    with torch.no_grad():
+        for images, targets in batches.eval:
+            out = fast(images)
+            right += int((out.logits.argmax(-1) == targets).sum())
+            index += out.exit_index.tolist()
+    assert report["early_exit"]["top1"] == pytest.approx(100 * right / 90)
+    assert report["early_exit"]["shares"] == [index.count(exit) / 90 for exit in range(4)]
+    assert len(data.eval) == report["num_samples"] == 90
+
+
+def test_what_is_reported(run):
+    report = calibrate_folder(run, Goal(max_accuracy_drop=3))
+    model = sd.from_pretrained(run / "model")
+    trained = json.loads((run / "report.json").read_text())
+    data, batches = loaders(run)
+    assert report["goal"] == {"max_accuracy_drop": 3}
+    held_out = report["calibration"]
+    assert held_out["dataset"] == "digits, the 10 % of train that the run held out"
+    assert held_out["num_samples"] == len(data.validation)
+    assert not set(data.validation.indices) & set(data.train.indices)
+    stored = collect_logits(model, batches.validation)
+    assert held_out["backbone_top1"] == pytest.approx(100 * float(stored.correct[-1].double().mean()))
+    assert held_out["top1"] >= held_out["backbone_top1"] - 3
+    assert held_out["tested"] is None
+
+    stored = collect_logits(model, batches.eval)
+    for row, ours, right in zip(trained["exits"], report["exits"], stored.correct, strict=True):
+        assert ours["index"] == row["index"]
+        assert ours["name"] == row["name"]
+        assert ours["macs"] == row["macs"]
+        assert ours["top1"] == pytest.approx(100 * float(right.double().mean()))
+        assert ours["speedup"] == pytest.approx(trained["exits"][-1]["macs"] / row["macs"])
+    assert report["exits"][-1]["top1"] == pytest.approx(trained["exits"][-1]["top1"])
+    assert report["ensemble"]["top1"] == pytest.approx(100 * float(stored.ensemble_correct.double().mean()))
+    assert report["ensemble"]["macs"] == trained["ensemble"]["macs"]
+    assert report["baseline"] == {"top1": 91.25, "macs": trained["exits"][-1]["macs"], "speedup": 1}
+    first = [next((exit for exit in range(4) if stored.correct[exit, i]), 3) for i in range(90)]
+    assert report["oracle"]["shares"] == [first.count(exit) / 90 for exit in range(4)]
+    assert report["oracle"]["top1"] == pytest.approx(100 * float(stored.correct.any(0).double().mean()))
+    assert report["oracle"]["top1"] >= max(row["top1"] for row in report["exits"])
+    macs = [point["macs"] for point in report["curve"]]
+    assert len(macs) > 2
+    assert all(macs[0] * 0.99 <= value <= report["ensemble"]["macs"] for value in macs)
+    assert (run / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    assert "sd.load_early_exit(FOLDER)" in (run / "model" / "README.md").read_text()
+    assert list(run.glob("model/.*")) == []
+
+
+def test_settings_are_replaced_and_an_edited_card_stays(run):
+    card = run / "model" / "README.md"
+    card.write_text(card.read_text() + "\nTrained on a rainy day.\n")
+    first = calibrate_folder(run, Goal(speedup=1.1))
+    text = card.read_text()
+    assert text.endswith("\nTrained on a rainy day.\n")
+    second = calibrate_folder(run / "model", Goal(macs_budget=2 * first["exits"][0]["macs"]), rule="margin")
+    assert second["recipe"] == "run"
+    assert card.read_text() == text
+    assert sd.load_early_exit(run / "model").config.rule == "margin"
+    assert json.loads((run / "calibration.json").read_text()) == second
+
+
+def test_a_crash_leaves_a_whole_model(run, monkeypatch):
+    before = content(run)
+    real, left = os.replace, []
+
+    def crash(source, target):
+        if not left:
+            raise OSError("no more electricity")
+        left.pop()
+        real(source, target)
+
+    monkeypatch.setattr(hub_folder.os, "replace", crash)
+    for replaced, changed in ((0, set()), (1, {"model/config.json"})):
+        left[:] = [None] * replaced
+        with pytest.raises(OSError, match="electricity"):
+            calibrate_folder(run, Goal(speedup=1.1))
+        after = content(run)
+        assert {name for name in before if before[name] != after.get(name)} == changed
+        assert set(after) == set(before)
+        sd.from_pretrained(run / "model")
+    sd.load_early_exit(run / "model")
+
+
+def test_another_data_set(run, tmp_path, capsys):
+    source = open_dataset(load_recipe("digits").data, 0)
+    images = [{"image": row["image"], "label": row["target"]} for row in source.eval]
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(source.class_names))}
+    rows = datasets.Dataset.from_list(images, features=datasets.Features(features))
+    splits = {"one": rows.select(range(0, 200)), "two": rows.select(range(200, 360))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "other")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    (run / "recipe.yaml").unlink()
+    named = ["--data", str(tmp_path / "other"), "image_size=16", "workers=0", "eval_split=two"]
+    assert cli(["calibrate", str(run / "model"), "--speedup", "1.1", "--split", "one", *named]) == 0
+    report = json.loads((run / "model" / "calibration.json").read_text())
+    assert (report["calibration"]["num_samples"], report["num_samples"]) == (200, 160)
+    assert (report["calibration"]["dataset"], report["dataset"]) == ("other, one", "other, two")
+    assert report["baseline"] is None
+
+    # One split, halved.
+    halved = ["--data", str(tmp_path / "other"), "--split", "one", "image_size=16", "workers=0", "eval_fraction=0.4"]
+    assert cli(["calibrate", str(run / "model"), "--speedup", "1.1", *halved, "--output", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert (report["calibration"]["num_samples"], report["num_samples"]) == (120, 80)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "test"], "--split test is the split that is reported on"),
+        (["--split", "train"], "--split train is the split that the model was trained on"),
+        (["--data", "digits"], "Name the split of digits to calibrate on with --split"),
+        (["--data", "digits", "--split", "test"], "--split test is the split that is reported on"),
+        (["--data", "digits", "--split", "train"], "--split train of digits is what the model was trained on"),
+        (["validation=0.5"], "validation cannot be changed here: it decides which images were trained on"),
+        (["train_split=test", "eval_split=train"], "train_split cannot be changed here"),
+        (["eval_split=train"], "must not be the split that is trained on"),
+        (["--split", "night"], "has no split 'night'"),
+        (["--confidence", "0.9"], "--confidence is that of --risk"),
+        (["--data", "imagenet-of-mine/none.parquet", "--split", "a"], "there is no such folder or file"),
+    ],
+)
+def test_what_is_refused(run, options, message, capsys):
+    before = content(run)
+    assert cli(["calibrate", str(run), "--speedup", "1.1", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert content(run) == before
+
+
+@pytest.mark.parametrize(
+    ("goal", "message"),
+    [
+        (["--speedup", "0.9"], "speedup is 0.9; it must be a factor of 1 or more"),
+        (["--speedup", "100"], "the cheapest exit costs"),
+        (["--risk", "0.0001"], "a smaller one needs more images"),
+        (["--max-accuracy-drop", "nan"], "max_accuracy_drop is nan"),
+    ],
+)
+def test_goals_that_cannot_be_reached(run, goal, message, capsys):
+    before = content(run)
+    assert cli(["calibrate", str(run), *goal]) == 2
+    assert message in capsys.readouterr().err
+    assert content(run) == before
+
+
+@pytest.mark.parametrize(
+    ("goal", "message"),
+    [([], "one of the arguments"), (["--risk", "0.1", "--speedup", "2"], "not allowed with argument")],
+)
+def test_one_goal_must_be_given(goal, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli(["calibrate", "runs/none", *goal])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_without_validation_images_needs_a_split(run, capsys):
+    text = (run / "recipe.yaml").read_text()
+    assert "validation: 0.1" in text
+    (run / "recipe.yaml").write_text(text.replace("validation: 0.1", "validation: 0.0"))
+    assert cli(["calibrate", str(run), "--speedup", "1.1"]) == 2
+    assert "held out no images for validation (data.validation is 0)" in capsys.readouterr().err
+
+
+def test_other_classes_and_no_recipe_are_refused(run, make_image_folder, tmp_path, capsys):
+    folder = make_image_folder(tmp_path / "images")
+    named = ["--data", str(folder), "--split", "train", "eval_split=validation"]
+    assert cli(["calibrate", str(run), "--speedup", "1.1", *named]) == 2
+    assert "they must be the same, in the same order" in capsys.readouterr().err
+    (run / "recipe.yaml").unlink()
+    assert cli(["calibrate", str(run), "--speedup", "1.1"]) == 2
+    assert "no recipe.yaml beside the model" in capsys.readouterr().err

@@ -1,0 +1,346 @@
+"""The choice of early exit's settings, against arithmetic that is written out, and its guarantee by simulation."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import timm_selfdistill as sd
+from timm_selfdistill.calibration import (
+    ExitLogits,
+    Goal,
+    PathMacs,
+    Search,
+    choose_settings,
+    collect_logits,
+    fit_temperatures,
+    measure_path_macs,
+    replay,
+)
+from timm_selfdistill.calibration.goal import excess_errors
+from timm_selfdistill.calibration.logits import confidences
+from timm_selfdistill.calibration.risk import binomial_tail, certified, upper_bound
+from timm_selfdistill.calibration.search import share_thresholds
+from timm_selfdistill.flops import MacCounter
+
+MACS = PathMacs(backbone=(200, 400, 700, 1000), heads=(20, 30, 10))
+RULES = ["max-softmax", "margin", "entropy", "patience"]
+
+
+def made_up(count, seed=0, exits=3, classes=10):
+    """Logits of images that are hard in different measure, and of exits that are better the deeper they are."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (count,), generator=generator)
+    hardness = torch.randn(count, generator=generator)
+    logits = torch.randn(exits + 1, count, classes, generator=generator)
+    for exit in range(exits + 1):
+        logits[exit, torch.arange(count), targets] += 2.2 * (0.6 + 0.7 * exit - hardness).clamp(min=-0.5)
+    return ExitLogits(logits, targets)
+
+
+def accuracy(config, stored):
+    return 100 * float((replay(config, stored.logits).logits.argmax(-1) == stored.targets).double().mean())
+
+
+def cost(config, stored, macs=MACS):
+    return macs.mean(config, replay(config, stored.logits).exit_index)
+
+
+@pytest.fixture
+def model(make_backbone):
+    return sd.wrap(make_backbone("resnet18"), image_size=64).eval()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(8, 3, 64, 64, generator=generator) * torch.linspace(0.1, 3, 8).view(-1, 1, 1, 1)
+
+
+@torch.no_grad()
+def centred(model, batch):
+    """Give each untrained exit a bias under which it does not say the same of all images."""
+    for head, logits in zip(model.heads, model(batch, return_exits=True).logits, strict=False):
+        head.classifier.bias -= logits.mean(0)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fallback", ["last", "ensemble"])
+@pytest.mark.parametrize("rule", RULES)
+def test_replay_and_its_cost_are_those_of_the_network(model, batch, rule, fallback):
+    centred(model, batch)
+    stored = collect_logits(model, [(batch, torch.arange(8) % 5)])
+    macs = measure_path_macs(model, (3, 64, 64))
+    temperatures = (0.5, 0.25, 2.0)
+    settings = sd.EarlyExitConfig((math.inf,) * 3, rule, temperatures, fallback)
+    # Between two images, that let three of eight leave.
+    rows = [row.sort(descending=True).values for row in confidences(stored.logits, settings)]
+    first, second, third = (1, 1, 1) if rule == "patience" else (float(row[2:4].mean()) for row in rows)
+    indices = set()
+    for thresholds in ((first, second, third), (math.inf, second, math.inf)):
+        fast = sd.EarlyExit(model, thresholds, rule=rule, temperatures=temperatures, fallback=fallback)
+        expected, out = fast(batch), replay(fast.config, stored.logits)
+        assert torch.equal(out.exit_index, expected.exit_index)
+        torch.testing.assert_close(out.logits, expected.logits)
+        with MacCounter() as counter:
+            for image in batch:
+                fast(image.unsqueeze(0))
+        assert macs.mean(fast.config, out.exit_index) == counter.macs / 8
+        indices |= set(out.exit_index.tolist())
+    assert len(indices) > 1
+
+
+def test_macs_of_single_exits_are_those_of_the_report(model):
+    macs = measure_path_macs(model, (3, 64, 64))
+    image = torch.zeros(1, 3, 64, 64)
+    for exit in range(4):
+        with torch.no_grad(), MacCounter() as counter:
+            model.forward_exit(image, exit)
+        assert macs.exit(exit) == counter.macs
+    with torch.no_grad(), MacCounter() as counter:
+        model(image, return_exits=True)
+    assert macs.every_exit == counter.macs
+
+
+def test_logits_are_collected_without_images_that_could_not_be_decoded(model, batch):
+    targets = torch.arange(8) % 5
+    targets[[2, 7]] = -100
+    stored = collect_logits(model, zip(batch.split(5), targets.split(5), strict=True))
+    whole = collect_logits(model, [(batch, torch.arange(8) % 5)])
+    kept = [0, 1, 3, 4, 5, 6]
+    assert stored.num_skipped == 2
+    assert torch.equal(stored.targets, whole.targets[kept])
+    torch.testing.assert_close(stored.logits, whole.logits[:, kept])
+    with pytest.raises(ValueError, match=r"no images to calibrate on \(5 could not"):
+        collect_logits(model, [(batch[:5], torch.full((5,), -100))])
+    with pytest.raises(ValueError, match=r"must lie in 0..4; got 0 to 5"):
+        collect_logits(model, [(batch[:6], torch.arange(6))])
+
+
+def test_temperatures_minimise_the_cross_entropy():
+    stored = made_up(200)
+    found = fit_temperatures(stored.logits, stored.targets)
+    grid = torch.logspace(math.log10(0.05), math.log10(20), 801)
+    for logits, temperature in zip(stored.logits.double(), found, strict=True):
+        rest = 1 / 202
+        wanted = torch.full((200, 10), rest / 9, dtype=torch.float64)
+        wanted[torch.arange(200), stored.targets] = 1 - rest
+        losses = torch.stack([-(wanted * (logits / t).log_softmax(-1)).sum(-1).mean() for t in grid])
+        assert temperature == pytest.approx(float(grid[losses.argmin()]), rel=5e-3)
+    # Twice the logits need twice the temperature, which gives the same probabilities.
+    assert fit_temperatures(2 * stored.logits, stored.targets) == pytest.approx([2 * t for t in found], rel=1e-5)
+
+
+def test_a_temperature_is_found_again():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1, 20000, 10, generator=generator)
+    targets = logits[0].softmax(-1).multinomial(1, generator=generator).squeeze(1)
+    assert fit_temperatures(3 * logits, targets) == pytest.approx([3], rel=0.03)
+
+
+def test_temperatures_of_logits_that_tell_nothing():
+    targets = torch.arange(8) % 4
+    perfect = 10.0 * torch.nn.functional.one_hot(targets, 4).float()
+    wrong = perfect.roll(1, 1)
+    damaged = perfect.clone()
+    damaged[0, 0], damaged[1, 1] = math.nan, math.inf
+    none = torch.full_like(perfect, math.nan)
+    of_perfect, of_wrong, of_damaged, of_none, of_equal = fit_temperatures(
+        torch.stack([perfect, wrong, damaged, none, torch.ones_like(perfect)]), targets
+    )
+    # Right on all 8 images: sure to 1 - 1 / 10, as the target of the fit is.
+    assert float((perfect / of_perfect).softmax(-1).amax(-1)[0]) == pytest.approx(0.9)
+    assert of_wrong == pytest.approx(20, rel=1e-6)
+    assert float((perfect / of_damaged).softmax(-1).amax(-1)[0]) == pytest.approx(1 - 1 / 8)
+    assert (of_none, of_equal) == (1, 1)
+
+
+CONFIDENCE = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [0.1, 0.2, 0.9, 0.8, 0.7, 0.6]])
+
+
+@pytest.mark.parametrize(
+    ("base", "thresholds"),
+    [
+        (1, [0.75, 0.75]),  # 2 of 6 leave at each exit: those with 0.9 and 0.8, then the same of the four that are left
+        (2, [math.inf, 0.85]),  # 6/7, 12/7 and 24/7 images: none, one, five
+        (0.5, [0.65, 0.75]),  # 24/7, 12/7 and 6/7: three, then one of 0.8, 0.7, 0.6, then two
+        (0, [0.4, math.inf]),  # all
+        (1e-9, [0.45, math.inf]),  # all but what is less than one image
+        (1e9, [math.inf, math.inf]),
+    ],
+)
+def test_shares_of_msdnet(base, thresholds):
+    assert share_thresholds(CONFIDENCE, base) == pytest.approx(thresholds)
+
+
+def test_the_budget_solver_of_msdnet_keeps_to_its_budget_and_uses_it():
+    stored = made_up(2000)
+    search = Search(stored, MACS, sd.EarlyExitConfig((0.5,) * 3))
+    for budget in (220, 300, 500, 800):
+        found = search.shares_within(budget)
+        assert 0.99 * budget <= found.macs <= budget
+    assert search.shares_within(1060).thresholds == (math.inf,) * 3
+    assert search.shares_within(219) is None
+
+
+@pytest.mark.parametrize("fallback", ["last", "ensemble"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_search_is_as_good_as_fixed_exits_and_msdnet(rule, fallback):
+    stored = made_up(400, seed=3)
+    for budget in (450, 700):
+        config = choose_settings(stored, MACS, Goal(macs_budget=budget), rule=rule, fallback=fallback).config
+        search = Search(stored, MACS, config)
+        never = (math.inf,) * 3
+        rivals = [search.shares_within(budget), search.candidate(never)]
+        rivals += [search.candidate((*never[:exit], 0.0, *never[exit + 1 :])) for exit in range(3)]
+        affordable = [rival for rival in rivals if rival is not None and rival.macs <= budget]
+        assert affordable
+        assert cost(config, stored) <= budget
+        assert accuracy(config, stored) >= max(rival.good for rival in affordable) / 4 - 1e-9
+
+
+def test_the_search_finds_what_trying_everything_finds():
+    gaps = []
+    for seed in range(6):
+        stored, macs = made_up(100, seed, exits=2), PathMacs((200, 400, 1000), (20, 30))
+        search = Search(stored, macs, sd.EarlyExitConfig((0.5, 0.5)))
+        every = [search.candidate(pair) for pair in itertools.product(*(row.tolist() for row in search._levels))]
+        found = search.explore()
+        for budget in (300, 500, 700):
+            best = max(item.good for item in every if item.macs <= budget)
+            gaps.append(best - max(item.good for item in found if item.macs <= budget))
+        for item in found:
+            config = sd.EarlyExitConfig(item.thresholds)
+            assert accuracy(config, stored) == pytest.approx(item.good)
+            assert cost(config, stored, macs) == pytest.approx(item.macs)
+    assert max(gaps) <= 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_goals_are_kept(rule):
+    stored = made_up(2000)
+    full = 100 * float(stored.correct[-1].double().mean())
+    costs = []
+    for drop in (0, 0.5, 2):
+        config = choose_settings(stored, MACS, Goal(max_accuracy_drop=drop), rule=rule).config
+        assert accuracy(config, stored) >= full - drop - 1e-9
+        costs.append(cost(config, stored))
+    assert 1000 >= costs[0] > costs[1] > costs[2] or rule == "patience"
+    budgeted = choose_settings(stored, MACS, Goal(macs_budget=600), rule=rule).config
+    assert budgeted == choose_settings(stored, MACS, Goal(speedup=1000 / 600), rule=rule).config
+    assert cost(budgeted, stored) <= 600
+    assert budgeted.rule == rule
+    assert (budgeted.temperatures is None) == (rule == "patience")
+
+
+def test_a_tie_goes_to_the_cheapest():
+    stored = made_up(200)
+    same = ExitLogits(stored.logits[-1:].expand(4, -1, -1), stored.targets)
+    config = choose_settings(same, MACS, Goal(speedup=1)).config
+    assert config.thresholds == (0, math.inf, math.inf)
+
+
+def test_what_is_no_number_never_leaves():
+    stored = made_up(400)
+    stored.logits[:3, ::2] = math.nan
+    for goal in (Goal(max_accuracy_drop=50), Goal(speedup=1.2), Goal(risk=0.2)):
+        config = choose_settings(stored, MACS, goal).config
+        index = replay(config, stored.logits).exit_index
+        assert (index[::2] == 3).all()
+        assert (index[1::2] < 3).any()
+    stored.logits[:] = math.nan
+    assert not stored.correct.any()
+    assert not stored.ensemble_correct.any()
+
+
+def test_bounds_of_the_binomial_distribution():
+    for losses, count, rate in ((0, 10, 0.3), (3, 12, 0.2), (7, 9, 0.5)):
+        exact = sum(math.comb(count, k) * rate**k * (1 - rate) ** (count - k) for k in range(losses + 1))
+        assert binomial_tail(losses, count, rate) == pytest.approx(exact)
+        bound = upper_bound(losses, count, 0.9)
+        assert binomial_tail(losses, count, bound) == pytest.approx(0.1)
+    assert upper_bound(0, 100, 0.95) == pytest.approx(1 - 0.05**0.01)
+    assert binomial_tail(5, 5, 0.5) == upper_bound(5, 5, 0.9) == 1
+    assert 0 < binomial_tail(1200, 50000, 0.025) < 1
+
+
+def test_an_unsafe_setting_is_certified_as_seldom_as_promised():
+    generator = torch.Generator().manual_seed(0)
+    rates = torch.tensor([0.02, 0.04, 0.0501, 0.0502, 0.06, 0.04])
+    draws = torch.rand(4000, 300, 1, generator=generator)
+    losses = (draws < rates).sum(1)
+    safe = [certified(row, 300, 0.05, 0.8) for row in losses.tolist()]
+    share = sum(count > 2 for count in safe) / 4000
+    assert 0.1 < share <= 0.2 + 3 * math.sqrt(0.2 * 0.8 / 4000)
+    assert sum(count > 0 for count in safe) > 3000
+
+
+def test_the_guarantee_holds_where_a_choice_by_the_same_images_does_not():
+    world = made_up(20000, seed=7, exits=2, classes=4)
+    macs = PathMacs((200, 400, 1000), (20, 30))
+    broken = {"risk": 0, "max_accuracy_drop": 0}
+    speedups = []
+    for seed in range(24):
+        drawn = world.select(torch.randint(20000, (300,), generator=torch.Generator().manual_seed(seed)))
+        for goal in (Goal(risk=0.05, confidence=0.8), Goal(max_accuracy_drop=5)):
+            config = choose_settings(drawn, macs, goal).config
+            if goal.risk is not None:
+                speedups.append(1000 / cost(config, world, macs))
+                broken["risk"] += float(excess_errors(config, world).double().mean()) > 0.05
+            else:
+                drop = 100 * float(world.correct[-1].double().mean()) - accuracy(config, world)
+                broken["max_accuracy_drop"] += drop > 5
+    assert broken["risk"] <= 4  # a share of at most 1 - 0.8
+    assert broken["max_accuracy_drop"] > 8
+    assert sum(speedups) / 24 > 1.3
+
+
+@pytest.mark.parametrize(
+    ("goal", "message"),
+    [
+        ({}, "Give one of max_accuracy_drop, speedup, macs_budget, risk; got none"),
+        ({"speedup": 2, "risk": 0.1}, "got speedup, risk"),
+        ({"max_accuracy_drop": -0.5}, "max_accuracy_drop is -0.5; it must be percentage points, 0 to 100"),
+        ({"max_accuracy_drop": math.nan}, "max_accuracy_drop is nan"),
+        ({"speedup": 0.5}, "speedup is 0.5; it must be a factor of 1 or more"),
+        ({"macs_budget": math.inf}, "macs_budget is inf; it must be a number of multiply-accumulates"),
+        ({"risk": 0}, "risk is 0; it must be a probability above 0 and below 1"),
+        ({"risk": 0.1, "confidence": 1}, "confidence is 1; it must be a probability"),
+    ],
+)
+def test_goals_that_are_none(goal, message):
+    with pytest.raises(ValueError, match=message):
+        Goal(**goal)
+
+
+def test_goals_that_cannot_be_reached_say_what_can():
+    stored = made_up(300)
+    with pytest.raises(ValueError, match=r"the cheapest exit costs 220, a speedup of 4.545 over the backbone's 1000"):
+        choose_settings(stored, MACS, Goal(speedup=5))
+    assert choose_settings(stored, MACS, Goal(speedup=1000 / 220)).config.thresholds == (0, math.inf, math.inf)
+    with pytest.raises(ValueError, match=r"A risk of 0.001 .* of these 150 .* lose 0. A risk of 0.0152 can be"):
+        choose_settings(stored, MACS, Goal(risk=0.001))
+    poor = ExitLogits(stored.logits * torch.tensor([-9.0, -9, -9, 1]).view(4, 1, 1), stored.targets)
+    with pytest.raises(ValueError, match=r"max_accuracy_drop 1 cannot be reached: .* points less"):
+        choose_settings(poor, MACS, Goal(max_accuracy_drop=1), fallback="ensemble")
+    with pytest.raises(ValueError, match="rule is 'luck'"):
+        choose_settings(stored, MACS, Goal(speedup=2), rule="luck")
+    with pytest.raises(ValueError, match="needs 2 images or more"):
+        choose_settings(stored.select(torch.tensor([0])), MACS, Goal(risk=0.1))
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "message"),
+    [
+        (torch.zeros(2, 3, 4), torch.zeros(4, dtype=torch.int64), "Expected logits"),
+        (torch.zeros(1, 3, 4), torch.zeros(3, dtype=torch.int64), "needs an added exit"),
+        (torch.zeros(2, 3, 1), torch.zeros(3, dtype=torch.int64), "2 classes; got 1 and 1"),
+        (torch.zeros(2, 0, 4), torch.zeros(0, dtype=torch.int64), "There are no images"),
+        (torch.zeros(2, 3, 4), torch.tensor([0, -1, 2]), "got -1 to 2"),
+    ],
+)
+def test_logits_that_do_not_fit(logits, targets, message):
+    with pytest.raises(ValueError, match=message):
+        ExitLogits(logits, targets)

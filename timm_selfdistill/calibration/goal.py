@@ -1,0 +1,207 @@
+"""What early exit is to achieve, and the settings that achieve it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from timm_selfdistill.calibration.logits import ExitLogits, replay
+from timm_selfdistill.calibration.macs import PathMacs
+from timm_selfdistill.calibration.risk import certified, upper_bound
+from timm_selfdistill.calibration.search import Candidate, Search, frontier
+from timm_selfdistill.calibration.temperature import fit_temperatures
+from timm_selfdistill.early_exit import EarlyExitConfig
+
+CONFIDENCE: Final = 0.9
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the thresholds are chosen for; one of the four.
+
+    Args:
+        max_accuracy_drop: The cheapest thresholds whose accuracy is at most so many percentage points below that of the
+            backbone's own classifier, both on the calibration images.
+        speedup: The most accurate thresholds with which an image costs at most the plain backbone's
+            multiply-accumulates divided by this, in the mean over the calibration images.
+        macs_budget: The same for a mean number of multiply-accumulates.
+        risk: The cheapest thresholds for which it is certain, with the given confidence, that a new image which the
+            backbone's own classifier gets right is answered wrong with at most this probability.
+        confidence: The confidence of that.
+
+    Raises:
+        ValueError: If none or more than one is given, or a number is out of range.
+    """
+
+    max_accuracy_drop: float | None = None
+    speedup: float | None = None
+    macs_budget: float | None = None
+    risk: float | None = None
+    confidence: float = CONFIDENCE
+
+    def __post_init__(self) -> None:
+        names = ("max_accuracy_drop", "speedup", "macs_budget", "risk")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"Give one of {', '.join(names)}; got {', '.join(given) or 'none'}.")
+        for name, low, high, meaning in (
+            ("max_accuracy_drop", 0, 100, "percentage points, 0 to 100"),
+            ("speedup", 1, math.inf, "a factor of 1 or more"),
+            ("macs_budget", 1, math.inf, "a number of multiply-accumulates, 1 or more"),
+            ("risk", 0, 1, "a probability above 0 and below 1"),
+            ("confidence", 0, 1, "a probability above 0 and below 1"),
+        ):
+            value = getattr(self, name)
+            fits = value is None or (low <= value <= high and value < math.inf)
+            if not fits or (name in ("risk", "confidence") and value in (0, 1)):
+                raise ValueError(f"{name} is {value}; it must be {meaning}.")
+
+    def to_json(self) -> dict[str, float]:
+        """Return what was given, for a report."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None and (name != "confidence" or self.risk is not None)
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings that were chosen.
+
+    Args:
+        config: The settings.
+        curve: Settings of the same rule and temperatures, from cheap to dear: what else could be had.
+        tested: How many images the risk was tested on, and how many of them were lost; None for other goals.
+    """
+
+    config: EarlyExitConfig
+    curve: tuple[EarlyExitConfig, ...]
+    tested: tuple[int, int] | None = None
+
+
+def choose_settings(
+    stored: ExitLogits, macs: PathMacs, goal: Goal, *, rule: str = "max-softmax", fallback: str = "last"
+) -> Choice:
+    """Choose temperatures, then thresholds, by held-out images.
+
+    The thresholds are those of a search, one exit after the other, whose result is at least as good on these images as
+    every fixed exit and as MSDNet's budget solver.
+
+    For a risk, one half of the images, drawn at random, chooses the temperatures and an order of settings from safe to
+    cheap, and the other half tests them in this order. The guarantee holds for images drawn like these, whatever their
+    distribution, and for the choice of these images: of all the times that it is made, it fails in a share of at most
+    1 - `goal.confidence`.
+
+    Args:
+        stored: The logits of images that were not trained on and are not reported on.
+        macs: What the way to each exit costs.
+        goal: What is to be achieved.
+        rule: What confidence is, as in `EarlyExitConfig`.
+        fallback: Who answers for images that no exit is sure of, as there.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: If the goal cannot be reached with these exits and images; says what can.
+    """
+    # Refuses an unknown rule or fallback.
+    settings = EarlyExitConfig((math.inf,) * stored.num_exits, rule, fallback=fallback)
+    if goal.risk is not None:
+        return _choose_by_risk(stored, macs, settings, goal.risk, goal.confidence)
+    search = Search(stored, macs, _with_temperatures(settings, stored))
+    found = frontier(search.explore())
+    if goal.max_accuracy_drop is not None:
+        chosen = _cheapest(search, found, stored, goal.max_accuracy_drop)
+    else:
+        budget = macs.full / goal.speedup if goal.speedup is not None else goal.macs_budget
+        assert budget is not None
+        chosen = _most_accurate(search, found, macs, budget)
+    curve = tuple(replace(search.settings, thresholds=item.thresholds) for item in found)
+    return Choice(replace(search.settings, thresholds=chosen.thresholds), curve)
+
+
+def excess_errors(config: EarlyExitConfig, stored: ExitLogits) -> Tensor:
+    """Whether each image [N] is answered wrong that the backbone's own classifier gets right."""
+    answers = replay(config, stored.logits).logits
+    return stored.correct[-1] & (answers.argmax(-1) != stored.targets)
+
+
+def _with_temperatures(settings: EarlyExitConfig, stored: ExitLogits) -> EarlyExitConfig:
+    """Fit the temperatures, which patience does not look at."""
+    if settings.rule == "patience":
+        return settings
+    return replace(settings, temperatures=fit_temperatures(stored.logits[:-1], stored.targets))
+
+
+def _cheapest(search: Search, found: Sequence[Candidate], stored: ExitLogits, drop: float) -> Candidate:
+    """Return the cheapest thresholds whose accuracy is at most `drop` points below the backbone's."""
+    full = int(stored.correct[-1].sum())
+    # To a billionth of an image: 0.5 % of 200 images is one.
+    needed = math.ceil(full - drop / 100 * len(stored) - 1e-9)
+    enough = [item for item in found if item.good >= needed]
+    if not enough:
+        best = found[-1].good
+        raise ValueError(
+            f"max_accuracy_drop {drop} cannot be reached: of these {len(stored):,} images the backbone's own "
+            f"classifier gets {full:,} right, and early exit {best:,} at best, "
+            f"{100 * (full - best) / len(stored):.2f} points less. Allow so much, or take fallback last."
+        )
+
+    def score(good: Tensor, macs: Tensor) -> Tensor:
+        return torch.where(good >= needed, -macs, -math.inf)
+
+    return search.climb(min(enough, key=lambda item: item.macs), score)
+
+
+def _most_accurate(search: Search, found: Sequence[Candidate], macs: PathMacs, budget: float) -> Candidate:
+    """Return the most accurate thresholds with which an image costs at most `budget`; of equal ones the cheapest."""
+    most = budget * (1 + 1e-9)  # a budget that was divided is not exact
+    shares = search.shares_within(most)
+    within = [item for item in [*found, *([shares] if shares else [])] if item.macs <= most]
+    if not within:
+        least = found[0].macs
+        raise ValueError(
+            f"A budget of {budget:.4g} MACs for an image cannot be kept: the cheapest exit costs {least:.4g}, a "
+            f"speedup of {macs.full / least:.4g} over the backbone's {macs.full:.4g}."
+        )
+
+    def score(good: Tensor, macs_of_all: Tensor) -> Tensor:
+        # Half a right answer for all the cost there can be: a tie goes to the cheapest.
+        tie = 0.5 * macs_of_all / (macs.every_exit * search.num_images)
+        return torch.where(macs_of_all <= most * search.num_images, good - tie, -math.inf)
+
+    return search.climb(max(within, key=lambda item: (item.good, -item.macs)), score)
+
+
+def _choose_by_risk(
+    stored: ExitLogits, macs: PathMacs, settings: EarlyExitConfig, risk: float, confidence: float
+) -> Choice:
+    """Return the cheapest settings that a test on other images than those that proposed them finds safe."""
+    order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(0))
+    if len(stored) < 2:
+        raise ValueError(f"A risk needs 2 images or more, to propose thresholds and to test them; got {len(stored)}.")
+    proposing, testing = (stored.select(half) for half in order.chunk(2))
+    search = Search(proposing, macs, _with_temperatures(settings, proposing), against_backbone=True)
+    found = search.explore()
+    # From safe to cheap. Thresholds under which few leave and nothing is lost come first, although others are cheaper
+    # and lose nothing either on the half that proposes: the first one that fails ends the test.
+    lossless = [item for item in found if item.good == len(proposing)]
+    proposed = sorted({*lossless, *frontier(found)}, key=lambda item: (-item.good, -item.macs, item.thresholds))
+    configs = [replace(search.settings, thresholds=item.thresholds) for item in proposed]
+    losses = [int(excess_errors(config, testing).sum()) for config in configs]
+    safe = certified(losses, len(testing), risk, confidence)
+    if not safe:
+        bound = upper_bound(losses[0], len(testing), confidence)
+        raise ValueError(
+            f"A risk of {risk} cannot be certified with confidence {confidence}: half of the images tests the "
+            f"thresholds, and of these {len(testing):,} the safest thresholds lose {losses[0]:,}. A risk of "
+            f"{bound:.4f} can be; a smaller one needs more images."
+        )
+    chosen = min(range(safe), key=lambda place: proposed[place].macs)
+    curve = tuple(replace(search.settings, thresholds=item.thresholds) for item in frontier(found))
+    return Choice(configs[chosen], curve, (len(testing), losses[chosen]))

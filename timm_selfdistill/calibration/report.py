@@ -1,0 +1,185 @@
+"""What early exit gives on images that its settings were not chosen by, beside what it is to be compared with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from timm_selfdistill.calibration.goal import Choice, Goal, excess_errors
+from timm_selfdistill.calibration.logits import ExitLogits, replay
+from timm_selfdistill.calibration.macs import PathMacs
+from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.report.build import versions
+
+
+class Point(TypedDict):
+    """How good and how dear: `top1` in percent, `macs` the mean multiply-accumulates of an image, `speedup` the plain
+    backbone's over these.
+    """
+
+    top1: float
+    macs: float
+    speedup: float
+
+
+class ExitPointRow(Point):
+    """One exit for all images; `index` counts from the shallowest, `name` is its module path."""
+
+    index: int
+    name: str
+
+
+class EarlyExitRow(Point):
+    """Early exit: `shares` of the images that leave at each exit, the last the backbone, and `excess_error`, the share
+    that is answered wrong and that the backbone's own classifier gets right; both 0 to 1.
+    """
+
+    shares: list[float]
+    excess_error: float
+
+
+class CurvePoint(Point):
+    """Other thresholds with the same temperatures; null stands for infinity."""
+
+    thresholds: list[float | None]
+
+
+class Calibrated(EarlyExitRow):
+    """The images that the settings were chosen by: their data set and split, their number, and how many more could not
+    be decoded; what the chosen settings give on them, and in `backbone_top1` the backbone's own classifier.
+
+    `tested` and `lost` are the number of those among them that a risk was tested on, and how many of these were
+    answered wrong that the backbone gets right; None for other goals.
+    """
+
+    dataset: str
+    num_samples: int
+    num_skipped: int
+    backbone_top1: float
+    tested: int | None
+    lost: int | None
+
+
+class CalibrationReport(TypedDict):
+    """The content of `calibration.json`.
+
+    All but `calibration` is of the images that are reported on, which nothing was chosen by. `settings` is what
+    `load_early_exit` takes. `oracle` lets each image leave at the first exit that is right, at the last where none is.
+    `exits` holds the fixed exits, the last the backbone's own classifier. `baseline` is the plain backbone trained on
+    its own, where the run's `report.json` tells of the same images. `curve` goes from cheap to dear.
+    """
+
+    goal: dict[str, float]
+    settings: dict[str, Any]
+    calibration: Calibrated
+    early_exit: EarlyExitRow
+    exits: list[ExitPointRow]
+    ensemble: Point
+    baseline: Point | None
+    oracle: EarlyExitRow
+    curve: list[CurvePoint]
+    dataset: str
+    num_samples: int
+    num_skipped: int
+    backbone: str
+    recipe: str
+    seed: int
+    input_size: list[int]
+    versions: dict[str, str]
+
+
+def build_calibration_report(
+    choice: Choice,
+    goal: Goal,
+    macs: PathMacs,
+    calibration: ExitLogits,
+    evaluation: ExitLogits,
+    *,
+    exit_names: Sequence[str],
+    baseline_top1: float | None,
+    origin: Mapping[str, Any],
+    calibration_dataset: str,
+) -> CalibrationReport:
+    """Put the chosen settings beside fixed exits, ensemble, baseline and oracle.
+
+    Args:
+        choice: What `choose_settings` returned.
+        goal: What it was asked for.
+        macs: What the way to each exit costs.
+        calibration: The images that it chose by.
+        evaluation: Others, to report on.
+        exit_names: K + 1 names.
+        baseline_top1: Accuracy of the plain backbone trained on its own, on the latter, in percent.
+        origin: `dataset`, `backbone`, `recipe`, `seed` and `input_size` of the report.
+        calibration_dataset: What the report calls the former.
+    """
+    config, correct = choice.config, evaluation.correct
+    tested, lost = choice.tested or (None, None)
+    return {
+        "goal": goal.to_json(),
+        "settings": config.to_json(),
+        "calibration": {
+            "dataset": calibration_dataset,
+            "num_samples": len(calibration),
+            "num_skipped": calibration.num_skipped,
+            **_early_exit(config, macs, calibration),
+            "backbone_top1": _percent(calibration.correct[-1]),
+            "tested": tested,
+            "lost": lost,
+        },
+        "early_exit": _early_exit(config, macs, evaluation),
+        "exits": [
+            {"index": index, "name": name, **_point(_percent(correct[index]), macs.exit(index), macs)}
+            for index, name in enumerate(exit_names)
+        ],
+        "ensemble": _point(_percent(evaluation.ensemble_correct), macs.every_exit, macs),
+        "baseline": None if baseline_top1 is None else _point(baseline_top1, macs.full, macs),
+        "oracle": _oracle(macs, evaluation),
+        "curve": [_curve_point(config, macs, evaluation) for config in choice.curve],
+        "dataset": origin["dataset"],
+        "num_samples": len(evaluation),
+        "num_skipped": evaluation.num_skipped,
+        "backbone": origin["backbone"],
+        "recipe": origin["recipe"],
+        "seed": origin["seed"],
+        "input_size": list(origin["input_size"]),
+        "versions": versions(),
+    }
+
+
+def _early_exit(config: EarlyExitConfig, macs: PathMacs, stored: ExitLogits) -> EarlyExitRow:
+    answers = replay(config, stored.logits)
+    right = answers.logits.argmax(-1) == stored.targets
+    return {
+        **_point(_percent(right), macs.mean(config, answers.exit_index), macs),
+        "shares": _shares(answers.exit_index, stored),
+        "excess_error": float(excess_errors(config, stored).double().mean()),
+    }
+
+
+def _oracle(macs: PathMacs, stored: ExitLogits) -> EarlyExitRow:
+    correct = stored.correct
+    never_right = ~correct.any(0)
+    index = torch.where(never_right, stored.num_exits, correct.to(torch.uint8).argmax(0))
+    mean = float(macs.paths([True] * stored.num_exits)[index].mean())
+    return {**_point(_percent(~never_right), mean, macs), "shares": _shares(index, stored), "excess_error": 0.0}
+
+
+def _curve_point(config: EarlyExitConfig, macs: PathMacs, stored: ExitLogits) -> CurvePoint:
+    row = _early_exit(config, macs, stored)
+    point: Point = {"top1": row["top1"], "macs": row["macs"], "speedup": row["speedup"]}
+    return {**point, "thresholds": config.to_json()["thresholds"]}
+
+
+def _point(top1: float, cost: float, macs: PathMacs) -> Point:
+    return {"top1": top1, "macs": cost, "speedup": macs.full / cost}
+
+
+def _percent(right: Tensor) -> float:
+    return 100 * float(right.double().mean())
+
+
+def _shares(index: Tensor, stored: ExitLogits) -> list[float]:
+    counts = index.bincount(minlength=stored.num_exits + 1)
+    return [count / len(stored) for count in counts.tolist()]

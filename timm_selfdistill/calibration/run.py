@@ -1,0 +1,222 @@
+"""Calibrate the early exit of a saved model: choose by one split, report on another, keep the settings."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+
+from timm_selfdistill.calibration.goal import Goal, choose_settings
+from timm_selfdistill.calibration.logits import collect_logits
+from timm_selfdistill.calibration.macs import measure_path_macs
+from timm_selfdistill.calibration.report import CalibrationReport, build_calibration_report
+from timm_selfdistill.calibration.write import write_calibration
+from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, Loaders, SkipList, build_loaders, open_dataset
+from timm_selfdistill.hub import from_pretrained, save_early_exit
+from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
+from timm_selfdistill.train.evaluation import check_classes
+
+_BATCH_SIZE = 128
+# What decides which rows a run trained on, and which it held out.
+_FIXED = ("path", "name", "target", "train_split", "eval_fraction", "validation")
+
+
+def calibrate_folder(
+    folder: Path,
+    goal: Goal,
+    *,
+    data_path: str | None = None,
+    split: str | None = None,
+    overrides: Sequence[str] = (),
+    rule: str = "max-softmax",
+    fallback: str = "last",
+    output: Path | None = None,
+) -> CalibrationReport:
+    """Choose the early-exit settings of a saved model, keep them with it, and report what they give on other images.
+
+    The settings go to the model's `config.json`; its weights are not touched. The report goes to `calibration.json`,
+    `calibration.md` and `calibration.png`.
+
+    Args:
+        folder: A run's folder, or the model folder in it.
+        goal: What is to be achieved.
+        data_path: Hub name or path of another data set than the run's; `split` must then be given.
+        split: The split to calibrate on; by default the images that the run held out for validation.
+        overrides: Fields of the recipe's data section, as "key=value", such as "eval_split=test".
+        rule: What confidence is, as in `EarlyExitConfig`.
+        fallback: Who answers for images that no exit is sure of, as there.
+        output: Folder for the report; the run's by default, or the model's where there is no run.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If the model or the data cannot be read, the data has other classes than the model, the images to
+            calibrate on were trained on, are reported on or do not exist, or the goal cannot be reached.
+    """
+    run = folder if (folder / "model").is_dir() else folder.parent
+    model_folder = run / "model" if run == folder else folder
+    has_run = (run / "recipe.yaml").is_file()
+    model = from_pretrained(model_folder)
+    plan = _plan(run / "recipe.yaml" if has_run else None, model, data_path, split, overrides)
+    data = _open(plan)
+    check_classes(model_folder, data)
+    input = InputConfig.from_model(model.backbone, plan.recipe.data)
+    input_size = (input.channels, *input.image_size)
+    loaders = _loaders(data, plan.recipe, input)
+    assert loaders.validation is not None
+    model = model.to(PartialState().device)
+    macs = measure_path_macs(model, input_size)
+    calibration = collect_logits(model, loaders.validation, "calibrate")
+    choice = choose_settings(calibration, macs, goal, rule=rule, fallback=fallback)
+    evaluation = collect_logits(model, loaders.eval, "evaluate")
+    dataset = f"{data.name}, {plan.recipe.data.eval_split}"
+    report = build_calibration_report(
+        choice,
+        goal,
+        macs,
+        calibration,
+        evaluation,
+        exit_names=model.exit_names,
+        baseline_top1=_baseline(run / "report.json", dataset, len(evaluation)),
+        origin={
+            "dataset": dataset,
+            "backbone": model.pretrained_cfg["architecture"],
+            "recipe": run.name if has_run else model_folder.name,
+            "seed": plan.recipe.seed,
+            "input_size": input_size,
+        },
+        calibration_dataset=f"{data.name}, {plan.title}",
+    )
+    save_early_exit(model_folder, choice.config)
+    write_calibration(report, output or (run if has_run else model_folder))
+    return report
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which data to read.
+
+    Args:
+        recipe: The recipe.
+        whole_train: Whether the split that it calls the training split is the one to calibrate on.
+        title: What the report calls the images to calibrate on.
+    """
+
+    recipe: Recipe
+    whole_train: bool
+    title: str
+
+
+def _plan(
+    saved: Path | None, model: SelfDistillModel, data_path: str | None, split: str | None, overrides: Sequence[str]
+) -> _Plan:
+    """Decide which images to calibrate on and which to report on, and refuse what cannot be sound."""
+    fixed = sorted({override.partition("=")[0].strip() for override in overrides} & set(_FIXED))
+    if data_path is not None:
+        fixed = [key for key in fixed if key in ("path", "train_split", "validation")]
+    if fixed:
+        raise ValueError(
+            f"{', '.join(fixed)} cannot be changed here: it decides which images were trained on. Name the split to "
+            "calibrate on with --split, and another data set with --data."
+        )
+    changes = [f"data.{override}" for override in overrides]
+    ran = None if saved is None else load_recipe(saved)
+    if data_path is None:
+        return _plan_of_run(saved, ran, split, changes)
+    if split is None:
+        raise ValueError(f"Name the split of {data_path} to calibrate on with --split.")
+    if ran is not None and _same_data(ran.data, data_path) and split == ran.data.train_split:
+        raise ValueError(
+            f"--split {split} of {data_path} is what the model was trained on, where it is surer than elsewhere: name "
+            "a split that was held out, or leave --data and --split out, for the run's own validation images."
+        )
+    # Of the recipe only the data counts; "none" stands for what was trained on, which is not read.
+    mapping = {"model": {"name": type(model.backbone).__name__}, "data": {"path": data_path, "train_split": "none"}}
+    recipe = load_recipe(mapping, changes)
+    _check_apart(recipe.data, split)
+    only = {"train_split": split, "validation": 0.0, "max_train": recipe.data.max_eval}
+    return _Plan(_with(recipe, **only), whole_train=True, title=split)
+
+
+def _plan_of_run(saved: Path | None, ran: Recipe | None, split: str | None, changes: Sequence[str]) -> _Plan:
+    """Decide which images of the run's own data to take."""
+    if saved is None or ran is None:
+        raise ValueError("There is no recipe.yaml beside the model: name the data set with --data and --split.")
+    recipe = load_recipe(saved, changes)
+    if split is not None:
+        if split == ran.data.train_split:
+            raise ValueError(f"--split {split} is the split that the model was trained on: name one that was held out.")
+        _check_apart(recipe.data, split)
+        return _Plan(_with(recipe, validation=split), whole_train=False, title=split)
+    if not recipe.data.validation:
+        raise ValueError(
+            "The run held out no images for validation (data.validation is 0), and thresholds must not be chosen by "
+            f"those it trained on or reports on ({recipe.data.eval_split}): name another split with --split, or "
+            "another data set with --data and --split."
+        )
+    if isinstance(recipe.data.validation, str):
+        return _Plan(recipe, whole_train=False, title=recipe.data.validation)
+    title = f"the {100 * recipe.data.validation:g} % of {recipe.data.train_split} that the run held out"
+    return _Plan(recipe, whole_train=False, title=title)
+
+
+def _check_apart(section: DataSection, split: str) -> None:
+    """Refuse to calibrate on the split that is reported on."""
+    if section.eval_fraction is None and split == section.eval_split:
+        raise ValueError(
+            f"--split {split} is the split that is reported on: thresholds that were chosen by it would look better "
+            "than they are. Name another one to calibrate on, or report on another one with eval_split=NAME."
+        )
+
+
+def _same_data(section: DataSection, path: str) -> bool:
+    return section.path == path or Path(section.path).expanduser().resolve() == Path(path).expanduser().resolve()
+
+
+def _with(recipe: Recipe, **changes: object) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
+
+
+def _open(plan: _Plan) -> ImageData:
+    """Open the data, its split for validation being the one to calibrate on; it must share no row with the other."""
+    data = open_dataset(plan.recipe.data, plan.recipe.seed)
+    if plan.whole_train:
+        data = replace(data, validation=data.train)
+    one, other = data.validation, data.eval
+    if isinstance(one, ImageSplit) and isinstance(other, ImageSplit) and one.name == other.name:
+        shared = np.intersect1d(one.indices, other.indices)
+        if len(shared):
+            raise ValueError(
+                f"{len(shared)} images of split {one.name!r} are both to calibrate on and to report on: name other "
+                "splits with --split and eval_split=NAME."
+            )
+    return data
+
+
+def _loaders(data: ImageData, recipe: Recipe, input: InputConfig) -> Loaders:
+    """Return the loaders; that of the training split is not used, but must have a batch."""
+    return build_loaders(
+        data,
+        recipe.data,
+        AugmentSection(),
+        input,
+        batch_size=min(_BATCH_SIZE, len(data.train)) if isinstance(data.train, ImageSplit) else _BATCH_SIZE,
+        accelerator_shards=(0, 1),
+        seed=recipe.seed,
+        skipped=SkipList(),
+    )
+
+
+def _baseline(path: Path, dataset: str, num_samples: int) -> float | None:
+    """Return the accuracy of the run's baseline, if it was evaluated on the same images."""
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text())
+    if report["baseline"] is None or (report["dataset"], report["num_samples"]) != (dataset, num_samples):
+        return None
+    top1: float | None = report["baseline"]["top1"]
+    return top1
