@@ -456,3 +456,49 @@ def test_two_processes_equal_one_on_the_joint_batch(
     together = distributed(case)[0]
     torch.testing.assert_close(together["gradients"], alone["gradients"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(together["state"], alone["state"], rtol=1e-4, atol=1e-5)
+
+
+# What a loss needs beyond output and target.
+
+
+def test_the_average_of_the_weights_teaches_in_eval_mode_and_without_a_gradient() -> None:
+    model, (x, target) = make_resnet(), make_batch()
+    loss = sd.SelfDistillationLoss.from_preset("byot-iccv2019", teacher="ema", divergence="mse")
+    task = sd.SelfDistillationTask(model, loss, verbose=False)
+    with pytest.raises(ValueError, match=r"average of the weights: call task\.setup_ema\(\) first"):
+        task(x, target)
+    average = task.setup_ema(decay=0.5).module
+    state = state_of(average)
+    expected = average(x)
+    task.train()
+    assert model.training
+    assert not average.training
+    result = task(x, target)
+    with torch.no_grad():
+        # Batch norm answers for the batch as it did in the step.
+        out = model(x, return_exits=True)
+    for exit in range(3):
+        torch.testing.assert_close(result[f"kd/{exit}"], (out.logits[exit] - expected).square().mean())
+    result["loss"].backward()
+    assert all(parameter.grad is None for parameter in average.parameters())
+    assert same(state_of(average), state)
+
+
+def test_the_time_is_told_before_each_step() -> None:
+    loss = sd.SelfDistillationLoss.from_preset("byot-iccv2019", kd_warmup_epochs=2)
+    task, batch = sd.SelfDistillationTask(make_vit(), loss, verbose=False), make_batch()
+    with pytest.raises(ValueError, match=r"call task\.set_time\(\) before each step"):
+        task(*batch)
+    losses = []
+    for epoch in (0, 1, 2):
+        task.set_time(epoch, 3)
+        losses.append(task(*batch)["loss"].item())
+    assert losses[0] < losses[1] < losses[2]
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-2)
+
+
+def test_needs_of_another_kind_are_refused() -> None:
+    loss = sd.SelfDistillationLoss()
+    loss.needs = {"ema"}
+    with pytest.raises(ValueError, match=r"needs of SelfDistillationLoss is \{'ema'\}; allowed is a Needs"):
+        sd.SelfDistillationTask(make_vit(), loss)

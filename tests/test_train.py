@@ -225,6 +225,9 @@ def test_label_smoothing_is_applied_once(tmp_path):
         ("exits.head=round", "Unknown head"),
         ("exits.points=[layer9]", "layer9"),
         ("data.path=./nowhere", "nowhere"),
+        ("loss.divergence_kwargs={beta: 8}", "'kl' has no setting beta"),
+        ("loss.exit_weights=[1,2]", "exit_weights has 2 values for 3 added exits"),
+        ("loss.teacher=ema", "ema: must not be null for this loss"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch, override, message):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from timm_selfdistill.losses import SelfDistillationLoss, get_loss
+from timm_selfdistill.losses import SelfDistillationLoss, get_loss, needs_of
 from timm_selfdistill.recipe import LossSection, Recipe
 from timm_selfdistill.task import Regime
 
@@ -18,6 +18,10 @@ _OVERRIDES = (
     "divergence",
     "teacher",
     "hint_distance",
+    "divergence_kwargs",
+    "standardize_logits",
+    "kd_warmup_epochs",
+    "exit_weights",
 )
 
 
@@ -40,9 +44,14 @@ def self_distillation_phases(recipe: Recipe) -> list[Phase]:
     """Return the phases of the self-distilled network.
 
     Raises:
-        ValueError: If the loss, its preset or one of its settings is unknown.
+        ValueError: If the loss, its preset or one of its settings is unknown, or the recipe has not what it needs.
     """
     loss = build_loss(recipe)
+    if needs_of(loss).ema and recipe.ema is None:
+        raise ValueError(
+            "ema: must not be null for this loss, which learns from the average of the weights; such as "
+            "ema='{decay: 0.999}'."
+        )
     alone = recipe.schedule.backbone_epochs
     if recipe.schedule.regime == "mixed" and alone is not None:
         return [Phase(backbone_loss(recipe), "joint", alone), Phase(loss, "joint", recipe.epochs - alone)]

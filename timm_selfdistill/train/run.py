@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import Report, build_report, format_table, write_report
+from timm_selfdistill.task import check_loss
 from timm_selfdistill.train.batch_norm import synchronize_batch_norm
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.feed import Feed
@@ -82,6 +84,8 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         networks = {"baseline": baseline_phases(recipe), **networks}
     _check_resume(recipe, networks)
     model = build_model(recipe, data)
+    for phase in chain.from_iterable(networks.values()):
+        check_loss(model, phase.loss, phase.regime)
     input = InputConfig.from_model(model.backbone, recipe.data)
     loaders = build_loaders(
         data,
