@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from timm_selfdistill.losses import SelfDistillationLoss, TrainingTime, needs_of
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
+from timm_selfdistill.past import PastModel
 
 Regime = Literal["joint", "frozen"]
 
@@ -22,7 +23,8 @@ class SelfDistillationTask(ClassificationTask):
         model: The wrapped model.
         criterion: Maps `(ExitOutput, target)` to a dict of terms with the key 'loss'; BYOT (ICCV 2019) by default.
             One that has `needs_exits = False` is given the backbone's own output only, and the exits do not run. What
-            its `needs` name comes by keyword: for the average of the weights call `setup_ema`, for the time `set_time`.
+            its `needs` name comes by keyword: for the average of the weights call `setup_ema`, for the time and the
+            past model `set_time`.
         regime: 'joint' trains everything; 'frozen' trains the exits only, the backbone stays as it is (in eval mode).
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
@@ -57,6 +59,7 @@ class SelfDistillationTask(ClassificationTask):
         self.needs_exits = bool(getattr(criterion, "needs_exits", True))
         self.needs = needs_of(criterion)
         self.time: TrainingTime | None = None
+        self.past: PastModel | None = PastModel(model) if self.needs.past else None
         self.regime = regime
         model.backbone_frozen = regime == "frozen"
         model.backbone.requires_grad_(regime == "joint")
@@ -74,12 +77,20 @@ class SelfDistillationTask(ClassificationTask):
             Dictionary with 'loss', the self-distillation loss; 'output', the logits of the backbone's own classifier;
             and every term of the loss, such as 'ce/0', 'kd/0', 'hint/0'.
         """
+        given = self._provide(input)
+        if self.needs.batches == "paired":
+            input, partners = self._split(input)
+            target, _ = self._split(target)
         out = self._run(self.trainable_module, input)
-        terms: dict[str, Tensor] = self.criterion(out, target, **self._provide(input))
+        if self.needs.batches == "paired":
+            # Last: autocast keeps what it has cast, which must not be without a gradient.
+            with torch.no_grad():
+                given["partners"] = self._run(self.trainable_module, partners)
+        terms: dict[str, Tensor] = self.criterion(out, target, **given)
         return {**terms, "output": out.logits[-1]}
 
     def train(self, mode: bool = True) -> "SelfDistillationTask":
-        """Set the mode; the average of the weights stays in eval mode."""
+        """Set the mode; the average of the weights and the past model stay in eval mode."""
         super().train(mode)
         average = self.get_trainable_module(ema=True)
         if average is not None:
@@ -87,13 +98,15 @@ class SelfDistillationTask(ClassificationTask):
         return self
 
     def set_time(self, epoch: float, epochs: int) -> None:
-        """Tell how far training has come, before each step, for a loss whose weights follow it.
+        """Tell how far training has come, before each step, for a loss that follows it.
 
         Args:
             epoch: Epochs done, with the part that is done of the present one.
             epochs: Epochs in all.
         """
         self.time = TrainingTime(epoch, epochs)
+        if self.past is not None:
+            self.past.follow(unwrapped_model(self.trainable_module), epoch)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Return the trained parameters; with `exclude_head`, without the classifiers of backbone and exits."""
@@ -119,11 +132,20 @@ class SelfDistillationTask(ClassificationTask):
                 raise ValueError("The loss learns from the average of the weights: call task.setup_ema() first.")
             with torch.no_grad():
                 given["ema"] = self._run(average, input)
+        if self.past is not None:
+            given["past"] = self.past(input)
         if self.needs.time:
             if self.time is None:
                 raise ValueError("The loss follows the time of the training: call task.set_time() before each step.")
             given["time"] = self.time
         return given
+
+    def _split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the samples that a batch of pairs has drawn, and their partners."""
+        if len(batch) % 2:
+            raise ValueError(f"The loss needs batches of pairs, but this one holds {len(batch)}; allowed is 2B.")
+        drawn, partners = batch.chunk(2)
+        return drawn, partners
 
 
 def unwrapped_model(module: Any) -> SelfDistillModel:

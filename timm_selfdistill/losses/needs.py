@@ -1,7 +1,7 @@
 """What a loss may need beyond the output and the target of a batch, and how it says so."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
@@ -20,17 +20,25 @@ class TrainingTime(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a loss is called with by keyword, behind `(out, target)`; the value of its attribute `needs`.
+    """What a loss needs beyond `(out, target)`; the value of its attribute `needs`.
 
-    The task provides it. Outputs of other models hold what `out` holds, and carry no gradient.
+    The task gives it by keyword, and recipes see to the batches. Outputs of other models hold what `out` holds, and
+    carry no gradient.
 
     Args:
         ema: The keyword `ema`, an `ExitOutput`: what the average of the weights answers, in eval mode.
+        past: The keyword `past`, an `ExitOutput`: what the backbone as it was when the epoch began answers, in eval
+            mode; None in the first epoch.
         time: The keyword `time`, a `TrainingTime`.
+        batches: What a batch holds beside the samples that it draws. "paired": for each one another of its class,
+            behind them all; `out` and `target` are without those, and the keyword `partners`, an `ExitOutput`, holds
+            what the model answers to them. "repeated": before them, those that were drawn in the batch before.
     """
 
     ema: bool = False
+    past: bool = False
     time: bool = False
+    batches: Literal["plain", "paired", "repeated"] = "plain"
 
 
 def needs_of(loss: nn.Module) -> Needs:

@@ -150,6 +150,7 @@ class Fit:
         prepared, wrapped = accelerator.prepare(task, optimizer)
         if recipe.ema:
             task.setup_ema(decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, device=accelerator.device)
+        self.feed.arrange(task.needs.batches)
         state = PhaseState(self.model, task, optimizer, scheduler, accelerator)
         training = _Training(prepared, task, wrapped, scheduler, state, epochs)
         if saved is not None:
@@ -273,8 +274,8 @@ class Fit:
         training.rate = max(group["lr"] for group in optimizer.param_groups)
         optimizer.step()
         optimizer.zero_grad()
-        if training.task.needs.ema:
-            # So that the average, here a teacher, is the same in every process.
+        if training.task.needs.ema or training.task.needs.past:
+            # So that the average or the past model, here a teacher, is the same in every process.
             share_buffers(self.model, self.accelerator)
         training.task.update_ema(self.progress.step)
 

@@ -95,6 +95,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         batch_size=batch_size,
         accelerator_shards=(accelerator.process_index, accelerator.num_processes),
         seed=recipe.seed,
+        accumulate=recipe.optimizer.accumulate,
         skipped=SkipList(folder, accelerator.process_index),
     )
     feed, eval_loader = _prepare(loaders, data, recipe, accelerator, batch_size)
