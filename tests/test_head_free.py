@@ -208,16 +208,24 @@ def test_the_past_model_of_ps_kd_is_that_of_the_begin_of_the_epoch() -> None:
     assert all(parameter.grad is None for parameter in task.past.parameters())
 
 
-def test_the_past_model_is_part_of_the_tasks_state() -> None:
-    first, second = (sd.SelfDistillationTask(make_model(), PSKD(), verbose=False) for _ in range(2))
+@pytest.mark.parametrize("loss", [PSKD, DLB])
+def test_timms_checkpoints_hold_the_past_model_and_the_state_of_the_loss(loss: type[nn.Module]) -> None:
+    first, second = (sd.SelfDistillationTask(make_model(), loss(), verbose=False) for _ in range(2))
+    x, target = make_images(), make_target()
     first.set_time(1.0, 3)
+    first(x, target)
     for parameter in first.trainable_module.parameters():
         parameter.data.mul_(2)
-    first.set_time(1.5, 3)
-    second.load_state_dict(first.state_dict())
-    second.set_time(1.5, 3)
-    x, target = make_images(), make_target()
+    state = first.get_checkpoint_state()
+    assert first.get_checkpoint_state(ema=True) == {}
+    second.load_checkpoint_state(state["state_dict"], state["task_state"])
+    for task in (first, second):
+        task.set_time(1.5, 3)
     assert torch.equal(first.eval()(x, target)["loss"], second.eval()(x, target)["loss"])
+    fresh = sd.SelfDistillationTask(make_model(), loss(), verbose=False)
+    fresh.load_checkpoint_state(state["state_dict"])
+    fresh.set_time(1.5, 3)
+    assert not torch.equal(fresh.eval()(x, target)["loss"], second(x, target)["loss"])
 
 
 # What is refused.

@@ -108,6 +108,24 @@ class SelfDistillationTask(ClassificationTask):
         if self.past is not None:
             self.past.follow(unwrapped_model(self.trainable_module), epoch)
 
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return what timm's checkpoints hold beside the model: the state of the loss and the past model, if any."""
+        if ema:
+            return {}
+        return {name: state for name, part in self._stateful().items() if (state := part.state_dict())}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Go on from what `get_task_state` returned."""
+        for name, part in self._stateful().items():
+            if state is not None and name in state:
+                part.load_state_dict(state[name], strict=strict)
+
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Return the trained parameters; with `exclude_head`, without the classifiers of backbone and exits."""
         model = unwrapped_model(self.trainable_module)
@@ -115,6 +133,11 @@ class SelfDistillationTask(ClassificationTask):
         classifiers += [head.get_submodule("classifier") for head in model.heads]
         left_out = {id(p) for module in classifiers for p in module.parameters()} if exclude_head else set()
         return [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
+
+    def _stateful(self) -> dict[str, nn.Module]:
+        """Return the parts beside the model that may have a state."""
+        past = {} if self.past is None else {"past": self.past}
+        return {"criterion": self.get_submodule("criterion"), **past}
 
     def _run(self, module: nn.Module, input: Tensor) -> ExitOutput:
         """Return what a module answers, with the exits where the loss needs them."""

@@ -150,7 +150,7 @@ class LossSection(_Section):
         standardize_logits: Give each sample's logits the mean 0 and the standard deviation 1 before the divergence.
         kd_warmup_epochs: Epochs over which kd_weight rises linearly from 0.
         exit_weights: One factor for all terms of each exit, shallow to deep.
-        kwargs: Arguments of a loss registered by another package.
+        kwargs: Arguments of a loss without exits, or of one registered by another package.
     """
 
     name: Text = "self-distillation"
