@@ -17,6 +17,7 @@ from timm.utils import CheckpointSaver, unwrap_model
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
+from timm_selfdistill.losses import PRESETS, get_loss
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
 from timm_selfdistill.task import unwrapped_model
 
@@ -46,8 +47,10 @@ def make_batch(seed: int = 0, size: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def make_task(model: SelfDistillModel, preset: str = "byot-iccv2019", **kwargs: Any) -> sd.SelfDistillationTask:
-    """Return a task with the loss of a preset."""
-    return sd.SelfDistillationTask(model, sd.SelfDistillationLoss.from_preset(preset), verbose=False, **kwargs)
+    """Return a task with the loss of a preset, or another registered loss."""
+    named = preset in PRESETS
+    loss = sd.SelfDistillationLoss.from_preset(preset) if named else get_loss(preset)()
+    return sd.SelfDistillationTask(model, loss, verbose=False, **kwargs)
 
 
 def train(task: TrainingTask, steps: int, lr: float = 0.05) -> list[float]:
@@ -372,6 +375,8 @@ DISTRIBUTED: dict[str, tuple[Callable[[], SelfDistillModel], dict[str, Any], int
     "byot-iccv2019": (make_resnet, {"preset": "byot-iccv2019"}, 1),
     "deep-supervision": (make_resnet, {"preset": "deep-supervision"}, 1),
     "none": (make_resnet, {"preset": "none"}, 1),
+    # Runs the network twice a step.
+    "cs-kd": (make_resnet, {"preset": "cs-kd"}, 1),
     "frozen": (make_resnet, {"preset": "byot-iccv2019", "regime": "frozen"}, 1),
     "vit byot-iccv2019": (make_vit, {"preset": "byot-iccv2019"}, 1),
     "vit byot-tpami2021": (lambda: make_vit(hint_adapter=True), {"preset": "byot-tpami2021"}, 1),
@@ -434,7 +439,7 @@ def test_two_processes_train_one_model(case: str, distributed: Callable[[str], l
     make = DISTRIBUTED[case][0]
     initial = state_of(make())
     parameters = [name for name, _ in make().named_parameters()]
-    frozen = {"frozen": "backbone.", "none": "heads."}.get(case.split()[-1], "nothing")
+    frozen = {"frozen": "backbone.", "none": "heads.", "cs-kd": "heads."}.get(case.split()[-1], "nothing")
     trained = {name for name in parameters if not name.startswith(frozen)}
     assert set(first["gradients"]) == trained
     assert same(first["gradients"], second["gradients"])

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from timm_selfdistill.losses import SelfDistillationLoss, TrainingTime, needs_of
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
@@ -77,15 +78,19 @@ class SelfDistillationTask(ClassificationTask):
             Dictionary with 'loss', the self-distillation loss; 'output', the logits of the backbone's own classifier;
             and every term of the loss, such as 'ce/0', 'kd/0', 'hint/0'.
         """
-        given = self._provide(input)
-        if self.needs.batches == "paired":
+        paired = self.needs.batches == "paired"
+        if paired:
             input, partners = self._split(input)
             target, _ = self._split(target)
         out = self._run(self.trainable_module, input)
-        if self.needs.batches == "paired":
-            # Last: autocast keeps what it has cast, which must not be without a gradient.
+        given = self._provide(input)
+        if paired:
+            # Behind the run with a gradient, as autocast keeps what it has cast; and not through DDP, which would
+            # overwrite buffers that the backward needs.
+            module = self.trainable_module
+            module = module.module if isinstance(module, DistributedDataParallel) else module
             with torch.no_grad():
-                given["partners"] = self._run(self.trainable_module, partners)
+                given["partners"] = self._run(module, partners)
         terms: dict[str, Tensor] = self.criterion(out, target, **given)
         return {**terms, "output": out.logits[-1]}
 
