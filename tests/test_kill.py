@@ -161,8 +161,12 @@ def finish(launcher: subprocess.Popen[str], timeout: float = 300) -> str:
     [
         (),
         pytest.param(("loss.name=dlb", "loss.kwargs={weight: 5.0}"), id="DLB: each process remembers other logits"),
-        pytest.param(("loss.name=ps-kd",), id="PS-KD: they share the past model"),
-        pytest.param(("ema={decay: 0.5}", "loss.teacher=ema", "loss.kd_weight=1.0"), id="they share the average"),
+        pytest.param(("loss.name=ps-kd",), id="PS-KD: they share the past model", marks=pytest.mark.slow),
+        pytest.param(
+            ("ema={decay: 0.5}", "loss.teacher=ema", "loss.kd_weight=1.0"),
+            id="they share the average",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_signal_to_one_process_stops_all_of_them_with_everything_saved(tmp_path: Path, loss: tuple[str, ...]) -> None:

@@ -5,7 +5,6 @@ from typing import Any, Literal
 import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from timm_selfdistill.losses import SelfDistillationLoss, TrainingTime, needs_of
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
@@ -85,12 +84,9 @@ class SelfDistillationTask(ClassificationTask):
         out = self._run(self.trainable_module, input)
         given = self._provide(input)
         if paired:
-            # Behind the run with a gradient, as autocast keeps what it has cast; and not through DDP, which would
-            # overwrite buffers that the backward needs.
-            module = self.trainable_module
-            module = module.module if isinstance(module, DistributedDataParallel) else module
+            # Behind the run with a gradient, as autocast keeps what it has cast.
             with torch.no_grad():
-                given["partners"] = self._run(module, partners)
+                given["partners"] = self._run(self.trainable_module, partners)
         terms: dict[str, Tensor] = self.criterion(out, target, **given)
         return {**terms, "output": out.logits[-1]}
 
