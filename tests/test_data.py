@@ -20,6 +20,7 @@ from timm_selfdistill.data import (
     InputConfig,
     Loaders,
     StreamSplit,
+    TrainingOrder,
     build_loaders,
     build_mixup,
     eval_transform,
@@ -436,6 +437,68 @@ def test_a_batch_is_augmented_by_seed_epoch_and_rows_alone(workers: int) -> None
     assert not torch.equal(other[1], targets)
     one = images.flatten(1)
     assert all(not torch.isclose(one, row).all(1).any() for row in other[0].flatten(1))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_that_repeat_begin_with_what_the_process_drew_in_the_batch_before(
+    processes: int, accumulate: int
+) -> None:
+    targets = np.arange(31) % 3
+    order = TrainingOrder(targets, 4, processes, accumulate, seed=0)
+    plain = {epoch: list(order.batches(epoch)) for epoch in (0, 1, 2)}
+    assert [position for batch in plain[1] for position in batch] == order.positions(1)[:28]
+    order.arrange("repeated")
+    used = 7 // processes // accumulate * accumulate
+    for process in range(processes):
+        before = None
+        for epoch in (0, 1, 2):
+            mine = list(order.batches(epoch))[process::processes][:used]
+            drawn = plain[epoch][process::processes][:used]
+            for batch, own in zip(mine, drawn, strict=True):
+                assert batch == (own if before is None else before) + own
+                before = own
+            for first in (4 * processes, 8 * processes):
+                assert next(order.batches(epoch, first)) == list(order.batches(epoch))[first // 4]
+
+
+def test_pairs_are_of_one_class_and_drawn_by_seed_and_epoch_alone() -> None:
+    targets = np.array([0, 1, 1, 0, 2, 1, 0, 0, 1, 1, 0, 0])
+
+    def epoch(index: int, seed: int = 0, first: int = 0) -> list[list[int]]:
+        order = TrainingOrder(targets, 4, 1, 1, seed)
+        order.arrange("paired")
+        return list(order.batches(index, first))
+
+    batches = epoch(3)
+    assert [batch[:4] for batch in batches] == list(TrainingOrder(targets, 4, 1, 1, 0).batches(3))
+    pairs = [pair for batch in batches for pair in zip(batch[:4], batch[4:], strict=True)]
+    assert all(targets[one] == targets[other] for one, other in pairs)
+    assert [(one, other) for one, other in pairs if one == other] == [(4, 4)], "only where it is alone in its class"
+    assert epoch(3, first=8) == batches[2:]
+    assert epoch(3, seed=1) != batches
+    partners = {one: set() for one in range(12)}
+    for index in range(60):
+        for batch in epoch(index):
+            for one, other in zip(batch[:4], batch[4:], strict=True):
+                partners[one].add(other)
+    assert all(partners[one] == set(np.flatnonzero(targets == targets[one])) - {one} for one in (0, 1, 11))
+
+
+@pytest.mark.parametrize("arrangement", ["paired", "repeated"])
+def test_loaders_follow_the_arrangement_of_the_order(arrangement: str) -> None:
+    loaders = load(section("digits", max_train=32), batch_size=8)
+    plain = [targets for _, targets in loaders.train]
+    loaders.order.arrange(arrangement)
+    batches = [targets for _, targets in loaders.train]
+    assert [len(targets) for targets in batches] == [16] * len(plain)
+    for index, (whole, drawn) in enumerate(zip(batches, plain, strict=True)):
+        first, second = whole.chunk(2)
+        assert torch.equal(first if arrangement == "paired" else second, drawn)
+        other = second if arrangement == "paired" else first
+        assert torch.equal(other, drawn if arrangement == "paired" or index == 0 else plain[index - 1])
+    loaders.order.arrange("plain")
+    assert [len(targets) for _, targets in loaders.train] == [8] * len(plain)
 
 
 def test_augmentation_leaves_the_generators_of_training_alone() -> None:

@@ -207,6 +207,7 @@ def test_every_registered_name_is_listed():
     assert first_column(losses, "preset") == sd.list_presets()
     assert first_column(losses, "divergence") == sd.list_divergences()
     assert first_column(losses, "teacher") == sd.list_teachers()
+    assert first_column(losses, "loss") == sd.list_losses()
     assert first_column(wrap, "`head`") == ["auto", *sd.list_heads()]
     listed = re.search(r"lists the shipped recipes: (.+?)\. ", TRAIN_PAGE.read_text().replace("\n", " "))
     assert listed is not None

@@ -156,8 +156,21 @@ def finish(launcher: subprocess.Popen[str], timeout: float = 300) -> str:
 
 
 @pytest.mark.multiprocess
-def test_a_signal_to_one_process_stops_all_of_them_with_everything_saved(tmp_path: Path) -> None:
-    overrides = ("epochs=12",)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        (),
+        pytest.param(("loss.name=dlb", "loss.kwargs={weight: 5.0}"), id="DLB: each process remembers other logits"),
+        pytest.param(("loss.name=ps-kd",), id="PS-KD: they share the past model", marks=pytest.mark.slow),
+        pytest.param(
+            ("ema={decay: 0.5}", "loss.teacher=ema", "loss.kd_weight=1.0"),
+            id="they share the average",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_signal_to_one_process_stops_all_of_them_with_everything_saved(tmp_path: Path, loss: tuple[str, ...]) -> None:
+    overrides = ("epochs=12", *loss)
     whole = start(tmp_path / "whole", *overrides)
     errors = finish(whole)
     assert whole.returncode == 0, errors

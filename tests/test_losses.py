@@ -418,10 +418,12 @@ def test_config_refuses_a_loss_without_terms():
 
 
 def test_unknown_divergence_and_teacher_list_the_known_ones():
-    with pytest.raises(ValueError, match=r"Unknown divergence 'kll'; known are kl, mse. Did you mean 'kl'"):
+    with pytest.raises(
+        ValueError, match=r"Unknown divergence 'kll'; known are dkd, jensen-shannon, kl, mse, nkd. Did you mean 'kl'"
+    ):
         SelfDistillationLoss.from_preset("byot-iccv2019", divergence="kll")
-    with pytest.raises(ValueError, match="Unknown teacher 'ema'; known are deepest, ensemble, next-deeper"):
-        SelfDistillationLoss.from_preset("byot-iccv2019", teacher="ema")
+    with pytest.raises(ValueError, match="Unknown teacher 'deeper'; known are all-deeper, deepest, ema"):
+        SelfDistillationLoss.from_preset("byot-iccv2019", teacher="deeper")
 
 
 def bad_calls():

@@ -126,6 +126,22 @@ def run_in_pieces(recipe: Recipe, steps: int, after_steps: Any) -> int:
             ),
             id="accumulation, phases, baseline, bf16",
         ),
+        pytest.param(
+            3,
+            (
+                *("ema={decay: 0.5}", "loss.teacher=ema", "loss.kd_warmup_epochs=1.4", "loss.kd_weight=1.0"),
+                *("loss.divergence=dkd", "loss.divergence_kwargs={beta: 2}", "loss.exit_weights=[1,2,3]"),
+                *("schedule.regime=mixed", "schedule.backbone_epochs=1"),
+            ),
+            id="the average teaches, warm-up",
+        ),
+        pytest.param(3, ("loss.name=cs-kd", "data.workers=2"), id="CS-KD: batches of pairs"),
+        pytest.param(
+            3,
+            ("loss.name=dlb", "loss.kwargs={weight: 5.0}", "batch_size=8", "optimizer.accumulate=2"),
+            id="DLB: batches that repeat, and the logits of the last",
+        ),
+        pytest.param(3, ("loss.name=ps-kd", "ema={decay: 0.5}", "epochs=4"), id="PS-KD: the model of an epoch ago"),
     ],
 )
 def test_a_run_that_is_stopped_ends_as_an_undisturbed_one(

@@ -17,6 +17,7 @@ from timm.utils import CheckpointSaver, unwrap_model
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
+from timm_selfdistill.losses import PRESETS, get_loss
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
 from timm_selfdistill.task import unwrapped_model
 
@@ -46,8 +47,10 @@ def make_batch(seed: int = 0, size: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def make_task(model: SelfDistillModel, preset: str = "byot-iccv2019", **kwargs: Any) -> sd.SelfDistillationTask:
-    """Return a task with the loss of a preset."""
-    return sd.SelfDistillationTask(model, sd.SelfDistillationLoss.from_preset(preset), verbose=False, **kwargs)
+    """Return a task with the loss of a preset, or another registered loss."""
+    named = preset in PRESETS
+    loss = sd.SelfDistillationLoss.from_preset(preset) if named else get_loss(preset)()
+    return sd.SelfDistillationTask(model, loss, verbose=False, **kwargs)
 
 
 def train(task: TrainingTask, steps: int, lr: float = 0.05) -> list[float]:
@@ -372,6 +375,8 @@ DISTRIBUTED: dict[str, tuple[Callable[[], SelfDistillModel], dict[str, Any], int
     "byot-iccv2019": (make_resnet, {"preset": "byot-iccv2019"}, 1),
     "deep-supervision": (make_resnet, {"preset": "deep-supervision"}, 1),
     "none": (make_resnet, {"preset": "none"}, 1),
+    # Runs the network twice a step.
+    "cs-kd": (make_resnet, {"preset": "cs-kd"}, 1),
     "frozen": (make_resnet, {"preset": "byot-iccv2019", "regime": "frozen"}, 1),
     "vit byot-iccv2019": (make_vit, {"preset": "byot-iccv2019"}, 1),
     "vit byot-tpami2021": (lambda: make_vit(hint_adapter=True), {"preset": "byot-tpami2021"}, 1),
@@ -434,7 +439,7 @@ def test_two_processes_train_one_model(case: str, distributed: Callable[[str], l
     make = DISTRIBUTED[case][0]
     initial = state_of(make())
     parameters = [name for name, _ in make().named_parameters()]
-    frozen = {"frozen": "backbone.", "none": "heads."}.get(case.split()[-1], "nothing")
+    frozen = {"frozen": "backbone.", "none": "heads.", "cs-kd": "heads."}.get(case.split()[-1], "nothing")
     trained = {name for name in parameters if not name.startswith(frozen)}
     assert set(first["gradients"]) == trained
     assert same(first["gradients"], second["gradients"])
@@ -456,3 +461,49 @@ def test_two_processes_equal_one_on_the_joint_batch(
     together = distributed(case)[0]
     torch.testing.assert_close(together["gradients"], alone["gradients"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(together["state"], alone["state"], rtol=1e-4, atol=1e-5)
+
+
+# What a loss needs beyond output and target.
+
+
+def test_the_average_of_the_weights_teaches_in_eval_mode_and_without_a_gradient() -> None:
+    model, (x, target) = make_resnet(), make_batch()
+    loss = sd.SelfDistillationLoss.from_preset("byot-iccv2019", teacher="ema", divergence="mse")
+    task = sd.SelfDistillationTask(model, loss, verbose=False)
+    with pytest.raises(ValueError, match=r"average of the weights: call task\.setup_ema\(\) first"):
+        task(x, target)
+    average = task.setup_ema(decay=0.5).module
+    state = state_of(average)
+    expected = average(x)
+    task.train()
+    assert model.training
+    assert not average.training
+    result = task(x, target)
+    with torch.no_grad():
+        # Batch norm answers for the batch as it did in the step.
+        out = model(x, return_exits=True)
+    for exit in range(3):
+        torch.testing.assert_close(result[f"kd/{exit}"], (out.logits[exit] - expected).square().mean())
+    result["loss"].backward()
+    assert all(parameter.grad is None for parameter in average.parameters())
+    assert same(state_of(average), state)
+
+
+def test_the_time_is_told_before_each_step() -> None:
+    loss = sd.SelfDistillationLoss.from_preset("byot-iccv2019", kd_warmup_epochs=2)
+    task, batch = sd.SelfDistillationTask(make_vit(), loss, verbose=False), make_batch()
+    with pytest.raises(ValueError, match=r"call task\.set_time\(\) before each step"):
+        task(*batch)
+    losses = []
+    for epoch in (0, 1, 2):
+        task.set_time(epoch, 3)
+        losses.append(task(*batch)["loss"].item())
+    assert losses[0] < losses[1] < losses[2]
+    assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-2)
+
+
+def test_needs_of_another_kind_are_refused() -> None:
+    loss = sd.SelfDistillationLoss()
+    loss.needs = {"ema"}
+    with pytest.raises(ValueError, match=r"needs of SelfDistillationLoss is \{'ema'\}; allowed is a Needs"):
+        sd.SelfDistillationTask(make_vit(), loss)

@@ -254,6 +254,8 @@ def test_unknown_settings_of_the_loss_are_refused():
         loss(kd=1)
     with pytest.raises(ValueError, match="kd_weight is '1e-3'"):  # as PyYAML reads 1e-3
         loss(kd_weight="1e-3")
+    with pytest.raises(ValueError, match=r"Needs\(ema=True.*which torchdistill does not provide"):
+        loss(teacher="ema")
 
 
 def test_another_packages_loss_is_found_by_its_name_and_must_have_no_parameters(monkeypatch):

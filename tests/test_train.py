@@ -19,7 +19,7 @@ from timm_selfdistill.recipe import Recipe, list_recipes, load_recipe
 from timm_selfdistill.report import format_markdown
 from timm_selfdistill.train import fit, train
 from timm_selfdistill.train.launch import per_process_batch
-from timm_selfdistill.train.phases import build_loss
+from timm_selfdistill.train.phases import build_loss, self_distillation_phases
 
 # In float32: at 16 px, bf16 convolutions of oneDNN leave the gradient of weights that only meet padding undefined.
 SMALL = (
@@ -225,6 +225,11 @@ def test_label_smoothing_is_applied_once(tmp_path):
         ("exits.head=round", "Unknown head"),
         ("exits.points=[layer9]", "layer9"),
         ("data.path=./nowhere", "nowhere"),
+        ("loss.divergence_kwargs={beta: 8}", "'kl' has no setting beta"),
+        ("loss.exit_weights=[1,2]", "exit_weights has 2 values for 3 added exits"),
+        ("loss.teacher=ema", "ema: must not be null for this loss"),
+        ("loss={name: cs-kd, kwargs: {temperature: 0}}", "temperature is 0; allowed is a number, from 1e-06 to 1e"),
+        ("loss={name: ps-kd, temperature: 2.0}", "temperature are settings of self-distillation"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch, override, message):
@@ -247,6 +252,18 @@ def test_settings_that_another_loss_would_ignore_are_refused():
     with pytest.raises(ValueError, match=r"temperature are settings of self-distillation"):
         build_loss(load_recipe("digits", ["loss.name=test-loss", "loss.temperature=4"]))
     assert type(build_loss(load_recipe("digits", ["loss.name=test-loss"]))).__name__ == "TestLoss"
+
+
+@pytest.mark.parametrize("name", ["cs-kd", "dlb"])
+def test_data_that_cannot_give_a_losss_batches_are_refused(name):
+    with pytest.raises(
+        ValueError, match=r"data\.streaming: must be false for this loss, whose (paired|repeated) batches"
+    ):
+        self_distillation_phases(
+            load_recipe("digits", [f"loss.name={name}", "data.streaming=true", "data.validation=0"])
+        )
+    with pytest.raises(ValueError, match="augment: must not mix images for this loss"):
+        self_distillation_phases(load_recipe("digits", [f"loss.name={name}", "augment.mixup_alpha=0.2"]))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from timm_selfdistill.losses import SelfDistillationLoss
+from timm_selfdistill.losses import SelfDistillationLoss, TrainingTime, needs_of
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
+from timm_selfdistill.past import PastModel
 
 Regime = Literal["joint", "frozen"]
 
@@ -21,14 +22,17 @@ class SelfDistillationTask(ClassificationTask):
     Args:
         model: The wrapped model.
         criterion: Maps `(ExitOutput, target)` to a dict of terms with the key 'loss'; BYOT (ICCV 2019) by default.
-            One that has `needs_exits = False` is given the backbone's own output only, and the exits do not run.
+            One that has `needs_exits = False` is given the backbone's own output only, and the exits do not run. What
+            its `needs` name comes by keyword: for the average of the weights call `setup_ema`, for the time and the
+            past model `set_time`.
         regime: 'joint' trains everything; 'frozen' trains the exits only, the backbone stays as it is (in eval mode).
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
         verbose: Enable info logging.
 
     Raises:
-        ValueError: If the model is not wrapped, or nothing or an unreachable part would be trained.
+        ValueError: If the model is not wrapped, the loss does not fit it, or nothing or an unreachable part would be
+            trained.
 
     Examples:
         ```python
@@ -50,9 +54,12 @@ class SelfDistillationTask(ClassificationTask):
         if not isinstance(model, SelfDistillModel):
             raise ValueError(f"SelfDistillationTask trains a model made by wrap(), got {type(model).__name__}.")
         criterion = SelfDistillationLoss() if criterion is None else criterion
-        self.needs_exits = bool(getattr(criterion, "needs_exits", True))
-        _check_reach(model, criterion, regime, self.needs_exits)
+        check_loss(model, criterion, regime)
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
+        self.needs_exits = bool(getattr(criterion, "needs_exits", True))
+        self.needs = needs_of(criterion)
+        self.time: TrainingTime | None = None
+        self.past: PastModel | None = PastModel(model) if self.needs.past else None
         self.regime = regime
         model.backbone_frozen = regime == "frozen"
         model.backbone.requires_grad_(regime == "joint")
@@ -70,12 +77,55 @@ class SelfDistillationTask(ClassificationTask):
             Dictionary with 'loss', the self-distillation loss; 'output', the logits of the backbone's own classifier;
             and every term of the loss, such as 'ce/0', 'kd/0', 'hint/0'.
         """
-        if self.needs_exits:
-            out = self.trainable_module(input, return_exits=True)
-        else:
-            out = ExitOutput((self.trainable_module(input),), ())
-        terms: dict[str, Tensor] = self.criterion(out, target)
+        paired = self.needs.batches == "paired"
+        if paired:
+            input, partners = self._split(input)
+            target, _ = self._split(target)
+        out = self._run(self.trainable_module, input)
+        given = self._provide(input)
+        if paired:
+            # Behind the run with a gradient, as autocast keeps what it has cast.
+            with torch.no_grad():
+                given["partners"] = self._run(self.trainable_module, partners)
+        terms: dict[str, Tensor] = self.criterion(out, target, **given)
         return {**terms, "output": out.logits[-1]}
+
+    def train(self, mode: bool = True) -> "SelfDistillationTask":
+        """Set the mode; the average of the weights and the past model stay in eval mode."""
+        super().train(mode)
+        average = self.get_trainable_module(ema=True)
+        if average is not None:
+            average.eval()
+        return self
+
+    def set_time(self, epoch: float, epochs: int) -> None:
+        """Tell how far training has come, before each step, for a loss that follows it.
+
+        Args:
+            epoch: Epochs done, with the part that is done of the present one.
+            epochs: Epochs in all.
+        """
+        self.time = TrainingTime(epoch, epochs)
+        if self.past is not None:
+            self.past.follow(unwrapped_model(self.trainable_module), epoch)
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Return what timm's checkpoints hold beside the model: the state of the loss and the past model, if any."""
+        if ema:
+            return {}
+        return {name: state for name, part in self._stateful().items() if (state := part.state_dict())}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Go on from what `get_task_state` returned."""
+        for name, part in self._stateful().items():
+            if state is not None and name in state:
+                part.load_state_dict(state[name], strict=strict)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Return the trained parameters; with `exclude_head`, without the classifiers of backbone and exits."""
@@ -85,6 +135,42 @@ class SelfDistillationTask(ClassificationTask):
         left_out = {id(p) for module in classifiers for p in module.parameters()} if exclude_head else set()
         return [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
 
+    def _stateful(self) -> dict[str, nn.Module]:
+        """Return the parts beside the model that may have a state."""
+        past = {} if self.past is None else {"past": self.past}
+        return {"criterion": self.get_submodule("criterion"), **past}
+
+    def _run(self, module: nn.Module, input: Tensor) -> ExitOutput:
+        """Return what a module answers, with the exits where the loss needs them."""
+        if self.needs_exits:
+            out: ExitOutput = module(input, return_exits=True)
+            return out
+        return ExitOutput((module(input),), ())
+
+    def _provide(self, input: Tensor) -> dict[str, Any]:
+        """Return what the loss needs by keyword."""
+        given: dict[str, Any] = {}
+        if self.needs.ema:
+            average = self.get_trainable_module(ema=True)
+            if average is None:
+                raise ValueError("The loss learns from the average of the weights: call task.setup_ema() first.")
+            with torch.no_grad():
+                given["ema"] = self._run(average, input)
+        if self.past is not None:
+            given["past"] = self.past(input)
+        if self.needs.time:
+            if self.time is None:
+                raise ValueError("The loss follows the time of the training: call task.set_time() before each step.")
+            given["time"] = self.time
+        return given
+
+    def _split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the samples that a batch of pairs has drawn, and their partners."""
+        if len(batch) % 2:
+            raise ValueError(f"The loss needs batches of pairs, but this one holds {len(batch)}; allowed is 2B.")
+        drawn, partners = batch.chunk(2)
+        return drawn, partners
+
 
 def unwrapped_model(module: Any) -> SelfDistillModel:
     """Return the wrapped model inside DDP, compile and EMA wrappers."""
@@ -93,15 +179,29 @@ def unwrapped_model(module: Any) -> SelfDistillModel:
     return module
 
 
-def _check_reach(model: SelfDistillModel, criterion: nn.Module, regime: str, needs_exits: bool) -> None:
-    """Refuse what would train nothing, or leave parameters without a gradient."""
+def check_loss(model: SelfDistillModel, criterion: nn.Module, regime: Regime) -> None:
+    """Check that a loss fits a model and trains what it is to train.
+
+    Args:
+        model: The wrapped model.
+        criterion: The loss.
+        regime: Which parts train.
+
+    Raises:
+        ValueError: If it would train nothing, would leave parameters without a gradient, or is for another number of
+            exits.
+    """
+    needs_exits = bool(getattr(criterion, "needs_exits", True))
     if regime not in ("joint", "frozen"):
         raise ValueError(f"regime must be 'joint' or 'frozen', got {regime!r}.")
     if regime == "frozen" and not needs_exits:
         raise ValueError("regime='frozen' trains the exits only, but this loss does not use them: nothing would train.")
+    needs_of(criterion)
     if not isinstance(criterion, SelfDistillationLoss):
         return
     config = criterion.config
+    if needs_exits:
+        config.check_exits(model.num_exits)
     if regime == "joint" and not config.deepest_ce_weight:
         raise ValueError(
             "deepest_ce_weight is 0: the backbone's classifier would get no gradient. Give a deepest_ce_weight above "

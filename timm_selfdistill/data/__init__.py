@@ -1,7 +1,7 @@
 """From a recipe's data section to batches: open and split a data set, transform its images, load them."""
 
 from timm_selfdistill.data.loaders import Loaders, build_loaders
-from timm_selfdistill.data.order import TrainingOrder
+from timm_selfdistill.data.order import Arrangement, TrainingOrder
 from timm_selfdistill.data.skipped import SKIPPED, SkipList, merge_skipped
 from timm_selfdistill.data.sources import is_on_hub
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit, open_dataset
@@ -9,6 +9,7 @@ from timm_selfdistill.data.transforms import InputConfig, build_mixup, eval_tran
 
 __all__ = [
     "SKIPPED",
+    "Arrangement",
     "ImageData",
     "ImageSplit",
     "InputConfig",

@@ -52,6 +52,7 @@ def build_loaders(
     batch_size: int,
     accelerator_shards: tuple[int, int],
     seed: int,
+    accumulate: int = 1,
     skipped: SkipList | None = None,
 ) -> Loaders:
     """Build the loaders of a run.
@@ -73,6 +74,7 @@ def build_loaders(
         batch_size: Samples of one process and micro step.
         accelerator_shards: Index of this process, number of processes.
         seed: Decides the order of the training samples and the workers' augmentation.
+        accumulate: Micro steps of an optimizer step.
         skipped: Lists the images that are skipped; in no file by default.
 
     Raises:
@@ -94,7 +96,9 @@ def build_loaders(
             "process(es)."
         )
 
-    order = TrainingOrder(size, seed) if isinstance(data.train, ImageSplit) else None
+    order = None
+    if isinstance(data.train, ImageSplit):
+        order = TrainingOrder(data.train.targets, batch_size, processes, accumulate, seed)
 
     def loader(split: ImageSplit | StreamSplit, use: Use) -> DataLoader[Any]:
         training = use == "training"
@@ -114,11 +118,11 @@ def build_loaders(
             samples = _Stream(samples, f"{data.name}, split {split.name!r}")
             # Those of a stream are started, and so seeded, anew in every epoch: one can then be repeated.
             persistent = workers > 0 and not training
+        ordered = training and order is not None
+        batches = {"batch_sampler": order} if ordered else {"batch_size": batch_size, "drop_last": training}
         return build(
             samples,
-            batch_size=batch_size,
-            sampler=order if training else None,
-            drop_last=training,
+            **batches,
             num_workers=workers,
             persistent_workers=persistent,
             collate_fn=Collate(

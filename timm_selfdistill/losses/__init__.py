@@ -1,21 +1,29 @@
 """Losses for a model with exits."""
 
 from timm_selfdistill.losses.divergences import Divergence, list_divergences, register_divergence
+from timm_selfdistill.losses.head_free import CSKD, DLB, PSKD
+from timm_selfdistill.losses.needs import Needs, TrainingTime, needs_of
 from timm_selfdistill.losses.presets import PRESETS, SelfDistillationConfig, list_presets
 from timm_selfdistill.losses.self_distillation import SelfDistillationLoss, get_loss, list_losses, register_loss
 from timm_selfdistill.losses.teachers import Teacher, list_teachers, register_teacher
 
 __all__ = [
+    "CSKD",
+    "DLB",
     "PRESETS",
+    "PSKD",
     "Divergence",
+    "Needs",
     "SelfDistillationConfig",
     "SelfDistillationLoss",
     "Teacher",
+    "TrainingTime",
     "get_loss",
     "list_divergences",
     "list_losses",
     "list_presets",
     "list_teachers",
+    "needs_of",
     "register_divergence",
     "register_loss",
     "register_teacher",

@@ -1,8 +1,9 @@
 """The settings of the self-distillation loss, and the published ones by name."""
 
 import math
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from timm_selfdistill.losses.divergences import HINT_DISTANCES
 
@@ -25,6 +26,12 @@ class SelfDistillationConfig:
         label_smoothing: Share of the target given evenly to all classes, as `F.cross_entropy` does it, for class
             indices and for probabilities alike. Leave it 0 where the targets are smoothed already, as timm's Mixup
             does.
+        divergence_kwargs: Settings of the divergence itself, such as {"alpha": 1.0, "beta": 8.0} of "dkd".
+        standardize_logits: Before any divergence, subtract the mean of each sample's logits and divide by their
+            standard deviation, for exits and teachers ("Logit Standardization in Knowledge Distillation",
+            https://arxiv.org/abs/2403.01427); the paper takes the temperature 2 and the weight 9.
+        kd_warmup_epochs: Epochs over which `kd_weight` rises linearly from 0.
+        exit_weights: One factor above 0 for all terms of each added exit, shallow to deep; None for 1.
 
     Raises:
         ValueError: If a value is not allowed. Names of divergence and teacher are looked up by the loss.
@@ -40,6 +47,10 @@ class SelfDistillationConfig:
     teacher: str = "deepest"
     hint_distance: str = "squared_l2"
     label_smoothing: float = 0.0
+    divergence_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    standardize_logits: bool = False
+    kd_warmup_epochs: float = 0.0
+    exit_weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         weights = ("ce_weight", "deepest_ce_weight", "kd_weight", "hint_weight")
@@ -50,17 +61,47 @@ class SelfDistillationConfig:
         # Limits far from any useful value, within which no logits can overflow float32.
         self._check_number("temperature", 1e-6, 1e6)
         self._check_number("label_smoothing", 0.0, 1.0)
-        if not isinstance(self.t_squared, bool):
-            raise ValueError(f"t_squared is {self.t_squared!r}; allowed are True and False.")
+        self._check_number("kd_warmup_epochs", 0.0, math.inf)
+        for name in ("t_squared", "standardize_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are True and False.")
         if self.hint_distance not in HINT_DISTANCES:
             raise ValueError(f"hint_distance is {self.hint_distance!r}; allowed are {', '.join(HINT_DISTANCES)}.")
+        weights_of_exits = self.exit_weights
+        if weights_of_exits is not None and not (
+            isinstance(weights_of_exits, list | tuple)
+            and weights_of_exits
+            and all(_is_finite_number(weight) and weight > 0 for weight in weights_of_exits)
+        ):
+            raise ValueError(
+                f"exit_weights is {weights_of_exits!r}; allowed are None and a list of finite numbers above 0."
+            )
+        if not isinstance(self.divergence_kwargs, Mapping):
+            raise ValueError(f"divergence_kwargs is {self.divergence_kwargs!r}; allowed is a mapping of settings.")
+
+    def check_exits(self, num_exits: int) -> None:
+        """Check that the settings fit a model.
+
+        Args:
+            num_exits: Number K of added exits.
+
+        Raises:
+            ValueError: If there is not one weight for each of the exits.
+        """
+        if self.exit_weights is not None and len(self.exit_weights) != num_exits:
+            raise ValueError(
+                f"exit_weights has {len(self.exit_weights)} values for {num_exits} added exits; allowed is one each."
+            )
 
     def _check_number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not low <= value <= high:
+        if not _is_finite_number(value) or not low <= value <= high:
             allowed = f"{low:g} or more" if math.isinf(high) else f"from {low:g} to {high:g}"
             raise ValueError(f"{name} is {value!r}; allowed is a finite number, {allowed}.")
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 BYOT_ICCV2019: Final = SelfDistillationConfig()

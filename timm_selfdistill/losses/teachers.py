@@ -1,13 +1,19 @@
 """Whose logits each exit learns from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any
 
 from torch import Tensor
 
 from timm_selfdistill.registry import Registry
 
-Teacher = Callable[[Tensor], Tensor]
-"""From the detached logits of all exits and the backbone [K + 1, B, C] to those each exit learns from [K, B, C]."""
+Teacher = Callable[..., Tensor | Sequence[Tensor]]
+"""From the detached logits of all exits and the backbone [K + 1, B, C] to those each exit learns from.
+
+These are [K, B, C]; or, where an exit has several teachers, one [S, B, C] for each of the K exits, whose divergences
+are averaged. A teacher with a keyword `ema` is also given the logits [K + 1, B, C] of the average of the weights.
+"""
 
 _TEACHERS: Registry[Teacher] = Registry("teacher", "timm_selfdistill.teachers")
 get_teacher = _TEACHERS.get
@@ -21,7 +27,8 @@ def register_teacher(name: str) -> Callable[[Teacher], Teacher]:
 
     Returns:
         The decorator, for a function from the detached logits of all exits and the backbone [K + 1, B, C] to those
-        that each exit learns from [K, B, C].
+        that each exit learns from: [K, B, C], or one [S, B, C] for each of the K exits, which has then several
+        teachers. If it has a keyword `ema`, it is also given the logits [K + 1, B, C] of the average of the weights.
 
     Raises:
         ValueError: If the name is taken.
@@ -34,19 +41,64 @@ def list_teachers() -> list[str]:
     return _TEACHERS.names()
 
 
+def needs_ema(teacher: Callable[..., Any]) -> bool:
+    """Return whether a teacher takes the logits of the average of the weights."""
+    return "ema" in signature(teacher).parameters
+
+
 @register_teacher("deepest")
 def deepest(logits: Tensor) -> Tensor:
-    """The backbone's own logits, for every exit."""
+    """The backbone's own logits, for every exit.
+
+    Paper: "Be Your Own Teacher", https://arxiv.org/abs/1905.08094
+    """
     return logits[-1:].expand_as(logits[:-1])
 
 
 @register_teacher("ensemble")
 def ensemble(logits: Tensor) -> Tensor:
-    """The mean of the logits of all exits and the backbone, for every exit."""
+    """The mean of the logits of all exits and the backbone, for every exit.
+
+    Paper: "Knowledge Distillation by On-the-Fly Native Ensemble", https://arxiv.org/abs/1806.04606, which weights the
+    branches by a trained gate; here they weigh the same.
+    """
     return logits.mean(0, keepdim=True).expand_as(logits[:-1])
 
 
 @register_teacher("next-deeper")
 def next_deeper(logits: Tensor) -> Tensor:
-    """The logits of the next exit, for the last added exit the backbone's."""
+    """The logits of the next exit, for the last added exit the backbone's.
+
+    Paper: "Learning Lightweight Lane Detection CNNs by Self Attention Distillation", https://arxiv.org/abs/1908.00821,
+    where each block imitates the attention map of the next; here the logits.
+    """
     return logits[1:]
+
+
+@register_teacher("all-deeper")
+def all_deeper(logits: Tensor) -> list[Tensor]:
+    """The logits of every deeper exit and of the backbone, each a teacher of its own.
+
+    Paper: "Harmonized Dense Knowledge Distillation Training for Multi-Exit Architectures" (AAAI 2021),
+    https://doi.org/10.1609/aaai.v35i11.17225, which learns the weights of the pairs; here they weigh the same.
+    """
+    return [logits[index + 1 :] for index in range(len(logits) - 1)]
+
+
+@register_teacher("ema")
+def ema(logits: Tensor, *, ema: Tensor) -> Tensor:
+    """The backbone's logits in the average of the weights, for every exit.
+
+    Paper: "Mean teachers are better role models", https://arxiv.org/abs/1703.01780, where the average teaches the
+    network's own output; here it teaches the exits.
+    """
+    return ema[-1:].expand_as(logits[:-1])
+
+
+@register_teacher("ema-same-exit")
+def ema_same_exit(logits: Tensor, *, ema: Tensor) -> Tensor:
+    """The logits of the same exit in the average of the weights.
+
+    Paper: "Mean teachers are better role models", https://arxiv.org/abs/1703.01780
+    """
+    return ema[:-1]

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from timm_selfdistill.data import ImageSplit, open_dataset
 from timm_selfdistill.data.transforms import MODES, decode, read
 from timm_selfdistill.hub import from_pretrained
-from timm_selfdistill.losses import SelfDistillationLoss, get_loss
+from timm_selfdistill.losses import Needs, SelfDistillationLoss, get_loss, needs_of
 from timm_selfdistill.model import ExitOutput, wrap
 from timm_selfdistill.recipe import DataSection
 
@@ -98,7 +98,8 @@ class ExitLoss(nn.Module):
             for another loss its arguments.
 
     Raises:
-        ValueError: If the loss, its preset or one of its settings is unknown, or if it has parameters.
+        ValueError: If the loss, its preset or one of its settings is unknown, if it has parameters, or if it needs more
+            than the output and the target.
     """
 
     def __init__(self, name: str = "self-distillation", **settings: Any) -> None:
@@ -112,6 +113,11 @@ class ExitLoss(nn.Module):
         if any(parameter.requires_grad for parameter in self.loss.parameters()):
             raise ValueError(
                 f"The loss {name!r} has parameters, which torchdistill would not train: put them into the model."
+            )
+        if needs_of(self.loss) != Needs():
+            raise ValueError(
+                f"The loss {name!r} has {needs_of(self.loss)}, which torchdistill does not provide: train a recipe, or "
+                "a SelfDistillationTask."
             )
         self.needs_exits = bool(getattr(self.loss, "needs_exits", True))
 

@@ -64,6 +64,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ordered)]
 Channels = Annotated[tuple[float, ...], Field(strict=False, min_length=1)]
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
+ExitWeights = Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
 Epochs = Annotated[tuple[Count, ...], Field(strict=False)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_arguments())]
 ModelArguments = Annotated[dict[str, Any], AfterValidator(_arguments("model_name", "pretrained", "num_classes"))]
@@ -145,7 +146,11 @@ class LossSection(_Section):
         teacher: Name of a registered teacher.
         hint_distance: Name of the feature distance.
         label_smoothing: Share of the target spread evenly over all classes.
-        kwargs: Arguments of a loss registered by another package.
+        divergence_kwargs: Settings of the divergence itself, such as {alpha: 1.0, beta: 8.0} of dkd.
+        standardize_logits: Give each sample's logits the mean 0 and the standard deviation 1 before the divergence.
+        kd_warmup_epochs: Epochs over which kd_weight rises linearly from 0.
+        exit_weights: One factor for all terms of each exit, shallow to deep.
+        kwargs: Arguments of a loss without exits, or of one registered by another package.
     """
 
     name: Text = "self-distillation"
@@ -160,6 +165,10 @@ class LossSection(_Section):
     teacher: Text | None = None
     hint_distance: Text | None = None
     label_smoothing: BelowOne | None = None
+    divergence_kwargs: Arguments | None = None
+    standardize_logits: bool | None = None
+    kd_warmup_epochs: NotNegative | None = None
+    exit_weights: ExitWeights | None = None
     kwargs: Arguments = {}
 
     @field_validator("kwargs")

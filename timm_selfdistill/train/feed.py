@@ -8,7 +8,7 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import ImageSplit, StreamSplit, TrainingOrder
+from timm_selfdistill.data import Arrangement, ImageSplit, StreamSplit, TrainingOrder
 from timm_selfdistill.train.launch import refuse_sharding_loader
 
 
@@ -23,7 +23,7 @@ class Feed:
         mixup: Mixes a training batch and its targets, or None.
         split: The training split.
         order: Draws its samples; None for a stream.
-        batch_size: Samples in a training batch of one process.
+        batch_size: Samples that a training batch of one process draws.
         process: Index of this process.
         processes: Number of processes.
 
@@ -50,6 +50,17 @@ class Feed:
     def streaming(self) -> bool:
         """Whether every process reads the whole of the validation batches, and a share of the training ones."""
         return self.order is None
+
+    def arrange(self, arrangement: Arrangement) -> None:
+        """Choose what training batches hold beside the samples that they draw.
+
+        Raises:
+            ValueError: If a stream is to hold more, which has no index to look it up.
+        """
+        if self.order is not None:
+            self.order.arrange(arrangement)
+        elif arrangement != "plain":
+            raise ValueError(f"A stream cannot give {arrangement} batches.")
 
     def batches(self, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Return the training batches of an epoch that are left.
@@ -78,6 +89,6 @@ class Feed:
         if self.order is None or not isinstance(self.split, ImageSplit):
             return None
         first = (batch * self.processes + self.process) * self.batch_size
-        positions = self.order.positions(epoch)[first : first + self.batch_size]
+        positions = next(self.order.batches(epoch, first))
         rows: list[int] = self.split.indices[positions].tolist()
         return rows

@@ -48,6 +48,7 @@ class _Training:
         optimizer: The optimizer as Accelerate prepared it.
         scheduler: timm's scheduler, or None.
         state: What a checkpoint holds of it.
+        epochs: Epochs of the phase.
         rate: The learning rate of the last step.
     """
 
@@ -56,6 +57,7 @@ class _Training:
     optimizer: Any
     scheduler: Any
     state: PhaseState
+    epochs: int
     rate: float = 0.0
 
 
@@ -148,8 +150,9 @@ class Fit:
         prepared, wrapped = accelerator.prepare(task, optimizer)
         if recipe.ema:
             task.setup_ema(decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, device=accelerator.device)
+        self.feed.arrange(task.needs.batches)
         state = PhaseState(self.model, task, optimizer, scheduler, accelerator)
-        training = _Training(prepared, task, wrapped, scheduler, state)
+        training = _Training(prepared, task, wrapped, scheduler, state, epochs)
         if saved is not None:
             state.restore(saved)
         else:
@@ -215,6 +218,8 @@ class Fit:
         memory_format = torch.channels_last if recipe.model.channels_last else torch.contiguous_format
         skipping = recipe.optimizer.on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in self.model.buffers()] if skipping else []
+        done = progress.micro / (self.updates_per_epoch * accumulate)
+        training.task.set_time(progress.epoch - progress.first_epoch + done, training.epochs)
         parts: list[dict[str, Tensor]] = []
         for micro in range(accumulate):
             images, targets = next(batches)
@@ -269,6 +274,9 @@ class Fit:
         training.rate = max(group["lr"] for group in optimizer.param_groups)
         optimizer.step()
         optimizer.zero_grad()
+        if training.task.needs.ema or training.task.needs.past:
+            # So that the average or the past model, here a teacher, is the same in every process.
+            share_buffers(self.model, self.accelerator)
         training.task.update_ema(self.progress.step)
 
     def _validate(self, task: SelfDistillationTask, phase: Phase) -> ExitMetricsResult | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from timm_selfdistill.losses import SelfDistillationLoss, get_loss
+from timm_selfdistill.losses import Needs, SelfDistillationLoss, get_loss, needs_of
 from timm_selfdistill.recipe import LossSection, Recipe
 from timm_selfdistill.task import Regime
 
@@ -18,6 +18,10 @@ _OVERRIDES = (
     "divergence",
     "teacher",
     "hint_distance",
+    "divergence_kwargs",
+    "standardize_logits",
+    "kd_warmup_epochs",
+    "exit_weights",
 )
 
 
@@ -40,9 +44,10 @@ def self_distillation_phases(recipe: Recipe) -> list[Phase]:
     """Return the phases of the self-distilled network.
 
     Raises:
-        ValueError: If the loss, its preset or one of its settings is unknown.
+        ValueError: If the loss, its preset or one of its settings is unknown, or the recipe has not what it needs.
     """
     loss = build_loss(recipe)
+    _check_needs(needs_of(loss), recipe)
     alone = recipe.schedule.backbone_epochs
     if recipe.schedule.regime == "mixed" and alone is not None:
         return [Phase(backbone_loss(recipe), "joint", alone), Phase(loss, "joint", recipe.epochs - alone)]
@@ -89,6 +94,26 @@ def label_smoothing(section: LossSection) -> float:
     if get_loss(section.name) is not SelfDistillationLoss:
         return 0.0
     return SelfDistillationLoss.from_preset(_preset(section)).config.label_smoothing
+
+
+def _check_needs(needs: Needs, recipe: Recipe) -> None:
+    """Refuse a recipe that has not what its loss needs."""
+    if needs.ema and recipe.ema is None:
+        raise ValueError(
+            "ema: must not be null for this loss, which learns from the average of the weights; such as "
+            "ema='{decay: 0.999}'."
+        )
+    if needs.batches == "plain":
+        return
+    if recipe.data.streaming:
+        raise ValueError(
+            f"data.streaming: must be false for this loss, whose {needs.batches} batches need images by their index."
+        )
+    if recipe.augment.mixes:
+        raise ValueError(
+            f"augment: must not mix images for this loss, which compares those of its {needs.batches} batches; set "
+            "mixup_alpha and cutmix_alpha to 0 and cutmix_minmax to null."
+        )
 
 
 def _preset(section: LossSection) -> str:

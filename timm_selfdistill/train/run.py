@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import Report, build_report, format_table, write_report
+from timm_selfdistill.task import check_loss
 from timm_selfdistill.train.batch_norm import synchronize_batch_norm
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.feed import Feed
@@ -84,6 +86,8 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         networks = {"baseline": baseline_phases(recipe), **networks}
     _check_resume(recipe, networks)
     model = build_model(recipe, data)
+    for phase in chain.from_iterable(networks.values()):
+        check_loss(model, phase.loss, phase.regime)
     input = InputConfig.from_model(model.backbone, recipe.data)
     loaders = build_loaders(
         data,
@@ -93,6 +97,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         batch_size=batch_size,
         accelerator_shards=(accelerator.process_index, accelerator.num_processes),
         seed=recipe.seed,
+        accumulate=recipe.optimizer.accumulate,
         skipped=SkipList(folder, accelerator.process_index),
     )
     feed, eval_loader = _prepare(loaders, data, recipe, accelerator, batch_size)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the progress: weights, optimizer, schedule, average, scaler and random states."""
+"""What a checkpoint holds beside the progress: weights, teachers, loss, optimizer, schedule, scaler, random states."""
 
 import random
 from typing import Any
@@ -29,18 +29,29 @@ class PhaseState:
             self.parts["scheduler"] = scheduler
         if task.has_ema():
             self.parts["ema"] = task.get_trainable_module(ema=True)
+        if task.past is not None:
+            self.parts["past"] = task.past
+        self.loss = task.get_submodule("criterion")
         if accelerator.scaler is not None:
             self.parts["scaler"] = accelerator.scaler
 
     def capture(self) -> dict[str, Any]:
-        """Return the state of every part, and the random states of all processes; all of them call it together."""
-        random_states = gather_object([_random_state()])
-        return {"random": random_states} | {name: part.state_dict() for name, part in self.parts.items()}
+        """Return the state of every part, and of all processes the loss's and the random states; they call it together.
+
+        A loss may have seen other images in each process.
+        """
+        of_processes = {"random": gather_object([_random_state()])}
+        if state := self.loss.state_dict():
+            on_cpu = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+            of_processes["loss"] = gather_object([on_cpu])
+        return of_processes | {name: part.state_dict() for name, part in self.parts.items()}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Load the state of every part."""
+        """Load the state of every part, and that of the loss where there are as many processes as when it was saved."""
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
+        if self.loss.state_dict() and len(saved["loss"]) == self.accelerator.num_processes:
+            self.loss.load_state_dict(saved["loss"][self.accelerator.process_index])
 
     def restore_random(self, saved: dict[str, Any]) -> None:
         """Load the random state of this process, where there are as many as when it was saved."""

@@ -1,0 +1,214 @@
+"""Self-distillation of the backbone alone, without exits: its own earlier or other answers teach it."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_selfdistill.losses.divergences import kl
+from timm_selfdistill.losses.inputs import check_entries, check_target, cross_entropy, stack
+from timm_selfdistill.losses.needs import Needs, TrainingTime
+from timm_selfdistill.losses.self_distillation import register_loss
+from timm_selfdistill.model import ExitOutput
+
+
+@register_loss("cs-kd")
+class CSKD(nn.Module):
+    """CS-KD: an image's prediction follows that of another image of its class.
+
+    `CE(z, y) + weight T^2 KL(softmax(z' / T) || softmax(z / T))`, each a mean over the batch; z' are the backbone's
+    logits for another image of class y, detached.
+
+    Paper: "Regularizing Class-wise Predictions via Self-knowledge Distillation", https://arxiv.org/abs/2003.13964. As
+    in its code, the other images run on their own, in training mode and without a gradient, and have no cross-entropy.
+    There an image may be its own partner; here only where it is alone in its class.
+
+    Args:
+        weight: Weight of the divergence; the paper takes 1, and 3 for fine-grained classes.
+        temperature: What logits are divided by before the softmax of the divergence.
+
+    Raises:
+        ValueError: If a value is not allowed.
+    """
+
+    needs_exits = False
+    needs = Needs(batches="paired")
+
+    def __init__(self, weight: float = 1.0, temperature: float = 4.0) -> None:
+        super().__init__()
+        self.weight = _checked("weight", weight)
+        self.temperature = _checked("temperature", temperature, 1e-6, 1e6)
+
+    def forward(self, out: ExitOutput, target: Tensor, *, partners: ExitOutput) -> dict[str, Tensor]:
+        """Compute the loss.
+
+        Args:
+            out: Logits [B, C] of the backbone, as the last entry.
+            target: Class indices [B] int64, or class probabilities [B, C] floating.
+            partners: The same for other images of these classes, without a gradient.
+
+        Returns:
+            "loss", and its terms, unweighted and detached: "ce/0", the cross-entropy, and "kd/0", the divergence.
+
+        Raises:
+            ValueError: If a shape or dtype is not as above.
+        """
+        logits, others = _last(out, target), _last(partners, target).detach()
+        with torch.autocast(target.device.type, enabled=False):
+            ce = cross_entropy(logits, target)
+            kd = kl(logits, others, target, temperature=self.temperature, scale=self.temperature**2)
+        return _terms(ce, self.weight, kd)
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}, temperature={self.temperature}"
+
+
+@register_loss("dlb")
+class DLB(nn.Module):
+    """DLB: the prediction for an image follows that of the step before, where it was in the batch too.
+
+    `CE(z, y) + weight T^2 KL(softmax(p / T) || softmax(z / T))`, the CE a mean over the whole batch, the KL over its
+    first half: the images that were the second half of the batch before, augmented anew, with p the logits they had
+    then. In the first step of a training there is no KL.
+
+    Paper: "Self-Distillation from the Last Mini-Batch for Consistency Regularization",
+    https://arxiv.org/abs/2203.16172. As in the paper, both halves run as one batch; its code runs them one after the
+    other, which only batch norm sees.
+
+    Args:
+        weight: Weight of the divergence; the paper takes 1.
+        temperature: What logits are divided by before the softmax of the divergence.
+
+    Raises:
+        ValueError: If a value is not allowed.
+    """
+
+    needs_exits = False
+    needs = Needs(batches="repeated")
+
+    def __init__(self, weight: float = 1.0, temperature: float = 3.0) -> None:
+        super().__init__()
+        self.weight = _checked("weight", weight)
+        self.temperature = _checked("temperature", temperature, 1e-6, 1e6)
+        self._before: Tensor | None = None
+
+    def forward(self, out: ExitOutput, target: Tensor) -> dict[str, Tensor]:
+        """Compute the loss; in training mode, remember the logits of the second half of the batch.
+
+        Args:
+            out: Logits [2B, C] of the backbone, as the last entry; the first half for images of the batch before.
+            target: Class indices [2B] int64, or class probabilities [2B, C] floating.
+
+        Returns:
+            "loss", and its terms, unweighted and detached: "ce/0", the cross-entropy, and "kd/0", the divergence.
+
+        Raises:
+            ValueError: If a shape or dtype is not as above, or the first half is not as long as what was new before.
+        """
+        logits = _last(out, target)
+        repeated, new = logits.chunk(2, dim=1)
+        before = repeated.detach() if self._before is None else self._before.to(logits.device)
+        if new.shape != repeated.shape or before.shape != repeated.shape:
+            raise ValueError(
+                f"dlb: {repeated.shape[1]} images of the batch are those of the batch before and {new.shape[1]} are "
+                f"new, but the batch before had {before.shape[1]} new ones; allowed are as many each."
+            )
+        # From a step that was skipped because it was not finite, there is nothing to learn.
+        before = torch.where(before.isfinite().all(-1, keepdim=True), before, repeated.detach())
+        with torch.autocast(target.device.type, enabled=False):
+            ce = cross_entropy(logits, target)
+            kd = kl(repeated, before, target, temperature=self.temperature, scale=self.temperature**2)
+        if self.training:
+            self._before = new.detach()
+        return _terms(ce, self.weight, kd)
+
+    def get_extra_state(self) -> Tensor | None:
+        """Return the logits of the second half of the last batch [1, B, C], if there was one."""
+        return self._before
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on behind the batch whose logits `get_extra_state` returned."""
+        self._before = state
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}, temperature={self.temperature}"
+
+
+@register_loss("ps-kd")
+class PSKD(nn.Module):
+    """PS-KD: what the model predicted an epoch before softens the target, the more the longer it trains.
+
+    `CE(z, (1 - a) y + a p)`, a mean over the batch; p is the softmax of the backbone's logits in the model as it was
+    when the epoch began, for the same augmented image and in eval mode, and a = `alpha` t / T in epoch t of T. In the
+    first epoch, the target is y.
+
+    Paper: "Self-Knowledge Distillation with Progressive Refinement of Targets", https://arxiv.org/abs/2006.12000. Its
+    code takes for p what the model predicted in training mode when it last saw the image, otherwise augmented, from a
+    table of all predictions; here the past model runs again, at the price of one forward a step.
+
+    Args:
+        alpha: Share of the prediction in the target of the last epoch.
+
+    Raises:
+        ValueError: If a value is not allowed.
+    """
+
+    needs_exits = False
+    needs = Needs(past=True, time=True)
+
+    def __init__(self, alpha: float = 0.8) -> None:
+        super().__init__()
+        self.alpha = _checked("alpha", alpha, 0.0, 1.0)
+
+    def forward(
+        self, out: ExitOutput, target: Tensor, *, past: ExitOutput | None, time: TrainingTime
+    ) -> dict[str, Tensor]:
+        """Compute the loss.
+
+        Args:
+            out: Logits [B, C] of the backbone, as the last entry.
+            target: Class indices [B] int64, or class probabilities [B, C] floating.
+            past: The same for the model as it was when the epoch began; None in the first epoch.
+            time: How far training has come.
+
+        Returns:
+            "loss", and "ce/0", the same detached.
+
+        Raises:
+            ValueError: If a shape or dtype is not as above.
+        """
+        logits = _last(out, target)
+        with torch.autocast(target.device.type, enabled=False):
+            if past is not None:
+                share = self.alpha * (int(time.epoch) + 1) / time.epochs
+                labels = target if target.is_floating_point() else F.one_hot(target, logits.shape[-1])
+                predicted = _last(past, target)[0].detach().softmax(-1)
+                target = torch.lerp(labels.to(predicted.dtype), predicted, share)
+            loss = cross_entropy(logits, target)[0]
+        return {"loss": loss, "ce/0": loss.detach()}
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
+
+def _last(out: ExitOutput, target: Tensor) -> Tensor:
+    """Return the backbone's logits [1, B, C], which the target must fit."""
+    check_entries("logits", "C", out.logits[-1:])
+    check_target(target, out.logits[-1].shape)
+    return stack(out.logits[-1:])
+
+
+def _terms(ce: Tensor, weight: float, kd: Tensor) -> dict[str, Tensor]:
+    return {"loss": ce[0] + weight * kd[0], "ce/0": ce[0].detach(), "kd/0": kd[0].detach()}
+
+
+def _checked(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:
+    """Return a number, if it is finite and within limits."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; allowed is a finite number.")
+    if not low <= value <= high:
+        allowed = f"{low:g} or more" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} is {value!r}; allowed is a number, {allowed}.")
+    return value
