@@ -2,8 +2,9 @@
 
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig, EarlyExitOutput
 from timm_selfdistill.exits import ExitPoint, Tap
+from timm_selfdistill.export import ExportError, export_model
 from timm_selfdistill.heads import list_heads, register_head
-from timm_selfdistill.hub import HubError, from_pretrained, load_early_exit, push_to_hub, save_pretrained
+from timm_selfdistill.hub import HubError, from_pretrained, load_early_exit, load_exported, push_to_hub, save_pretrained
 from timm_selfdistill.losses import (
     SelfDistillationConfig,
     SelfDistillationLoss,
@@ -28,6 +29,7 @@ __all__ = [
     "EarlyExitOutput",
     "ExitOutput",
     "ExitPoint",
+    "ExportError",
     "HubError",
     "SelfDistillModel",
     "SelfDistillationConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "SelfDistillationTask",
     "Tap",
     "TruncatedModel",
+    "export_model",
     "from_pretrained",
     "list_divergences",
     "list_heads",
@@ -43,6 +46,7 @@ __all__ = [
     "list_recipes",
     "list_teachers",
     "load_early_exit",
+    "load_exported",
     "load_recipe",
     "push_to_hub",
     "register_divergence",

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import datasets
@@ -58,7 +58,7 @@ class InputConfig:
                 raise ValueError(f"data.{name} has {len(values)} values for {self.channels} channels: {values}.")
 
     @classmethod
-    def from_model(cls, backbone: nn.Module, section: DataSection) -> Self:
+    def from_model(cls, backbone: nn.Module, section: DataSection | None = None) -> Self:
         """Take what the recipe says and, where it says nothing, the model's own.
 
         The model's own `crop_pct` is often 0.875 or 0.95: evaluation then resizes an image to more than `image_size`
@@ -66,8 +66,9 @@ class InputConfig:
 
         Args:
             backbone: A timm model.
-            section: The recipe's `data`.
+            section: The recipe's `data`; by default all is the model's own.
         """
+        section = DataSection(path="none") if section is None else section
         channels = _input_channels(backbone)
         given: dict[str, Any] = {"interpolation": section.interpolation, "crop_pct": section.crop_pct}
         if section.image_size is not None:
@@ -82,6 +83,11 @@ class InputConfig:
             crop_pct=config["crop_pct"],
             crop_mode=config["crop_mode"],
         )
+
+    def to_timm(self) -> dict[str, Any]:
+        """Return the same as timm's data configuration."""
+        config = asdict(self)
+        return {"input_size": (config.pop("channels"), *config.pop("image_size")), **config}
 
 
 def read(value: Any) -> bytes:

@@ -1,7 +1,9 @@
 """Save and load a wrapped model: a folder, or a repository on the Hugging Face Hub, that plain timm loads too."""
 
 from timm_selfdistill.hub.card import Training, model_card
-from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, read_early_exit, save_pretrained
+from timm_selfdistill.hub.exported import is_exported, load_exported, save_exported
+from timm_selfdistill.hub.folder import BACKBONE, CARD, EXITS, read_early_exit, save_pretrained
+from timm_selfdistill.hub.labels import class_names
 from timm_selfdistill.hub.remote import (
     HubError,
     from_pretrained,
@@ -10,6 +12,7 @@ from timm_selfdistill.hub.remote import (
     push_folder,
     push_to_hub,
 )
+from timm_selfdistill.hub.saved import CONFIG
 
 __all__ = [
     "BACKBONE",
@@ -18,12 +21,16 @@ __all__ = [
     "EXITS",
     "HubError",
     "Training",
+    "class_names",
     "from_pretrained",
+    "is_exported",
     "load_early_exit",
+    "load_exported",
     "make_repository",
     "model_card",
     "push_folder",
     "push_to_hub",
     "read_early_exit",
+    "save_exported",
     "save_pretrained",
 ]

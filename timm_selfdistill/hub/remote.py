@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig
 from timm_selfdistill.hub.card import card_for_repository
-from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, load_folder, read_early_exit, save_pretrained
+from timm_selfdistill.hub.folder import BACKBONE, CARD, EXITS, load_folder, read_early_exit, save_pretrained
+from timm_selfdistill.hub.saved import CONFIG
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import LICENSE, REPO_ID
 
