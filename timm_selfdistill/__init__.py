@@ -17,6 +17,7 @@ from timm_selfdistill.losses import (
     register_teacher,
 )
 from timm_selfdistill.model import ExitOutput, SelfDistillModel, wrap
+from timm_selfdistill.predict import Prediction, predict_images
 from timm_selfdistill.recipe import list_recipes, load_recipe
 from timm_selfdistill.task import SelfDistillationTask
 from timm_selfdistill.truncation import TruncatedModel, truncate
@@ -31,6 +32,7 @@ __all__ = [
     "ExitPoint",
     "ExportError",
     "HubError",
+    "Prediction",
     "SelfDistillModel",
     "SelfDistillationConfig",
     "SelfDistillationLoss",
@@ -48,6 +50,7 @@ __all__ = [
     "load_early_exit",
     "load_exported",
     "load_recipe",
+    "predict_images",
     "push_to_hub",
     "register_divergence",
     "register_head",
