@@ -21,9 +21,7 @@ from timm_selfdistill.hub import class_names, load_with_early_exit
 from timm_selfdistill.model import SelfDistillModel
 
 # What is taken for an image in a folder; a file that is named is read whatever its name is.
-SUFFIXES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-    [".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
-)
+SUFFIXES: Final = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 BATCH_SIZE: Final = 32
 _MOST_WORKERS = 4
 
@@ -152,7 +150,7 @@ def find_images(arguments: Sequence[str], lines: Iterable[str]) -> list[str]:
             raise ValueError(f"There is no file or folder {argument}.")
     if not files:
         raise ValueError(
-            f"There are no images in {', '.join(arguments)}; in folders, {' '.join(sorted(SUFFIXES))} are."
+            f"There is no image in {', '.join(arguments)}; in a folder, files that end with {' '.join(SUFFIXES)} are."
         )
     return files
 
