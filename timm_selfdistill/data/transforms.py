@@ -10,6 +10,7 @@ import numpy as np
 from datasets.utils.file_utils import is_local_path, xopen
 from PIL import Image, ImageFile, UnidentifiedImageError
 from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.model_config import resolve_input_data_config
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomCrop
@@ -71,8 +72,11 @@ class InputConfig:
         section = DataSection(path="none") if section is None else section
         channels = _input_channels(backbone)
         given: dict[str, Any] = {"interpolation": section.interpolation, "crop_pct": section.crop_pct}
-        if section.image_size is not None:
-            given["input_size"] = (channels, section.image_size, section.image_size)
+        # Not `pretrained_cfg`'s size where the model was built for another one. With statistics given, timm does not
+        # warn about those of another channel count.
+        own_size = resolve_input_data_config(backbone, {"mean": 0.5, "std": 0.5})["input_size"][1:]
+        size = own_size if section.image_size is None else (section.image_size, section.image_size)
+        given["input_size"] = (channels, *size)
         config = resolve_data_config(given, model=backbone)  # type: ignore[no-untyped-call]
         return cls(
             channels=channels,
