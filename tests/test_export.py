@@ -240,6 +240,36 @@ def test_other_logits_are_an_error_and_leave_nothing(model, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_graph_that_the_optimizer_breaks_is_written_without_it(model, images, tmp_path, monkeypatch):
+    tried = []
+    save = exporting._save_onnx
+
+    def save_unless_optimized(*args, optimize):
+        tried.append(optimize)
+        if optimize:
+            raise sd.ExportError
+        return save(*args, optimize=optimize)
+
+    monkeypatch.setattr(exporting, "_save_onnx", save_unless_optimized)
+    path = export(model, 0, tmp_path, "onnx", dynamic_batch=True)
+    assert tried == [True, False]
+    with torch.no_grad():
+        check(path, model.forward_exit(images, 0), images)
+    graph = onnx.load(path).graph
+    read = {name for node in graph.node for name in node.input}
+    assert all(tensor.name in read for tensor in graph.initializer)
+
+
+def test_what_cannot_be_written_as_onnx_says_so(model, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("\nno such operator.\nand many more lines")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(sd.ExportError, match=r"cannot be written as ONNX: no such operator\.$"):
+        export(model, 0, tmp_path, "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("format", SUFFIXES)
 def test_a_forward_that_looks_at_the_batch_size_has_no_dynamic_batch(tiny_net, images, tmp_path, format):
     class Fixed(tiny_net):

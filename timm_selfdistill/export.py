@@ -204,14 +204,25 @@ def _write_onnx(
     small: nn.Module, size: tuple[int, ...], dynamic_batch: bool, metadata: str, path: Path
 ) -> Callable[[Tensor], Tensor]:
     """Write a network as ONNX, and return what runs the file."""
-    import onnxruntime
-
     plain = copy.deepcopy(small)
     for module in plain.modules():
         # torch.onnx fails on the strides of some fused attention (BEiT's), and writes out its parts in any case.
         if getattr(module, "fused_attn", False):
             module.fused_attn = False  # type: ignore[assignment]  # no tensor and no module
     program = _trace(plain, size, dynamic_batch)
+    try:
+        return _save_onnx(program, dynamic_batch, metadata, path, optimize=True)
+    except ExportError:
+        # The optimizer of torch.onnx breaks some graphs (Gemma4's).
+        return _save_onnx(program, dynamic_batch, metadata, path, optimize=False)
+
+
+def _save_onnx(
+    program: ExportedProgram, dynamic_batch: bool, metadata: str, path: Path, *, optimize: bool
+) -> Callable[[Tensor], Tensor]:
+    """Write a graph as ONNX, and return what runs the file."""
+    import onnxruntime
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -221,17 +232,15 @@ def _write_onnx(
                 input_names=["images"],
                 output_names=["logits"],
                 dynamic_shapes=({0: "batch"},) if dynamic_batch else None,
+                optimize=optimize,
                 verbose=False,
             )
-    except Exception as error:  # of the exporter, of any kind
-        raise ExportError(f"torch.onnx cannot write {_name(small)}: {_first_line(error)}") from error
-    assert onnx_program is not None
-    onnx_program.model.metadata_props[METADATA] = metadata
-    onnx_program.save(path)
-    try:
+        assert onnx_program is not None
+        onnx_program.model.metadata_props[METADATA] = metadata
+        onnx_program.save(path)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own kinds have no common base but this
-        raise ExportError(f"ONNX Runtime cannot load what torch.onnx wrote: {_first_line(error)}") from error
+    except Exception as error:  # those of torch.onnx and ONNX Runtime have no other common base
+        raise ExportError(f"The network cannot be written as ONNX: {_first_line(error)}.") from error
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
