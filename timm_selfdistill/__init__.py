@@ -2,8 +2,9 @@
 
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig, EarlyExitOutput
 from timm_selfdistill.exits import ExitPoint, Tap
+from timm_selfdistill.export import ExportError, export_model
 from timm_selfdistill.heads import list_heads, register_head
-from timm_selfdistill.hub import HubError, from_pretrained, load_early_exit, push_to_hub, save_pretrained
+from timm_selfdistill.hub import HubError, from_pretrained, load_early_exit, load_exported, push_to_hub, save_pretrained
 from timm_selfdistill.losses import (
     SelfDistillationConfig,
     SelfDistillationLoss,
@@ -16,6 +17,7 @@ from timm_selfdistill.losses import (
     register_teacher,
 )
 from timm_selfdistill.model import ExitOutput, SelfDistillModel, wrap
+from timm_selfdistill.predict import Prediction, predict_images
 from timm_selfdistill.recipe import list_recipes, load_recipe
 from timm_selfdistill.task import SelfDistillationTask
 from timm_selfdistill.truncation import TruncatedModel, truncate
@@ -28,13 +30,16 @@ __all__ = [
     "EarlyExitOutput",
     "ExitOutput",
     "ExitPoint",
+    "ExportError",
     "HubError",
+    "Prediction",
     "SelfDistillModel",
     "SelfDistillationConfig",
     "SelfDistillationLoss",
     "SelfDistillationTask",
     "Tap",
     "TruncatedModel",
+    "export_model",
     "from_pretrained",
     "list_divergences",
     "list_heads",
@@ -43,7 +48,9 @@ __all__ = [
     "list_recipes",
     "list_teachers",
     "load_early_exit",
+    "load_exported",
     "load_recipe",
+    "predict_images",
     "push_to_hub",
     "register_divergence",
     "register_head",

@@ -9,7 +9,9 @@ from pathlib import Path
 from timm_selfdistill import compare
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
 from timm_selfdistill.early_exit import FALLBACKS, RULES
+from timm_selfdistill.export import FORMATS, ExportError, export_folder
 from timm_selfdistill.hub import HubError, push_folder
+from timm_selfdistill.predict import BATCH_SIZE, print_predictions
 from timm_selfdistill.preview import format_preview, preview_exits
 from timm_selfdistill.recipe import list_recipes, read_settings
 from timm_selfdistill.report import format_table
@@ -17,7 +19,7 @@ from timm_selfdistill.train import add_arguments, evaluate_folder, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status: 0, or 2 for arguments that cannot work."""
+    """Run one subcommand and return its exit status: 0, or 2 for arguments that cannot work; of predict also 1."""
     parser = argparse.ArgumentParser(prog="timm-selfdistill", description="Turn a timm backbone into its own teacher.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -68,6 +70,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="fields of the recipe's data section, such as eval_split=val"
     )
     calibrate.set_defaults(run=_calibrate)
+    predict = commands.add_parser("predict", help="classify image files")
+    predict.add_argument("folder", help="a run's folder, the model folder in it, or a repository on the Hub")
+    predict.add_argument("images", nargs="+", help="files, folders, or - for a list on the standard input, one a line")
+    exit = predict.add_mutually_exclusive_group()
+    exit.add_argument("--exit", type=int, metavar="K", help="index of the one exit that answers, 0 the shallowest")
+    exit.add_argument("--threshold", type=float, help="let images leave at any exit that is so sure, whatever is saved")
+    predict.add_argument("--top-k", type=int, default=1, metavar="N", help="print the N most likely classes")
+    predict.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="images at a time")
+    predict.add_argument("--workers", type=int, metavar="N", help="processes that decode images")
+    predict.add_argument("--json", action="store_true", help="print one JSON object a line")
+    predict.set_defaults(run=_predict)
+
+    export = commands.add_parser("export", help="write the network up to an exit as safetensors, torch.export or ONNX")
+    export.add_argument("folder", help="a run's folder, the model folder in it, or a repository on the Hub")
+    export.add_argument("--format", required=True, choices=list(FORMATS), help="what to write")
+    export.add_argument("--exit", type=int, metavar="K", help="index of the exit; the backbone's own by default")
+    export.add_argument("--dynamic-batch", action="store_true", help="take batches of any size, not only one image")
+    export.add_argument("--image-size", type=_size, metavar="N or HxW", help="side of the image in pixels, or both")
+    export.add_argument("--output", type=Path, help="where to write; by default exit-K with an ending, in the folder")
+    export.add_argument("--force", action="store_true", help="replace what an earlier export wrote there")
+    export.set_defaults(run=_export)
 
     push = commands.add_parser("push", help="push a trained model to the Hugging Face Hub")
     push.add_argument("folder", type=Path, help="a run's folder, or the model folder in it")
@@ -100,62 +123,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
-    status: int = parsed.run(parsed)
+    try:
+        status: int = parsed.run(parsed)
+    except (ValueError, HubError, ExportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return status
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    try:
-        report = evaluate_folder(arguments.folder, arguments.data, arguments.overrides, arguments.output)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report = evaluate_folder(arguments.folder, arguments.data, arguments.overrides, arguments.output)
     print(format_table(report))
     return 0
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    try:
-        if arguments.confidence is not None and arguments.risk is None:
-            raise ValueError("--confidence is that of --risk, which is not given.")
-        goal = Goal(
-            max_accuracy_drop=arguments.max_accuracy_drop,
-            speedup=arguments.speedup,
-            macs_budget=arguments.macs_budget,
-            risk=arguments.risk,
-            confidence=CONFIDENCE if arguments.confidence is None else arguments.confidence,
-        )
-        report = calibrate_folder(
-            arguments.folder,
-            goal,
-            data_path=arguments.data,
-            split=arguments.split,
-            overrides=arguments.overrides,
-            rule=arguments.rule,
-            fallback=arguments.fallback,
-            output=arguments.output,
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.confidence is not None and arguments.risk is None:
+        raise ValueError("--confidence is that of --risk, which is not given.")
+    goal = Goal(
+        max_accuracy_drop=arguments.max_accuracy_drop,
+        speedup=arguments.speedup,
+        macs_budget=arguments.macs_budget,
+        risk=arguments.risk,
+        confidence=CONFIDENCE if arguments.confidence is None else arguments.confidence,
+    )
+    report = calibrate_folder(
+        arguments.folder,
+        goal,
+        data_path=arguments.data,
+        split=arguments.split,
+        overrides=arguments.overrides,
+        rule=arguments.rule,
+        fallback=arguments.fallback,
+        output=arguments.output,
+    )
     print(format_calibration(report))
     return 0
 
 
+def _predict(arguments: argparse.Namespace) -> int:
+    return print_predictions(
+        arguments.folder,
+        arguments.images,
+        exit=arguments.exit,
+        threshold=arguments.threshold,
+        top_k=arguments.top_k,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        as_json=arguments.json,
+    )
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    path = export_folder(
+        arguments.folder,
+        arguments.exit,
+        arguments.output,
+        format=arguments.format,
+        dynamic_batch=arguments.dynamic_batch,
+        image_size=arguments.image_size,
+        overwrite=arguments.force,
+    )
+    print(path)
+    return 0
+
+
 def _push(arguments: argparse.Namespace) -> int:
-    try:
-        address = push_folder(
-            arguments.folder,
-            arguments.repo,
-            private=arguments.private,
-            revision=arguments.revision,
-            create_pr=arguments.pr,
-            commit_message=arguments.message,
-            license=arguments.license,
-        )
-    except (ValueError, HubError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    address = push_folder(
+        arguments.folder,
+        arguments.repo,
+        private=arguments.private,
+        revision=arguments.revision,
+        create_pr=arguments.pr,
+        commit_message=arguments.message,
+        license=arguments.license,
+    )
     print(address)
     return 0
 
@@ -169,18 +211,14 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _exits(arguments: argparse.Namespace) -> int:
-    try:
-        preview = preview_exits(
-            arguments.model,
-            exits=arguments.num,
-            head=arguments.head,
-            num_classes=arguments.num_classes,
-            image_size=arguments.image_size,
-            model_kwargs=read_settings(arguments.overrides),
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    preview = preview_exits(
+        arguments.model,
+        exits=arguments.num,
+        head=arguments.head,
+        num_classes=arguments.num_classes,
+        image_size=arguments.image_size,
+        model_kwargs=read_settings(arguments.overrides),
+    )
     print(format_preview(preview))
     return 0
 

@@ -5,9 +5,19 @@ from timm_selfdistill.data.order import Arrangement, TrainingOrder
 from timm_selfdistill.data.skipped import SKIPPED, SkipList, merge_skipped
 from timm_selfdistill.data.sources import is_on_hub
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit, open_dataset
-from timm_selfdistill.data.transforms import InputConfig, build_mixup, eval_transform, train_transform
+from timm_selfdistill.data.transforms import (
+    MODES,
+    InputConfig,
+    Transform,
+    build_mixup,
+    check_pillow,
+    decode,
+    eval_transform,
+    train_transform,
+)
 
 __all__ = [
+    "MODES",
     "SKIPPED",
     "Arrangement",
     "ImageData",
@@ -17,8 +27,11 @@ __all__ = [
     "SkipList",
     "StreamSplit",
     "TrainingOrder",
+    "Transform",
     "build_loaders",
     "build_mixup",
+    "check_pillow",
+    "decode",
     "eval_transform",
     "is_on_hub",
     "merge_skipped",

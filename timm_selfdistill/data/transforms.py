@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import datasets
@@ -10,6 +10,7 @@ import numpy as np
 from datasets.utils.file_utils import is_local_path, xopen
 from PIL import Image, ImageFile, UnidentifiedImageError
 from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.model_config import resolve_input_data_config
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor, nn
 from torchvision.transforms import Compose, RandomCrop
@@ -58,7 +59,7 @@ class InputConfig:
                 raise ValueError(f"data.{name} has {len(values)} values for {self.channels} channels: {values}.")
 
     @classmethod
-    def from_model(cls, backbone: nn.Module, section: DataSection) -> Self:
+    def from_model(cls, backbone: nn.Module, section: DataSection | None = None) -> Self:
         """Take what the recipe says and, where it says nothing, the model's own.
 
         The model's own `crop_pct` is often 0.875 or 0.95: evaluation then resizes an image to more than `image_size`
@@ -66,12 +67,16 @@ class InputConfig:
 
         Args:
             backbone: A timm model.
-            section: The recipe's `data`.
+            section: The recipe's `data`; by default all is the model's own.
         """
+        section = DataSection(path="none") if section is None else section
         channels = _input_channels(backbone)
         given: dict[str, Any] = {"interpolation": section.interpolation, "crop_pct": section.crop_pct}
-        if section.image_size is not None:
-            given["input_size"] = (channels, section.image_size, section.image_size)
+        # Not `pretrained_cfg`'s size where the model was built for another one. With statistics given, timm does not
+        # warn about those of another channel count.
+        own_size = resolve_input_data_config(backbone, {"mean": 0.5, "std": 0.5})["input_size"][1:]
+        size = own_size if section.image_size is None else (section.image_size, section.image_size)
+        given["input_size"] = (channels, *size)
         config = resolve_data_config(given, model=backbone)  # type: ignore[no-untyped-call]
         return cls(
             channels=channels,
@@ -82,6 +87,11 @@ class InputConfig:
             crop_pct=config["crop_pct"],
             crop_mode=config["crop_mode"],
         )
+
+    def to_timm(self) -> dict[str, Any]:
+        """Return the same as timm's data configuration."""
+        config = asdict(self)
+        return {"input_size": (config.pop("channels"), *config.pop("image_size")), **config}
 
 
 def read(value: Any) -> bytes:

@@ -1,23 +1,26 @@
 """Save and load a wrapped model: a folder, or a repository on the Hugging Face Hub, that plain timm loads too."""
 
 from timm_selfdistill.hub.card import Training, model_card
+from timm_selfdistill.hub.exported import is_exported, load_exported, save_exported
 from timm_selfdistill.hub.folder import (
     BACKBONE,
     CARD,
-    CONFIG,
     EXITS,
     read_early_exit,
     save_early_exit,
     save_pretrained,
 )
+from timm_selfdistill.hub.labels import class_names
 from timm_selfdistill.hub.remote import (
     HubError,
     from_pretrained,
     load_early_exit,
+    load_with_early_exit,
     make_repository,
     push_folder,
     push_to_hub,
 )
+from timm_selfdistill.hub.saved import CONFIG
 
 __all__ = [
     "BACKBONE",
@@ -26,13 +29,18 @@ __all__ = [
     "EXITS",
     "HubError",
     "Training",
+    "class_names",
     "from_pretrained",
+    "is_exported",
     "load_early_exit",
+    "load_exported",
+    "load_with_early_exit",
     "make_repository",
     "model_card",
     "push_folder",
     "push_to_hub",
     "read_early_exit",
     "save_early_exit",
+    "save_exported",
     "save_pretrained",
 ]

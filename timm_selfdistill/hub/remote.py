@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig
 from timm_selfdistill.hub.card import card_for_repository
-from timm_selfdistill.hub.folder import BACKBONE, CARD, CONFIG, EXITS, load_folder, read_early_exit, save_pretrained
+from timm_selfdistill.hub.folder import BACKBONE, CARD, EXITS, load_folder, read_early_exit, save_pretrained
+from timm_selfdistill.hub.saved import CONFIG
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import LICENSE, REPO_ID
 
@@ -84,20 +85,34 @@ def load_early_exit(
         ValueError: As `from_pretrained`; also if no early-exit settings are saved with the model.
         HubError: As `from_pretrained`.
     """
-    folder = _fetch(source, revision, token, cache_dir)
-    config = read_early_exit(folder)
+    model, config = load_with_early_exit(source, revision=revision, token=token, cache_dir=cache_dir)
     if config is None:
         raise ValueError(
             f"{source} has no early-exit settings; with thresholds of your own: "
             "sd.EarlyExit(sd.from_pretrained(...), thresholds)."
         )
     return EarlyExit(
-        load_folder(folder),
+        model,
         config.thresholds,
         rule=config.rule,
         temperatures=config.temperatures,
         fallback=config.fallback,
     )
+
+
+def load_with_early_exit(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[SelfDistillModel, EarlyExitConfig | None]:
+    """Load a model, in eval mode, and the early-exit settings that are saved with it, or None where there are none.
+
+    Arguments and errors are those of `from_pretrained`.
+    """
+    folder = _fetch(source, revision, token, cache_dir)
+    return load_folder(folder), read_early_exit(folder)
 
 
 def push_to_hub(

@@ -4,7 +4,6 @@ import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 from timm_selfdistill.data import ImageData, InputConfig, is_on_hub
@@ -28,9 +27,7 @@ class ModelWriter:
     def __init__(self, recipe: Recipe, data: ImageData, input: InputConfig) -> None:
         self._recipe = recipe
         self._class_names = data.class_names
-        self._data_config = asdict(input)
-        size = self._data_config.pop("image_size")
-        self._data_config["input_size"] = (self._data_config.pop("channels"), *size)
+        self._data_config = input.to_timm()
 
     def save(self, model: SelfDistillModel, folder: Path, report: Report | None = None, note: str = "") -> None:
         """Write the model.

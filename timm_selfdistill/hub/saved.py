@@ -1,0 +1,117 @@
+"""What the configuration of a saved model tells beyond timm's, and the files that it has the checksums of."""
+
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors.torch
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from timm.data.model_config import resolve_input_data_config
+
+from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.model import SelfDistillModel
+
+CONFIG = "config.json"
+KEY = "timm_selfdistill"
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Our key of the configuration: how to wrap the backbone, and the weights' checksums.
+
+    With `exit`, the weights are those of a network that ends there, instead of the backbone's and the exits'.
+    """
+
+    format_version: int
+    exits: list[str]
+    head: str
+    head_kwargs: dict[str, Any]
+    hint_adapter: bool
+    small_stem: bool
+    image_size: Annotated[list[int], Field(min_length=2, max_length=2)]
+    sha256: dict[str, str]
+    early_exit: Any = None
+    exit: int | None = None
+
+
+def describe(
+    model: SelfDistillModel,
+    sha256: dict[str, str],
+    *,
+    early_exit: EarlyExitConfig | None = None,
+    exit: int | None = None,
+) -> Saved:
+    """Return what the configuration of a saved model is to tell beyond timm's.
+
+    Args:
+        model: The wrapped model.
+        sha256: Checksum of each file of weights.
+        early_exit: When images leave early.
+        exit: The exit at which the saved network ends, where it is not the whole model.
+    """
+    config = model.config
+    # The dry run's size as it was: the saved input size may be another one, at which the taps' grids look otherwise.
+    own_size = resolve_input_data_config(model.backbone, {"mean": 0.5, "std": 0.5})["input_size"][1:]
+    return Saved(
+        format_version=_FORMAT_VERSION,
+        exits=[point.name for point in model.points],
+        head=config.head,
+        head_kwargs=dict(config.head_kwargs),
+        hint_adapter=config.hint_adapter,
+        small_stem=config.small_stem,
+        image_size=list(config.image_size or own_size),
+        sha256=sha256,
+        early_exit=None if early_exit is None else early_exit.to_json(),
+        exit=exit,
+    )
+
+
+def read_config(folder: Path) -> Saved:
+    """Return what the configuration of a saved model tells beyond timm's."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no model: there is no {CONFIG} in it.")
+    try:
+        config = json.loads(path.read_text())
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    ours = config.get(KEY) if isinstance(config, dict) else None
+    if not isinstance(ours, dict):
+        raise ValueError(f"{path} has no key {KEY!r}: a model of plain timm is loaded by timm.create_model.")
+    version = ours.get("format_version")
+    if version != _FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format version {version}, this version of timm_selfdistill reads {_FORMAT_VERSION}: "
+            "upgrade timm_selfdistill."
+        )
+    expected = [field.name for field in fields(Saved)]
+    if not set(expected) - {"early_exit", "exit"} <= set(ours) <= set(expected):
+        raise ValueError(f"{path} is damaged: {KEY!r} holds {', '.join(ours)}; it must hold {', '.join(expected)}.")
+    try:
+        return TypeAdapter(Saved).validate_json(json.dumps(ours), strict=True)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ValueError(f"{path} is damaged: in {KEY!r}, {wrong}.") from error
+
+
+def read_weights(path: Path, digest: str | None) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file whose checksum is known."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing.")
+    data = path.read_bytes()
+    if sha256_of(data) != digest:
+        raise ValueError(f"{path} is damaged or was exchanged: its sha256 is not the one in {CONFIG}.")
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
+def sha256_of(data: bytes) -> str:
+    """Return the checksum of a file's content."""
+    return hashlib.sha256(data).hexdigest()
