@@ -182,6 +182,24 @@ def test_a_crash_leaves_a_whole_model(run, monkeypatch):
     sd.load_early_exit(run / "model")
 
 
+def test_a_finished_run_that_is_run_again_keeps_the_settings_of_its_weights(tmp_path):
+    recipe = load_recipe("digits", [*SMALL, "epochs=1", "data.max_train=64", f"output_dir={tmp_path}"])
+    train(recipe)
+    calibrate_folder(tmp_path, Goal(speedup=1.0))
+    settings = sd.load_early_exit(tmp_path / "model").config
+    train(recipe)
+    assert sd.load_early_exit(tmp_path / "model").config == settings
+    assert "sd.load_early_exit(" in (tmp_path / "model" / "README.md").read_text()
+    # Other weights are another network: what was chosen for these says nothing about it.
+    model = sd.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        next(iter(model.parameters())).mul_(2)
+    sd.save_pretrained(model, tmp_path / "model", early_exit=settings)
+    train(recipe)
+    with pytest.raises(ValueError, match="early-exit settings"):
+        sd.load_early_exit(tmp_path / "model")
+
+
 def test_another_data_set(run, tmp_path, capsys):
     source = open_dataset(load_recipe("digits").data, 0)
     images = [{"image": row["image"], "label": row["target"]} for row in source.eval]

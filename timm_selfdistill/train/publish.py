@@ -6,8 +6,20 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from timm_selfdistill.data import ImageData, InputConfig, is_on_hub
-from timm_selfdistill.hub import HubError, Training, make_repository, model_card, push_folder, save_pretrained
+from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.hub import (
+    HubError,
+    Training,
+    from_pretrained,
+    make_repository,
+    model_card,
+    push_folder,
+    read_early_exit,
+    save_pretrained,
+)
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import PushSection, Recipe
 from timm_selfdistill.report import Report, format_markdown
@@ -30,7 +42,7 @@ class ModelWriter:
         self._data_config = input.to_timm()
 
     def save(self, model: SelfDistillModel, folder: Path, report: Report | None = None, note: str = "") -> None:
-        """Write the model.
+        """Write the model; early-exit settings that were chosen for the very same weights stay with it.
 
         Args:
             model: The model.
@@ -50,10 +62,30 @@ class ModelWriter:
             table="" if report is None else format_markdown(report),
         )
         chosen = recipe.push_to_hub.license if recipe.push_to_hub is not None else None
-        card = model_card(model, training, license=chosen or origin.get("license"))
+        early_exit = _settings_for(model, folder)
+        card = model_card(model, training, license=chosen or origin.get("license"), early_exit=early_exit)
         save_pretrained(
-            model, folder, label_names=self._class_names, data_config=self._data_config, card=f"{card}{note}"
+            model,
+            folder,
+            label_names=self._class_names,
+            data_config=self._data_config,
+            early_exit=early_exit,
+            card=f"{card}{note}",
         )
+
+
+def _settings_for(model: SelfDistillModel, folder: Path) -> EarlyExitConfig | None:
+    """Return the early-exit settings that are saved in a folder beside the weights of this model, if there are any."""
+    try:
+        settings = read_early_exit(folder)
+        before = None if settings is None else from_pretrained(folder).state_dict()
+    except ValueError:  # no model there, or a damaged one
+        return None
+    now = model.state_dict()
+    if before is None or before.keys() != now.keys():
+        return None
+    same = all(torch.equal(tensor.cpu(), before[name]) for name, tensor in now.items())
+    return settings if same else None
 
 
 class Publisher:
