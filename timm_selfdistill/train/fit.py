@@ -3,13 +3,11 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from timm_selfdistill.train.feed import Feed
 from timm_selfdistill.train.guard import LossGuard
 from timm_selfdistill.train.launch import JsonLinesTracker
 from timm_selfdistill.train.optim import build_optimizer, build_scheduler
+from timm_selfdistill.train.parallel import Parallelism
 from timm_selfdistill.train.phases import Phase
 from timm_selfdistill.train.progress import Progress
 from timm_selfdistill.train.running import RunningTerms
@@ -43,7 +42,7 @@ class _Training:
     """What takes the steps of a phase.
 
     Args:
-        prepared: The task as Accelerate prepared it.
+        prepared: The task, its network spread over the processes.
         task: The task.
         optimizer: The optimizer as Accelerate prepared it.
         scheduler: timm's scheduler, or None.
@@ -64,15 +63,15 @@ class Fit:
 
     Args:
         name: Name of the network in logs and checkpoints, such as "self-distilled".
-        model: The wrapped model, on the accelerator's device; trained in place.
+        model: The wrapped model, on the accelerator's device.
         phases: What to train, in order.
         feed: The data.
         recipe: The recipe.
-        accelerator: The accelerator.
+        parallelism: How the network is spread over the processes.
         folder: The run's folder; checkpoints go to `checkpoints/<name>` in it.
         signals: Tells when to stop.
         on_epoch: Called after every epoch with the model as it would be evaluated, the number of epochs done and that
-            of all.
+            of all; given to all processes or to none.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class Fit:
         phases: Sequence[Phase],
         feed: Feed,
         recipe: Recipe,
-        accelerator: Accelerator,
+        parallelism: Parallelism,
         folder: Path,
         signals: StopSignals,
         on_epoch: Callable[[SelfDistillModel, int, int], None] | None = None,
@@ -92,7 +91,8 @@ class Fit:
         self.phases = phases
         self.feed = feed
         self.recipe = recipe
-        self.accelerator = accelerator
+        self.parallelism = parallelism
+        self.accelerator = accelerator = parallelism.accelerator
         self.folder = folder
         self.signals = signals
         self.on_epoch = on_epoch
@@ -139,17 +139,16 @@ class Fit:
     def _run_phase(self, index: int, phase: Phase, saved: dict[str, Any] | None) -> SelfDistillModel:
         """Train one phase, from what was saved in it if anything, and return the model or its average."""
         recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
+        self.model = self.parallelism.whole(self.model)
         task = SelfDistillationTask(self.model, phase.loss, phase.regime, device=accelerator.device, verbose=False)
         if recipe.compile:
             task.compile()
+        prepared = self.parallelism.prepare(task, recipe.ema)
         optimizer = build_optimizer(self.model, recipe)
         cooldown = recipe.schedule.cooldown_epochs if phase is self.phases[-1] else 0
         scheduler, epochs = build_scheduler(optimizer, recipe, phase.epochs, cooldown, self.updates_per_epoch)
-        prepared, wrapped = accelerator.prepare(task, optimizer)
-        if recipe.ema:
-            task.setup_ema(decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, device=accelerator.device)
-        state = PhaseState(self.model, task, optimizer, scheduler, accelerator)
-        training = _Training(prepared, task, wrapped, scheduler, state)
+        state = PhaseState(self.model, task, optimizer, scheduler, self.parallelism)
+        training = _Training(prepared, task, accelerator.prepare(optimizer), scheduler, state)
         if saved is not None:
             state.restore(saved)
         else:
@@ -170,14 +169,17 @@ class Fit:
             if scheduler is not None:
                 scheduler.step(progress.epoch - progress.first_epoch)
             if self.on_epoch is not None:
-                trained = unwrapped_model(task.get_eval_model(ema=recipe.ema is not None))
-                self.on_epoch(trained, progress.epoch, self.total_epochs)
+                self.on_epoch(self._trained(task), progress.epoch, self.total_epochs)
         if phase is self.phases[-1]:
             # With what the last validation found: a network that is done is not validated again.
             with self.signals.deferred():
                 self._save(state)
             self._stop_if_asked(False)
-        return unwrapped_model(task.get_trainable_module(ema=recipe.ema is not None))
+        return self._trained(task)
+
+    def _trained(self, task: SelfDistillationTask) -> SelfDistillModel:
+        """Return the model or its average, with all its weights."""
+        return self.parallelism.whole(unwrapped_model(task.get_trainable_module(ema=self.recipe.ema is not None)))
 
     def _stop_if_asked(self, stopped: bool) -> None:
         """End the run, with everything saved, if a signal stopped the steps or came since."""
@@ -222,8 +224,7 @@ class Fit:
             targets = targets.to(accelerator.device)
             if self.feed.mixup is not None:
                 images, targets = self.feed.mixup(images, targets)
-            steps_now = micro + 1 == accumulate
-            with nullcontext() if steps_now else accelerator.no_sync(training.prepared):
+            with self.parallelism.micro_step(training.prepared, first=micro == 0, last=micro + 1 == accumulate):
                 terms = training.prepared(images, targets)
                 accelerator.backward(terms["loss"] / accumulate)
             parts.append({name: value.detach() for name, value in terms.items() if name != "output"})
@@ -291,7 +292,8 @@ class Fit:
         is_last_phase = phase is self.phases[-1]
         if self.recipe.schedule.select == "best" and is_last_phase and top1 > self.progress.best_top1:
             self.progress.best_top1 = top1
-            self.progress.best_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+            weights = self.parallelism.whole(model).state_dict()
+            self.progress.best_weights = {key: value.cpu().clone() for key, value in weights.items()}
         return metrics
 
     def _save(self, state: PhaseState) -> None:

@@ -35,6 +35,7 @@ from timm_selfdistill.train.feed import Feed
 from timm_selfdistill.train.fit import Fit
 from timm_selfdistill.train.launch import per_process_batch, start_accelerator
 from timm_selfdistill.train.lock import locked
+from timm_selfdistill.train.parallel import Replicated
 from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self_distillation_phases
 from timm_selfdistill.train.publish import ModelWriter, Publisher
 from timm_selfdistill.train.stop import Interrupted, NonFiniteLossError, StopSignals
@@ -102,6 +103,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         _claim(folder, recipe, is_main=accelerator.is_main_process)
     accelerator.init_trackers(folder.name, config=_flat(recipe))
 
+    parallelism = Replicated(accelerator)
     results: dict[str, ExitMetricsResult] = {}
     for name, phases in networks.items():
         # Built anew from the same seed: every network starts from the same weights and sees the same images.
@@ -110,8 +112,10 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         if recipe.sync_batchnorm and accelerator.num_processes > 1:
             network = synchronize_batch_norm(network)
         set_seed(recipe.seed, device_specific=True)
-        on_epoch = publisher.after_epoch if publisher is not None and name == "self-distilled" else None
-        model = Fit(name, network, phases, feed, recipe, accelerator, folder, signals, on_epoch).run()
+        on_epoch = None
+        if recipe.push_to_hub is not None and recipe.push_to_hub.every is not None and name == "self-distilled":
+            on_epoch = _push_nothing if publisher is None else publisher.after_epoch
+        model = Fit(name, network, phases, feed, recipe, parallelism, folder, signals, on_epoch).run()
         num_exits = model.num_exits if name == "self-distilled" else 0
         results[name] = evaluate_model(
             model, eval_loader, accelerator, num_exits=num_exits, gather=not feed.streaming, title=f"evaluate {name}"
@@ -280,6 +284,10 @@ def _claim(folder: Path, recipe: Recipe, *, is_main: bool) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(recipe.to_yaml())
         temporary.replace(path)
+
+
+def _push_nothing(model: SelfDistillModel, epoch: int, total: int) -> None:
+    """What the other processes do after an epoch."""
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

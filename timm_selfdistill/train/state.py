@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.task import SelfDistillationTask
+from timm_selfdistill.train.parallel import Parallelism
 
 
 class PhaseState:
@@ -21,9 +21,10 @@ class PhaseState:
         task: SelfDistillationTask,
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
-        accelerator: Accelerator,
+        parallelism: Parallelism,
     ) -> None:
-        self.accelerator = accelerator
+        self.parallelism = parallelism
+        self.accelerator = accelerator = parallelism.accelerator
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
         if scheduler is not None:
             self.parts["scheduler"] = scheduler
@@ -33,14 +34,19 @@ class PhaseState:
             self.parts["scaler"] = accelerator.scaler
 
     def capture(self) -> dict[str, Any]:
-        """Return the state of every part, and the random states of all processes; all of them call it together."""
+        """Return the state of every part, and the random states of all processes.
+
+        All processes call it together, and the main process has what is returned.
+        """
         random_states = gather_object([_random_state()])
-        return {"random": random_states} | {name: part.state_dict() for name, part in self.parts.items()}
+        return {"random": random_states} | {
+            name: self.parallelism.state_dict(part) for name, part in self.parts.items()
+        }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Load the state of every part."""
         for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+            self.parallelism.load_state_dict(part, saved[name])
 
     def restore_random(self, saved: dict[str, Any]) -> None:
         """Load the random state of this process, where there are as many as when it was saved."""
