@@ -123,7 +123,7 @@ class Fit:
         if saved is not None:
             self.progress = Progress(**saved["progress"])
             self._saved_epoch, self._saved_step = self.progress.epoch, self.progress.step
-            self._compare_processes(len(saved["random"]))
+            self._compare_processes(len(saved["random"]), saved.get("in_parts", False))
         result = self.model
         try:
             for index, phase in enumerate(self.phases):
@@ -336,26 +336,22 @@ class Fit:
             tracker.keep(self.name, saved["progress"]["logged"])
         return saved
 
-    def _compare_processes(self, before: int) -> None:
-        """Say what another number of processes changes, and leave an epoch of a stream that cannot be entered again."""
-        now, progress = self.accelerator.num_processes, self.progress
-        if before == now:
+    def _compare_processes(self, before: int, were_in_parts: bool) -> None:
+        """Say what other processes change, and leave an epoch of a stream that cannot be entered again."""
+        now, are_in_parts = self.accelerator.num_processes, self.parallelism.in_parts
+        if (before, were_in_parts) == (now, are_in_parts):
             return
-        done = progress.micro // self.recipe.optimizer.accumulate
-        if self.feed.streaming:
-            progress.micro = self.updates_per_epoch * self.recipe.optimizer.accumulate
-            progress.step += self.updates_per_epoch - done
-            where = f"at the end of epoch {progress.epoch + 1}, as the shares of the stream are others"
-        else:
-            progress.micro = progress.micro * before // now
-            where = f"behind step {progress.step}, with the images that are left of the epoch"
+        epoch = (self.updates_per_epoch, self.recipe.optimizer.accumulate)
+        where = self.progress.regroup(before, now, *epoch, streaming=self.feed.streaming)
         if self.accelerator.is_main_process:
             _logger.warning(
-                "%s was trained by %d process(es) and goes on with %d, %s. It will not end in the same bits as an "
+                "%s was trained by %d process(es)%s and goes on with %d%s, %s. It will not end in the same bits as an "
                 "undisturbed run: dropout, Mixup, batch statistics and the order of sums depend on the processes.",
                 self.name,
                 before,
+                " in parts" * were_in_parts,
                 now,
+                " in parts" * are_in_parts,
                 where,
             )
 

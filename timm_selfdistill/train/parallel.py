@@ -13,9 +13,15 @@ from timm_selfdistill.task import SelfDistillationTask
 
 
 class Parallelism(Protocol):
-    """What the loop asks of it; all processes call every method, except where it says otherwise."""
+    """What the loop asks of it; all processes call every method together.
+
+    Attributes:
+        accelerator: The accelerator.
+        in_parts: Whether each process has a part of the network only.
+    """
 
     accelerator: Accelerator
+    in_parts: bool
 
     def prepare(self, task: SelfDistillationTask, ema: EmaSection | None) -> nn.Module:
         """Spread a task's network, and make its average if asked; the optimizer is built behind it.
@@ -57,6 +63,8 @@ class Replicated:
         accelerator: The accelerator.
     """
 
+    in_parts = False
+
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
@@ -87,7 +95,7 @@ class Replicated:
         return model
 
 
-def average_weights(task: SelfDistillationTask, ema: EmaSection | None) -> None:
-    """Let a task average its weights, if asked."""
+def average_weights(task: SelfDistillationTask, ema: EmaSection | None, foreach: bool = True) -> None:
+    """Let a task average its weights, if asked; with `foreach`, all of them in a few operations."""
     if ema is not None:
-        task.setup_ema(decay=ema.decay, use_warmup=ema.warmup, device=task.device)
+        task.setup_ema(decay=ema.decay, use_warmup=ema.warmup, device=task.device, foreach=foreach)

@@ -38,6 +38,7 @@ from timm_selfdistill.train.lock import locked
 from timm_selfdistill.train.parallel import Replicated
 from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self_distillation_phases
 from timm_selfdistill.train.publish import ModelWriter, Publisher
+from timm_selfdistill.train.sharding import Sharded, asks_for_sharding
 from timm_selfdistill.train.stop import Interrupted, NonFiniteLossError, StopSignals
 
 # What may differ between a run and its continuation: sections that do not change the numbers, and fields that change
@@ -103,7 +104,9 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         _claim(folder, recipe, is_main=accelerator.is_main_process)
     accelerator.init_trackers(folder.name, config=_flat(recipe))
 
-    parallelism = Replicated(accelerator)
+    # One process has nothing to share.
+    in_parts = asks_for_sharding() and accelerator.num_processes > 1
+    parallelism = Sharded(accelerator) if in_parts else Replicated(accelerator)
     results: dict[str, ExitMetricsResult] = {}
     for name, phases in networks.items():
         # Built anew from the same seed: every network starts from the same weights and sees the same images.

@@ -39,7 +39,7 @@ class PhaseState:
         All processes call it together, and the main process has what is returned.
         """
         random_states = gather_object([_random_state()])
-        return {"random": random_states} | {
+        return {"random": random_states, "in_parts": self.parallelism.in_parts} | {
             name: self.parallelism.state_dict(part) for name, part in self.parts.items()
         }
 
