@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
@@ -264,9 +263,9 @@ class Fit:
         recipe, optimizer = self.recipe, training.optimizer
         if recipe.optimizer.clip_grad is not None:
             self.accelerator.unscale_gradients(optimizer)
-            exclude_head = recipe.optimizer.clip_mode == "agc"
-            parameters = training.task.get_clip_parameters(exclude_head=exclude_head)
-            dispatch_clip_grad(parameters, recipe.optimizer.clip_grad, recipe.optimizer.clip_mode)
+            mode = recipe.optimizer.clip_mode
+            parameters = training.task.get_clip_parameters(exclude_head=mode == "agc")
+            self.parallelism.clip(parameters, recipe.optimizer.clip_grad, mode)
         training.rate = max(group["lr"] for group in optimizer.param_groups)
         optimizer.step()
         optimizer.zero_grad()
@@ -341,8 +340,10 @@ class Fit:
         now, are_in_parts = self.accelerator.num_processes, self.parallelism.in_parts
         if (before, were_in_parts) == (now, are_in_parts):
             return
-        epoch = (self.updates_per_epoch, self.recipe.optimizer.accumulate)
-        where = self.progress.regroup(before, now, *epoch, streaming=self.feed.streaming)
+        where = f"behind step {self.progress.step}, with the images that are left of the epoch"
+        if self.feed.streaming and before != now:
+            self.progress.leave_epoch(self.updates_per_epoch, self.recipe.optimizer.accumulate)
+            where = f"at the end of epoch {self.progress.epoch + 1}, as the shares of the stream are others"
         if self.accelerator.is_main_process:
             _logger.warning(
                 "%s was trained by %d process(es)%s and goes on with %d%s, %s. It will not end in the same bits as an "

@@ -1,10 +1,11 @@
 """How a network is spread over the processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 from accelerate import Accelerator
+from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from timm_selfdistill.model import SelfDistillModel
@@ -41,6 +42,15 @@ class Parallelism(Protocol):
             prepared: What `prepare` returned.
             first: Whether it is the first of its optimizer step.
             last: Whether it is the last, behind which gradients are averaged over the processes.
+        """
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float, mode: str) -> None:
+        """Clip the gradients of parameters as timm does.
+
+        Args:
+            parameters: The parameters.
+            limit: What they are clipped to.
+            mode: "norm", "value" or "agc".
         """
 
     def state_dict(self, part: Any) -> dict[str, Any]:
@@ -80,6 +90,10 @@ class Replicated:
         """As `Parallelism`."""
         with nullcontext() if last else self.accelerator.no_sync(prepared):
             yield
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float, mode: str) -> None:
+        """As `Parallelism`."""
+        dispatch_clip_grad(parameters, limit, mode)
 
     def state_dict(self, part: Any) -> dict[str, Any]:
         """As `Parallelism`."""

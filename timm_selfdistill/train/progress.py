@@ -40,19 +40,12 @@ class Progress:
     best_top1: float = -1.0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def regroup(self, before: int, now: int, updates: int, accumulate: int, *, streaming: bool) -> str:
-        """Find the place where another number of processes goes on, and say where it is.
+    def leave_epoch(self, updates: int, accumulate: int) -> None:
+        """Go to the end of the present epoch.
 
         Args:
-            before: Number of processes so far.
-            now: Number of processes from now on.
             updates: Steps in an epoch.
             accumulate: Micro batches in a step.
-            streaming: Whether the epoch cannot be entered again, as the processes' shares of it are others.
         """
-        if before == now or not streaming:
-            self.micro = self.micro * before // now
-            return f"behind step {self.step}, with the images that are left of the epoch"
         self.step += updates - self.micro // accumulate
         self.micro = updates * accumulate
-        return f"at the end of epoch {self.epoch + 1}, as the shares of the stream are others"

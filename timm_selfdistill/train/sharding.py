@@ -7,14 +7,14 @@ and does not know what the layers of timm's networks are.
 import copy
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.models import group_parameters
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -76,14 +76,16 @@ class Sharded:
     def prepare(self, task: SelfDistillationTask, ema: EmaSection | None) -> nn.Module:
         """As `Parallelism`."""
         model = unwrapped_model(task.trainable_module)
-        # Each process keeps its part of its own: they must be the same. (DDP does that too.)
+        self._blank = copy.deepcopy(model).to("meta")
         for parameter in model.parameters():
-            torch.distributed.broadcast(parameter.detach(), src=0)
+            # fully_shard takes no other layout: channels_last weights are stored row by row.
+            parameter.data = parameter.data.contiguous()
+            # Each process keeps a part of its own weights, which must be the same. (DDP does that too.)
+            torch.distributed.broadcast(parameter.data, src=0)
         # Only the precision, not DDP.
         prepared: nn.Module = self.accelerator.prepare_model(task, evaluation_mode=True)
         # One operation cannot average weights in parts and buffers, which are whole.
         average_weights(task, ema, foreach=False)
-        self._blank = copy.deepcopy(model).to("meta")
         self._shard(model)
         if ema is not None:
             self._shard(unwrapped_model(task.get_trainable_module(ema=True)))
@@ -99,6 +101,23 @@ class Sharded:
             share_buffers(model, self.accelerator)
         model.set_requires_gradient_sync(last)
         yield
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float, mode: str) -> None:
+        """As `Parallelism`."""
+        if mode != "agc":
+            dispatch_clip_grad(parameters, limit, mode)
+            return
+        for parameter in parameters:
+            gradient = parameter.grad
+            assert isinstance(parameter, DTensor)
+            assert isinstance(gradient, DTensor)
+            # The norms are those of rows, which are whole in a part, and of vectors, which are not.
+            in_rows = parameter.ndim > 1
+            stand_in = nn.Parameter(parameter.to_local() if in_rows else parameter.full_tensor())
+            stand_in.grad = gradient.to_local() if in_rows else gradient.full_tensor()
+            dispatch_clip_grad([stand_in], limit, mode)
+            if not in_rows:
+                gradient.copy_(_split(stand_in.grad, gradient))
 
     def state_dict(self, part: Any) -> dict[str, Any]:
         """As `Parallelism`."""
@@ -132,9 +151,6 @@ class Sharded:
 
     def _shard(self, model: SelfDistillModel) -> None:
         """Let each process keep its part of a network, in place."""
-        for parameter in model.parameters():
-            # All that fully_shard takes: channels_last weights are stored row by row.
-            parameter.data = parameter.data.contiguous()
         for unit in [*find_units(model), model]:
             # First of all, for what the taps record too.
             unit.register_forward_hook(_copy_views, prepend=True)
@@ -144,35 +160,39 @@ class Sharded:
 def find_units(model: SelfDistillModel) -> list[nn.Module]:
     """Return the modules whose weights are gathered together: timm's layers of the backbone, and each exit's head.
 
-    What belongs to none of them, such as a stem or a classifier, is gathered with the network as a whole.
+    What belongs to none of them, such as the stem and the classifier, is gathered with the network as a whole.
 
     Args:
         model: The wrapped model.
     """
     backbone = model.backbone
+    if not hasattr(backbone, "group_matcher"):
+        return list(model.heads)
+    layers = group_parameters(backbone, backbone.group_matcher(), reverse=True)
+    # The first and last layer, timm's places for all that is no block, need not be modules that are called.
+    ends = {min(layers.values()), max(layers.values())}
+    layer_of = {
+        parameter: None if layers[name] in ends else layers[name] for name, parameter in backbone.named_parameters()
+    }
     uses = _uses(backbone)
-    layers = group_parameters(backbone, backbone.group_matcher()) if hasattr(backbone, "group_matcher") else {}
-    units = []
-    for names in layers.values():
-        steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
-        path = ".".join(same[0] for same in takewhile(lambda step: len(set(step)) == 1, steps))
-        module = backbone.get_submodule(path)
-        if path and len(list(module.parameters())) == len(names):
-            units += _with_forward(module)
     # A weight that is used elsewhere too must be there at both times.
-    alone = [unit for unit in units if all(uses[parameter] == count for parameter, count in _uses(unit).items())]
+    alone = [unit for unit in _in_one_layer(backbone, layer_of) if all(uses[p] == n for p, n in _uses(unit).items())]
     return [*alone, *model.heads]
+
+
+def _in_one_layer(module: nn.Module, layer_of: Mapping[nn.Parameter, float | None]) -> list[nn.Module]:
+    """Return the largest modules that have weights of one layer only, but for single ones, which are too small."""
+    children = list(module.children())
+    # A list is not called, and so gathers nothing.
+    is_called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    layers = {layer_of[parameter] for parameter in module.parameters()}
+    if children and is_called and len(layers) == 1 and None not in layers:
+        return [module]
+    return [unit for child in children for unit in _in_one_layer(child, layer_of)]
 
 
 def _uses(module: nn.Module) -> Counter[nn.Parameter]:
     return Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
-
-
-def _with_forward(module: nn.Module) -> list[nn.Module]:
-    """Return a module of several, or those that a list holds: only what is called can gather its weights."""
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        return [unit for child in module.children() for unit in _with_forward(child)]
-    return [module] if any(module.children()) else []
 
 
 def _copy_views(module: nn.Module, args: Any, output: Any) -> Any:
