@@ -31,7 +31,7 @@ from timm_selfdistill.train import fit, launch, train
 from timm_selfdistill.train.batch_norm import synchronize_batch_norm
 from timm_selfdistill.train.feed import Feed
 from timm_selfdistill.train.lock import locked
-from timm_selfdistill.train.sharding import asks_for_sharding
+from timm_selfdistill.train.sharding import asks_for_sharding, refuse_optimizer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -106,6 +106,14 @@ def test_the_launcher_asks_for_what_is_in_the_file():
     with patch_environment(**prepare_multi_gpu_env(args)):
         assert asks_for_sharding()
     assert not asks_for_sharding()
+
+
+def test_an_optimizer_that_does_not_know_parts_is_refused():
+    refuse_optimizer("AdamW")
+    with pytest.raises(
+        ValueError, match=r"optimizer\.name: muon is not known to work .* allowed there are .*, adamw, "
+    ):
+        refuse_optimizer("muon")
 
 
 def test_one_process_has_nothing_to_share(tmp_path, monkeypatch):

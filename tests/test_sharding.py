@@ -46,9 +46,10 @@ OPTIONS = {
         "optimizer.layer_decay=0.75",
         "exits.hint_adapter=true",
         "loss.preset=byot-tpami2021",
-        "precision=bf16",
     ],
-    "frozen": ["schedule.regime=frozen", "optimizer.name=lamb", "optimizer.clip_mode=value"],
+    "frozen": ["schedule.regime=frozen", "optimizer.name=lamb"],
+    # Adam would make large steps of what is rounded in 16 bits where a gradient is zero, as that of a key's bias.
+    "bf16": [*SAME, "precision=bf16", "optimizer.name=sgd", "optimizer.clip_mode=value", "optimizer.clip_grad=0.01"],
 }
 
 
@@ -100,7 +101,8 @@ def test_a_run_goes_on_with_whole_networks_and_the_reverse(tmp_path):
     )
     run(str(tmp_path / "to-one"), SAME, fsdp=False)
     for name in ("to-whole", "from-whole", "to-parts", "to-one"):
-        assert_same(tmp_path / "undisturbed", tmp_path / name)
+        # The terms that are logged are those of the main process's images.
+        assert_same(tmp_path / "undisturbed", tmp_path / name, same_processes=False)
     said = "self-distilled was trained by 2 process(es){} and goes on with 2{}, behind step 3, with the images"
     assert said.format(" in parts", "") in errors
     assert said.format("", " in parts") in errors
@@ -178,7 +180,7 @@ def run_two(folder: Path, *entries: dict[str, Any]) -> str:
     return done.stderr
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path, same_processes: bool = True) -> None:
     """Compare weights and metrics to rounding."""
     expected, found = (
         {
@@ -200,4 +202,6 @@ def assert_same(one: Path, other: Path) -> None:
     for ours, theirs in zip(*logs, strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours.keys() - {"network", "train/images_per_second"}:
+            if key.startswith("train/") and not same_processes:
+                continue
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), (ours["step"], key)

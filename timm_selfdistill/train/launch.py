@@ -14,7 +14,7 @@ from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSa
 from torch.utils.data import DataLoader, DistributedSampler
 
 from timm_selfdistill.recipe import Recipe
-from timm_selfdistill.train.sharding import asks_for_sharding
+from timm_selfdistill.train.sharding import asks_for_sharding, refuse_optimizer
 
 _logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             f"Installed are {', '.join(available) or 'none'}; Accelerate knows {known}. "
             "metrics.jsonl is always written."
         )
-    asks_for_sharding()
+    sharding = asks_for_sharding()
     _join_again()
     # Sharding is not Accelerate's: see `sharding`.
     with patch_environment(accelerate_use_fsdp="false"):
@@ -115,6 +115,8 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             f"Accelerate was told to use {accelerator.distributed_type.value}, which leaves each process with a part "
             "of the network; allowed are distributed_type MULTI_GPU, NO for one process, and FSDP with fsdp_version 2."
         )
+    if sharding and accelerator.num_processes > 1:
+        refuse_optimizer(recipe.optimizer.name)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"Accelerate was told to accumulate {accelerator.gradient_accumulation_steps} steps, which would divide "

@@ -39,6 +39,15 @@ _DONE = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("false",),
 }
 
+# timm's optimizers that step weights in parts as they step whole ones (`tests/test_sharding.py` compares them). Others
+# raise an error, or, as muon, do something else.
+OPTIMIZERS = (
+    *("adabelief", "adadelta", "adafactorbv", "adagrad", "adam", "adamax", "adamw", "adamwlegacy", "adan", "adanw"),
+    *("adopt", "adoptw", "lamb", "lambc", "lambw", "laprop", "larc", "lars", "lion", "madgrad", "madgradw", "momentum"),
+    *("nadam", "nadamlegacy", "nadamw", "nesterov", "nesterovw", "radam", "radamw", "rmsprop"),
+    *("rmsproptf", "rmsproptfw", "sgd", "sgdw"),
+)
+
 
 def asks_for_sharding() -> bool:
     """Return whether the launch asks for FSDP2, as Accelerate's environment variables say.
@@ -57,6 +66,19 @@ def asks_for_sharding() -> bool:
                 "recipes/accelerate/fsdp2.yaml. Without FSDP, distributed_type MULTI_GPU leaves the network whole."
             )
     return True
+
+
+def refuse_optimizer(name: str) -> None:
+    """Refuse an optimizer that does not step weights in parts as it would step whole ones.
+
+    Raises:
+        ValueError: If it is not known to.
+    """
+    if name.lower() not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer.name: {name} is not known to work where each process has a part of the network (FSDP2); "
+            f"allowed there are {', '.join(OPTIMIZERS)}."
+        )
 
 
 class Sharded:
