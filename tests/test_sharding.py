@@ -13,11 +13,14 @@ import torch
 from sharded_runs import run
 from test_multiprocess import CONFIGS, accelerate, launch
 from test_resume import outcome
+from test_timm_families import ENCODERS, MEMBERS
 from torch import nn
 
 import timm_selfdistill as sd
 from timm_selfdistill.checkpoint import load_checkpoint
-from timm_selfdistill.train.sharding import find_units
+from timm_selfdistill.train.sharding import OPTIMIZERS, find_units
+
+ON_TWO_CPUS = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
 # A network that does the same in any number of processes: no batch norm and no random draws.
 SAME = [
@@ -154,6 +157,40 @@ def test_units_are_timms_layers_and_the_heads(make_backbone, name, layers):
     assert not any(parameter is shared for unit in units for parameter in unit.parameters())
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_is_allowed_steps_parts_as_it_steps_a_whole(name):
+    assert compared("optimizers", name) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", [name for name in MEMBERS if name not in ENCODERS])
+def test_gradients_of_a_network_of_every_class_are_those_of_a_whole(name):
+    assert compared("families", name) < 1e-4
+
+
+def compared(kind: str, name: str) -> float:
+    """Return the difference that two processes found."""
+    steps = Path(__file__).parent / "sharded_steps.py"
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", steps, kind, name],
+        env={
+            **ON_TWO_CPUS,
+            "PYTHONPATH": os.pathsep.join([str(benchmarks), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    found, _, difference = done.stdout.strip().rpartition(" ")
+    assert found == name
+    return float(difference)
+
+
 def test_a_network_of_unknown_layers_is_one_unit_beside_the_heads(tiny_net):
     model = sd.wrap(tiny_net(), image_size=32)
     assert names_of(model, find_units(model)) == [f"heads.{index}" for index in range(model.num_exits)]
@@ -171,7 +208,7 @@ def run_two(folder: Path, *entries: dict[str, Any]) -> str:
     script = Path(__file__).parent / "sharded_runs.py"
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, plan],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"},
+        env=ON_TWO_CPUS,
         stderr=subprocess.PIPE,
         text=True,
         timeout=600,
