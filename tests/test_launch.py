@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import re
 import shlex
 import subprocess
@@ -16,9 +17,11 @@ import timm.data
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, patch_environment
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -28,9 +31,13 @@ from timm_selfdistill.train import fit, launch, train
 from timm_selfdistill.train.batch_norm import synchronize_batch_norm
 from timm_selfdistill.train.feed import Feed
 from timm_selfdistill.train.lock import locked
+from timm_selfdistill.train.sharding import asks_for_sharding, refuse_optimizer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+
+TINY = ["epochs=1", "batch_size=16", "data.max_train=16", "data.max_eval=16", "data.image_size=16"]
+TINY += ["data.validation=0", "precision='no'", "baseline=false"]
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +68,60 @@ def test_a_tracker_that_is_not_installed_is_refused(refused, monkeypatch):
     )
 
 
-def test_a_network_split_over_processes_is_refused(refused, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("FSDP_VERSION", "1", "2"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "false", "true or full_shard"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "false"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "false"),
+        ("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP", "no_wrap"),
+        ("FSDP_IGNORED_MODULES", "head", "nothing: leave it out"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "false"),
+    ],
+)
+def test_fsdp_in_a_way_that_is_not_done_is_refused(refused, monkeypatch, name, value, allowed):
+    for variable, text in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", name: value}.items():
+        monkeypatch.setenv(variable, text)
+    refused(f"Accelerate was told to use FSDP with {name}={value}; allowed is {allowed}, as in recipes/accelerate/")
+
+
+def test_fsdp_without_a_version_is_the_first_which_is_refused(refused, monkeypatch):
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refused("Accelerate was told to use FSDP with FSDP_VERSION=1; allowed is 2")
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "FSDP"])
+def test_other_parts_of_a_network_are_refused(refused, monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
+    refused(f"Accelerate was told to use {kind}, which leaves each process with a part of the network; allowed are")
+
+
+def test_the_launcher_asks_for_what_is_in_the_file():
+    path = ROOT / "recipes" / "accelerate" / "fsdp2.yaml"
+    args, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(path), "-m", "timm_selfdistill.train"])
+    )
+    with patch_environment(**prepare_multi_gpu_env(args)):
+        assert asks_for_sharding()
+    assert not asks_for_sharding()
+
+
+def test_an_optimizer_that_does_not_know_parts_is_refused():
+    refuse_optimizer("AdamW")
+    with pytest.raises(
+        ValueError, match=r"optimizer\.name: muon is not known to work .* allowed there are .*, adamw, "
+    ):
+        refuse_optimizer("muon")
+
+
+def test_one_process_has_nothing_to_share(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    refused("Accelerate was told to use FSDP, which leaves each process with a part of the network")
+    train(load_recipe("digits", [*TINY, f"output_dir={tmp_path}"]))
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(tmp_path, monkeypatch):
@@ -94,9 +151,7 @@ def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeyp
 
 
 def test_one_process_synchronizes_nothing(tmp_path):
-    small = ["epochs=1", "batch_size=16", "data.max_train=16", "data.max_eval=16", "data.image_size=16"]
-    small += ["data.validation=0", "precision='no'", "baseline=false"]
-    train(load_recipe("digits", [*small, "sync_batchnorm=true", f"output_dir={tmp_path}"]))
+    train(load_recipe("digits", [*TINY, "sync_batchnorm=true", f"output_dir={tmp_path}"]))
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
@@ -150,6 +205,7 @@ def test_a_loader_of_all_samples_is_accepted(shuffle):
         ("4x8-gpu", "MULTI_GPU", 4, 32),
         ("8-gpu", "MULTI_GPU", 1, 8),
         ("cpu", "MULTI_GPU", 1, 2),
+        ("fsdp2", "FSDP", 1, 8),
         ("one-gpu", "NO", 1, 1),
     ],
 )
@@ -161,7 +217,7 @@ def test_the_configuration_files_are_accelerates(name, kind, machines, processes
     # These belong to the recipe.
     assert (config.mixed_precision, config.dynamo_config) == ("no", {})
     assert path in CONFIGS
-    assert len(CONFIGS) == 4
+    assert len(CONFIGS) == 5
 
 
 def test_the_configuration_files_are_no_recipes():

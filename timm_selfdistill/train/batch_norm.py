@@ -3,6 +3,7 @@
 import torch
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
+from torch import Tensor
 
 from timm_selfdistill.model import SelfDistillModel
 
@@ -31,7 +32,15 @@ def synchronize_batch_norm(model: SelfDistillModel) -> SelfDistillModel:
 
 
 def share_buffers(model: SelfDistillModel, accelerator: Accelerator) -> None:
-    """Give every process the main process's buffers: under DDP, batch statistics differ after the last step."""
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+    """Give every process the main process's buffers: otherwise batch statistics differ after a step."""
+    if accelerator.num_processes == 1:
+        return
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in model.buffers():
+        by_type.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_type.values():
+        # One exchange for all of them.
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        torch.distributed.broadcast(flat, src=0)
+        for buffer, values in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))

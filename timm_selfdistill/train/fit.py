@@ -3,15 +3,12 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
@@ -26,6 +23,7 @@ from timm_selfdistill.train.feed import Feed
 from timm_selfdistill.train.guard import LossGuard
 from timm_selfdistill.train.launch import JsonLinesTracker
 from timm_selfdistill.train.optim import build_optimizer, build_scheduler
+from timm_selfdistill.train.parallel import Parallelism
 from timm_selfdistill.train.phases import Phase
 from timm_selfdistill.train.progress import Progress
 from timm_selfdistill.train.running import RunningTerms
@@ -43,7 +41,7 @@ class _Training:
     """What takes the steps of a phase.
 
     Args:
-        prepared: The task as Accelerate prepared it.
+        prepared: The task, its network spread over the processes.
         task: The task.
         optimizer: The optimizer as Accelerate prepared it.
         scheduler: timm's scheduler, or None.
@@ -66,15 +64,15 @@ class Fit:
 
     Args:
         name: Name of the network in logs and checkpoints, such as "self-distilled".
-        model: The wrapped model, on the accelerator's device; trained in place.
+        model: The wrapped model, on the accelerator's device.
         phases: What to train, in order.
         feed: The data.
         recipe: The recipe.
-        accelerator: The accelerator.
+        parallelism: How the network is spread over the processes.
         folder: The run's folder; checkpoints go to `checkpoints/<name>` in it.
         signals: Tells when to stop.
         on_epoch: Called after every epoch with the model as it would be evaluated, the number of epochs done and that
-            of all.
+            of all; given to all processes or to none.
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class Fit:
         phases: Sequence[Phase],
         feed: Feed,
         recipe: Recipe,
-        accelerator: Accelerator,
+        parallelism: Parallelism,
         folder: Path,
         signals: StopSignals,
         on_epoch: Callable[[SelfDistillModel, int, int], None] | None = None,
@@ -94,7 +92,8 @@ class Fit:
         self.phases = phases
         self.feed = feed
         self.recipe = recipe
-        self.accelerator = accelerator
+        self.parallelism = parallelism
+        self.accelerator = accelerator = parallelism.accelerator
         self.folder = folder
         self.signals = signals
         self.on_epoch = on_epoch
@@ -125,7 +124,7 @@ class Fit:
         if saved is not None:
             self.progress = Progress(**saved["progress"])
             self._saved_epoch, self._saved_step = self.progress.epoch, self.progress.step
-            self._compare_processes(len(saved["random"]))
+            self._compare_processes(len(saved["random"]), saved.get("in_parts", False))
         result = self.model
         try:
             for index, phase in enumerate(self.phases):
@@ -141,18 +140,17 @@ class Fit:
     def _run_phase(self, index: int, phase: Phase, saved: dict[str, Any] | None) -> SelfDistillModel:
         """Train one phase, from what was saved in it if anything, and return the model or its average."""
         recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
+        self.model = self.parallelism.whole(self.model)
         task = SelfDistillationTask(self.model, phase.loss, phase.regime, device=accelerator.device, verbose=False)
         if recipe.compile:
             task.compile()
+        prepared = self.parallelism.prepare(task, recipe.ema)
         optimizer = build_optimizer(self.model, recipe)
         cooldown = recipe.schedule.cooldown_epochs if phase is self.phases[-1] else 0
         scheduler, epochs = build_scheduler(optimizer, recipe, phase.epochs, cooldown, self.updates_per_epoch)
-        prepared, wrapped = accelerator.prepare(task, optimizer)
-        if recipe.ema:
-            task.setup_ema(decay=recipe.ema.decay, use_warmup=recipe.ema.warmup, device=accelerator.device)
         self.feed.arrange(task.needs.batches)
-        state = PhaseState(self.model, task, optimizer, scheduler, accelerator)
-        training = _Training(prepared, task, wrapped, scheduler, state, epochs)
+        state = PhaseState(self.model, task, optimizer, scheduler, self.parallelism)
+        training = _Training(prepared, task, accelerator.prepare(optimizer), scheduler, state, epochs)
         if saved is not None:
             state.restore(saved)
         else:
@@ -173,14 +171,17 @@ class Fit:
             if scheduler is not None:
                 scheduler.step(progress.epoch - progress.first_epoch)
             if self.on_epoch is not None:
-                trained = unwrapped_model(task.get_eval_model(ema=recipe.ema is not None))
-                self.on_epoch(trained, progress.epoch, self.total_epochs)
+                self.on_epoch(self._trained(task), progress.epoch, self.total_epochs)
         if phase is self.phases[-1]:
             # With what the last validation found: a network that is done is not validated again.
             with self.signals.deferred():
                 self._save(state)
             self._stop_if_asked(False)
-        return unwrapped_model(task.get_trainable_module(ema=recipe.ema is not None))
+        return self._trained(task)
+
+    def _trained(self, task: SelfDistillationTask) -> SelfDistillModel:
+        """Return the model or its average, with all its weights."""
+        return self.parallelism.whole(unwrapped_model(task.get_trainable_module(ema=self.recipe.ema is not None)))
 
     def _stop_if_asked(self, stopped: bool) -> None:
         """End the run, with everything saved, if a signal stopped the steps or came since."""
@@ -227,8 +228,7 @@ class Fit:
             targets = targets.to(accelerator.device)
             if self.feed.mixup is not None:
                 images, targets = self.feed.mixup(images, targets)
-            steps_now = micro + 1 == accumulate
-            with nullcontext() if steps_now else accelerator.no_sync(training.prepared):
+            with self.parallelism.micro_step(training.prepared, first=micro == 0, last=micro + 1 == accumulate):
                 terms = training.prepared(images, targets)
                 accelerator.backward(terms["loss"] / accumulate)
             parts.append({name: value.detach() for name, value in terms.items() if name != "output"})
@@ -268,9 +268,9 @@ class Fit:
         recipe, optimizer = self.recipe, training.optimizer
         if recipe.optimizer.clip_grad is not None:
             self.accelerator.unscale_gradients(optimizer)
-            exclude_head = recipe.optimizer.clip_mode == "agc"
-            parameters = training.task.get_clip_parameters(exclude_head=exclude_head)
-            dispatch_clip_grad(parameters, recipe.optimizer.clip_grad, recipe.optimizer.clip_mode)
+            mode = recipe.optimizer.clip_mode
+            parameters = training.task.get_clip_parameters(exclude_head=mode == "agc")
+            self.parallelism.clip(parameters, recipe.optimizer.clip_grad, mode)
         training.rate = max(group["lr"] for group in optimizer.param_groups)
         optimizer.step()
         optimizer.zero_grad()
@@ -299,7 +299,8 @@ class Fit:
         is_last_phase = phase is self.phases[-1]
         if self.recipe.schedule.select == "best" and is_last_phase and top1 > self.progress.best_top1:
             self.progress.best_top1 = top1
-            self.progress.best_weights = {key: value.cpu().clone() for key, value in model.state_dict().items()}
+            weights = self.parallelism.whole(model).state_dict()
+            self.progress.best_weights = {key: value.cpu().clone() for key, value in weights.items()}
         return metrics
 
     def _save(self, state: PhaseState) -> None:
@@ -342,26 +343,24 @@ class Fit:
             tracker.keep(self.name, saved["progress"]["logged"])
         return saved
 
-    def _compare_processes(self, before: int) -> None:
-        """Say what another number of processes changes, and leave an epoch of a stream that cannot be entered again."""
-        now, progress = self.accelerator.num_processes, self.progress
-        if before == now:
+    def _compare_processes(self, before: int, were_in_parts: bool) -> None:
+        """Say what other processes change, and leave an epoch of a stream that cannot be entered again."""
+        now, are_in_parts = self.accelerator.num_processes, self.parallelism.in_parts
+        if (before, were_in_parts) == (now, are_in_parts):
             return
-        done = progress.micro // self.recipe.optimizer.accumulate
-        if self.feed.streaming:
-            progress.micro = self.updates_per_epoch * self.recipe.optimizer.accumulate
-            progress.step += self.updates_per_epoch - done
-            where = f"at the end of epoch {progress.epoch + 1}, as the shares of the stream are others"
-        else:
-            progress.micro = progress.micro * before // now
-            where = f"behind step {progress.step}, with the images that are left of the epoch"
+        where = f"behind step {self.progress.step}, with the images that are left of the epoch"
+        if self.feed.streaming and before != now:
+            self.progress.leave_epoch(self.updates_per_epoch, self.recipe.optimizer.accumulate)
+            where = f"at the end of epoch {self.progress.epoch + 1}, as the shares of the stream are others"
         if self.accelerator.is_main_process:
             _logger.warning(
-                "%s was trained by %d process(es) and goes on with %d, %s. It will not end in the same bits as an "
+                "%s was trained by %d process(es)%s and goes on with %d%s, %s. It will not end in the same bits as an "
                 "undisturbed run: dropout, Mixup, batch statistics and the order of sums depend on the processes.",
                 self.name,
                 before,
+                " in parts" * were_in_parts,
                 now,
+                " in parts" * are_in_parts,
                 where,
             )
 

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, patch_environment
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from torch.utils.data import DataLoader, DistributedSampler
 
 from timm_selfdistill.files import replace_file
 from timm_selfdistill.recipe import Recipe
+from timm_selfdistill.train.sharding import asks_for_sharding, refuse_optimizer
 
 _logger = logging.getLogger(__name__)
 
 # What hands each process its share of the data, which Accelerate does already.
 _SHARDING_SAMPLERS = (DistributedSampler, OrderedDistributedSampler, RepeatAugSampler)
-# What leaves each process with a part of the network; the loop saves, averages and evaluates the whole one.
-_SHARDED_NETWORK = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+# What leaves each process with a part of the network, in ways that the loop does not know.
+_UNKNOWN_PARTS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
@@ -92,12 +93,15 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             f"Installed are {', '.join(available) or 'none'}; Accelerate knows {known}. "
             "metrics.jsonl is always written."
         )
+    sharding = asks_for_sharding()
     _join_again()
-    accelerator = Accelerator(
-        mixed_precision=recipe.precision,
-        log_with=[JsonLinesTracker(folder / "metrics.jsonl"), *recipe.trackers],
-        project_dir=str(folder),
-    )
+    # Sharding is not Accelerate's: see `sharding`.
+    with patch_environment(accelerate_use_fsdp="false"):
+        accelerator = Accelerator(
+            mixed_precision=recipe.precision,
+            log_with=[JsonLinesTracker(folder / "metrics.jsonl"), *recipe.trackers],
+            project_dir=str(folder),
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -105,7 +109,13 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             "alone and write over the others. On CPU, launch with ACCELERATE_USE_CPU=true accelerate launch "
             "--multi_gpu --num_processes N."
         )
-    _refuse_sharded_network(accelerator)
+    if accelerator.distributed_type in _UNKNOWN_PARTS:
+        raise ValueError(
+            f"Accelerate was told to use {accelerator.distributed_type.value}, which leaves each process with a part "
+            "of the network; allowed are distributed_type MULTI_GPU, NO for one process, and FSDP with fsdp_version 2."
+        )
+    if sharding and accelerator.num_processes > 1:
+        refuse_optimizer(recipe.optimizer.name)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"Accelerate was told to accumulate {accelerator.gradient_accumulation_steps} steps, which would divide "
@@ -179,19 +189,6 @@ def _join_again() -> None:
         rank=rank,
         world_size=world_size,
     )
-
-
-def _refuse_sharded_network(accelerator: Accelerator) -> None:
-    """Refuse what splits the network over the processes; on the CPU, Accelerate replaces FSDP by DDP without a word."""
-    distributed = accelerator.distributed_type
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        distributed = DistributedType.FSDP
-    if distributed in _SHARDED_NETWORK:
-        raise ValueError(
-            f"Accelerate was told to use {distributed.value}, which leaves each process with a part of the network, "
-            "but checkpoints, average and evaluation need the whole; allowed is data parallel training: "
-            "distributed_type MULTI_GPU, or NO for one process."
-        )
 
 
 def _network_of(line: str) -> str | None:

@@ -39,3 +39,13 @@ class Progress:
     running: dict[str, Any] | None = None
     best_top1: float = -1.0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def leave_epoch(self, updates: int, accumulate: int) -> None:
+        """Go to the end of the present epoch.
+
+        Args:
+            updates: Steps in an epoch.
+            accumulate: Micro batches in a step.
+        """
+        self.step += updates - self.micro // accumulate
+        self.micro = updates * accumulate

@@ -39,8 +39,10 @@ from timm_selfdistill.train.feed import Feed
 from timm_selfdistill.train.fit import Fit
 from timm_selfdistill.train.launch import per_process_batch, start_accelerator
 from timm_selfdistill.train.lock import locked
+from timm_selfdistill.train.parallel import Replicated
 from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self_distillation_phases
 from timm_selfdistill.train.publish import ModelWriter, Publisher
+from timm_selfdistill.train.sharding import Sharded, asks_for_sharding, refuse_loss
 from timm_selfdistill.train.stop import Interrupted, NonFiniteLossError, StopSignals
 
 # What may differ between a run and its continuation: sections that do not change the numbers, and fields that change
@@ -86,8 +88,12 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         networks = {"baseline": baseline_phases(recipe), **networks}
     _check_resume(recipe, networks)
     model = build_model(recipe, data)
+    # One process has nothing to share.
+    in_parts = asks_for_sharding() and accelerator.num_processes > 1
     for phase in chain.from_iterable(networks.values()):
         check_loss(model, phase.loss, phase.regime)
+        if in_parts:
+            refuse_loss(phase.loss)
     input = InputConfig.from_model(model.backbone, recipe.data)
     loaders = build_loaders(
         data,
@@ -109,6 +115,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         _claim(folder, recipe, is_main=accelerator.is_main_process)
     accelerator.init_trackers(folder.name, config=_flat(recipe))
 
+    parallelism = Sharded(accelerator) if in_parts else Replicated(accelerator)
     results: dict[str, ExitMetricsResult] = {}
     seconds: dict[str, float] = {}
     for name, phases in networks.items():
@@ -118,8 +125,10 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         if recipe.sync_batchnorm and accelerator.num_processes > 1:
             network = synchronize_batch_norm(network)
         set_seed(recipe.seed, device_specific=True)
-        on_epoch = publisher.after_epoch if publisher is not None and name == "self-distilled" else None
-        fit = Fit(name, network, phases, feed, recipe, accelerator, folder, signals, on_epoch)
+        on_epoch = None
+        if recipe.push_to_hub is not None and recipe.push_to_hub.every is not None and name == "self-distilled":
+            on_epoch = _push_nothing if publisher is None else publisher.after_epoch
+        fit = Fit(name, network, phases, feed, recipe, parallelism, folder, signals, on_epoch)
         model = fit.run()
         seconds[name] = fit.progress.seconds
         num_exits = model.num_exits if name == "self-distilled" else 0
@@ -323,6 +332,10 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
         raise ValueError(
             f"{folder} holds a run of another recipe: {'; '.join(changed)}. Choose another output_dir, or move it away."
         )
+
+
+def _push_nothing(model: SelfDistillModel, epoch: int, total: int) -> None:
+    """What the other processes do after an epoch."""
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

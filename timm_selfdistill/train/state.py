@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.task import SelfDistillationTask
+from timm_selfdistill.train.parallel import Parallelism
 
 
 class PhaseState:
@@ -21,9 +21,10 @@ class PhaseState:
         task: SelfDistillationTask,
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
-        accelerator: Accelerator,
+        parallelism: Parallelism,
     ) -> None:
-        self.accelerator = accelerator
+        self.parallelism = parallelism
+        self.accelerator = accelerator = parallelism.accelerator
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
         if scheduler is not None:
             self.parts["scheduler"] = scheduler
@@ -36,20 +37,22 @@ class PhaseState:
             self.parts["scaler"] = accelerator.scaler
 
     def capture(self) -> dict[str, Any]:
-        """Return the state of every part, and of all processes the loss's and the random states; they call it together.
+        """Return the state of every part, and of all processes the loss's and the random states.
 
-        A loss may have seen other images in each process.
+        A loss may have seen other images in each process. All processes call it together, and the main process has
+        what is returned.
         """
         of_processes = {"random": gather_object([_random_state()])}
         if state := self.loss.state_dict():
             on_cpu = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
             of_processes["loss"] = gather_object([on_cpu])
-        return of_processes | {name: part.state_dict() for name, part in self.parts.items()}
+        parts = {name: self.parallelism.state_dict(part) for name, part in self.parts.items()}
+        return {**of_processes, "in_parts": self.parallelism.in_parts, **parts}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Load the state of every part, and that of the loss where there are as many processes as when it was saved."""
         for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+            self.parallelism.load_state_dict(part, saved[name])
         if self.loss.state_dict() and len(saved["loss"]) == self.accelerator.num_processes:
             self.loss.load_state_dict(saved["loss"][self.accelerator.process_index])
 
