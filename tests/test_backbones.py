@@ -65,7 +65,7 @@ def test_parameter_counts_are_the_published_ones(name, arguments, published):
 
 
 def test_the_page_has_the_parameter_counts():
-    rows = re.findall(r"^\| [\w-]+ \| `(\w+)` \| `[^|]+ \| ([\d,]+) \| (\d[\d,]+)?", PAGE.read_text(), re.M)
+    rows = re.findall(r"^\| [\w-]+ \| `(\w+)` \| `[^|]+ \| ([\d,]+) \| ([\d,]{9,})?", PAGE.read_text(), re.M)
     assert set(OURS) < {name for name, *_ in rows}
     assert len(rows) == 10
     for name, count, with_ten_classes in rows:
@@ -189,12 +189,11 @@ def test_every_row_has_a_command_in_both_forms():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[1])
 def test_commands_train_a_network_with_three_exits(command):
-    recipe, *overrides = command
-    model = built(load_recipe(recipe, overrides))
+    recipe = load_recipe(command[0], command[1:])
+    model = built(recipe)
     assert len(model.points) == 3
-    if model.config.image_size == (32, 32) and "vgg" not in command[2:]:
-        for share, point in zip((0.25, 0.5, 0.75), model.points, strict=True):
-            assert point.cost == pytest.approx(share, abs=0.2)
+    if recipe.exits.points is not None:
+        assert [point.cost for point in model.points] == pytest.approx([0.25, 0.5, 0.75], abs=0.06)
 
 
 def built(recipe: Recipe) -> sd.SelfDistillModel:

@@ -7,7 +7,7 @@ All but PyramidNet are timm's own classes with other arguments, and take further
 from collections import OrderedDict
 from typing import Any
 
-from timm.layers import BatchNormAct2d, ClassifierHead, create_conv2d, get_device_dtype
+from timm.layers import BatchNormAct2d, ClassifierHead, create_conv2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
@@ -17,7 +17,9 @@ from torch import nn
 from timm_selfdistill.backbones.pyramidnet import PyramidNet
 from timm_selfdistill.stem import divide_reductions, use_small_stem
 
-_FOUR_STAGES = {"out_indices": (0, 1, 2, 3)}
+# timm's `features_only` takes five features if it is not told otherwise: stem and four stages.
+_FEATURES = {"out_indices": (0, 1, 2, 3)}
+_NESTED_FEATURES = {**_FEATURES, "flatten_sequential": True}
 
 
 def _cfg(first_conv: str, classifier: str) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def cifar_resnext29_8x64d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     Paper: "Aggregated Residual Transformations for Deep Neural Networks", https://arxiv.org/abs/1611.05431; code:
     https://github.com/facebookresearch/ResNeXt.
     """
-    arguments = {
+    arguments: dict[str, Any] = {
         "block": Bottleneck,
         "layers": (3, 3, 3),
         "channels": (64, 128, 256),
@@ -73,7 +75,7 @@ def cifar_resnext29_8x64d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "base_width": 64,
     }
     return build_model_with_cfg(
-        _resnet, "cifar_resnext29_8x64d", pretrained, feature_cfg=dict(_FOUR_STAGES), **arguments | kwargs
+        _resnet, "cifar_resnext29_8x64d", pretrained, feature_cfg=dict(_FEATURES), **arguments | kwargs
     )
 
 
@@ -102,9 +104,9 @@ def cifar_wrn28_12(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def cifar_pyramidnet101_240(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """PyramidNet-101 with bottlenecks, which add 240 channels: three stages of eleven blocks."""
-    arguments = {"layers": (11, 11, 11), "alpha": 240}
+    arguments: dict[str, Any] = {"layers": (11, 11, 11), "alpha": 240}
     return build_model_with_cfg(
-        PyramidNet, "cifar_pyramidnet101_240", pretrained, feature_cfg=dict(_FOUR_STAGES), **arguments | kwargs
+        PyramidNet, "cifar_pyramidnet101_240", pretrained, feature_cfg=dict(_NESTED_FEATURES), **arguments | kwargs
     )
 
 
@@ -121,18 +123,18 @@ def _create_wide_resnet(name: str, pretrained: bool, *, blocks: int, widening: i
         widening: Factor of the channels 16, 32 and 64.
         kwargs: Further arguments of timm's `ResNetV2`.
     """
-    arguments = {"layers": (blocks,) * 3, "channels": tuple(width * widening for width in (16, 32, 64))}
-    feature_cfg = {"flatten_sequential": True, **_FOUR_STAGES}
-    return build_model_with_cfg(_wide_resnet, name, pretrained, feature_cfg=feature_cfg, **arguments | kwargs)
+    arguments: dict[str, Any] = {"layers": (blocks,) * 3, "channels": tuple(width * widening for width in (16, 32, 64))}
+    return build_model_with_cfg(
+        _wide_resnet, name, pretrained, feature_cfg=dict(_NESTED_FEATURES), **arguments | kwargs
+    )
 
 
 def _vgg(cfg: list[Any], global_pool: str = "avg", **kwargs: Any) -> VGG:
     # The two hidden layers, which the last lines take out, would have 120 M parameters.
     model = VGG(cfg, mlp_ratio=1 / 4096, norm_layer=nn.BatchNorm2d, **kwargs)
-    model.pre_logits = nn.Identity()
-    model.head = ClassifierHead(
-        model.num_features, model.num_classes, global_pool, drop_rate=model.drop_rate, **get_device_dtype(model)
-    )
+    model.add_module("pre_logits", nn.Identity())
+    head = ClassifierHead(model.num_features, model.num_classes, global_pool, drop_rate=model.drop_rate)
+    model.head = head.to(next(model.parameters()))
     model.head_hidden_size = model.num_features
     return model
 
@@ -147,10 +149,15 @@ def _resnet(**kwargs: Any) -> ResNet:
 
 
 def _wide_resnet(**kwargs: Any) -> ResNetV2:
-    block = {"basic": True, "bottle_ratio": 1.0, "conv_layer": create_conv2d, "norm_layer": BatchNormAct2d}
+    block: dict[str, Any] = {
+        "basic": True,
+        "bottle_ratio": 1.0,
+        "conv_layer": create_conv2d,
+        "norm_layer": BatchNormAct2d,
+    }
     model = ResNetV2(stem_chs=16, **block, **kwargs)
-    conv = create_conv2d(model.in_chans, 16, 3, **get_device_dtype(model))
+    conv = nn.Conv2d(model.in_chans, 16, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    model.stem = nn.Sequential(OrderedDict(conv=conv))
+    model.stem = nn.Sequential(OrderedDict(conv=conv.to(next(model.parameters()))))
     divide_reductions(model, 4)
     return model
