@@ -1,8 +1,7 @@
 """Analyze a saved model: noise on its weights, gradients in its stages, features at its exits."""
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from timm_selfdistill.analysis.baseline import check_input, open_baseline
 from timm_selfdistill.analysis.gradients import BatchLoss, find_stages, measure_gradients
 from timm_selfdistill.analysis.noise import Batches, measure_noise, rms
 from timm_selfdistill.analysis.report import Analysis, FeatureRow, Gradients, NoiseCurves
@@ -73,7 +73,7 @@ def analyze_folder(
     saved = SavedRun.find(folder)
     ran = None if saved.recipe_path is None else load_recipe(saved.recipe_path)
     model = from_pretrained(saved.model_folder)
-    plain, origin = _open_baseline(saved, model, baseline)
+    plain, origin = open_baseline(saved, model, baseline)
     recipe = saved.evaluation_recipe(model, data_path, overrides)
     limit = min(images, recipe.data.max_eval or images)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_eval": limit})})
@@ -81,7 +81,7 @@ def analyze_folder(
     check_classes(saved.model_folder, data)
     input = InputConfig.from_model(model.backbone, recipe.data)
     if baseline is not None and plain is not None:
-        _check_baseline(baseline, plain, input, recipe)
+        check_input(baseline, plain, input, recipe)
         check_classes(SavedRun.find(baseline).model_folder, data)
     loaders = evaluation_loaders(
         data, recipe, _unmixed(AugmentSection() if ran is None else ran.augment), input, SkipList()
@@ -129,46 +129,6 @@ def _check(images: int, sigmas: Sequence[float], draws: int, seed: int) -> tuple
     if wrong:
         raise ValueError(f"sigmas must be finite and 0 or more, received {', '.join(map(str, wrong))}.")
     return tuple(sorted({0.0, *sigmas}))
-
-
-def _open_baseline(
-    saved: SavedRun, model: SelfDistillModel, baseline: Path | None
-) -> tuple[SelfDistillModel | None, str | None]:
-    """Return the network whose backbone was trained on its own, and where it comes from."""
-    if baseline is None:
-        found = saved.baseline_weights()
-        if found is None:
-            return None, None
-        path, weights = found
-        plain = copy.deepcopy(model)
-        try:
-            plain.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not fit the model in {saved.model_folder}: {error}") from error
-        return plain, f"{saved.folder.name}/checkpoints/baseline/{path.name}"
-    other = SavedRun.find(baseline)
-    if other.model_folder.resolve() == saved.model_folder.resolve():
-        raise ValueError(f"--baseline {baseline} is the model that is to be analyzed: name another one.")
-    plain = from_pretrained(other.model_folder)
-    shapes, others = _shapes(model), _shapes(plain)
-    if shapes != others:
-        raise ValueError(
-            f"--baseline {baseline} has another backbone ({plain.pretrained_cfg['architecture']} with "
-            f"{len(others)} parameters; {saved.model_folder} is {model.pretrained_cfg['architecture']} with "
-            f"{len(shapes)}), or other sizes: only equal backbones can be compared."
-        )
-    return plain, other.output.name
-
-
-def _shapes(model: SelfDistillModel) -> Mapping[str, tuple[int, ...]]:
-    return {name: tuple(weight.shape) for name, weight in model.backbone.named_parameters()}
-
-
-def _check_baseline(folder: Path, plain: SelfDistillModel, input: InputConfig, recipe: Recipe) -> None:
-    """Refuse a baseline that was trained on other images than the network is fed."""
-    own = InputConfig.from_model(plain.backbone, recipe.data)
-    if own != input:
-        raise ValueError(f"--baseline {folder} takes other images: {own}, where the model takes {input}.")
 
 
 def _unmixed(augment: AugmentSection) -> AugmentSection:
