@@ -317,6 +317,10 @@ def test_the_weights_of_the_baseline_are_those_that_were_evaluated(run):
     save_checkpoint(path.parent, {"progress": state["progress"], "model": model}, state["progress"]["step"])
     _, weights = SavedRun.find(run).baseline_weights()
     assert all(torch.equal(weights[name], model[name]) for name in model)
+    state["progress"]["epoch"] = 1
+    save_checkpoint(path.parent, state, state["progress"]["step"])
+    with pytest.raises(ValueError, match=r"saved after 1 of 2 epochs: the baseline is not trained to its end"):
+        analyze_folder(run)
 
 
 def test_another_run_may_be_the_baseline(run, tmp_path):

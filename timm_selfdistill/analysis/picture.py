@@ -28,7 +28,7 @@ def draw_analysis(analysis: Analysis) -> Figure:
     features = analysis["features"]
     columns = min(_COLUMNS, len(features))
     rows = math.ceil(len(features) / columns)
-    figure = Figure(figsize=(12.6, 4.4 + 2.9 * rows), dpi=130, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(12.6, 4.4 + 2.9 * rows), dpi=110, facecolor="white", layout="constrained")
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=(4.0, 2.9 * rows))[:, 0]
     accuracy, loss, stages = upper.subplots(1, 3)
     _draw_noise(accuracy, loss, analysis)
@@ -37,6 +37,7 @@ def draw_analysis(analysis: Analysis) -> Figure:
     for index, (panel, row) in enumerate(zip(axes, features, strict=False)):
         title = row["name"] if row["name"] == "baseline" else f"{index}: {row['name']}"
         _draw_features(panel, row, title, analysis["classes"])
+    lower.suptitle("features in their first two principal components", x=0.01, ha="left", fontsize=10, color=_INK)
     for panel in axes[len(features) :]:
         panel.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()

@@ -36,12 +36,13 @@ class StageGradients(TypedDict):
 
 
 class Gradients(TypedDict):
-    """Gradients by stage, over `num_batches` training batches of `batch_size` images.
+    """Gradients by stage, over `num_batches` batches of `batch_size` images, augmented as in training, of `dataset`.
 
     `own_loss` tells why the loss that the run trained with is not among them; None where it is.
     """
 
     stages: list[StageGradients]
+    dataset: str
     num_batches: int
     batch_size: int
     own_loss: str | None

@@ -94,16 +94,17 @@ def analyze_folder(
     labels = torch.cat([targets for _, targets in batches])
     if int((labels != IGNORED).sum()) < 2:
         raise ValueError(f"{data.name}, {recipe.data.eval_split}: 2 images are needed that can be decoded.")
-    noise = _noise(model, plain, batches, accelerator, sigmas, draws, seed)
     training = [
         (images.to(accelerator.device), targets.to(accelerator.device))
         for images, targets in islice(loaders.train, _GRADIENT_BATCHES)
     ]
+    noise = _noise(model, plain, batches, accelerator, sigmas, draws, seed)
+    gradients = _gradients(model, plain, training, ran, seed, f"{data.name}, {recipe.data.train_split}")
     features = _features(model, plain, batches)
     drawn = sorted({label for row in features for label in row["projection"]["classes"]})
     analysis: Analysis = {
         "noise": noise,
-        "gradients": _gradients(model, plain, training, ran, seed),
+        "gradients": gradients,
         "features": features,
         "classes": {str(label): data.class_names[label] for label in drawn},
         "baseline": origin,
@@ -158,7 +159,12 @@ def _noise(
 
 
 def _gradients(
-    model: SelfDistillModel, plain: SelfDistillModel | None, batches: Batches, ran: Recipe | None, seed: int
+    model: SelfDistillModel,
+    plain: SelfDistillModel | None,
+    batches: Batches,
+    ran: Recipe | None,
+    seed: int,
+    dataset: str,
 ) -> Gradients:
     stages = find_stages(model)
     names = list(stages.values())
@@ -179,6 +185,7 @@ def _gradients(
             }
             for index, name in enumerate(stages)
         ],
+        "dataset": dataset,
         "num_batches": len(batches),
         "batch_size": len(batches[0][1]),
         "own_loss": reason,

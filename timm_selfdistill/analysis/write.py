@@ -116,7 +116,7 @@ def _notes(analysis: Analysis) -> Sequence[str]:
         f"in precision {analysis['precision']}; {several}. The root mean square of the weights is "
         f"{noise['weight_rms']:.3g}{beside}.",
         f"Gradients: mean magnitude over the parameters of a stage, in training mode, over {gradients['num_batches']} "
-        f"batches of {gradients['batch_size']} training images, at the saved weights.",
+        f"batches of {gradients['batch_size']} images of {gradients['dataset']}, at the saved weights.",
         "Features: mean squared distance of an image from the mean of its class (within), and of that from the mean of "
         "all (between); in 2-D: the share of the variance that the picture shows.",
     ]

@@ -78,12 +78,17 @@ class SavedRun:
         """Return the newest checkpoint of the run's baseline and the weights in it that were evaluated, if any.
 
         Raises:
-            CheckpointError: If it cannot be read.
+            ValueError: If it cannot be read, or is not from the end of the training.
         """
         path = latest_checkpoint(self.folder / "checkpoints" / "baseline")
-        if path is None:
+        if path is None or self.recipe_path is None:
             return None
         state = load_checkpoint(path)
+        done, epochs = state["progress"]["epoch"], load_recipe(self.recipe_path).epochs
+        if done < epochs:
+            raise ValueError(
+                f"{path} was saved after {done} of {epochs} epochs: the baseline is not trained to its end."
+            )
         best = state["progress"]["best_weights"]
         return path, {_bare(name): tensor for name, tensor in (best or state.get("ema", state["model"])).items()}
 
