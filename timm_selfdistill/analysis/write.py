@@ -1,15 +1,13 @@
 """An analysis as tables, as markdown and as files."""
 
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from timm_selfdistill.analysis.noise import NoisePoint
 from timm_selfdistill.analysis.picture import draw_analysis
 from timm_selfdistill.analysis.report import Analysis
-from timm_selfdistill.files import replace_file
-from timm_selfdistill.tables import align, with_prefix
+from timm_selfdistill.files import write_results
+from timm_selfdistill.tables import align, markdown, with_prefix
 
 _MISSING = "n/a"
 
@@ -34,17 +32,11 @@ def write_analysis(analysis: Analysis, folder: Path) -> None:
         analysis: What `analyze_folder` returned.
         folder: Where to write; created if missing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    draw_analysis(analysis).savefig(picture, format="png")
     lines = [f"## Why it works: {analysis['backbone']}", ""]
-    for header, *rows in _tables(analysis):
-        alignment = ["---", *["---:"] * (len(header) - 1)]
-        lines += [*(f"| {' | '.join(row)} |" for row in [header, alignment, *rows]), ""]
+    for rows in _tables(analysis):
+        lines += [*markdown(rows), ""]
     lines += [*_notes(analysis), "", "![Noise on the weights, gradients by stage, features by exit](analysis.png)", ""]
-    replace_file(folder / "analysis.json", json.dumps(analysis, indent=2, allow_nan=False).encode() + b"\n")
-    replace_file(folder / "analysis.md", "\n".join(lines).encode())
-    replace_file(folder / "analysis.png", picture.getvalue())
+    write_results(folder, "analysis", analysis, "\n".join(lines), draw_analysis(analysis))
 
 
 def _tables(analysis: Analysis) -> list[list[list[str]]]:
