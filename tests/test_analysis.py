@@ -50,14 +50,6 @@ FEW = {"sigmas": (0.02,), "draws": 2}
 FILES = {"analysis.json", "analysis.md", "analysis.png"}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps the precision of the first run in a process-wide state."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run with a baseline, evaluated with the average of its weights; only read."""

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from timm_selfdistill.analysis.noise import NoisePoint
 from timm_selfdistill.analysis.report import Analysis, FeatureRow
+from timm_selfdistill.palette import BLUE, GREY, GRID, INK, ORANGE
 
-_NETWORK, _OWN, _BASELINE, _INK = "#1f5fa8", "#d1662a", "#5f6670", "#22262b"
+_NETWORK, _OWN, _BASELINE, _INK = BLUE, ORANGE, GREY, INK
 _COLUMNS: Final = 5
 
 
@@ -98,7 +99,7 @@ def _draw_features(axes: Axes, row: FeatureRow, title: str, classes: dict[str, s
 def _style(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10, color=_INK)
     axes.spines[["right", "top"]].set_visible(False)
-    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
