@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.chunk:
         _print_lines(args.chunk, args)
         return 0
-    names = [name for name in timm.list_models() if fnmatch(name, args.models)]
+    names = [name for name in timm.list_models() if _is_of_timm(name) and fnmatch(name, args.models)]
     rows = {} if args.fresh else _read(args.output)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w") as file:
@@ -100,6 +100,11 @@ def check_model(name: str, max_params: float, max_macs: float, seconds: int) -> 
     finally:
         signal.alarm(0)
     return {**row, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _is_of_timm(name: str) -> bool:
+    """Return whether timm itself registers the model, and not this package."""
+    return timm.model_entrypoint(name).__module__.startswith("timm.")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

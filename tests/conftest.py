@@ -1,10 +1,11 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor, nn
 
@@ -37,6 +38,14 @@ FAMILIES = {
     "deit_tiny_distilled_patch16_224": {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3},
     "test_efficientnet": {},
 }
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps the precision of the first run in a process-wide state."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import timm_selfdistill.compare.run as compare_run
@@ -25,14 +24,6 @@ SMALL = (
     "data.image_size=16",
     "precision='no'",
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps the precision of the first run in a process-wide state."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def small_recipe(folder: Path, *overrides: str) -> Recipe:

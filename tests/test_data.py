@@ -585,9 +585,51 @@ def test_pad_crop_covers_an_image_of_another_size_without_distortion() -> None:
     assert any(torch.equal(tensor, torch.arange(1.0, 73.0).reshape(6, 12)) for tensor in tensors)
 
 
+def test_pad_crop_fills_with_the_grey_that_is_asked_for() -> None:
+    augment = AugmentSection(train_crop_mode="pad", crop_padding=8, crop_fill=128, hflip=0.0)
+    torch.manual_seed(0)
+    seen = {
+        value for _ in range(20) for value in (train_transform(augment, GREY)(Image.new("L", (8, 8), 255))).unique()
+    }
+    assert {round(float(value) * 255) for value in seen} == {128, 255}
+
+
+def test_cutout_blots_out_a_black_square_anywhere_and_cuts_it_off_at_the_edge() -> None:
+    config = InputConfig(3, (8, 8), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "nearest", 1.0)
+    transform = train_transform(AugmentSection(train_crop_mode="pad", crop_padding=1, hflip=0.0, cutout=4), config)
+    black = train_transform(PLAIN, config)(Image.new("RGB", (8, 8)))[:, 0, 0]
+    torch.manual_seed(0)
+    shapes, centre = set(), []
+    for _ in range(200):
+        # With the padding, black too, kept out of sight.
+        image = transform(Image.new("RGB", (8, 8), (255, 255, 255)))[:, 1:-1, 1:-1]
+        hidden = (image - black[:, None, None]).abs().amax(0) < 1e-6
+        rows, columns = hidden.any(1), hidden.any(0)
+        assert torch.equal(hidden, rows[:, None] & columns[None, :])
+        shapes.add((int(rows.sum()), int(columns.sum())))
+        centre.append(bool(hidden[3, 3]))
+    assert max(shapes) == (4, 4)
+    assert min(height for height, _ in shapes) < 4
+    assert 0 < sum(centre) < 200
+
+
+@pytest.mark.parametrize("config", [GREY, COLOUR], ids=["grey", "colour"])
+@pytest.mark.parametrize("policy", ["cifar10", "imagenet", "svhn"])
+def test_policies_of_torchvision_stand_before_the_tensor(policy: str, config: InputConfig) -> None:
+    transform = train_transform(AugmentSection(train_crop_mode="pad", auto_augment=policy), config)
+    mode = "L" if config.channels == 1 else "RGB"
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3).convert(mode)
+    torch.manual_seed(0)
+    tensors = [transform(image) for _ in range(30)]
+    assert all(tensor.shape == (config.channels, 8, 8) for tensor in tensors)
+    assert "AutoAugment(policy=AutoAugmentPolicy." + policy.upper() in repr(transform)
+
+
 def test_meaningless_augmentation_is_refused() -> None:
     with pytest.raises(ValueError, match="mean nothing to train_crop_mode 'pad'"):
         train_transform(AugmentSection(train_crop_mode="pad", scale=(0.5, 1.0)), GREY)
+    with pytest.raises(ValueError, match="crop_fill 9 means nothing to train_crop_mode 'rrc'"):
+        train_transform(AugmentSection(crop_fill=9), GREY)
     four = InputConfig(4, (8, 8), (0.0,) * 4, (1.0,) * 4, "bilinear", 1.0)
     with pytest.raises(ValueError, match="need 1 or 3 channels; the model takes 4"):
         train_transform(AugmentSection(auto_augment="rand-m9"), four)

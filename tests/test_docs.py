@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
@@ -79,12 +78,9 @@ SHOWN = [
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
-    """Examples register heads and the like, and a run leaves Accelerate's process-wide state behind."""
+    """Examples register heads and the like."""
     for registry in REGISTRIES:
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

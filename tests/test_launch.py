@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.data_loader import prepare_data_loader
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import Tensor, nn
@@ -38,13 +37,6 @@ CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 TINY = ["epochs=1", "batch_size=16", "data.max_train=16", "data.max_eval=16", "data.image_size=16"]
 TINY += ["data.validation=0", "precision='no'", "baseline=false"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

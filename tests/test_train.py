@@ -10,7 +10,6 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 import timm_selfdistill as sd
@@ -31,14 +30,6 @@ SMALL = (
     "precision='no'",
     "baseline=false",
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps the precision of the first run in a process-wide state."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def small_recipe(folder: Path, *overrides: str) -> Recipe:

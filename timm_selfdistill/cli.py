@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_selfdistill import compare
+from timm_selfdistill.analysis import DRAWS, IMAGES, SIGMAS, analyze_folder, format_analysis
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
 from timm_selfdistill.early_exit import FALLBACKS, RULES
 from timm_selfdistill.export import FORMATS, ExportError, export_folder
@@ -70,6 +71,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="fields of the recipe's data section, such as eval_split=val"
     )
     calibrate.set_defaults(run=_calibrate)
+
+    analyze = commands.add_parser(
+        "analyze", help="measure on a trained model why the method works: noise on weights, gradients, features"
+    )
+    analyze.add_argument("folder", type=Path, help="a run's folder, or the model folder in it")
+    analyze.add_argument("--data", help="data set: a hub name or a path; the run's own by default")
+    analyze.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FOLDER",
+        help="a run whose backbone to draw beside; the run's own baseline by default, if its checkpoint is there",
+    )
+    analyze.add_argument(
+        "--images", type=int, default=IMAGES, metavar="N", help=f"at most so many; {IMAGES} by default"
+    )
+    analyze.add_argument(
+        "--sigmas",
+        type=_numbers,
+        default=SIGMAS,
+        metavar="S,S,...",
+        help=f"standard deviations of the noise; by default 0 to {SIGMAS[-1]:g} in steps of {SIGMAS[1]:g}",
+    )
+    analyze.add_argument("--draws", type=int, default=DRAWS, metavar="N", help=f"of the noise; {DRAWS} by default")
+    analyze.add_argument("--seed", type=int, default=0, help="of the noise")
+    analyze.add_argument("--output", type=Path, help="folder for analysis.json, .md, .png; the run's by default")
+    analyze.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="fields of the recipe's data section, such as eval_split=val"
+    )
+    analyze.set_defaults(run=_analyze)
+
     predict = commands.add_parser("predict", help="classify image files")
     predict.add_argument("folder", help="a run's folder, the model folder in it, or a repository on the Hub")
     predict.add_argument("images", nargs="+", help="files, folders, or - for a list on the standard input, one a line")
@@ -161,6 +192,22 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _analyze(arguments: argparse.Namespace) -> int:
+    analysis = analyze_folder(
+        arguments.folder,
+        arguments.data,
+        arguments.overrides,
+        baseline=arguments.baseline,
+        images=arguments.images,
+        sigmas=arguments.sigmas,
+        draws=arguments.draws,
+        seed=arguments.seed,
+        output=arguments.output,
+    )
+    print(format_analysis(analysis))
+    return 0
+
+
 def _predict(arguments: argparse.Namespace) -> int:
     return print_predictions(
         arguments.folder,
@@ -208,6 +255,14 @@ def _size(text: str) -> tuple[int, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"must be a number of pixels, or two as in 224x192, got {text!r}")
     return int(match[1]), int(match[2] or match[1])
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Read numbers between commas."""
+    try:
+        return tuple(float(item) for item in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers between commas, got {text!r}") from None
 
 
 def _exits(arguments: argparse.Namespace) -> int:

@@ -27,7 +27,16 @@ def use_small_stem(backbone: Backbone) -> None:
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     backbone.conv1 = conv.to(stem.weight)
     backbone.maxpool = nn.Identity()
-    shrinkage = 4
+    divide_reductions(backbone, 4)
+
+
+def divide_reductions(backbone: Backbone, factor: int) -> None:
+    """Correct `feature_info` for a stem that shrinks images so many times less, in place.
+
+    Args:
+        backbone: A timm model.
+        factor: How many times finer its grids have become, along one side.
+    """
     backbone.feature_info = [
-        {**info, "reduction": max(1, info["reduction"] // shrinkage)} for info in backbone.feature_info
+        {**info, "reduction": max(1, info["reduction"] // factor)} for info in backbone.feature_info
     ]

@@ -22,6 +22,17 @@ def align(rows: Sequence[Sequence[str]], text_columns: int = 1) -> list[str]:
     return lines
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table's lines in markdown, its first column aligned left and the others right.
+
+    Args:
+        rows: The header and the rows, as text.
+    """
+    header, *body = rows
+    alignment = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(row)} |" for row in [header, alignment, *body]]
+
+
 def with_prefix(value: float) -> str:
     """Return a number with three significant digits and a prefix, such as "38.1 M"; plain below 1,000."""
     for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):

@@ -25,7 +25,7 @@ _COLUMNS = ("recipe", "network", "data", "loss", "optimizer", "schedule", "epoch
 
 def render() -> str:
     """Return the page: a table of the main settings, then every recipe as its file has it."""
-    paths = sorted((ROOT / "recipes").glob("*.yaml"))
+    paths = sorted((ROOT / "recipes").glob("*.yaml"), key=lambda path: path.stem)
     table = [_COLUMNS, ("---",) * 6 + ("---:",) * 2, *(_row(path.stem, load_recipe(path)) for path in paths)]
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
     return "\n".join([_INTRODUCTION, lines, "", *map(_section, paths)])

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from timm_selfdistill.calibration.report import CalibrationReport, Point
+from timm_selfdistill.palette import BLUE, GREEN, GREY, GRID, INK, ORANGE
 
-_CURVE, _EXIT, _ENSEMBLE, _GREY, _INK = "#2b8a57", "#1f5fa8", "#d1662a", "#5f6670", "#22262b"
+_CURVE, _EXIT, _ENSEMBLE, _GREY, _INK = GREEN, BLUE, ORANGE, GREY, INK
 # Percentage points above and below the data: at least so many that noise does not look like a trend.
 _MIN_PADDING: Final = 1.0
 
@@ -54,7 +55,7 @@ def draw_calibration(report: CalibrationReport) -> Figure:
     axes.set_xlabel(f"mean multiply-accumulates per image of {size} (MACs)")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.spines[["right", "top"]].set_visible(False)
-    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     conditions = f"{report['dataset']} ({report['num_samples']:,} samples) · recipe {report['recipe']}"
     axes.set_title(conditions, loc="left", fontsize=9.5, color=_GREY)

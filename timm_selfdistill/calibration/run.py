@@ -13,13 +13,12 @@ from timm_selfdistill.calibration.logits import collect_logits
 from timm_selfdistill.calibration.macs import measure_path_macs
 from timm_selfdistill.calibration.report import CalibrationReport, build_calibration_report
 from timm_selfdistill.calibration.write import write_calibration
-from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, Loaders, SkipList, build_loaders, open_dataset
+from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, SkipList, open_dataset
 from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
-from timm_selfdistill.train.evaluation import check_classes
+from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders
 
-_BATCH_SIZE = 128
 # What decides which rows a run trained on, and which it held out.
 _FIXED = ("path", "name", "target", "train_split", "eval_fraction", "validation")
 
@@ -57,16 +56,14 @@ def calibrate_folder(
         ValueError: If the model or the data cannot be read, the data has other classes than the model, the images to
             calibrate on were trained on, are reported on or do not exist, or the goal cannot be reached.
     """
-    run = folder if (folder / "model").is_dir() else folder.parent
-    model_folder = run / "model" if run == folder else folder
-    has_run = (run / "recipe.yaml").is_file()
-    model = from_pretrained(model_folder)
-    plan = _plan(run / "recipe.yaml" if has_run else None, model, data_path, split, overrides)
+    saved = SavedRun.find(folder)
+    model = from_pretrained(saved.model_folder)
+    plan = _plan(saved.recipe_path, model, data_path, split, overrides)
     data = _open(plan)
-    check_classes(model_folder, data)
+    check_classes(saved.model_folder, data)
     input = InputConfig.from_model(model.backbone, plan.recipe.data)
     input_size = (input.channels, *input.image_size)
-    loaders = _loaders(data, plan.recipe, input)
+    loaders = evaluation_loaders(data, plan.recipe, AugmentSection(), input, SkipList())
     assert loaders.validation is not None
     model = model.to(PartialState().device)
     macs = measure_path_macs(model, input_size)
@@ -81,18 +78,18 @@ def calibrate_folder(
         calibration,
         evaluation,
         exit_names=model.exit_names,
-        baseline_top1=_baseline(run / "report.json", dataset, len(evaluation)),
+        baseline_top1=_baseline(saved.folder / "report.json", dataset, len(evaluation)),
         origin={
             "dataset": dataset,
             "backbone": model.pretrained_cfg["architecture"],
-            "recipe": run.name if has_run else model_folder.name,
+            "recipe": saved.output.name,
             "seed": plan.recipe.seed,
             "input_size": input_size,
         },
         calibration_dataset=f"{data.name}, {plan.title}",
     )
-    save_early_exit(model_folder, choice.config)
-    write_calibration(report, output or (run if has_run else model_folder))
+    save_early_exit(saved.model_folder, choice.config)
+    write_calibration(report, output or saved.output)
     return report
 
 
@@ -195,20 +192,6 @@ def _open(plan: _Plan) -> ImageData:
                 "splits with --split and eval_split=NAME."
             )
     return data
-
-
-def _loaders(data: ImageData, recipe: Recipe, input: InputConfig) -> Loaders:
-    """Return the loaders; that of the training split is not used, but must have a batch."""
-    return build_loaders(
-        data,
-        recipe.data,
-        AugmentSection(),
-        input,
-        batch_size=min(_BATCH_SIZE, len(data.train)) if isinstance(data.train, ImageSplit) else _BATCH_SIZE,
-        accelerator_shards=(0, 1),
-        seed=recipe.seed,
-        skipped=SkipList(),
-    )
 
 
 def _baseline(path: Path, dataset: str, num_samples: int) -> float | None:

@@ -1,13 +1,11 @@
 """The report of a calibration as tables, as markdown and as files."""
 
-import io
-import json
 from pathlib import Path
 
 from timm_selfdistill.calibration.picture import draw_calibration
 from timm_selfdistill.calibration.report import CalibrationReport, Point
-from timm_selfdistill.files import replace_file
-from timm_selfdistill.tables import align, with_prefix
+from timm_selfdistill.files import write_results
+from timm_selfdistill.tables import align, markdown, with_prefix
 
 _GOALS = {
     "max_accuracy_drop": "an accuracy at most {:g} points below the backbone's",
@@ -36,9 +34,8 @@ def format_calibration_markdown(report: CalibrationReport) -> str:
         report: What `calibrate_folder` returned, or `calibration.json` holds.
     """
     lines = [f"## Early exit: {report['backbone']}", ""]
-    for header, *rows in (_results(report), _settings(report)):
-        alignment = ["---", *["---:"] * (len(header) - 1)]
-        lines += [*(f"| {' | '.join(row)} |" for row in [header, alignment, *rows]), ""]
+    for rows in (_results(report), _settings(report)):
+        lines += [*markdown(rows), ""]
     return "\n".join([*lines, *_notes(report), ""])
 
 
@@ -49,13 +46,8 @@ def write_calibration(report: CalibrationReport, folder: Path) -> None:
         report: What `build_calibration_report` returned.
         folder: Where to write; created if missing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    draw_calibration(report).savefig(picture, format="png")
-    markdown = f"{format_calibration_markdown(report)}\n![Accuracy of early exit over its compute](calibration.png)\n"
-    replace_file(folder / "calibration.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
-    replace_file(folder / "calibration.md", markdown.encode())
-    replace_file(folder / "calibration.png", picture.getvalue())
+    text = f"{format_calibration_markdown(report)}\n![Accuracy of early exit over its compute](calibration.png)\n"
+    write_results(folder, "calibration", report, text, draw_calibration(report))
 
 
 def _results(report: CalibrationReport) -> list[list[str]]:

@@ -5,9 +5,9 @@ import math
 from matplotlib.figure import Figure
 
 from timm_selfdistill.compare.summary import Comparison
+from timm_selfdistill.palette import BLUE, GREEN, GREY, GRID, INK, ORANGE
 
-_COLORS = ("#5f6670", "#8a5fb0", "#2a8f83", "#1f5fa8", "#d1662a", "#b03a5b", "#7a8b1f", "#3f3f9f")
-_GREY, _INK = "#5f6670", "#22262b"
+_COLORS = (GREY, "#8a5fb0", GREEN, BLUE, ORANGE, "#b03a5b", "#7a8b1f", "#3f3f9f")
 _WIDTH = 0.5  # of the band in which the losses of one output stand side by side
 
 
@@ -37,19 +37,19 @@ def draw_comparison(comparison: Comparison) -> Figure:
             axes.plot([place] * len(values), values, "_", color=color, alpha=0.5, markersize=9)
     base = next(entry for entry in losses if entry["loss"] == comparison["baseline"])
     deepest = next(output for output in reversed(base["outputs"]) if output["name"] != "ensemble")
-    axes.axhline(deepest["top1"]["mean"], color=_GREY, linestyle=(0, (5, 4)), linewidth=1.2, zorder=1)
+    axes.axhline(deepest["top1"]["mean"], color=GREY, linestyle=(0, (5, 4)), linewidth=1.2, zorder=1)
     low, high = axes.get_ylim()
     padding = max(1.0, 0.1 * (high - low)) if math.isfinite(high - low) else 1.0
     axes.set_ylim(low - padding, high + padding)
     axes.set_xticks(range(len(names)), [_label(name, position, names) for position, name in enumerate(names)])
-    axes.set_ylabel("top-1 accuracy (%)", color=_INK)
+    axes.set_ylabel("top-1 accuracy (%)", color=INK)
     axes.spines[["right", "top"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     seeds = len(comparison["seeds"])
     spread = f"mean and standard deviation of {seeds} seeds" if seeds > 1 else f"seed {comparison['seeds'][0]}"
     subtitle = f"{comparison['dataset']} · recipe {comparison['recipe']}, {comparison['epochs']} epochs · {spread}"
-    axes.set_title(subtitle, loc="left", fontsize=9.5, color=_GREY, pad=10)
+    axes.set_title(subtitle, loc="left", fontsize=9.5, color=GREY, pad=10)
     title = figure.suptitle(f"{comparison['backbone']}: losses compared", fontsize=14, ha="left")
     figure.legend(loc="outside lower center", ncols=min(4, len(losses)), frameon=False, fontsize=9.5)
     figure.draw_without_rendering()

@@ -1,13 +1,11 @@
 """A comparison as a table, as markdown and as files."""
 
-import io
-import json
 from pathlib import Path
 
 from timm_selfdistill.compare.picture import draw_comparison
 from timm_selfdistill.compare.summary import Comparison, Difference, LossSummary, Spread
-from timm_selfdistill.files import replace_file
-from timm_selfdistill.tables import align
+from timm_selfdistill.files import write_results
+from timm_selfdistill.tables import align, markdown
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -22,17 +20,11 @@ def format_comparison(comparison: Comparison) -> str:
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Write `comparison.json`, `comparison.md` and `comparison.png`; each is complete or not there at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    draw_comparison(comparison).savefig(picture, format="png")
     lines = [f"## Losses compared: {comparison['backbone']}", ""]
     for rows in (_accuracy_rows(comparison), _difference_rows(comparison)):
-        header, *body = rows
-        lines += [f"| {' | '.join(row)} |" for row in [header, ["---", *["---:"] * (len(header) - 1)], *body]] + [""]
+        lines += [*markdown(rows), ""]
     lines += [*_notes(comparison), "", "![Top-1 accuracy of every exit with each loss](comparison.png)", ""]
-    replace_file(folder / "comparison.json", json.dumps(comparison, indent=2, allow_nan=False).encode() + b"\n")
-    replace_file(folder / "comparison.md", "\n".join(lines).encode())
-    replace_file(folder / "comparison.png", picture.getvalue())
+    write_results(folder, "comparison", comparison, "\n".join(lines), draw_comparison(comparison))
 
 
 def _accuracy_rows(comparison: Comparison) -> list[list[str]]:

@@ -13,11 +13,14 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.model_config import resolve_input_data_config
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor, nn
-from torchvision.transforms import Compose, RandomCrop
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop
 
+from timm_selfdistill.data.cutout import Cutout
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 Transform = Callable[[Image.Image], Tensor]
+
+_POLICIES = {policy.value: policy for policy in AutoAugmentPolicy}
 
 # The image mode that has as many channels as the model takes.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -166,13 +169,19 @@ def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:
             f"augment.scale {augment.scale} and augment.ratio {augment.ratio} mean nothing to train_crop_mode 'pad'; "
             "leave both out."
         )
+    if augment.crop_fill and not pad:
+        raise ValueError(
+            f"augment.crop_fill {augment.crop_fill} means nothing to train_crop_mode {augment.train_crop_mode!r}: only "
+            "'pad' adds pixels."
+        )
     if config.channels == 4 and (augment.auto_augment or augment.grayscale_prob):
         raise ValueError(
             f"augment.auto_augment {augment.auto_augment!r} and augment.grayscale_prob {augment.grayscale_prob} need 1 "
             "or 3 channels; the model takes 4."
         )
     height, width = config.image_size
-    transform: Transform = create_transform(
+    policy = _POLICIES.get(augment.auto_augment or "")
+    geometric, colours, to_tensor = create_transform(
         config.image_size,
         is_training=True,
         # After `pad` timm's random resized crop has to take the whole image.
@@ -185,19 +194,28 @@ def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:
         color_jitter_prob=augment.color_jitter_prob,
         grayscale_prob=augment.grayscale_prob,
         gaussian_blur_prob=augment.gaussian_blur_prob,
-        auto_augment=augment.auto_augment,
+        auto_augment=augment.auto_augment if policy is None else None,
         interpolation=config.interpolation,
         mean=config.mean,
         std=config.std,
         re_prob=augment.re_prob,
         re_mode=augment.re_mode,
         re_count=augment.re_count,
+        separate=True,
     )
+    steps = [geometric, colours, to_tensor]
     if pad:
         cover = ResizeKeepRatio(  # type: ignore[no-untyped-call]
             config.image_size, longest=0.0, interpolation=config.interpolation
         )
-        transform = Compose([cover, RandomCrop(config.image_size, padding=augment.crop_padding), transform])
+        crop = RandomCrop(config.image_size, padding=augment.crop_padding, fill=augment.crop_fill)
+        steps = [cover, crop, *steps]
+    if policy is not None:
+        # Where timm applies its own policies; grey is what the published code fills with.
+        steps.insert(steps.index(colours), AutoAugment(policy, fill=128))
+    if augment.cutout is not None:
+        steps.append(Cutout(augment.cutout, [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]))
+    transform: Transform = Compose(steps)
     return transform
 
 

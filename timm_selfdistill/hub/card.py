@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from timm_selfdistill.backbones import default_cfgs
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.model import SelfDistillModel
 
@@ -172,6 +173,11 @@ def _usage(model: SelfDistillModel, repo_id: str | None, early_exit: EarlyExitCo
 def _timm_snippet(model: SelfDistillModel, repo_id: str | None) -> str:
     """Return the lines that load the backbone without this package."""
     source = "local-dir:FOLDER" if repo_id is None else f"hf-hub:{repo_id}"
+    if _architecture(model) in default_cfgs:
+        return (
+            "import timm\nimport timm_selfdistill  # timm does not have this network; the import registers it\n\n"
+            f'model = timm.create_model("{source}", pretrained=True)\n'
+        )
     if not model.config.small_stem:
         return f'import timm\n\nmodel = timm.create_model("{source}", pretrained=True)\n'
     stem = model.backbone.conv1

@@ -7,6 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
+import timm_selfdistill.backbones  # noqa: F401  # registers networks with timm, so that recipes can name them
 from timm_selfdistill.exits import Backbone, Exits, find_exit_points
 from timm_selfdistill.model.network import SelfDistillModel, WrapConfig
 from timm_selfdistill.stem import use_small_stem

@@ -279,6 +279,7 @@ class AugmentSection(_Section):
         train_crop_mode: Random resized crop (rrc), resize keeping the ratio and centre (rkrc) or random (rkrr) crop, or
             random crop after padding (pad).
         crop_padding: Pixels added on each side by the crop mode pad.
+        crop_fill: Their grey value (0..255).
         scale: Smallest and largest share of the image's area that is kept; null takes timm's range.
         ratio: Smallest and largest aspect ratio of the crop; null takes timm's range.
         hflip: Probability of a horizontal flip.
@@ -287,7 +288,9 @@ class AugmentSection(_Section):
         color_jitter_prob: Probability of it; null for always.
         grayscale_prob: Probability of dropping the colours.
         gaussian_blur_prob: Probability of a blur.
-        auto_augment: timm's policy string, for example "rand-m9-mstd0.5-inc1".
+        auto_augment: timm's policy string, for example "rand-m9-mstd0.5-inc1"; or "cifar10", "imagenet" or "svhn" for
+            torchvision's AutoAugment with the policy found on that data set.
+        cutout: Side in pixels of a black square around a random point; null for none.
         re_prob: Probability of erasing random rectangles.
         re_mode: What they are filled with: zeros, one colour or noise.
         re_count: Largest number of them.
@@ -301,6 +304,7 @@ class AugmentSection(_Section):
 
     train_crop_mode: Literal["rrc", "rkrc", "rkrr", "pad"] = "rrc"
     crop_padding: Count = 4
+    crop_fill: Annotated[int, Field(ge=0, le=255)] = 0
     scale: Range | None = None
     ratio: Range | None = None
     hflip: Probability = 0.5
@@ -310,6 +314,7 @@ class AugmentSection(_Section):
     grayscale_prob: Probability = 0.0
     gaussian_blur_prob: Probability = 0.0
     auto_augment: Text | None = None
+    cutout: Count | None = None
     re_prob: Probability = 0.0
     re_mode: Literal["const", "rand", "pixel"] = "const"
     re_count: Count = 1

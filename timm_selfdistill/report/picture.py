@@ -14,9 +14,10 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox, BboxBase
 
+from timm_selfdistill.palette import BLUE, GREY, GRID, INK, ORANGE
 from timm_selfdistill.report.build import Report
 
-_EXIT, _ENSEMBLE, _BASELINE, _INK = "#1f5fa8", "#d1662a", "#5f6670", "#22262b"
+_EXIT, _ENSEMBLE, _BASELINE, _INK = BLUE, ORANGE, GREY, INK
 # From this ratio of dearest to cheapest on, a linear axis would crowd the cheap exits.
 _WIDE_SPAN = 8
 # Percentage points above and below the data: at least so many that noise does not look like a trend.
@@ -101,7 +102,7 @@ def _style_axes(axes: Axes, report: Report) -> None:
     relative.tick_params(colors=_BASELINE, labelsize=8.5, which="both")
     relative.spines["top"].set_color("#c5cad1")
     axes.spines[["right", "top"]].set_visible(False)
-    axes.grid(color="#e4e7eb", linewidth=0.8)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     conditions = f"{report['dataset']} ({report['num_samples']:,} samples)"
     subtitle = f"{conditions} · recipe {report['recipe']}, seed {report['seed']}"

@@ -1,15 +1,13 @@
 """The report as a table, as markdown and as files."""
 
-import io
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_selfdistill.files import replace_file
+from timm_selfdistill.files import write_results
 from timm_selfdistill.report.build import AccuracyRow, EnsembleRow, ExitRow, Report
 from timm_selfdistill.report.picture import draw_report
-from timm_selfdistill.tables import align, with_prefix
+from timm_selfdistill.tables import align, markdown, with_prefix
 
 _MISSING = "n/a"
 
@@ -35,10 +33,9 @@ def format_markdown(report: Report) -> str:
     Returns:
         Heading, table and what it says about the figures, ending with a line break.
     """
-    header, *rows = _rows(report)
-    alignment = ["---", *["---:"] * (len(header) - 1)]
-    table = [f"| {' | '.join(row)} |" for row in [header, alignment, *rows]]
-    return "\n".join([f"## Scalable depth: {report['backbone']}", "", *table, "", *_notes(report), ""])
+    return "\n".join(
+        [f"## Scalable depth: {report['backbone']}", "", *markdown(_rows(report)), "", *_notes(report), ""]
+    )
 
 
 def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
@@ -48,14 +45,8 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
         report: What `build_report` returned.
         folder: Where to write; created if missing.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    draw_report(report).savefig(picture, format="png")
-    markdown = f"{format_markdown(report)}\n![Accuracy of every exit over its compute](report.png)\n"
-    replace_file(folder / "report.json", json.dumps(report, indent=2, allow_nan=False).encode() + b"\n")
-    replace_file(folder / "report.md", markdown.encode())
-    replace_file(folder / "report.png", picture.getvalue())
+    text = f"{format_markdown(report)}\n![Accuracy of every exit over its compute](report.png)\n"
+    write_results(Path(folder), "report", report, text, draw_report(report))
 
 
 def _rows(report: Report) -> list[list[str]]:

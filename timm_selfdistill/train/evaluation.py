@@ -1,7 +1,6 @@
 """Evaluate every exit of a model, over a loader or from a saved folder."""
 
-import json
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -9,14 +8,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from timm_selfdistill.data import ImageData, InputConfig, SkipList, build_loaders, merge_skipped, open_dataset
-from timm_selfdistill.hub import CONFIG, from_pretrained
+from timm_selfdistill.data import InputConfig, SkipList, merge_skipped, open_dataset
+from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
-from timm_selfdistill.model import ExitOutput, SelfDistillModel
-from timm_selfdistill.recipe import Recipe, load_recipe
+from timm_selfdistill.model import ExitOutput
+from timm_selfdistill.recipe import AugmentSection
 from timm_selfdistill.report import Report, build_report, write_report
-
-_BATCH_SIZE = 128
+from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders
 
 
 @torch.no_grad()
@@ -70,23 +68,13 @@ def evaluate_folder(
     Raises:
         ValueError: If the model or the data cannot be read, or the data has other classes than the model.
     """
-    run = folder if (folder / "model").is_dir() else folder.parent
-    model_folder = run / "model" if run == folder else folder
-    model = from_pretrained(model_folder)
-    recipe = _recipe(run, model, data_path, overrides)
+    saved = SavedRun.find(folder)
+    model = from_pretrained(saved.model_folder)
+    recipe = saved.evaluation_recipe(model, data_path, overrides)
     data = open_dataset(recipe.data, recipe.seed)
-    check_classes(model_folder, data)
+    check_classes(saved.model_folder, data)
     input = InputConfig.from_model(model.backbone, recipe.data)
-    loaders = build_loaders(
-        data,
-        recipe.data,
-        recipe.augment,
-        input,
-        batch_size=min(_BATCH_SIZE, len(data.train)) if isinstance(data.train, Sized) else _BATCH_SIZE,
-        accelerator_shards=(0, 1),
-        seed=recipe.seed,
-        skipped=SkipList(output),
-    )
+    loaders = evaluation_loaders(data, recipe, AugmentSection(), input, SkipList(output))
     accelerator = Accelerator(mixed_precision=recipe.precision)
     loader = loaders.eval if data.streaming else accelerator.prepare(loaders.eval)
     model = model.to(accelerator.device)
@@ -97,39 +85,10 @@ def evaluate_folder(
         input_size=(input.channels, *input.image_size),
         baseline=None,
         dataset=f"{data.name}, {recipe.data.eval_split}",
-        recipe=run.name,
+        recipe=saved.folder.name,
         seed=recipe.seed,
     )
     if output is not None and accelerator.is_main_process:
         write_report(report, output)
         merge_skipped(output)
     return report
-
-
-def _recipe(run: Path, model: SelfDistillModel, data_path: str | None, overrides: Sequence[str]) -> Recipe:
-    """Return the run's recipe, or one for another data set, with the overrides of its data section."""
-    changes = [f"data.{override}" for override in overrides]
-    saved = run / "recipe.yaml"
-    if data_path is None:
-        if not saved.is_file():
-            raise ValueError(f"There is no {saved}, so the data set must be named with --data.")
-        return load_recipe(saved, changes)
-    precision = load_recipe(saved).precision if saved.is_file() else "no"
-    # Nothing is trained, so the data set needs no other split: the evaluated one stands for it.
-    data = {"path": data_path, "train_split": "none"}
-    name = type(model.backbone).__name__
-    recipe = load_recipe({"model": {"name": name}, "data": data, "precision": precision}, changes)
-    only = {"train_split": recipe.data.eval_split, "validation": 0.0, "max_train": recipe.data.max_eval}
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=only)})
-
-
-def check_classes(folder: Path, data: ImageData) -> None:
-    """Refuse a data set whose classes are not those the model was trained on, in its order."""
-    names = json.loads((folder / CONFIG).read_text()).get("label_names")
-    if names is not None and names != list(data.class_names):
-        names = list(map(str, names)) if isinstance(names, list) else [str(names)]
-        raise ValueError(
-            f"{data.name} has {len(data.class_names)} classes ({', '.join(data.class_names[:5])}, ...), the model in "
-            f"{folder} was trained on {len(names)} ({', '.join(names[:5])}, ...): "
-            "they must be the same, in the same order."
-        )

@@ -1,0 +1,236 @@
+"""Analyze a saved model: noise on its weights, gradients in its stages, features at its exits."""
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from timm_selfdistill.analysis.baseline import check_input, open_baseline
+from timm_selfdistill.analysis.gradients import BatchLoss, find_stages, measure_gradients
+from timm_selfdistill.analysis.noise import Batches, measure_noise, rms
+from timm_selfdistill.analysis.report import Analysis, FeatureRow, Gradients, NoiseCurves
+from timm_selfdistill.analysis.separability import collect_features, measure_scatter, project
+from timm_selfdistill.analysis.write import write_analysis
+from timm_selfdistill.data import InputConfig, SkipList, open_dataset
+from timm_selfdistill.hub import from_pretrained
+from timm_selfdistill.losses import Needs, TrainingTime, needs_of
+from timm_selfdistill.metrics import IGNORED
+from timm_selfdistill.model import ExitOutput, SelfDistillModel
+from timm_selfdistill.recipe import AugmentSection, Recipe, load_recipe
+from timm_selfdistill.report.build import versions
+from timm_selfdistill.train import build_loss
+from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders
+
+IMAGES: Final = 1000
+DRAWS: Final = 5
+SIGMAS: Final = tuple(step / 500 for step in range(11))
+_GRADIENT_BATCHES: Final = 4
+_CLASSES: Final = 10
+_POINTS: Final = 500
+
+
+def analyze_folder(
+    folder: Path,
+    data_path: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    baseline: Path | None = None,
+    images: int = IMAGES,
+    sigmas: Sequence[float] = SIGMAS,
+    draws: int = DRAWS,
+    seed: int = 0,
+    output: Path | None = None,
+) -> Analysis:
+    """Measure on a saved model what the method's paper explains its gain by, beside the backbone trained on its own.
+
+    Args:
+        folder: A run's folder, or the model folder in it.
+        data_path: Hub name or path of the data set; the run's own data by default. Of another data set only the split
+            `eval_split` is read.
+        overrides: Fields of the recipe's data section, as "key=value".
+        baseline: A run's folder, or the model folder in it, whose backbone is the one to compare with; by default that
+            of the run's own baseline, if its checkpoint is there.
+        images: How many images of the evaluation split to take at most, 2 or more.
+        sigmas: Standard deviations of the noise on the weights; 0 is always among them.
+        draws: How often noise is drawn.
+        seed: Decides the noise, and what dropout draws.
+        output: Folder for the analysis' files; the run's by default, or the model's where there is no run.
+
+    Returns:
+        The analysis, which is also in `analysis.json`.
+
+    Raises:
+        ValueError: If an argument is not allowed, the model, the baseline or the data cannot be read, or the data has
+            other classes than the models.
+    """
+    sigmas = _check(images, sigmas, draws, seed)
+    saved = SavedRun.find(folder)
+    ran = None if saved.recipe_path is None else load_recipe(saved.recipe_path)
+    model = from_pretrained(saved.model_folder)
+    plain, origin = open_baseline(saved, model, baseline)
+    recipe = saved.evaluation_recipe(model, data_path, overrides)
+    limit = min(images, recipe.data.max_eval or images)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_eval": limit})})
+    data = open_dataset(recipe.data, recipe.seed)
+    check_classes(saved.model_folder, data)
+    input = InputConfig.from_model(model.backbone, recipe.data)
+    if baseline is not None and plain is not None:
+        check_input(baseline, plain, input, recipe)
+        check_classes(SavedRun.find(baseline).model_folder, data)
+    loaders = evaluation_loaders(
+        data, recipe, _unmixed(AugmentSection() if ran is None else ran.augment), input, SkipList()
+    )
+    accelerator = Accelerator(mixed_precision=recipe.precision)
+    model = model.to(accelerator.device)
+    plain = None if plain is None else plain.to(accelerator.device)
+    # Decoded once: every noisy network sees them again.
+    batches = list(loaders.eval)
+    labels = torch.cat([targets for _, targets in batches])
+    if int((labels != IGNORED).sum()) < 2:
+        raise ValueError(f"{data.name}, {recipe.data.eval_split}: 2 images are needed that can be decoded.")
+    training = [
+        (images.to(accelerator.device), targets.to(accelerator.device))
+        for images, targets in islice(loaders.train, _GRADIENT_BATCHES)
+    ]
+    noise = _noise(model, plain, batches, accelerator, sigmas, draws, seed)
+    gradients = _gradients(model, plain, training, ran, seed, f"{data.name}, {recipe.data.train_split}")
+    features = _features(model, plain, batches)
+    drawn = sorted({label for row in features for label in row["projection"]["classes"]})
+    analysis: Analysis = {
+        "noise": noise,
+        "gradients": gradients,
+        "features": features,
+        "classes": {str(label): data.class_names[label] for label in drawn},
+        "baseline": origin,
+        "backbone": model.pretrained_cfg["architecture"],
+        "dataset": f"{data.name}, {recipe.data.eval_split}",
+        "num_samples": int((labels != IGNORED).sum()),
+        "num_skipped": int((labels == IGNORED).sum()),
+        "recipe": saved.output.name,
+        "precision": recipe.precision,
+        "seed": seed,
+        "versions": versions(),
+    }
+    write_analysis(analysis, output or saved.output)
+    return analysis
+
+
+def _check(images: int, sigmas: Sequence[float], draws: int, seed: int) -> tuple[float, ...]:
+    """Refuse arguments that cannot work, and return the standard deviations in order, with 0."""
+    for name, value, least in (("images", images, 2), ("draws", draws, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be {least} or more, received {value}.")
+    wrong = [sigma for sigma in sigmas if not (math.isfinite(sigma) and sigma >= 0)]
+    if wrong:
+        raise ValueError(f"sigmas must be finite and 0 or more, received {', '.join(map(str, wrong))}.")
+    return tuple(sorted({0.0, *sigmas}))
+
+
+def _unmixed(augment: AugmentSection) -> AugmentSection:
+    """Return an augmentation without Mixup and CutMix: targets stay class indices."""
+    return augment.model_copy(update={"mixup_prob": 0.0})
+
+
+def _noise(
+    model: SelfDistillModel,
+    plain: SelfDistillModel | None,
+    batches: Batches,
+    accelerator: Accelerator,
+    sigmas: Sequence[float],
+    draws: int,
+    seed: int,
+) -> NoiseCurves:
+    options: dict[str, Any] = {"sigmas": sigmas, "draws": draws, "seed": seed}
+    return {
+        "draws": draws,
+        "network": measure_noise(model, batches, accelerator, **options),
+        "baseline": None
+        if plain is None
+        else measure_noise(plain, batches, accelerator, **options, title="baseline, noise"),
+        "weight_rms": rms(model),
+        "baseline_weight_rms": None if plain is None else rms(plain),
+    }
+
+
+def _gradients(
+    model: SelfDistillModel,
+    plain: SelfDistillModel | None,
+    batches: Batches,
+    ran: Recipe | None,
+    seed: int,
+    dataset: str,
+) -> Gradients:
+    stages = find_stages(model)
+    names = list(stages.values())
+    nothing: list[float | None] = [None] * len(names)
+    reason, own = _own_loss(model, ran)
+    network = nothing if own is None else measure_gradients(model, batches, own, names, seed=seed)
+    network_ce = measure_gradients(model, batches, _cross_entropy(model), names, seed=seed)
+    baseline = nothing if plain is None else measure_gradients(plain, batches, _cross_entropy(plain), names, seed=seed)
+    sizes = {name: weight.numel() for name, weight in model.backbone.named_parameters()}
+    return {
+        "stages": [
+            {
+                "name": name,
+                "params": sum(sizes[parameter] for parameter in stages[name]),
+                "network": network[index],
+                "network_ce": network_ce[index],
+                "baseline": baseline[index],
+            }
+            for index, name in enumerate(stages)
+        ],
+        "dataset": dataset,
+        "num_batches": len(batches),
+        "batch_size": len(batches[0][1]),
+        "own_loss": reason,
+    }
+
+
+def _own_loss(model: SelfDistillModel, ran: Recipe | None) -> tuple[str | None, BatchLoss | None]:
+    """Return the loss that a run trained with; else why it cannot be computed here."""
+    if ran is None:
+        return "there is no recipe beside the model", None
+    if ran.schedule.regime == "frozen":
+        return "the backbone was frozen", None
+    criterion = build_loss(ran).to(next(model.parameters()).device)
+    needs = needs_of(criterion)
+    if needs != Needs(time=needs.time):
+        return "the loss needs other networks or special batches", None
+    needs_exits = bool(getattr(criterion, "needs_exits", True))
+    # At the end of training, behind any warm-up.
+    given = {"time": TrainingTime(ran.epochs, ran.epochs)} if needs.time else {}
+
+    def own(images: Tensor, targets: Tensor) -> Tensor:
+        out = model(images, return_exits=True) if needs_exits else ExitOutput((model(images),), ())
+        loss: Tensor = criterion(out, targets, **given)["loss"]
+        return loss
+
+    return None, own
+
+
+def _cross_entropy(model: SelfDistillModel) -> BatchLoss:
+    """Return the cross-entropy of the backbone's own classifier."""
+    return lambda images, targets: F.cross_entropy(model(images), targets)
+
+
+def _features(model: SelfDistillModel, plain: SelfDistillModel | None, batches: Batches) -> list[FeatureRow]:
+    features, targets = collect_features(model, batches)
+    rows = dict(zip(model.exit_names, features, strict=True))
+    if plain is not None:
+        rows["baseline"] = collect_features(plain, batches, "baseline, features")[0][-1]
+    classes = sorted(set(targets.tolist()))[:_CLASSES]
+    shown = torch.isin(targets, torch.tensor(classes)).nonzero().flatten()[:_POINTS]
+    return [
+        {
+            "name": name,
+            "scatter": measure_scatter(feature, targets),
+            "projection": project(feature[shown], targets[shown]),
+        }
+        for name, feature in rows.items()
+    ]
