@@ -107,7 +107,7 @@ def baseline_accuracy(run: Path) -> dict[str, float | None]:
     report = json.loads((run / "report.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validated = [
-        line["validation/0/top1"] for line in lines if line["network"] == "baseline" and "validation/0/top1" in line
+        line["validation/top1/0"] for line in lines if line["network"] == "baseline" and "validation/top1/0" in line
     ]
     test = None if report["baseline"] is None else report["baseline"]["top1"]
     return {"test": test, "validation": validated[-1] if validated else None}

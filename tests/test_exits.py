@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import timm
 import torch
 from torch import nn
 
+import timm_selfdistill as sd
 from timm_selfdistill.exits import Classifier, explore, find_exit_points, pool_feature
 
 
@@ -467,3 +470,10 @@ def test_backbone_that_returns_no_logits_is_refused(tiny_net):
 
     with pytest.raises(ValueError, match=r"Pair must return logits \[B, num_classes\], but returned tuple"):
         find_exit_points(Pair(), image_size=32)
+
+
+def test_a_model_can_be_wrapped_in_inference_mode(make_backbone, images):
+    with torch.inference_mode():
+        model = sd.wrap(make_backbone("resnet18")).eval()
+        out = sd.EarlyExit(model, math.inf)(images)
+        assert torch.equal(out.logits, model.backbone(images))

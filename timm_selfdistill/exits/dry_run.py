@@ -45,6 +45,7 @@ class DryRun:
     feature_axes: dict[str, int]
 
 
+@torch.inference_mode(False)  # where tensors tell whether they were overwritten
 def dry_run(
     backbone: Backbone,
     taps: Sequence[str],
