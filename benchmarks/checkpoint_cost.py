@@ -65,7 +65,7 @@ def main() -> int:
             f"{name:>9}  {pick(kept):>8.2f}  {pick(spent):>8.3f}  {pick(shares):>8.3f}  {pick(plain):>9.2f}  "
             f"{pick(ratios):>6.3f}"
         )
-    print(f"\n{len(kept)} epochs of each kind")
+    print(f"\nepochs of each kind: {len(kept)}")
     print(f"{steps} steps of {recipe.batch_size} images an epoch, {recipe.model.name} {recipe.model.kwargs}, bf16")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
     print(f"command: python {shlex.join(sys.argv)}")
