@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from test_train import SMALL, small_recipe
 
 import timm_selfdistill.compare.run as compare_run
 from timm_selfdistill.cli import main as cli
@@ -15,19 +16,6 @@ from timm_selfdistill.compare.picture import draw_comparison
 from timm_selfdistill.compare.variants import list_variants, with_loss
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.train import build_loss
-
-SMALL = (
-    "epochs=1",
-    "batch_size=16",
-    "data.max_train=64",
-    "data.max_eval=40",
-    "data.image_size=16",
-    "precision='no'",
-)
-
-
-def small_recipe(folder: Path, *overrides: str) -> Recipe:
-    return load_recipe("digits", [*SMALL, f"output_dir={folder}", *overrides])
 
 
 def report(seed: int, *top1: float | None, seconds: float = 60.0) -> Any:
