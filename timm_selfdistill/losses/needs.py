@@ -9,7 +9,7 @@ from torch import nn
 class TrainingTime(NamedTuple):
     """How far training has come.
 
-    Args:
+    Attributes:
         epoch: Epochs done, with the part that is done of the present one.
         epochs: Epochs in all.
     """
