@@ -76,13 +76,13 @@ def run(
         }
         (self.folder / f"held-{self.name}-{self.accelerator.process_index}.json").write_text(json.dumps(held))
 
-    fit.Fit._step, fit.Fit._update = stepping, updating  # type: ignore[method-assign]
+    fit.Fit._step, fit.Fit._update = stepping, updating
     try:
         train(load_recipe("digits", [*SMALL, *overrides, f"output_dir={folder}"]))
     except Interrupted:
         assert stop_at is not None
     finally:
-        fit.Fit._step, fit.Fit._update = step, update  # type: ignore[method-assign]
+        fit.Fit._step, fit.Fit._update = step, update
 
 
 def held_bytes(state: Any) -> list[int]:

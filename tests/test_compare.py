@@ -63,7 +63,7 @@ def test_means_spreads_and_paired_differences_are_those_of_the_textbook() -> Non
     assert difference["mean"] == 2.0
     assert difference["high"] == pytest.approx(2.0 + 4.3027 * 1.0 / math.sqrt(3), abs=1e-4)
     assert difference["low"] == pytest.approx(2.0 - 4.3027 * 1.0 / math.sqrt(3), abs=1e-4)
-    assert taught["outputs"][3]["difference"]["mean"] == pytest.approx((5 + 2 + 5) / 3)  # type: ignore[index]
+    assert taught["outputs"][3]["difference"]["mean"] == pytest.approx((5 + 2 + 5) / 3)
 
 
 def test_one_seed_has_no_spread_and_no_interval() -> None:
@@ -81,7 +81,7 @@ def test_without_a_baseline_the_first_loss_stands_for_it() -> None:
     comparison = summary(deep_supervision=TAUGHT, byot_iccv2019=PLAIN)
     assert comparison["baseline"] == "deep-supervision"
     assert comparison["losses"][0]["outputs"][2]["difference"] is None
-    assert comparison["losses"][1]["outputs"][2]["difference"]["mean"] == -2.0  # type: ignore[index]
+    assert comparison["losses"][1]["outputs"][2]["difference"]["mean"] == -2.0
 
 
 def test_an_accuracy_that_is_no_number_names_the_run() -> None:
@@ -99,12 +99,12 @@ def test_table_and_picture_show_each_output_of_each_loss() -> None:
     assert lines[3].endswith("1.5  1.50x")
     assert any("+2.00 [-0.48, +4.48]" in line for line in lines)
     figure = draw_comparison(comparison)
-    FigureCanvasAgg(figure).draw()  # type: ignore[no-untyped-call]
+    FigureCanvasAgg(figure).draw()
     axes = figure.axes[0]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0: layer1", "1: layer2", "backbone", "ensemble"]
     drawn = [container.get_label() for container in axes.containers]
     assert drawn == ["none", "byot-iccv2019"]
-    means = axes.containers[1].lines[0].get_ydata()  # type: ignore[attr-defined]
+    means = axes.containers[1].lines[0].get_ydata()
     assert list(means) == [61.0, 66.0, 74.0, 76.0]
 
 
