@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from matplotlib import colormaps
@@ -103,8 +103,8 @@ def _style(axes: Axes, title: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _spreads(points: Sequence[NoisePoint], key: str) -> list[float]:
-    values = [point[key] for point in points]  # type: ignore[literal-required]
+def _spreads(points: Sequence[NoisePoint], key: Literal["top1_std", "loss_std"]) -> list[float]:
+    values = [point[key] for point in points]
     return [0.0 if value is None else value for value in values]
 
 
