@@ -2,19 +2,17 @@
 
 import logging
 import math
-from collections.abc import Sequence
-from typing import Any, Final, TypedDict
+from typing import Final, TypedDict
 
-import evaluate
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from datasets import Features, List, Value
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from timm_selfdistill.metrics.classification import ExpectedCalibrationError, TopKAccuracy
 from timm_selfdistill.model import ExitOutput
 
 logger = logging.getLogger(__name__)
@@ -45,118 +43,6 @@ class ExitMetricsResult(TypedDict):
     num_samples: int
     num_skipped: int
     num_nonfinite: int
-
-
-class _InMemoryMetric(evaluate.Metric):  # type: ignore[misc]
-    """A metric that never touches the file system, so that any number of processes may use it at once."""
-
-    def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
-
-    def _build_data_dir(self) -> str:
-        # The base class creates a cache folder even for data kept in memory, which fails where home is read-only.
-        return ""
-
-
-class TopKAccuracy(_InMemoryMetric):
-    """Share of samples whose label is among the k most likely classes, for several k at once.
-
-    `compute(predictions, references)` takes the class indices of each sample [N, max(k)], most likely first, and the
-    labels [N], and returns `{"top1": percent, "top5": percent}`. With fewer columns than k all of them count, as when
-    there are fewer than five classes. An index of -1 is no class and is never right.
-
-    Args:
-        k: The numbers of classes to look at.
-
-    Raises:
-        ValueError: If k has no positive entry, or in `compute` for no samples, other shapes or a negative label.
-    """
-
-    def __init__(self, k: Sequence[int] = (1, 5)) -> None:
-        if not k or min(k) < 1:
-            raise ValueError(f"k must hold at least one number, each 1 or more; got {k!r}.")
-        self.k = tuple(k)
-        super().__init__()
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of samples, in percent, whose label is among the k most likely classes.",
-            citation="",
-            inputs_description="Predictions: k class indices per sample, most likely first. References: labels.",
-            features=Features({"predictions": List(Value("int64")), "references": Value("int64")}),
-        )
-
-    def _compute(self, predictions: npt.ArrayLike, references: npt.ArrayLike) -> dict[str, float]:
-        ranked, labels = np.asarray(predictions), _labels(references)
-        if ranked.ndim != 2 or len(ranked) != len(labels):
-            raise ValueError(f"predictions must be [{len(labels)}, k] class indices; got shape {ranked.shape}.")
-        hits = ranked == labels[:, None]
-        return {f"top{k}": 100.0 * float(hits[:, :k].any(axis=1).mean()) for k in self.k}
-
-
-class ExpectedCalibrationError(_InMemoryMetric):
-    """How far confidence and accuracy lie apart (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
-
-    The samples are sorted by confidence into M bins of equal width, (m/M, (m+1)/M], a confidence of 0 falling into the
-    first, and `ece = sum_m |B_m| / N * |accuracy(B_m) - mean confidence(B_m)|`, a fraction in [0, 1]. See
-    https://arxiv.org/abs/1706.04599.
-
-    `compute(predictions, references, confidences)` takes predicted class indices [N], labels [N] and the probabilities
-    that the model gives its predictions [N], and returns `{"ece": fraction}`.
-
-    Args:
-        num_bins: M; the paper's is 15.
-
-    Raises:
-        ValueError: If `num_bins` < 1, or in `compute` for no samples, unequal lengths, a negative label or a confidence
-            outside [0, 1].
-    """
-
-    def __init__(self, num_bins: int = 15) -> None:
-        if num_bins < 1:
-            raise ValueError(f"num_bins must be 1 or more; got {num_bins}.")
-        self.num_bins = num_bins
-        super().__init__()
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Mean distance of confidence and accuracy over equal-width bins of confidence.",
-            citation="Guo et al., On Calibration of Modern Neural Networks, ICML 2017",
-            inputs_description="Predictions: class indices. References: labels. Confidences: probabilities.",
-            features=Features(
-                {"predictions": Value("int64"), "references": Value("int64"), "confidences": Value("float64")}
-            ),
-            reference_urls=["https://arxiv.org/abs/1706.04599"],
-        )
-
-    def _compute(
-        self, predictions: npt.ArrayLike, references: npt.ArrayLike, confidences: npt.ArrayLike
-    ) -> dict[str, float]:
-        predicted, labels = np.asarray(predictions), _labels(references)
-        confidence = np.asarray(confidences, dtype=np.float64)
-        if not predicted.shape == confidence.shape == labels.shape:
-            raise ValueError(
-                "predictions, references and confidences must be equally long; "
-                f"got shapes {predicted.shape}, {labels.shape} and {confidence.shape}."
-            )
-        if not ((confidence >= 0) & (confidence <= 1)).all():
-            raise ValueError(
-                f"confidences must lie in [0, 1]; got values from {confidence.min()} to {confidence.max()}."
-            )
-        inner_edges = np.linspace(0, 1, self.num_bins + 1)[1:-1]
-        bins = np.digitize(confidence, inner_edges, right=True)
-        # |B| / N * |accuracy - mean confidence| is |sum of hits - sum of confidences| / N, without empty-bin divisions.
-        gap = (predicted == labels) - confidence
-        return {"ece": math.fsum(abs(math.fsum(gap[bins == index])) for index in range(self.num_bins)) / len(labels)}
-
-
-def _labels(references: npt.ArrayLike) -> npt.NDArray[Any]:
-    labels = np.asarray(references)
-    if labels.ndim != 1 or not len(labels):
-        raise ValueError(f"references must be at least one label, [N]; got shape {labels.shape}.")
-    if labels.min() < 0:
-        raise ValueError(f"Labels must not be negative; got {labels.min()}.")
-    return labels
 
 
 class ExitMetrics:

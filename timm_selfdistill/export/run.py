@@ -1,11 +1,9 @@
 """Write a network that ends at an exit for use elsewhere: as safetensors, by torch.export, or as ONNX."""
 
-import copy
 import importlib
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,24 +11,18 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind
 
 from timm_selfdistill.data import InputConfig
+from timm_selfdistill.export.errors import ExportError, first_line, name_of
+from timm_selfdistill.export.graphs import write_onnx, write_torch_export
 from timm_selfdistill.hub import class_names, from_pretrained, is_exported, save_exported
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.truncation import TruncatedModel, truncate
+from timm_selfdistill.truncation import truncate
 
 # By format, what its path ends with; safetensors are a folder.
 FORMATS: Final = {"safetensors": "", "torch-export": ".pt2", "onnx": ".onnx"}
 # Largest difference of the logits, as a share of the largest logit.
 TOLERANCE: Final = 1e-4
-# The name under which a file holds what a stranger needs to use it.
-METADATA: Final = "timm_selfdistill.json"
-
-
-class ExportError(RuntimeError):
-    """A network that torch or ONNX cannot write, or that was not the same once it was written; no file was left."""
 
 
 def export_model(
@@ -80,7 +72,7 @@ def export_model(
         return path
     small = truncate(model, exit).eval().to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
     metadata = json.dumps(_describe(model, exit, input, names), indent=2)
-    write = _write_onnx if format == "onnx" else _write_torch_export
+    write = write_onnx if format == "onnx" else write_torch_export
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder:
         # Under its own name: both formats write names of files into the file.
@@ -190,108 +182,6 @@ def _describe(model: SelfDistillModel, exit: int, input: InputConfig, names: Seq
     }
 
 
-def _write_torch_export(
-    small: nn.Module, size: tuple[int, ...], dynamic_batch: bool, metadata: str, path: Path
-) -> Callable[[Tensor], Tensor]:
-    """Write a network by torch.export, and return what runs the file."""
-    program = _trace(small, size, dynamic_batch)
-    torch.export.save(program, path, extra_files={METADATA: metadata})
-    loaded: Callable[[Tensor], Tensor] = torch.export.load(path).module()
-    return loaded
-
-
-def _write_onnx(
-    small: nn.Module, size: tuple[int, ...], dynamic_batch: bool, metadata: str, path: Path
-) -> Callable[[Tensor], Tensor]:
-    """Write a network as ONNX, and return what runs the file."""
-    plain = copy.deepcopy(small)
-    for module in plain.modules():
-        # torch.onnx fails on the strides of some fused attention (BEiT's), and writes out its parts in any case.
-        if getattr(module, "fused_attn", False):
-            module.fused_attn = False  # type: ignore[assignment]  # no tensor and no module
-    program = _trace(plain, size, dynamic_batch)
-    try:
-        return _save_onnx(program, dynamic_batch, metadata, path, optimize=True)
-    except ExportError:
-        # The optimizer of torch.onnx breaks some graphs (Gemma4's).
-        return _save_onnx(program, dynamic_batch, metadata, path, optimize=False)
-
-
-def _save_onnx(
-    program: ExportedProgram, dynamic_batch: bool, metadata: str, path: Path, *, optimize: bool
-) -> Callable[[Tensor], Tensor]:
-    """Write a graph as ONNX, and return what runs the file."""
-    import onnxruntime
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            onnx_program = torch.onnx.export(
-                program,
-                dynamo=True,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: "batch"},) if dynamic_batch else None,
-                optimize=optimize,
-                verbose=False,
-            )
-        assert onnx_program is not None
-        onnx_program.model.metadata_props[METADATA] = metadata
-        onnx_program.save(path)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # those of torch.onnx and ONNX Runtime have no other common base
-        raise ExportError(f"The network cannot be written as ONNX: {_first_line(error)}.") from error
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
-def _trace(small: nn.Module, size: tuple[int, ...], dynamic_batch: bool) -> ExportedProgram:
-    """Return the graph of a network, without what its logits do not depend on."""
-    images = torch.zeros(2 if dynamic_batch else 1, *size)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            # The tape of a cut network, which is empty again at the end.
-            warnings.filterwarnings("ignore", message=".*certain side effects")
-            program = torch.export.export(
-                small,
-                (images,),
-                dynamic_shapes=({0: Dim("batch")},) if dynamic_batch else None,
-                # A cut network's forward ends by an exception, which only the strict tracer can follow.
-                strict=isinstance(small, TruncatedModel),
-            )
-    except Exception as error:  # of the tracer or the network, of any kind
-        hint = "; it may work without dynamic_batch, for one image at a time" if dynamic_batch else ""
-        what = "with a dynamic batch" if dynamic_batch else "at all"
-        raise ExportError(f"torch.export cannot trace {_name(small)} {what}: {_first_line(error)}{hint}.") from error
-    return _prune(program)
-
-
-def _prune(program: ExportedProgram) -> ExportedProgram:
-    """Remove from a graph the nodes and tensors that its output does not depend on, and where its code stood."""
-    graph, signature = program.graph, program.graph_signature
-    graph.eliminate_dead_code()
-    unused = {node.name: node for node in graph.nodes if node.op == "placeholder" and not node.users}
-    kept = [spec for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT or spec.arg.name not in unused]
-    for spec in signature.input_specs:
-        if spec not in kept:
-            graph.erase_node(unused[spec.arg.name])
-    for node in graph.nodes:
-        # Lines of source files of this machine.
-        node.meta.pop("stack_trace", None)
-    targets = {spec.target for spec in kept}
-    return ExportedProgram(
-        program.graph_module,
-        graph,
-        ExportGraphSignature(kept, signature.output_specs),
-        {name: tensor for name, tensor in program.state_dict.items() if name in targets},
-        program.range_constraints,
-        program.module_call_graph,
-        # Without example inputs, torch.export.save writes nothing that would be unpickled.
-        example_inputs=None,
-        constants={name: value for name, value in program.constants.items() if name in targets},
-        verifiers=program.verifiers,
-    )
-
-
 def _check_logits(
     run: Callable[[Tensor], Tensor], small: nn.Module, size: tuple[int, ...], dynamic_batch: bool, format: str
 ) -> None:
@@ -306,25 +196,12 @@ def _check_logits(
                 found = run(images)
         except Exception as error:  # of the runtime, of any kind
             raise ExportError(
-                f"{_name(small)}, exported to {format}, fails on a batch of {batch_size}: {_first_line(error)}"
+                f"{name_of(small)}, exported to {format}, fails on a batch of {batch_size}: {first_line(error)}"
             ) from error
         off = float((found - expected).abs().max())
         # Written so that NaN is a difference.
         if not off <= TOLERANCE * float(expected.abs().max()):
             raise ExportError(
-                f"{_name(small)}, exported to {format}, gives other logits for a batch of {batch_size}: they differ by "
-                f"up to {off:.2g}, the largest is {float(expected.abs().max()):.2g}."
+                f"{name_of(small)}, exported to {format}, gives other logits for a batch of {batch_size}: they "
+                f"differ by up to {off:.2g}, the largest is {float(expected.abs().max()):.2g}."
             )
-
-
-def _name(small: nn.Module) -> str:
-    """Return what messages call a network."""
-    if isinstance(small, TruncatedModel):
-        return f"{type(small.backbone).__name__}, cut off behind {small.exit_name},"
-    return type(small).__name__
-
-
-def _first_line(error: Exception) -> str:
-    """Return the beginning of an error's message; those of torch go on for pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else repr(error)).rstrip(".")
