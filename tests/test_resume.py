@@ -1,11 +1,13 @@
 """Runs that are stopped and go on: they end as if nothing had happened. Killed ones are in test_kill."""
 
+import copy
 import errno
 import json
 import os
 import shutil
 import signal
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,19 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 
+import timm_selfdistill as sd
 from timm_selfdistill.checkpoint import load_checkpoint, store
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.train import fit, train
+from timm_selfdistill.train.optim import build_optimizer
+from timm_selfdistill.train.parallel import Replicated
+from timm_selfdistill.train.state import PhaseState
 from timm_selfdistill.train.stop import EXIT_INTERRUPTED, Interrupted, NonFiniteLossError, StopSignals
 
 # Four steps an epoch, of a network that draws random numbers itself, on images that are drawn at random. (In bf16,
@@ -36,6 +45,21 @@ SMALL = (
     "precision='no'",
     "baseline=false",
 )
+
+
+@sd.register_loss("test-learned-weights")
+class LearnedWeights(nn.Module):
+    """Cross-entropies, each with the weight exp(-s) for a learned s."""
+
+    needs_exits = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_variances = nn.Parameter(torch.zeros(4))
+
+    def forward(self, out: sd.ExitOutput, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        losses = torch.stack([F.cross_entropy(logits, target) for logits in out.logits])
+        return {"loss": ((-self.log_variances).exp() * losses + self.log_variances).sum()}
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
@@ -135,6 +159,11 @@ def run_in_pieces(recipe: Recipe, steps: int, after_steps: Any) -> int:
             id="DLB: batches that repeat, and the logits of the last",
         ),
         pytest.param(3, ("loss.name=ps-kd", "ema={decay: 0.5}", "epochs=4"), id="PS-KD: the model of an epoch ago"),
+        pytest.param(
+            3,
+            ("loss.name=test-learned-weights", "optimizer.name=adamw", "optimizer.clip_grad=1"),
+            id="a loss that trains along",
+        ),
     ],
 )
 def test_a_run_that_is_stopped_ends_as_an_undisturbed_one(
@@ -146,6 +175,33 @@ def test_a_run_that_is_stopped_ends_as_an_undisturbed_one(
     whole, cut = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
     assert [name for name in whole["weights"] if whole["weights"][name] != cut["weights"][name]] == []
     assert whole == cut
+
+
+def test_the_parameters_of_a_loss_train_along_without_decay(tmp_path: Path) -> None:
+    run = recipe(tmp_path, "loss.name=test-learned-weights", "optimizer.weight_decay=0.3", "checkpoint.keep=9")
+    train(run)
+    folders = sorted((tmp_path / "checkpoints" / "self-distilled").iterdir(), key=lambda f: int(f.name.split("-")[1]))
+    saved = [load_checkpoint(folder) for folder in folders]
+    learned = [state["loss"][0]["log_variances"] for state in saved]
+    # The losses begin above 1, so that each s first grows, by -rate * d/ds (exp(-s) L + s) = rate * (L - 1) at s = 0.
+    assert len(learned) > 2
+    assert all((later != before).all() for before, later in pairwise([torch.zeros(4), *learned]))
+    assert (learned[0] > 0).all()
+    decays = [group["weight_decay"] for group in saved[0]["optimizer"]["param_groups"]]
+    assert decays[-1] == 0
+    assert 0.3 in decays[:-1]
+
+
+def test_the_parameters_of_a_loss_outlive_another_number_of_processes(make_backbone: Any) -> None:
+    model, loss = sd.wrap(make_backbone("resnet18"), image_size=64), LearnedWeights()
+    nn.init.constant_(loss.log_variances, 0.5)
+    task = sd.SelfDistillationTask(model, loss, verbose=False)
+    optimizer = build_optimizer(model, loss, load_recipe("digits"))
+    state = PhaseState(model, task, optimizer, None, Replicated(Accelerator(cpu=True)))
+    saved = copy.deepcopy(state.capture())
+    nn.init.zeros_(loss.log_variances)
+    state.restore(saved | {"loss": saved["loss"] * 2})
+    assert loss.log_variances.tolist() == [0.5] * 4
 
 
 def test_a_run_goes_on_with_other_loader_processes(tmp_path: Path, after_steps: Any) -> None:

@@ -197,6 +197,8 @@ def test_losses_that_need_another_network_are_refused():
     for loss in (sd.SelfDistillationLoss.from_preset("byot-iccv2019", teacher="ema"), PSKD(), CSKD()):
         with pytest.raises(ValueError, match="not done where each process has a part of the network"):
             refuse_loss(loss)
+    with pytest.raises(ValueError, match="has parameters of its own"):
+        refuse_loss(nn.PReLU())
 
 
 def test_a_network_of_unknown_layers_is_one_unit_beside_the_heads(tiny_net):

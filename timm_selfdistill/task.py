@@ -128,12 +128,13 @@ class SelfDistillationTask(ClassificationTask):
                 part.load_state_dict(state[name], strict=strict)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """Return the trained parameters; with `exclude_head`, without the classifiers of backbone and exits."""
+        """Return the trained parameters, those of the loss too; with `exclude_head`, without the classifiers."""
         model = unwrapped_model(self.trainable_module)
         classifiers = [model.backbone.get_submodule(name) for name in model.taps.classifier.modules]
         classifiers += [head.get_submodule("classifier") for head in model.heads]
         left_out = {id(p) for module in classifiers for p in module.parameters()} if exclude_head else set()
-        return [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
+        trained = [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
+        return [*trained, *self.get_submodule("criterion").parameters()]
 
     def _stateful(self) -> dict[str, nn.Module]:
         """Return the parts beside the model that may have a state."""

@@ -145,7 +145,7 @@ class Fit:
         if recipe.compile:
             task.compile()
         prepared = self.parallelism.prepare(task, recipe.ema)
-        optimizer = build_optimizer(self.model, recipe)
+        optimizer = build_optimizer(self.model, phase.loss, recipe)
         cooldown = recipe.schedule.cooldown_epochs if phase is self.phases[-1] else 0
         scheduler, epochs = build_scheduler(optimizer, recipe, phase.epochs, cooldown, self.updates_per_epoch)
         self.feed.arrange(task.needs.batches)

@@ -5,13 +5,19 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from torch import nn
 
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
 
 
-def build_optimizer(model: SelfDistillModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer with timm's parameter groups.
+def build_optimizer(model: SelfDistillModel, loss: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Build the recipe's optimizer with timm's parameter groups, and one without weight decay for the loss.
+
+    Args:
+        model: The wrapped model.
+        loss: The loss, whose own parameters, if it has any, train along.
+        recipe: The recipe.
 
     Raises:
         ValueError: If timm does not know the optimizer or one of its arguments.
@@ -30,6 +36,8 @@ def build_optimizer(model: SelfDistillModel, recipe: Recipe) -> torch.optim.Opti
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"optimizer: timm cannot make {section.name!r} with {section.kwargs}: {error}") from error
+    if own := list(loss.parameters()):
+        optimizer.add_param_group({"params": own, "weight_decay": 0.0})
     return optimizer
 
 

@@ -83,12 +83,17 @@ def refuse_optimizer(name: str) -> None:
 
 
 def refuse_loss(loss: nn.Module) -> None:
-    """Refuse a loss for which another network, or the network a second time, has to run beside its step.
+    """Refuse a loss that trains along, or for which another network, or the network again, runs beside its step.
 
     Raises:
-        ValueError: If it needs that.
+        ValueError: If it does.
     """
     needs = needs_of(loss)
+    if any(True for _ in loss.parameters()):
+        raise ValueError(
+            f"The loss {type(loss).__name__} has parameters of its own, which are not trained where each process has a "
+            "part of the network (FSDP2). Without FSDP, distributed_type MULTI_GPU leaves the network whole."
+        )
     if needs.ema or needs.past or needs.batches == "paired":
         raise ValueError(
             f"The loss {type(loss).__name__} has {needs}, which is not done where each process has a part of the "

@@ -50,11 +50,17 @@ class PhaseState:
         return {**of_processes, "in_parts": self.parallelism.in_parts, **parts}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Load the state of every part, and that of the loss where there are as many processes as when it was saved."""
+        """Load the state of every part; of the loss, its parameters alone where there were other processes."""
         for name, part in self.parts.items():
             self.parallelism.load_state_dict(part, saved[name])
-        if self.loss.state_dict() and len(saved["loss"]) == self.accelerator.num_processes:
+        if not self.loss.state_dict():
+            return
+        if len(saved["loss"]) == self.accelerator.num_processes:
             self.loss.load_state_dict(saved["loss"][self.accelerator.process_index])
+        else:
+            # These are the same in all processes, and what the optimizer remembers is about them.
+            own = {name: saved["loss"][0][name] for name, _ in self.loss.named_parameters()}
+            self.loss.load_state_dict(own, strict=False)
 
     def restore_random(self, saved: dict[str, Any]) -> None:
         """Load the random state of this process, where there are as many as when it was saved."""
