@@ -56,25 +56,29 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="how often each way classifies them")
     parser.add_argument("--rule", default="max-softmax", help="what confidence is")
     parser.add_argument("--fallback", default="last", help="who answers for images that no exit is sure of")
+    parser.add_argument("--channels-last", action="store_true", help="keep images and weights in that memory layout")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
+    layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     recipe = load_recipe(arguments.run / "recipe.yaml")
-    model = sd.from_pretrained(arguments.run / "model")
+    model = sd.from_pretrained(arguments.run / "model").to(arguments.device, memory_format=layout)
     input = InputConfig.from_model(model.backbone, recipe.data)
     loaders = load(recipe, input)
     assert loaders.validation is not None, "the run held out no images for validation"
     validation, evaluation = collect_logits(model, loaders.validation), collect_logits(model, loaders.eval)
     macs = measure_path_macs(model, (input.channels, *input.image_size))
     baseline = baseline_accuracy(arguments.run)
-    images = first_images(loaders, arguments.images)
+    images = first_images(loaders, arguments.images).to(arguments.device)
     ways = [
         *fixed_ways(model, evaluation, macs, baseline["test"]),
         *early_exit_ways(model, validation, evaluation, macs, baseline["validation"], arguments),
     ]
     for batch_size in arguments.batch_sizes:
         few = images[: min(len(images), max(128, 4 * batch_size))]
-        print_table(ways, few, batch_size, arguments.rounds)
+        print_table(ways, [part.contiguous(memory_format=layout) for part in few.split(batch_size)], arguments.rounds)
     print(
-        f"\n{model.pretrained_cfg['architecture']}, {recipe.data.image_size} px, float32; thresholds chosen on "
+        f"\n{model.pretrained_cfg['architecture']}, {recipe.data.image_size} px, float32, {arguments.device}, "
+        f"{'channels_last' if arguments.channels_last else 'channels first'}; thresholds chosen on "
         f"{len(validation):,} held-out images, accuracy on {len(evaluation):,} others; rule {arguments.rule}, fallback "
         f"{arguments.fallback}"
     )
@@ -155,30 +159,43 @@ def early_exit(model: sd.SelfDistillModel, config: EarlyExitConfig) -> sd.EarlyE
     )
 
 
-def print_table(ways: list[Way], images: Tensor, batch_size: int, rounds: int) -> None:
+def print_table(ways: list[Way], batches: list[Tensor], rounds: int) -> None:
     """Time all ways on the same images, batch by batch in turns, and print a row for each."""
-    batches = images.split(batch_size)
     for way in ways:
-        way.run(batches[0])
+        seconds_of(way, batches[0])
     seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds):
         totals = [0.0] * len(ways)
         for batch in batches:
             for index, way in enumerate(ways):
-                start = time.perf_counter()
-                way.run(batch)
-                totals[index] += time.perf_counter() - start
+                totals[index] += seconds_of(way, batch)
         for taken, total in zip(seconds, totals, strict=True):
             taken.append(total)
-    print(f"\nbatch size {batch_size}, {len(images)} images, {rounds} rounds")
+    count = sum(map(len, batches))
+    print(f"\nbatch size {len(batches[0])}, {count} images, {rounds} rounds")
     print(f"{'':>24}  {'top-1 %':>7}  {'images/s':>8}  {'speed-up':>8}  {'range':>11}  {'by MACs':>7}  {'share %':>7}")
     for way, taken in zip(ways, seconds, strict=True):
         ratios = [plain / own for plain, own in zip(seconds[0], taken, strict=True)]
         ratio, possible = statistics.median(ratios), ways[0].macs / way.macs
         print(
-            f"{way.name:>24}  {way.top1:>7.2f}  {len(images) / statistics.median(taken):>8.1f}  {ratio:>7.2f}x  "
+            f"{way.name:>24}  {way.top1:>7.2f}  {count / statistics.median(taken):>8.1f}  {ratio:>7.2f}x  "
             f"{min(ratios):>5.2f}-{max(ratios):.2f}  {possible:>6.2f}x  {100 * ratio / possible:>7.1f}"
         )
+
+
+def seconds_of(way: Way, batch: Tensor) -> float:
+    """Return the time of one batch, the device done with all before and with all of it."""
+    synchronize(batch.device)
+    start = time.perf_counter()
+    way.run(batch)
+    synchronize(batch.device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for an accelerator."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 if __name__ == "__main__":
