@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from timm_selfdistill.losses import PRESETS, list_losses, list_presets
-from timm_selfdistill.recipe import Recipe
-from timm_selfdistill.recipe.sections import ExitsSection, LossSection
+from timm_selfdistill.recipe import ExitsSection, LossSection, Recipe
 
 LABEL_SMOOTHING: Final = "label-smoothing"
 BASELINE: Final = "none"

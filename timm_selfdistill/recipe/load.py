@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from timm_selfdistill.recipe.plain_yaml import parse, unplain
-from timm_selfdistill.recipe.sections import Recipe
+from timm_selfdistill.recipe.recipe import Recipe
 
 _OVERRIDE_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 

@@ -1,0 +1,169 @@
+"""The images: where they come from, and how they are augmented."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from timm_selfdistill.recipe.fields import (
+    Channels,
+    Count,
+    NotNegative,
+    Positive,
+    Probability,
+    Range,
+    Section,
+    Text,
+    is_integer,
+)
+
+
+class DataSection(Section):
+    """Where images and labels come from, and how images become tensors.
+
+    Args:
+        path: Dataset on the Hugging Face Hub, folder of images, parquet or arrow files, or "digits" (embedded).
+        name: Configuration of a Hub dataset.
+        image: Column of the images.
+        target: Column of the class labels.
+        train_split: Split to train on.
+        eval_split: Split to report on; nothing is ever chosen by it.
+        validation: Share of the training images held out (0..1, stratified; 0 for none), or the name of a split.
+        eval_fraction: Share of the training images (0..1, stratified) held out as the split to report on, for
+            datasets without one.
+        on_error: Stop at an image that cannot be decoded (raise), or go on without it and list it (skip).
+        workers: Loader processes per training process.
+        image_size: Height and width in pixels; null takes the model's own.
+        mean: Mean per channel on the scale 0..1; null takes the model's own.
+        std: Standard deviation per channel on the scale 0..1; null takes the model's own.
+        interpolation: How images are resized; null takes the model's own.
+        crop_pct: Share of the resized image's side kept by the evaluation crop; null takes the model's own.
+        streaming: Read the dataset while training instead of storing it first.
+        shuffle_buffer: Images that a streamed dataset is shuffled within.
+        train_size: Number of training images of a streamed dataset that does not know its length.
+        max_train: Train on so many images only, for trials.
+        max_eval: Report on so many images only, for trials.
+    """
+
+    path: Text
+    name: Text | None = None
+    image: Text = "image"
+    target: Text = "label"
+    train_split: Text = "train"
+    eval_split: Text = "test"
+    validation: float | str = 0.1
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    workers: Annotated[int, Field(ge=0)] = 4
+    image_size: Count | None = None
+    mean: Channels | None = None
+    std: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None
+    crop_pct: Positive | None = None
+    streaming: bool = False
+    shuffle_buffer: Count = 10000
+    train_size: Count | None = None
+    max_train: Count | None = None
+    max_eval: Count | None = None
+
+    @field_validator("eval_split")
+    @classmethod
+    def _check_eval_split(cls, value: str, info: ValidationInfo) -> str:
+        if value == info.data.get("train_split"):
+            raise ValueError("must not be the split that is trained on")
+        return value
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _check_validation(cls, value: Any, info: ValidationInfo) -> Any:
+        if (is_integer(value) or isinstance(value, float)) and 0 <= value < 1:
+            return float(value)
+        if not isinstance(value, str) or not value:
+            raise ValueError("must be a share of the training images (at least 0, less than 1) or the name of a split")
+        if value in (info.data.get("train_split"), info.data.get("eval_split")):
+            raise ValueError("must not be the split that is trained on or reported on")
+        return value
+
+    @field_validator("eval_fraction")
+    @classmethod
+    def _check_eval_fraction(cls, value: float | None, info: ValidationInfo) -> float | None:
+        validation = info.data.get("validation")
+        if value is not None and isinstance(validation, float) and value + validation >= 1:
+            raise ValueError(f"must leave images to train on: with data.validation {validation} less than 1 together")
+        return value
+
+    @field_validator("streaming")
+    @classmethod
+    def _check_streaming(cls, value: bool, info: ValidationInfo) -> bool:
+        validation = info.data.get("validation")
+        if value and ((isinstance(validation, float) and validation) or info.data.get("eval_fraction")):
+            raise ValueError(
+                "must be false where a share of the training images is held out: a stream cannot be split; name splits "
+                "in data.validation (or set it to 0) and data.eval_split, and leave out data.eval_fraction"
+            )
+        return value
+
+    @field_validator("train_size")
+    @classmethod
+    def _check_train_size(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("streaming") is False:
+            raise ValueError("must be null unless data.streaming is true: other datasets know their length")
+        return value
+
+
+class AugmentSection(Section):
+    """Training augmentation, by the names of `timm.data.create_transform` and `timm.data.Mixup`.
+
+    Args:
+        train_crop_mode: Random resized crop (rrc), resize keeping the ratio and centre (rkrc) or random (rkrr) crop, or
+            random crop after padding (pad).
+        crop_padding: Pixels added on each side by the crop mode pad.
+        crop_fill: Their grey value (0..255).
+        scale: Smallest and largest share of the image's area that is kept; null takes timm's range.
+        ratio: Smallest and largest aspect ratio of the crop; null takes timm's range.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        color_jitter: Strength of random brightness, contrast and saturation; null for none.
+        color_jitter_prob: Probability of it; null for always.
+        grayscale_prob: Probability of dropping the colours.
+        gaussian_blur_prob: Probability of a blur.
+        auto_augment: timm's policy string, for example "rand-m9-mstd0.5-inc1"; or "cifar10", "imagenet" or "svhn" for
+            torchvision's AutoAugment with the policy found on that data set.
+        cutout: Side in pixels of a black square around a random point; null for none.
+        re_prob: Probability of erasing random rectangles.
+        re_mode: What they are filled with: zeros, one colour or noise.
+        re_count: Largest number of them.
+        mixup_alpha: Parameter of Mixup's beta distribution; 0 for no Mixup.
+        cutmix_alpha: Parameter of CutMix's beta distribution; 0 for no CutMix.
+        cutmix_minmax: Smallest and largest share of the side that CutMix pastes, instead of the beta distribution.
+        mixup_prob: Probability that a batch is mixed.
+        mixup_switch_prob: Probability of CutMix where both are on.
+        mixup_mode: Draw the mixture per batch, pair or element.
+    """
+
+    train_crop_mode: Literal["rrc", "rkrc", "rkrr", "pad"] = "rrc"
+    crop_padding: Count = 4
+    crop_fill: Annotated[int, Field(ge=0, le=255)] = 0
+    scale: Range | None = None
+    ratio: Range | None = None
+    hflip: Probability = 0.5
+    vflip: Probability = 0.0
+    color_jitter: Positive | None = None
+    color_jitter_prob: Probability | None = None
+    grayscale_prob: Probability = 0.0
+    gaussian_blur_prob: Probability = 0.0
+    auto_augment: Text | None = None
+    cutout: Count | None = None
+    re_prob: Probability = 0.0
+    re_mode: Literal["const", "rand", "pixel"] = "const"
+    re_count: Count = 1
+    mixup_alpha: NotNegative = 0.0
+    cutmix_alpha: NotNegative = 0.0
+    cutmix_minmax: Range | None = None
+    mixup_prob: Probability = 1.0
+    mixup_switch_prob: Probability = 0.5
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, so that targets are soft."""
+        return self.mixup_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0 or self.cutmix_minmax is not None)

@@ -1,0 +1,103 @@
+"""Everything a training run depends on; every default of a run is in this folder, once."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from timm_selfdistill.recipe.fields import Count, Names, Section, Text
+from timm_selfdistill.recipe.images import AugmentSection, DataSection
+from timm_selfdistill.recipe.network import ExitsSection, LossSection, ModelSection
+from timm_selfdistill.recipe.plain_yaml import dump
+from timm_selfdistill.recipe.training import (
+    CheckpointSection,
+    EmaSection,
+    OptimizerSection,
+    PushSection,
+    ScheduleSection,
+)
+
+
+class Recipe(Section):
+    """Everything a training run depends on.
+
+    Args:
+        model: The backbone.
+        exits: The classifiers hung on it.
+        loss: The training loss.
+        data: Where images and labels come from.
+        augment: Training augmentation.
+        optimizer: The optimizer.
+        schedule: How learning rate and trained parts change.
+        epochs: Passes over the training images.
+        batch_size: Images per optimizer step, over all processes and micro batches.
+        precision: Autocast type; "no" computes in float32.
+        compile: Run the model through `torch.compile`.
+        sync_batchnorm: Normalise by the statistics of all processes' images; on several GPUs only.
+        ema: Average the weights; null for no average.
+        baseline: Also train the plain backbone on the same budget and report it beside.
+        seed: Seed of weights, order and augmentation.
+        output_dir: Folder of the run; `load_recipe` replaces null by runs/<recipe name>.
+        resume: Continue from the newest checkpoint if there is one (auto), start afresh (never), or the path of a
+            checkpoint.
+        checkpoint: When checkpoints are written, and how many are kept.
+        trackers: Names of Accelerate trackers to log to besides metrics.jsonl.
+        push_to_hub: Push the run's model to the Hugging Face Hub; null for no push.
+    """
+
+    model: ModelSection
+    exits: ExitsSection = ExitsSection()
+    loss: LossSection = LossSection()
+    data: DataSection
+    augment: AugmentSection = AugmentSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    epochs: Count = 200
+    batch_size: Count = 128
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    sync_batchnorm: bool = False
+    ema: EmaSection | None = None
+    baseline: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    output_dir: Text | None = None
+    resume: Text = "auto"
+    checkpoint: CheckpointSection = CheckpointSection()
+    trackers: Names = ()
+    push_to_hub: PushSection | None = None
+
+    def to_yaml(self) -> str:
+        """Return the whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
+        return dump(self.model_dump(mode="json"))
+
+    @field_validator("schedule")
+    @classmethod
+    def _check_schedule(cls, value: ScheduleSection, info: ValidationInfo) -> ScheduleSection:
+        data = info.data.get("data")
+        if value.select == "best" and data is not None and not data.validation:
+            # The section is already built, so the message brings the rest of the path.
+            raise PydanticCustomError(
+                "conflict",
+                "select: must be 'last' where data.validation is 0, as 'best' is chosen on validation images",
+            )
+        return value
+
+    @field_validator("epochs")
+    @classmethod
+    def _check_epochs(cls, value: int, info: ValidationInfo) -> int:
+        schedule = info.data.get("schedule")
+        if schedule is not None and schedule.backbone_epochs is not None and schedule.backbone_epochs >= value:
+            raise ValueError(f"must be greater than schedule.backbone_epochs ({schedule.backbone_epochs})")
+        return value
+
+    @field_validator("batch_size")
+    @classmethod
+    def _check_batch_size(cls, value: int, info: ValidationInfo) -> int:
+        optimizer, augment = info.data.get("optimizer"), info.data.get("augment")
+        if optimizer is None:
+            return value
+        if value % optimizer.accumulate:
+            raise ValueError(f"must be a multiple of optimizer.accumulate ({optimizer.accumulate})")
+        if augment is not None and augment.mixes and value // optimizer.accumulate % 2:
+            raise ValueError("must give micro batches of an even size, because Mixup and CutMix mix images in pairs")
+        return value

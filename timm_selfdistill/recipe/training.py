@@ -1,0 +1,154 @@
+"""How it is trained, saved and pushed."""
+
+import re
+from typing import Annotated, Final, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from timm_selfdistill.recipe.fields import (
+    BelowOne,
+    Count,
+    Epochs,
+    NotNegative,
+    OptimizerArguments,
+    Positive,
+    Section,
+    Text,
+)
+
+REPO_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
+LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.-]*")
+
+
+class OptimizerSection(Section):
+    """The optimizer, as `timm.optim.create_optimizer_v2` makes it.
+
+    Args:
+        name: timm's name of the optimizer ("sgd" is SGD with Nesterov momentum, "momentum" the classical one).
+        lr: Peak learning rate for the global batch.
+        weight_decay: Weight decay.
+        momentum: Momentum, for optimizers that have one.
+        layer_decay: Factor of the learning rate from one layer to the one below it; null for none.
+        weight_decay_on_bias_and_norm: Decay biases and normalisation weights too.
+        clip_grad: Largest gradient norm, value or ratio, as clip_mode says; null for no clipping.
+        clip_mode: Clip the global norm, each value, or each unit's norm relative to its weights (agc).
+        accumulate: Micro batches per optimizer step.
+        on_nonfinite: What to do where the loss is NaN or infinite: stop the run, or skip the step.
+        kwargs: Further arguments of the optimizer.
+    """
+
+    name: Text = "sgd"
+    lr: Positive = 0.1
+    weight_decay: NotNegative = 5e-4
+    momentum: BelowOne = 0.9
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    weight_decay_on_bias_and_norm: bool = False
+    clip_grad: Positive | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    accumulate: Count = 1
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    kwargs: OptimizerArguments = {}
+
+
+class ScheduleSection(Section):
+    """How learning rate and trained parts change over the epochs.
+
+    Args:
+        name: timm's name of the learning-rate schedule ("none" keeps the rate constant without warm-up).
+        decay_milestones: Epochs after which the rate is multiplied by decay_rate (multistep).
+        decay_epochs: Epochs between decays (step), or length of the decay in epochs (wsd, rsqrt); null takes timm's.
+        decay_rate: Factor of a decay (step, multistep), or the power of poly.
+        min_lr: Learning rate that decaying schedules end at.
+        warmup_epochs: Epochs of linear warm-up, the first of `epochs`.
+        warmup_lr: Learning rate that the warm-up starts from.
+        cooldown_epochs: Epochs at min_lr, added after `epochs`.
+        regime: Train backbone and exits together (joint), the exits alone (frozen), or the backbone and then both
+            (mixed).
+        backbone_epochs: Epochs of the backbone alone, the first of `epochs`; for the mixed regime only.
+        select: Keep the weights of the last epoch, or those best by the backbone's top-1 on the validation images.
+    """
+
+    name: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"] = "cosine"
+    decay_milestones: Epochs = ()
+    decay_epochs: Positive | None = None
+    decay_rate: Positive = 0.1
+    min_lr: NotNegative = 0.0
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    warmup_lr: NotNegative = 1e-5
+    cooldown_epochs: Annotated[int, Field(ge=0)] = 0
+    regime: Literal["joint", "frozen", "mixed"] = "joint"
+    backbone_epochs: Count | None = None
+    select: Literal["last", "best"] = "last"
+
+    @field_validator("decay_milestones")
+    @classmethod
+    def _check_milestones(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError("must be epochs in rising order")
+        if not value and info.data.get("name") == "multistep":
+            raise ValueError("must have at least one epoch for the schedule multistep")
+        return value
+
+    @field_validator("backbone_epochs")
+    @classmethod
+    def _check_backbone_epochs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        regime = info.data.get("regime")
+        if regime == "mixed" and value is None:
+            raise ValueError("must be a whole number of epochs for the regime mixed")
+        if regime in ("joint", "frozen") and value is not None:
+            raise ValueError(f"must be null for the regime {regime}; only mixed has epochs of the backbone alone")
+        return value
+
+
+class EmaSection(Section):
+    """An exponential moving average of the weights, which is then what is evaluated and saved.
+
+    Args:
+        decay: Share of the average kept at each step.
+        warmup: Start with a small decay and raise it over the first steps.
+    """
+
+    decay: BelowOne = 0.9999
+    warmup: bool = False
+
+
+class CheckpointSection(Section):
+    """When checkpoints are written, besides at the end of every epoch, and how many are kept.
+
+    Args:
+        every_steps: Also write one after every so many optimizer steps; null for epochs only.
+        keep: How many of the newest are kept.
+    """
+
+    every_steps: Count | None = None
+    keep: Count = 2
+
+
+class PushSection(Section):
+    """Where the trained model is pushed on the Hugging Face Hub.
+
+    Args:
+        repo: The repository, as "namespace/name"; made before training if it does not exist.
+        private: Make it a private one.
+        license: Licence of the weights, by its identifier on the Hub; null for that of the pretrained weights, if any.
+        every: Also push after every so many epochs, in the background; null for the end only.
+    """
+
+    repo: Text
+    private: bool = False
+    license: Text | None = None
+    every: Count | None = None
+
+    @field_validator("repo")
+    @classmethod
+    def _check_repo(cls, value: str) -> str:
+        if not REPO_ID.fullmatch(value):
+            raise ValueError("must be the name of a repository, namespace/name")
+        return value
+
+    @field_validator("license")
+    @classmethod
+    def _check_license(cls, value: str | None) -> str | None:
+        if value is not None and not LICENSE.fullmatch(value):
+            raise ValueError("must be a licence's identifier on the Hub, such as apache-2.0, mit, cc-by-4.0 or other")
+        return value
