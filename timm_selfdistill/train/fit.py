@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
@@ -21,11 +19,11 @@ from timm_selfdistill.train.batch_norm import share_buffers
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.feed import Feed
 from timm_selfdistill.train.guard import LossGuard
-from timm_selfdistill.train.launch import JsonLinesTracker
 from timm_selfdistill.train.optim import build_optimizer, build_scheduler
 from timm_selfdistill.train.parallel import Parallelism
 from timm_selfdistill.train.phases import Phase
 from timm_selfdistill.train.progress import Progress
+from timm_selfdistill.train.resume import find_checkpoint
 from timm_selfdistill.train.running import RunningTerms
 from timm_selfdistill.train.state import PhaseState
 from timm_selfdistill.train.stop import StopSignals
@@ -120,7 +118,7 @@ class Fit:
             CheckpointError: If a checkpoint cannot be used.
             OSError: If the last checkpoint cannot be written.
         """
-        saved = self._load()
+        saved = find_checkpoint(self.recipe.resume, self.checkpoints, self.accelerator)
         if saved is not None:
             self.progress = Progress(**saved["progress"])
             self._saved_epoch, self._saved_step = self.progress.epoch, self.progress.step
@@ -312,36 +310,6 @@ class Fit:
         captured = {"progress": vars(progress), **state.capture()}
         if self.accelerator.is_main_process:
             self.writer.save(captured, progress.step)
-
-    def _load(self) -> dict[str, Any] | None:
-        """Return the newest checkpoint's state, or None to start afresh."""
-        resume = self.recipe.resume
-        if resume == "never":
-            return None
-        # A checkpoint that is named belongs to one of the run's networks; the others go on from their newest.
-        named = None if resume == "auto" else Path(resume)
-        newest = latest_checkpoint(self.checkpoints)
-        path = named if named is not None and named.parent.name == self.name else newest
-        if path is not None and newest is not None and path.resolve() != newest.resolve():
-            raise ValueError(
-                f"resume: {path} is older than {newest}, which would be lost: move the later checkpoints away, or copy "
-                "the run to another output_dir."
-            )
-        found = gather_object([None if path is None else path.name])
-        if len(set(found)) > 1:
-            raise ValueError(
-                f"resume: the processes do not see the same checkpoints of {self.name} ({found}): output_dir must be "
-                "on storage that all machines share."
-            )
-        if path is None:
-            return None
-        saved: dict[str, Any] = load_checkpoint(path)
-        if self.accelerator.is_main_process:
-            _logger.warning("Resuming %s from %s.", self.name, path)
-        tracker = self.accelerator.get_tracker("jsonl")
-        if isinstance(tracker, JsonLinesTracker):
-            tracker.keep(self.name, saved["progress"]["logged"])
-        return saved
 
     def _compare_processes(self, before: int, were_in_parts: bool) -> None:
         """Say what other processes change, and leave an epoch of a stream that cannot be entered again."""
