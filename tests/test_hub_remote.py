@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hub_server import HubServer
+from PIL import Image
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
@@ -289,6 +290,37 @@ def test_what_calibrate_wrote_goes_with_the_settings_only(hub: HubServer, client
     assert 'sd.load_early_exit("me/run")' in hub.files("me/run")[CARD].decode()
     answer = client('answer(settings=sd.load_early_exit("me/run").config.to_json())')
     assert answer == {"settings": settings.to_json()}
+
+
+def test_commands_take_a_repository_in_place_of_a_folder(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    Image.new("RGB", (80, 70), "red").save(tmp_path / "red.png")
+    model = sd.wrap("resnet18", num_classes=3, image_size=64, model_kwargs={"channels": [16, 32, 64, 80]}).eval()
+    settings = {"label_names": ("ape", "bat", "cat"), "data_config": {"input_size": (3, 64, 64)}}
+    sd.save_pretrained(model, tmp_path / "model", **settings)
+    save_early_exit(tmp_path / "model", sd.EarlyExitConfig((float("inf"), 0.0, 0.9)))
+    answer = client(
+        f"""
+        import contextlib, io, os
+        from timm_selfdistill.cli import main as cli
+        os.chdir({str(tmp_path)!r})
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            pushed = cli(["push", "model", "me/net"])
+            predicted = cli(["predict", "me/net", "red.png", "--json"])
+            exported = cli(["export", "me/net", "--exit", "0", "--format", "torch-export"])
+        exit_0 = torch.export.load("exit-0.pt2").module()
+        x = torch.randn(1, 3, 64, 64)
+        local = sd.from_pretrained("model")
+        with torch.no_grad():
+            close = torch.allclose(exit_0(x), local.forward_exit(x, 0), atol=1e-4)
+        lines = said.getvalue().splitlines()
+        prediction = next(json.loads(line) for line in lines if line.startswith("{{"))
+        answer(statuses=[pushed, predicted, exported], prediction=prediction, close=close)
+        """
+    )
+    assert answer["statuses"] == [0, 0, 0]
+    assert answer["prediction"]["class"] in ("ape", "bat", "cat")
+    assert answer["prediction"]["exit"] == 1  # the first that the pushed settings ask is sure at once
+    assert answer["close"]
 
 
 def test_a_push_that_somebody_else_overtook_changes_nothing(hub: HubServer, client: Client) -> None:
