@@ -203,7 +203,7 @@ def _noting(operation: Any) -> Any:
     name = operation.aug_fn.__name__
     if name not in (*OPERATIONS, *MOVES, *_FROM_TIMM):
         raise ValueError(
-            f"augment.auto_augment has the operation {operation.name}, which data.cache=device does not know; known are "
+            f"augment.auto_augment has the operation {operation.name}, unknown to data.cache=device, which knows "
             f"{', '.join(sorted((*OPERATIONS, *MOVES, *_FROM_TIMM)))}."
         )
     operation = copy(operation)
