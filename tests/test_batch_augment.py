@@ -1,5 +1,6 @@
 """Augmentation of whole batches: each operation equals Pillow's, and what is drawn is distributed as for one image."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import auto_augment as timm_policies
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation, crop_or_pad
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode, autoaugment
@@ -15,9 +17,10 @@ from torchvision.transforms import functional as pil
 
 from timm_selfdistill.data import InputConfig, batch_augment, batch_policy, train_transform
 from timm_selfdistill.data.batch_augment import split_transform
-from timm_selfdistill.data.batch_crops import PadCrop, ResizedCrop
-from timm_selfdistill.data.batch_policy import Layer, Policy, timm_policy, torchvision_policy
+from timm_selfdistill.data.batch_crops import PadCrop, ResizeAndCrop, ResizedCrop
+from timm_selfdistill.data.batch_policy import Layer, Policy, colour_jitter, timm_policy, torchvision_policy
 from timm_selfdistill.data.colours import OPERATIONS
+from timm_selfdistill.data.cutout import Cutout
 from timm_selfdistill.data.geometry import FILTERS, INTERPOLATIONS, Span, blur, crop, resize, rotation, transform
 from timm_selfdistill.data.order import generators_of_training, seed_generators
 from timm_selfdistill.recipe import AugmentSection
@@ -195,8 +198,8 @@ def test_boxes_are_distributed_as_timms(scale: Any, ratio: Any, size: tuple[int,
     ours = np.stack([*places, *extents], axis=1).astype(float)
     assert (ours[:, 2:].max(0) <= size).all()
     assert ((ours[:, :2] + ours[:, 2:]).max(0) <= size).all()
-    assert largest_deviation(ours, library) < 4
-    assert largest_deviation(ours[:, [0, 2]] * ours[:, [1, 3]], library[:, [0, 2]] * library[:, [1, 3]]) < 4
+    assert largest_deviation(moments(ours[:, :2]), moments(library[:, :2])) < 4
+    assert largest_deviation(moments(ours[:, 2:]), moments(library[:, 2:])) < 4
 
 
 @pytest.mark.parametrize("policy", list(AutoAugmentPolicy))
@@ -214,6 +217,72 @@ def test_torchvisions_policies_are_drawn_as_often_as_they_say(policy: AutoAugmen
         for key, share in expected.items():
             assert abs(drawn.count(key) / count - share) < 4.5 * (share * (1 - share) / count) ** 0.5 + 1e-9, key
         assert {key for key in drawn if key[0]} <= set(expected)
+
+
+@pytest.mark.parametrize("mode", ["rkrc", "rkrr"])
+def test_images_are_resized_and_cropped_as_by_timm(mode: Any) -> None:
+    """Sizes are distributed as timm's; with a size and a place given, the pixels are the same."""
+    augment = AugmentSection(train_crop_mode=mode, scale=(0.4, 1.9), ratio=(0.6, 1.7), hflip=0.0)
+    parts = list(batch_augment._flatten(train_transform(augment, COLOUR)))
+    resizing, cropping, lengths, count = parts[0], parts[1], (20, 24), 4000
+    step, rng = ResizeAndCrop(resizing, cropping), np.random.default_rng(0)
+    sizes = np.stack(step.sizes(count, lengths, rng), axis=1)
+    with generators_of_training():
+        seed_generators([0])
+        settings = (resizing.size, 0.0, 0.5, resizing.random_scale_range, True, 0.5, resizing.random_aspect_range)
+        library = np.array([resizing.get_params(Image.new("L", lengths[::-1]), *settings) for _ in range(count)])
+    assert largest_deviation(moments(sizes), moments(library)) < 4
+    assert set(map(tuple, sizes.tolist())) >= {(16, 19), (18, 17)}
+
+    images, rng = pictures(3, *lengths, 200), np.random.default_rng(1)
+    sizes = np.stack(step.sizes(200, lengths, rng), axis=1)
+    if mode == "rkrr":
+        starts = np.stack([np.sign(excess) * rng.integers(abs(excess) + 1) for excess in (sizes - 16).T], axis=1)
+    expected = []
+    for index, image in enumerate(images):
+        resized = pil.resize(picture(image), sizes[index].tolist(), resizing.interpolation)
+        if mode == "rkrr":
+            expected.append(crop_or_pad(resized, *starts[index].tolist(), 16, 16, padding_mode="reflect"))
+        else:
+            expected.append(cropping(resized))
+    assert torch.equal(step(images, np.random.default_rng(1)), pixels(expected))
+
+
+def test_rectangles_are_erased_as_by_timm() -> None:
+    count = 4000
+    erasing = RandomErasing(0.6, mode="const", max_count=3, device="cpu")
+    with generators_of_training():
+        seed_generators([0])
+        library = torch.stack([erasing(torch.ones(1, 12, 16)) for _ in range(count)])
+    (step,) = split_transform(erasing, CPU)[1].steps
+    ours = step(torch.ones(count, 1, 12, 16), np.random.default_rng(0))
+    lost = [(1 - images.flatten(1)).numpy() for images in (ours, library)]
+    area = [moments(np.stack([one.sum(1), one.max(1)], axis=1)) for one in lost]
+    assert largest_deviation(*lost) < 5
+    assert largest_deviation(*area) < 4
+
+
+def test_cutout_hides_each_pixel_as_often_as_it_should() -> None:
+    count, side = 20000, 5
+    (step,) = split_transform(Cutout(side, [0.0]), CPU)[1].steps
+    hidden = 1 - step(torch.ones(count, 1, 8, 12), np.random.default_rng(0)).mean((0, 1))
+    rows, columns = (
+        torch.tensor([sum(0 <= y - (c - side // 2) < side for c in range(n)) / n for y in range(n)]) for n in (8, 12)
+    )
+    expected = rows[:, None] * columns
+    assert ((hidden - expected).abs() / (expected * (1 - expected) / count).sqrt()).max() < 4.5
+
+
+def test_jitter_draws_every_order_and_factor() -> None:
+    library = transforms.ColorJitter(0.4, 0.4, 0.4)
+    layers = colour_jitter(library, CPU).draw(6000, (8, 8), np.random.default_rng(0))
+    orders = Counter(zip(*(layer.names.tolist() for layer in layers), strict=True))
+    assert len(orders) == 6
+    assert sum((number - 1000) ** 2 / 1000 for number in orders.values()) < 20  # chi-square with 5 degrees of freedom
+    factors = np.stack([layer.values for layer in layers])
+    assert 0.6 <= factors.min() < 0.601
+    assert 1.399 < factors.max() <= 1.4
+    assert abs(factors.mean() - 1) < 0.01
 
 
 AUGMENTATIONS = {
@@ -236,10 +305,11 @@ AUGMENTATIONS = {
 }
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("augment", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
-@pytest.mark.parametrize("config", [GREY, COLOUR], ids=["grey", "colour"])
-def test_batches_are_distributed_as_single_images(augment: dict[str, Any], config: InputConfig) -> None:
-    count = 1500
+def test_batches_are_distributed_as_single_images(augment: dict[str, Any], channels: int) -> None:
+    config = COLOUR if channels == 3 else GREY
+    count = 1000
     whole = train_transform(AugmentSection(**augment), config)
     image = picture(pictures(config.channels, 20, 24, 24)[9].float().mul(0.3).add(torch.linspace(0, 170, 24)).byte())
     with generators_of_training():
@@ -257,6 +327,12 @@ def summaries(images: Tensor) -> np.ndarray:
     near = images * images.roll(1, 3)
     level = images * images.mean((1, 2, 3), keepdim=True)
     return torch.cat([part.flatten(1) for part in (images, images.square(), near, level)], dim=1).double().numpy()
+
+
+def moments(numbers: np.ndarray) -> np.ndarray:
+    """Two columns, their squares and their product [B, 5]."""
+    a, b = numbers.T.astype(float)
+    return np.stack([a, b, a * a, b * b, a * b], axis=1)
 
 
 def largest_deviation(a: np.ndarray, b: np.ndarray) -> float:

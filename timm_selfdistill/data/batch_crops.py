@@ -74,7 +74,7 @@ class ResizeAndCrop:
         lengths = (images.shape[2], images.shape[3])
         sides = []
         for length, size, wanted in zip(
-            lengths, self._sizes(len(images), lengths, rng), self._cropping.size, strict=True
+            lengths, self.sizes(len(images), lengths, rng), self._cropping.size, strict=True
         ):
             start = self._start(size - wanted, rng)
             index = np.abs(start[:, None] + np.arange(wanted))
@@ -85,7 +85,7 @@ class ResizeAndCrop:
             sides.append(Span(zeros, zeros + length, size, np.minimum(index, size[:, None] - 1)))
         return resize(images, sides[0], sides[1], InterpolationMode(self._resizing.interpolation).value)
 
-    def _sizes(self, batch: int, lengths: tuple[int, int], rng: np.random.Generator) -> tuple[Indices, Indices]:
+    def sizes(self, batch: int, lengths: tuple[int, int], rng: np.random.Generator) -> tuple[Indices, Indices]:
         """Draw the heights and widths [B] that images are resized to."""
         resizing = self._resizing
         ratio = min(length / target for length, target in zip(lengths, resizing.size, strict=True))
