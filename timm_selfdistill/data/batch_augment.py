@@ -39,8 +39,8 @@ Step = Callable[[Tensor, np.random.Generator], Tensor]
 class BatchTransform:
     """Transforms batches on a device, every image by a draw of its own.
 
-    Parameters are drawn on the CPU, and from none of the generators that training draws from: a batch is augmented
-    alike on any device.
+    Parameters are drawn on the CPU, and from none of the generators that training draws from. But for the noise that
+    fills erased rectangles, a batch is augmented alike on any device.
 
     Args:
         steps: What is done, in order.
