@@ -18,6 +18,7 @@ from PIL import Image
 from timm_selfdistill.data import InputConfig, Loaders, SkipList, build_loaders, merge_skipped, open_dataset
 from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.recipe import AugmentSection, DataSection, load_recipe
+from timm_selfdistill.train import evaluate_folder, train
 
 STILL = AugmentSection(train_crop_mode="pad", crop_padding=1, hflip=0.0)
 GREY = InputConfig(1, (8, 8), (0.3,), (0.7,), "bilinear", 1.0)
@@ -222,6 +223,20 @@ def test_what_a_cache_cannot_do_is_refused(folder: Path) -> None:
         load(folder, device="mps")
     with pytest.raises(ValueError, match=r"data\.cache: must be null where data\.streaming is true"):
         load_recipe("digits", ["data.cache=device", "data.streaming=true", "data.validation=0"])
+
+
+def test_a_run_mixes_its_batches_and_is_evaluated_again_without_a_cache(tmp_path: Path) -> None:
+    overrides = [
+        *("data.cache=device", "data.max_train=64", "data.max_eval=20", "data.image_size=16", "batch_size=16"),
+        *("epochs=1", "precision='no'", "baseline=false", "exits.head=linear", "augment.mixup_alpha=0.5"),
+    ]
+    report = train(load_recipe("digits", [*overrides, f"output_dir={tmp_path / 'run'}"]))
+    again = evaluate_folder(tmp_path / "run")
+    assert report["num_samples"] == again["num_samples"] == 20
+    # In other batches.
+    assert [row["ece"] for row in report["exits"]] == pytest.approx([row["ece"] for row in again["exits"]], rel=1e-5)
+    with pytest.raises(ValueError, match=r"holds a run of another recipe: data\.cache \(device, now None\)"):
+        train(load_recipe("digits", [*overrides, f"output_dir={tmp_path / 'run'}", "data.cache=null"]))
 
 
 @pytest.mark.gpu

@@ -39,7 +39,7 @@ class Layer(NamedTuple):
     values: Values
 
 
-Draw = Callable[[int, tuple[int, int], np.random.Generator], list[Layer]]
+DrawLayers = Callable[[int, tuple[int, int], np.random.Generator], list[Layer]]
 """From the number of images, their height and width and a generator to the layers, in order."""
 
 
@@ -53,7 +53,7 @@ class Policy:
         device: Where the images are.
     """
 
-    def __init__(self, draw: Draw, fill: int | tuple[int, ...], interpolation: str, device: torch.device) -> None:
+    def __init__(self, draw: DrawLayers, fill: int | tuple[int, ...], interpolation: str, device: torch.device) -> None:
         self.draw = draw
         self._fill = torch.tensor(fill, dtype=torch.uint8, device=device).reshape(-1)
         self._interpolation = interpolation

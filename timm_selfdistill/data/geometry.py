@@ -94,24 +94,23 @@ def transform(images: Tensor, matrices: NDArray[np.float64], interpolation: str,
         interpolation: One of `INTERPOLATIONS`.
         fill: The colour [C] of pixels from outside of the image.
     """
-    height, width = images.shape[2:]
-    device = images.device
-    a = upload(matrices, device)[:, :, None, None]
-    y = torch.arange(height, device=device)[:, None]
-    x = torch.arange(width, device=device)
+    device, (height, width) = images.device, images.shape[2:]
+    x_axis, y_axis = torch.arange(width, device=device), torch.arange(height, device=device)[:, None]
+    # For both coordinates at once: where the middle of the first pixel comes from, and what a step adds.
+    a = matrices.reshape(-1, 2, 3)
+    corner, step = a[:, :, 2] + a[:, :, 0] * 0.5 + a[:, :, 1] * 0.5, a[:, :, :2]
+    size = upload(np.array([[[width]], [[height]]]), device)
     if interpolation == "nearest":
-        corner = torch.stack([a[:, 2] + a[:, 0] * 0.5 + a[:, 1] * 0.5, a[:, 5] + a[:, 3] * 0.5 + a[:, 4] * 0.5])
-        corner, step = _fixed(corner), _fixed(a)
-        column = (corner[0] + x * step[:, 0] + y * step[:, 1]) >> _COORDINATE_BITS
-        row = (corner[1] + x * step[:, 3] + y * step[:, 4]) >> _COORDINATE_BITS
-        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        value = _pick(images, row.clamp(0, height - 1) * width + column.clamp(0, width - 1))
+        fixed = upload(_fixed(np.concatenate([corner[:, :, None], step], axis=2)), device)[:, :, :, None, None]
+        places = (fixed[:, :, 0] + x_axis * fixed[:, :, 1] + y_axis * fixed[:, :, 2]) >> _COORDINATE_BITS
+        nearest = torch.minimum(places.clamp(min=0), size - 1)
+        value = _pick(images, nearest[:, 0] + nearest[:, 1] * width)
     else:
-        from_left = a[:, 0] * (x + 0.5) + a[:, 1] * (y + 0.5) + a[:, 2]
-        from_top = a[:, 3] * (x + 0.5) + a[:, 4] * (y + 0.5) + a[:, 5]
-        inside = (from_left >= 0) & (from_left < width) & (from_top >= 0) & (from_top < height)
-        value = _interpolate(images, from_left - 0.5, from_top - 0.5, interpolation)
-    return torch.where(inside[:, None], value, fill[:, None, None])
+        exact = upload(a, device)[:, :, :, None, None]
+        places = exact[:, :, 0] * (x_axis + 0.5) + exact[:, :, 1] * (y_axis + 0.5) + exact[:, :, 2]
+        value = _interpolate(images, places[:, 0] - 0.5, places[:, 1] - 0.5, interpolation)
+    inside = ((places >= 0) & (places < size)).all(1, keepdim=True)
+    return torch.where(inside, value, fill[:, None, None])
 
 
 def rotation(degrees: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:
@@ -189,8 +188,8 @@ def _round(sums: Tensor) -> Tensor:
     return ((sums + (1 << (_WEIGHT_BITS - 1))) / (1 << _WEIGHT_BITS)).floor().clamp(0, 255).byte()
 
 
-def _fixed(numbers: Tensor) -> Tensor:
-    return (numbers * (1 << _COORDINATE_BITS) + 0.5).floor().long()
+def _fixed(numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.floor(numbers * (1 << _COORDINATE_BITS) + 0.5).astype(np.int64)
 
 
 def _interpolate(images: Tensor, x: Tensor, y: Tensor, interpolation: str) -> Tensor:
