@@ -152,6 +152,11 @@ def run_in_pieces(recipe: Recipe, steps: int, after_steps: Any) -> int:
             ),
             id="the average teaches, warm-up",
         ),
+        pytest.param(
+            3,
+            ("data.cache=device", "augment.auto_augment=rand-m9-mstd0.5", "augment.re_mode=pixel", "loss.name=cs-kd"),
+            id="images kept on the device, CS-KD",
+        ),
         pytest.param(3, ("loss.name=cs-kd", "data.workers=2"), id="CS-KD: batches of pairs"),
         pytest.param(
             3,

@@ -52,16 +52,7 @@ class Collate:
             seed_generators(samples[0]["seed"])
             return self._batch(samples)
 
-    def _batch(self, samples: list[dict[str, Any]]) -> Batch:
-        loaded = [self._load(sample) for sample in samples]
-        good = [place for place, pair in enumerate(loaded) if pair is not None]
-        for place, pair in enumerate(loaded):
-            if pair is None:
-                loaded[place] = self._substitute(place, samples, good)
-        images, targets = default_collate(loaded)
-        return images, targets
-
-    def _load(self, sample: dict[str, Any]) -> tuple[Tensor, int] | None:
+    def load(self, sample: dict[str, Any]) -> tuple[Tensor, int] | None:
         """Return the transformed image and its target, or None if it is skipped."""
         try:
             data = read(sample["image"])
@@ -91,6 +82,15 @@ class Collate:
             return None
         return self.transform(image), self._target(sample)
 
+    def _batch(self, samples: list[dict[str, Any]]) -> Batch:
+        loaded = [self.load(sample) for sample in samples]
+        good = [place for place, pair in enumerate(loaded) if pair is not None]
+        for place, pair in enumerate(loaded):
+            if pair is None:
+                loaded[place] = self._substitute(place, samples, good)
+        images, targets = default_collate(loaded)
+        return images, targets
+
     def _substitute(self, place: int, samples: list[dict[str, Any]], good: list[int]) -> tuple[Tensor, int] | None:
         """Return what takes the place of a skipped image."""
         if self.use != "training":
@@ -100,7 +100,7 @@ class Collate:
                 f"{self._where(samples[0])}: none of the {len(samples)} images of a training batch can be decoded, so "
                 "nothing can take their places. Repair or remove them."
             )
-        return self._load(samples[next((later for later in good if later > place), good[0])])
+        return self.load(samples[next((later for later in good if later > place), good[0])])
 
     def _target(self, sample: dict[str, Any]) -> int:
         target = sample["target"]

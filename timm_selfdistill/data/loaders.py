@@ -12,6 +12,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset
 
+from timm_selfdistill.data.cache import CachedSplit, cache_splits
 from timm_selfdistill.data.collate import Batch, Collate
 from timm_selfdistill.data.errors import SampleError
 from timm_selfdistill.data.order import DrawnSamples, TrainingOrder, seed_generators
@@ -54,6 +55,7 @@ def build_loaders(
     seed: int,
     accumulate: int = 1,
     skipped: SkipList | None = None,
+    device: torch.device | str = "cpu",
 ) -> Loaders:
     """Build the loaders of a run.
 
@@ -66,6 +68,9 @@ def build_loaders(
     batch, and what training draws from them in this process is left alone. For a stream they are those of the workers,
     which are seeded apart for every process and epoch, or of this process without workers.
 
+    With `data.cache=device` the splits are decoded here, and batches are made on the device, each by a generator of its
+    own.
+
     Args:
         data: What `open_dataset` returned.
         section: The recipe's `data`.
@@ -76,10 +81,12 @@ def build_loaders(
         seed: Decides the order of the training samples and the workers' augmentation.
         accumulate: Micro steps of an optimizer step.
         skipped: Lists the images that are skipped; in no file by default.
+        device: Where `data.cache=device` keeps the images.
 
     Raises:
         ValueError: If the training split is smaller than one batch of all processes or of unknown length, if an odd
-            batch is to be mixed, or if Pillow was told to accept truncated images.
+            batch is to be mixed, if Pillow was told to accept truncated images, or if the images cannot be kept on the
+            device.
     """
     check_pillow()
     skip_list = SkipList() if skipped is None else skipped
@@ -99,6 +106,29 @@ def build_loaders(
     order = None
     if isinstance(data.train, ImageSplit):
         order = TrainingOrder(data.train.targets, batch_size, processes, accumulate, seed)
+
+    def collate(split: ImageSplit | StreamSplit, use: Use) -> Collate:
+        return Collate(
+            use,
+            split.name,
+            MODES[input.channels],
+            train_transform(augment, input) if use == "training" else eval_transform(input),
+            skip_list if section.on_error == "skip" else None,
+        )
+
+    uses: dict[Use, ImageSplit | StreamSplit | None]
+    uses = {"training": data.train, "validation": data.validation, "evaluation": data.eval}
+    cached: dict[Use, CachedSplit] = {}
+    if section.cache == "device":
+        kept = {use: split for use, split in uses.items() if isinstance(split, ImageSplit)}
+        cached = cache_splits(
+            kept,
+            {use: collate(split, use) for use, split in kept.items()},
+            torch.device(device),
+            seed=seed,
+            workers=section.workers,
+            show_progress=process == 0,
+        )
 
     def loader(split: ImageSplit | StreamSplit, use: Use) -> DataLoader[Any]:
         training = use == "training"
@@ -120,19 +150,16 @@ def build_loaders(
             persistent = workers > 0 and not training
         ordered = training and order is not None
         batches = {"batch_sampler": order} if ordered else {"batch_size": batch_size, "drop_last": training}
+        if use in cached:
+            # Other processes could not use the device, and its batches need no way to it.
+            samples, workers, persistent = cached[use], 0, False
         return build(
             samples,
             **batches,
             num_workers=workers,
             persistent_workers=persistent,
-            collate_fn=Collate(
-                use,
-                split.name,
-                MODES[input.channels],
-                train_transform(augment, input) if training else eval_transform(input),
-                skip_list if section.on_error == "skip" else None,
-            ),
-            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_it_is if use in cached else collate(split, use),
+            pin_memory=torch.cuda.is_available() and use not in cached,
             worker_init_fn=partial(_seed_worker, process=process),
             # Its own, because starting a loader draws a number: from the global generator, that would change what
             # training draws next.
@@ -192,6 +219,11 @@ class _SteadyLoader(DataLoader[Any]):
         self.dataset.rows.set_epoch(epoch)  # type: ignore[attr-defined]
         words = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
         self.generator.manual_seed(int(words[0]))
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    """What collates batches that are whole."""
+    return batch
 
 
 def _seed_worker(worker: int, *, process: int) -> None:

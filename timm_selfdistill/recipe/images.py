@@ -31,7 +31,7 @@ class DataSection(Section):
         eval_fraction: Share of the training images (0..1, stratified) held out as the split to report on, for
             datasets without one.
         on_error: Stop at an image that cannot be decoded (raise), or go on without it and list it (skip).
-        workers: Loader processes per training process.
+        workers: Loader processes per training process; with `cache`, to decode.
         image_size: Height and width in pixels; null takes the model's own.
         mean: Mean per channel on the scale 0..1; null takes the model's own.
         std: Standard deviation per channel on the scale 0..1; null takes the model's own.
@@ -40,6 +40,8 @@ class DataSection(Section):
         streaming: Read the dataset while training instead of storing it first.
         shuffle_buffer: Images that a streamed dataset is shuffled within.
         train_size: Number of training images of a streamed dataset that does not know its length.
+        cache: Decode all images once, keep them on the device that trains, and augment whole batches there (device);
+            null to decode and augment image by image, in the loader processes.
         max_train: Train on so many images only, for trials.
         max_eval: Report on so many images only, for trials.
     """
@@ -62,6 +64,7 @@ class DataSection(Section):
     streaming: bool = False
     shuffle_buffer: Count = 10000
     train_size: Count | None = None
+    cache: Literal["device"] | None = None
     max_train: Count | None = None
     max_eval: Count | None = None
 
@@ -107,6 +110,13 @@ class DataSection(Section):
     def _check_train_size(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and info.data.get("streaming") is False:
             raise ValueError("must be null unless data.streaming is true: other datasets know their length")
+        return value
+
+    @field_validator("cache")
+    @classmethod
+    def _check_cache(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("streaming"):
+            raise ValueError("must be null where data.streaming is true: a stream is not held in memory")
         return value
 
 

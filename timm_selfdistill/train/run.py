@@ -93,6 +93,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         seed=recipe.seed,
         accumulate=recipe.optimizer.accumulate,
         skipped=SkipList(folder, accelerator.process_index),
+        device=accelerator.device,
     )
     feed, eval_loader = _prepare(loaders, data, recipe, accelerator, batch_size)
     writer = ModelWriter(recipe, data, input)

@@ -107,7 +107,8 @@ def evaluation_loaders(
     """
     return build_loaders(
         data,
-        recipe.data,
+        # What is read once is not worth keeping.
+        recipe.data.model_copy(update={"cache": None}),
         augment,
         input,
         # The training split is read little or not at all, but must have a batch.

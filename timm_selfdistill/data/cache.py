@@ -1,0 +1,187 @@
+"""Splits that are decoded once and kept on the device that trains, where batches of them are augmented as a whole."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from timm_selfdistill.data.batch_augment import BatchTransform, split_transform
+from timm_selfdistill.data.collate import Batch, Collate
+from timm_selfdistill.data.errors import SampleError
+from timm_selfdistill.data.geometry import upload
+from timm_selfdistill.data.order import Draw
+from timm_selfdistill.data.skipped import Use
+from timm_selfdistill.data.splits import ImageSplit
+from timm_selfdistill.metrics import IGNORED
+
+_DECODED_AT_ONCE = 256
+_MODES = ("L", "RGB")
+
+Decoded = list[NDArray[np.uint8] | None]
+"""Images [C, H, W], None where one is skipped."""
+
+
+@dataclass(frozen=True, eq=False)
+class CachedSplit(Dataset[Batch]):
+    """A split whose images are on a device; what is asked of it are whole batches.
+
+    Images that cannot be decoded are treated as `Collate` treats them.
+
+    Args:
+        split: The split.
+        use: What its batches are for.
+        images: Its images [N, C, H, W] of uint8, black where one is skipped.
+        targets: Their class indices [N], on the same device.
+        skipped: Which are skipped [N].
+        transform: What is done to every batch.
+        seed: With the epoch and the first row, decides how a training batch is augmented.
+    """
+
+    split: ImageSplit
+    use: Use
+    images: Tensor
+    targets: Tensor
+    skipped: NDArray[np.bool_]
+    transform: BatchTransform
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, draws: Sequence[int | Draw]) -> Batch:
+        """Return the batch of samples that `TrainingOrder` drew or, not for training, that are at positions."""
+        positions = np.array([draw if isinstance(draw, int) else draw[0] for draw in draws])
+        first = draws[0]
+        epoch = 0 if isinstance(first, int) else first[1]
+        seed = [self.seed, epoch, int(self.split.indices[positions[0]])]
+        if self.use == "training":
+            positions = self._with_substitutes(positions)
+        places = upload(positions, self.images.device)
+        return self.transform(self.images[places], seed), self.targets[places]
+
+    def _with_substitutes(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Put the next image of the batch that is not skipped, after the last one the first, in the place of others."""
+        good = np.flatnonzero(~self.skipped[positions])
+        if len(good) == 0:
+            raise SampleError(
+                f"Split {self.split.name!r}, row {self.split.indices[positions[0]]}: none of the {len(positions)} "
+                "images of a training batch can be decoded, so nothing can take their places. Repair or remove them."
+            )
+        return positions[good[np.searchsorted(good, np.arange(len(positions))) % len(good)]]
+
+
+def cache_splits(
+    splits: Mapping[Use, ImageSplit],
+    collates: Mapping[Use, Collate],
+    device: torch.device,
+    *,
+    seed: int,
+    workers: int,
+    show_progress: bool,
+) -> dict[Use, CachedSplit]:
+    """Decode splits and keep them on a device.
+
+    Args:
+        splits: The splits by what they are for.
+        collates: Decodes and transforms their samples; what is random of the transform is left for the batches.
+        device: The device.
+        seed: With the epoch and the first row, decides how a training batch is augmented.
+        workers: Loader processes that decode.
+        show_progress: Show a progress bar.
+
+    Raises:
+        ValueError: If a setting of the augmentation is unknown to batches, if images have different sizes where they
+            must not, if they do not fit into the device's memory, or if one cannot be decoded and is not skipped.
+    """
+    if device.type == "mps":
+        raise ValueError("data.cache=device computes in float64, which an mps device cannot: leave it out.")
+    batched: dict[Use, BatchTransform] = {}
+    decoders: dict[Use, Collate] = {}
+    for use, collate in collates.items():
+        if collate.mode not in _MODES:
+            raise ValueError("data.cache=device knows images of 1 or 3 channels, and the model takes 4: leave it out.")
+        fixed, batched[use] = split_transform(collate.transform, device)
+        decoders[use] = replace(collate, transform=fixed)
+    shapes = {use: _first_shape(split, decoders[use]) for use, split in splits.items()}
+    _check_memory({use: (len(split), *shapes[use]) for use, split in splits.items()}, device)
+    cached = {}
+    for use, split in splits.items():
+        images = torch.zeros((len(split), *shapes[use]), dtype=torch.uint8, device=device)
+        skipped = _decode(split, decoders[use], images, workers, show_progress)
+        targets = split.targets if use == "training" else np.where(skipped, IGNORED, split.targets)
+        cached[use] = CachedSplit(split, use, images, upload(targets, device), skipped, batched[use], seed)
+    return cached
+
+
+def _first_shape(split: ImageSplit, decoder: Collate) -> tuple[int, ...]:
+    """Return the shape of the first image that can be decoded."""
+    for position in range(len(split)):
+        loaded = decoder.load(split[position])
+        if loaded is not None:
+            return tuple(loaded[0].shape)
+    raise SampleError(f"Split {split.name!r}: none of its {len(split)} images can be decoded. Repair or replace them.")
+
+
+def _check_memory(shapes: Mapping[Use, tuple[int, ...]], device: torch.device) -> None:
+    """Raise unless tensors of these shapes fit into what is free on the device."""
+    needed = sum(int(np.prod(shape)) for shape in shapes.values())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        parts = ", ".join(f"{use} {' x '.join(map(str, shape))}" for use, shape in shapes.items())
+        raise ValueError(
+            f"data.cache=device needs {needed / 2**30:.2f} GiB in every process for the decoded images ({parts}), and "
+            f"{device} has {free / 2**30:.2f} GiB free: leave it out, or take fewer or smaller images."
+        )
+
+
+def _decode(
+    split: ImageSplit, decoder: Collate, images: Tensor, workers: int, show_progress: bool
+) -> NDArray[np.bool_]:
+    """Fill in the images of a split, and return which were skipped."""
+    loader: DataLoader[Any] = DataLoader(
+        split,
+        batch_size=_DECODED_AT_ONCE,
+        num_workers=workers,
+        collate_fn=partial(_decode_all, decoder=decoder),
+        # Its own, because starting a loader draws a number.
+        generator=torch.Generator(),
+    )
+    skipped = np.zeros(len(split), dtype=bool)
+    first, done = None, 0
+    for decoded in tqdm(loader, desc=f"decode {decoder.use}", leave=False, disable=not show_progress):
+        for position, image in enumerate(decoded, done):
+            if image is None:
+                skipped[position] = True
+                continue
+            first = position if first is None else first
+            if image.shape != images.shape[1:]:
+                raise ValueError(_different_sizes(split, first, images.shape[1:], position, image.shape))
+        good = [image for image in decoded if image is not None]
+        if good:
+            places = done + np.flatnonzero(~skipped[done : done + len(decoded)])
+            images[upload(places, images.device)] = upload(np.stack(good), images.device)
+        done += len(decoded)
+    return skipped
+
+
+def _decode_all(samples: list[dict[str, Any]], decoder: Collate) -> Decoded:
+    """Decode samples, to arrays: each tensor from a loader process would be a file in shared memory."""
+    loaded = [decoder.load(sample) for sample in samples]
+    return [None if pair is None else pair[0].numpy() for pair in loaded]
+
+
+def _different_sizes(split: ImageSplit, first: int, size: Sequence[int], second: int, other: Sequence[int]) -> str:
+    rows = split.indices[[first, second]].tolist()
+    return (
+        f"Split {split.name!r}: before the random crop the images of rows {rows[0]} and {rows[1]} have {size[1]} x "
+        f"{size[2]} and {other[1]} x {other[2]} pixels (height x width), and data.cache=device needs one size: store "
+        "them at one size (for augment.train_crop_mode 'pad' one aspect ratio is enough), or leave data.cache out."
+    )
