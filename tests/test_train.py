@@ -14,6 +14,7 @@ from PIL import Image
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
+from timm_selfdistill.losses.self_distillation import _LOSSES
 from timm_selfdistill.recipe import Recipe, list_recipes, load_recipe
 from timm_selfdistill.report import format_markdown
 from timm_selfdistill.train import fit, train
@@ -237,9 +238,9 @@ def test_the_global_batch_must_divide_evenly():
         per_process_batch(recipe, 3)
 
 
-def test_settings_that_another_loss_would_ignore_are_refused():
+def test_settings_that_another_loss_would_ignore_are_refused(monkeypatch):
     registered = {"needs_exits": True, "forward": lambda self, out, target: {"loss": out.logits[-1].sum()}}
-    sd.register_loss("test-loss")(type("TestLoss", (torch.nn.Module,), registered))
+    monkeypatch.setitem(_LOSSES._entries, "test-loss", type("TestLoss", (torch.nn.Module,), registered))
     with pytest.raises(ValueError, match=r"temperature are settings of self-distillation"):
         build_loss(load_recipe("digits", ["loss.name=test-loss", "loss.temperature=4"]))
     assert type(build_loss(load_recipe("digits", ["loss.name=test-loss"]))).__name__ == "TestLoss"
