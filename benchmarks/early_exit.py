@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.calibration import ExitLogits, Goal, PathMacs, choose_settings, collect_logits, measure_path_macs
+from timm_selfdistill.calibration import ExitLogits, Goal, PathCosts, choose_settings, collect_logits, measure_path_macs
 from timm_selfdistill.calibration.logits import replay
 from timm_selfdistill.data import InputConfig, Loaders, build_loaders, open_dataset
 from timm_selfdistill.early_exit import EarlyExitConfig
@@ -117,7 +117,9 @@ def baseline_accuracy(run: Path) -> dict[str, float | None]:
     return {"test": test, "validation": validated[-1] if validated else None}
 
 
-def fixed_ways(model: sd.SelfDistillModel, evaluation: ExitLogits, macs: PathMacs, baseline: float | None) -> list[Way]:
+def fixed_ways(
+    model: sd.SelfDistillModel, evaluation: ExitLogits, macs: PathCosts, baseline: float | None
+) -> list[Way]:
     """Return plain timm, of which the time counts only (it has the accuracy of its own training), and each exit."""
     top1 = [100 * float(right.double().mean()) for right in evaluation.correct]
     plain: nn.Module = sd.truncate(model, model.num_exits)
@@ -133,7 +135,7 @@ def early_exit_ways(
     model: sd.SelfDistillModel,
     validation: ExitLogits,
     evaluation: ExitLogits,
-    macs: PathMacs,
+    macs: PathCosts,
     baseline: float | None,
     arguments: argparse.Namespace,
 ) -> list[Way]:

@@ -160,6 +160,18 @@ def test_settings_are_replaced_and_an_edited_card_stays(run):
     assert json.loads((run / "calibration.json").read_text()) == second
 
 
+def test_settings_can_be_chosen_by_time(run, capsys):
+    assert cli(["calibrate", str(run), "--speedup", "1.05", "--by-time", "2"]) == 0
+    report = json.loads((run / "calibration.json").read_text())
+    assert report["time"]["batch_size"] == 2
+    assert report["time"]["speedup"] > 0
+    assert f"in batches of 2 on {report['time']['device']}" in capsys.readouterr().out
+    assert cli(["calibrate", str(run), "--macs-budget", "1e6", "--by-time", "2"]) == 2
+    assert "chosen by time: give speedup" in capsys.readouterr().err
+    assert cli(["calibrate", str(run), "--speedup", "1.05", "--by-time", "0"]) == 2
+    assert "time_batch_size is 0" in capsys.readouterr().err
+
+
 def test_a_crash_leaves_a_whole_model(run, monkeypatch):
     before = content(run)
     real, left = os.replace, []

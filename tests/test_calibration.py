@@ -10,12 +10,14 @@ import timm_selfdistill as sd
 from timm_selfdistill.calibration import (
     ExitLogits,
     Goal,
-    PathMacs,
+    PathCosts,
     Search,
     choose_settings,
     collect_logits,
+    costs,
     fit_temperatures,
     measure_path_macs,
+    measure_path_seconds,
     replay,
 )
 from timm_selfdistill.calibration.goal import excess_errors
@@ -24,7 +26,7 @@ from timm_selfdistill.calibration.risk import binomial_tail, certified, upper_bo
 from timm_selfdistill.calibration.search import share_thresholds
 from timm_selfdistill.flops import MacCounter
 
-MACS = PathMacs(backbone=(200, 400, 700, 1000), heads=(20, 30, 10))
+MACS = PathCosts(backbone=(200, 400, 700, 1000), heads=(20, 30, 10))
 RULES = ["max-softmax", "margin", "entropy", "patience"]
 
 
@@ -104,6 +106,33 @@ def test_macs_of_single_exits_are_those_of_the_report(model):
     assert macs.every_exit == counter.macs
 
 
+def test_seconds_are_those_of_the_parts(model, monkeypatch):
+    # A clock on which every part takes longer than the one before, by 2 seconds a batch.
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: float(next(ticks)) ** 2)
+    monkeypatch.setattr(costs, "_SECONDS", 0.0)
+    seconds = measure_path_seconds(model, (3, 64, 64), 2)
+    assert len(seconds.backbone) == 4
+    assert len(seconds.heads) == 3
+    parts = [seconds.backbone[0], seconds.heads[0], seconds.backbone[1] - seconds.backbone[0], seconds.heads[1]]
+    assert torch.tensor(parts).diff().tolist() == [1.0] * 3  # for each of two images
+    asked = seconds.paths([True, False, True])
+    assert asked.tolist() == [
+        seconds.backbone[0] + seconds.heads[0],
+        seconds.backbone[1] + seconds.heads[0],
+        seconds.backbone[2] + seconds.heads[0] + seconds.heads[2],
+        seconds.backbone[3] + seconds.heads[0] + seconds.heads[2],
+    ]
+
+
+def test_a_head_that_takes_long_is_not_asked_where_time_counts():
+    stored = made_up(400, 3, exits=2)
+    macs, seconds = PathCosts((200, 400, 1000), (20, 30)), PathCosts((0.2, 0.4, 1.0), (2.0, 0.03))
+    goal = Goal(max_accuracy_drop=1.0)
+    assert choose_settings(stored, macs, goal).config.asks(0)
+    assert not choose_settings(stored, seconds, goal).config.asks(0)
+
+
 def test_logits_are_collected_without_images_that_could_not_be_decoded(model, batch):
     targets = torch.arange(8) % 5
     targets[[2, 7]] = -100
@@ -180,7 +209,7 @@ def test_the_budget_solver_of_msdnet_keeps_to_its_budget_and_uses_it():
     search = Search(stored, MACS, sd.EarlyExitConfig((0.5,) * 3))
     for budget in (220, 300, 500, 800):
         found = search.shares_within(budget)
-        assert 0.99 * budget <= found.macs <= budget
+        assert 0.99 * budget <= found.cost <= budget
     assert search.shares_within(1060).thresholds == (math.inf,) * 3
     assert search.shares_within(219) is None
 
@@ -195,7 +224,7 @@ def test_the_search_is_as_good_as_fixed_exits_and_msdnet(rule, fallback):
         never = (math.inf,) * 3
         rivals = [search.shares_within(budget), search.candidate(never)]
         rivals += [search.candidate((*never[:exit], 0.0, *never[exit + 1 :])) for exit in range(3)]
-        affordable = [rival for rival in rivals if rival is not None and rival.macs <= budget]
+        affordable = [rival for rival in rivals if rival is not None and rival.cost <= budget]
         assert affordable
         assert cost(config, stored) <= budget
         assert accuracy(config, stored) >= max(rival.good for rival in affordable) / 4 - 1e-9
@@ -204,17 +233,17 @@ def test_the_search_is_as_good_as_fixed_exits_and_msdnet(rule, fallback):
 def test_the_search_finds_what_trying_everything_finds():
     gaps = []
     for seed in range(6):
-        stored, macs = made_up(100, seed, exits=2), PathMacs((200, 400, 1000), (20, 30))
+        stored, macs = made_up(100, seed, exits=2), PathCosts((200, 400, 1000), (20, 30))
         search = Search(stored, macs, sd.EarlyExitConfig((0.5, 0.5)))
         every = [search.candidate(pair) for pair in itertools.product(*(row.tolist() for row in search._levels))]
         found = search.explore()
         for budget in (300, 500, 700):
-            best = max(item.good for item in every if item.macs <= budget)
-            gaps.append(best - max(item.good for item in found if item.macs <= budget))
+            best = max(item.good for item in every if item.cost <= budget)
+            gaps.append(best - max(item.good for item in found if item.cost <= budget))
         for item in found:
             config = sd.EarlyExitConfig(item.thresholds)
             assert accuracy(config, stored) == pytest.approx(item.good)
-            assert cost(config, stored, macs) == pytest.approx(item.macs)
+            assert cost(config, stored, macs) == pytest.approx(item.cost)
     assert max(gaps) <= 1
 
 
@@ -279,7 +308,7 @@ def test_an_unsafe_setting_is_certified_as_seldom_as_promised():
 
 def test_the_guarantee_holds_where_a_choice_by_the_same_images_does_not():
     world = made_up(20000, seed=7, exits=2, classes=4)
-    macs = PathMacs((200, 400, 1000), (20, 30))
+    macs = PathCosts((200, 400, 1000), (20, 30))
     broken = {"risk": 0, "max_accuracy_drop": 0}
     speedups = []
     for seed in range(24):

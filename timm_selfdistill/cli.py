@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="as cheap as possible, at most so many percentage points of top-1 accuracy below the backbone's own "
         "classifier on the calibration split",
     )
-    goal.add_argument("--speedup", type=float, help="as accurate as possible with so many times fewer MACs")
+    goal.add_argument("--speedup", type=float, help="as accurate as possible, so many times cheaper")
     goal.add_argument("--macs-budget", type=float, metavar="MACS", help="the same for mean MACs of an image")
     goal.add_argument(
         "--risk",
@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calibrate.add_argument("--data", help="data set of both splits: a hub name or a path; the run's own by default")
     calibrate.add_argument("--rule", choices=list(RULES), default="max-softmax", help="what confidence is")
     calibrate.add_argument("--fallback", choices=FALLBACKS, default="last", help="who answers when no exit is sure")
+    calibrate.add_argument(
+        "--by-time", type=int, metavar="N", help="choose by the time of batches of N images here, in place of MACs"
+    )
     calibrate.add_argument("--output", type=Path, help="folder for calibration.json, .md, .png; the run's by default")
     calibrate.add_argument(
         "overrides", nargs="*", metavar="key=value", help="fields of the recipe's data section, such as eval_split=val"
@@ -186,6 +189,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
         rule=arguments.rule,
         fallback=arguments.fallback,
+        time_batch_size=arguments.by_time,
         output=arguments.output,
     )
     print(format_calibration(report))

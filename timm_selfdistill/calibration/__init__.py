@@ -1,8 +1,8 @@
 """Choose temperatures and thresholds of early exit on held-out images, and report what they give on others."""
 
+from timm_selfdistill.calibration.costs import PathCosts, measure_path_macs, measure_path_seconds
 from timm_selfdistill.calibration.goal import CONFIDENCE, Choice, Goal, choose_settings
 from timm_selfdistill.calibration.logits import ExitLogits, collect_logits, replay
-from timm_selfdistill.calibration.macs import PathMacs, measure_path_macs
 from timm_selfdistill.calibration.report import CalibrationReport
 from timm_selfdistill.calibration.run import calibrate_folder
 from timm_selfdistill.calibration.search import Search
@@ -15,7 +15,7 @@ __all__ = [
     "Choice",
     "ExitLogits",
     "Goal",
-    "PathMacs",
+    "PathCosts",
     "Search",
     "calibrate_folder",
     "choose_settings",
@@ -23,5 +23,6 @@ __all__ = [
     "fit_temperatures",
     "format_calibration",
     "measure_path_macs",
+    "measure_path_seconds",
     "replay",
 ]

@@ -8,8 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from timm_selfdistill.calibration.costs import PathCosts
 from timm_selfdistill.calibration.logits import ExitLogits, replay
-from timm_selfdistill.calibration.macs import PathMacs
 from timm_selfdistill.calibration.risk import certified, upper_bound
 from timm_selfdistill.calibration.search import Candidate, Search, frontier
 from timm_selfdistill.calibration.temperature import fit_temperatures
@@ -25,8 +25,8 @@ class Goal:
     Args:
         max_accuracy_drop: The cheapest thresholds whose accuracy is at most so many percentage points below that of the
             backbone's own classifier, both on the calibration images.
-        speedup: The most accurate thresholds with which an image costs at most the plain backbone's
-            multiply-accumulates divided by this, in the mean over the calibration images.
+        speedup: The most accurate thresholds with which an image costs at most what the plain backbone does, divided by
+            this, in the mean over the calibration images.
         macs_budget: The same for a mean number of multiply-accumulates.
         risk: The cheapest thresholds for which it is certain, with the given confidence, that a new image which the
             backbone's own classifier gets right is answered wrong with at most this probability.
@@ -84,7 +84,7 @@ class Choice:
 
 
 def choose_settings(
-    stored: ExitLogits, macs: PathMacs, goal: Goal, *, rule: str = "max-softmax", fallback: str = "last"
+    stored: ExitLogits, costs: PathCosts, goal: Goal, *, rule: str = "max-softmax", fallback: str = "last"
 ) -> Choice:
     """Choose temperatures, then thresholds, by held-out images.
 
@@ -98,7 +98,7 @@ def choose_settings(
 
     Args:
         stored: The logits of images that were not trained on and are not reported on.
-        macs: What the way to each exit costs.
+        costs: What the way to each exit costs, in multiply-accumulates or in seconds.
         goal: What is to be achieved.
         rule: What confidence is, as in `EarlyExitConfig`.
         fallback: Who answers for images that no exit is sure of, as there.
@@ -112,15 +112,15 @@ def choose_settings(
     # Refuses an unknown rule or fallback.
     settings = EarlyExitConfig((math.inf,) * stored.num_exits, rule, fallback=fallback)
     if goal.risk is not None:
-        return _choose_by_risk(stored, macs, settings, goal.risk, goal.confidence)
-    search = Search(stored, macs, _with_temperatures(settings, stored))
+        return _choose_by_risk(stored, costs, settings, goal.risk, goal.confidence)
+    search = Search(stored, costs, _with_temperatures(settings, stored))
     found = frontier(search.explore())
     if goal.max_accuracy_drop is not None:
         chosen = _cheapest(search, found, stored, goal.max_accuracy_drop)
     else:
-        budget = macs.full / goal.speedup if goal.speedup is not None else goal.macs_budget
+        budget = costs.full / goal.speedup if goal.speedup is not None else goal.macs_budget
         assert budget is not None
-        chosen = _most_accurate(search, found, macs, budget)
+        chosen = _most_accurate(search, found, costs, budget)
     curve = tuple(replace(search.settings, thresholds=item.thresholds) for item in found)
     return Choice(replace(search.settings, thresholds=chosen.thresholds), curve)
 
@@ -152,46 +152,46 @@ def _cheapest(search: Search, found: Sequence[Candidate], stored: ExitLogits, dr
             f"{100 * (full - best) / len(stored):.2f} points less. Allow so much, or take fallback last."
         )
 
-    def score(good: Tensor, macs: Tensor) -> Tensor:
-        return torch.where(good >= needed, -macs, -math.inf)
+    def score(good: Tensor, costs: Tensor) -> Tensor:
+        return torch.where(good >= needed, -costs, -math.inf)
 
-    return search.climb(min(enough, key=lambda item: item.macs), score)
+    return search.climb(min(enough, key=lambda item: item.cost), score)
 
 
-def _most_accurate(search: Search, found: Sequence[Candidate], macs: PathMacs, budget: float) -> Candidate:
+def _most_accurate(search: Search, found: Sequence[Candidate], costs: PathCosts, budget: float) -> Candidate:
     """Return the most accurate thresholds with which an image costs at most `budget`; of equal ones the cheapest."""
     most = budget * (1 + 1e-9)  # a budget that was divided is not exact
     shares = search.shares_within(most)
-    within = [item for item in [*found, *([shares] if shares else [])] if item.macs <= most]
+    within = [item for item in [*found, *([shares] if shares else [])] if item.cost <= most]
     if not within:
-        least = found[0].macs
+        least = found[0].cost
         raise ValueError(
-            f"A budget of {budget:.4g} MACs for an image cannot be kept: the cheapest exit costs {least:.4g}, a "
-            f"speedup of {macs.full / least:.4g} over the backbone's {macs.full:.4g}."
+            f"A budget of {budget:.4g} for an image cannot be kept: the cheapest exit costs {least:.4g}, a "
+            f"speedup of {costs.full / least:.4g} over the backbone's {costs.full:.4g}."
         )
 
-    def score(good: Tensor, macs_of_all: Tensor) -> Tensor:
+    def score(good: Tensor, cost_of_all: Tensor) -> Tensor:
         # Half a right answer for all the cost there can be: a tie goes to the cheapest.
-        tie = 0.5 * macs_of_all / (macs.every_exit * search.num_images)
-        return torch.where(macs_of_all <= most * search.num_images, good - tie, -math.inf)
+        tie = 0.5 * cost_of_all / (costs.every_exit * search.num_images)
+        return torch.where(cost_of_all <= most * search.num_images, good - tie, -math.inf)
 
-    return search.climb(max(within, key=lambda item: (item.good, -item.macs)), score)
+    return search.climb(max(within, key=lambda item: (item.good, -item.cost)), score)
 
 
 def _choose_by_risk(
-    stored: ExitLogits, macs: PathMacs, settings: EarlyExitConfig, risk: float, confidence: float
+    stored: ExitLogits, costs: PathCosts, settings: EarlyExitConfig, risk: float, confidence: float
 ) -> Choice:
     """Return the cheapest settings that a test on other images than those that proposed them finds safe."""
     order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(0))
     if len(stored) < 2:
         raise ValueError(f"A risk needs 2 images or more, to propose thresholds and to test them; got {len(stored)}.")
     proposing, testing = (stored.select(half) for half in order.chunk(2))
-    search = Search(proposing, macs, _with_temperatures(settings, proposing), against_backbone=True)
+    search = Search(proposing, costs, _with_temperatures(settings, proposing), against_backbone=True)
     found = search.explore()
     # From safe to cheap. Thresholds under which few leave and nothing is lost come first, although others are cheaper
     # and lose nothing either on the half that proposes: the first one that fails ends the test.
     lossless = [item for item in found if item.good == len(proposing)]
-    proposed = sorted({*lossless, *frontier(found)}, key=lambda item: (-item.good, -item.macs, item.thresholds))
+    proposed = sorted({*lossless, *frontier(found)}, key=lambda item: (-item.good, -item.cost, item.thresholds))
     configs = [replace(search.settings, thresholds=item.thresholds) for item in proposed]
     losses = [int(excess_errors(config, testing).sum()) for config in configs]
     safe = certified(losses, len(testing), risk, confidence)
@@ -202,6 +202,6 @@ def _choose_by_risk(
             f"thresholds, and of these {len(testing):,} the safest thresholds lose {losses[0]:,}. A risk of "
             f"{bound:.4f} can be; a smaller one needs more images."
         )
-    chosen = min(range(safe), key=lambda place: proposed[place].macs)
+    chosen = min(range(safe), key=lambda place: proposed[place].cost)
     curve = tuple(replace(search.settings, thresholds=item.thresholds) for item in frontier(found))
     return Choice(configs[chosen], curve, (len(testing), losses[chosen]))

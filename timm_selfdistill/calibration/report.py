@@ -6,9 +6,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from timm_selfdistill.calibration.costs import PathCosts
 from timm_selfdistill.calibration.goal import Choice, Goal, excess_errors
 from timm_selfdistill.calibration.logits import ExitLogits, replay
-from timm_selfdistill.calibration.macs import PathMacs
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.report.build import versions
 
@@ -61,13 +61,24 @@ class Calibrated(EarlyExitRow):
     lost: int | None
 
 
+class Timing(TypedDict):
+    """Time that the settings were chosen by: that of batches of so many images on a device. `speedup` is the plain
+    backbone's time over that of the settings, for the images that are reported on, by the times of the parts.
+    """
+
+    batch_size: int
+    device: str
+    speedup: float
+
+
 class CalibrationReport(TypedDict):
     """The content of `calibration.json`.
 
     All but `calibration` is of the images that are reported on, which nothing was chosen by. `settings` is what
     `load_early_exit` takes. `oracle` lets each image leave at the first exit that is right, at the last where none is.
     `exits` holds the fixed exits, the last the backbone's own classifier. `baseline` is the plain backbone trained on
-    its own, where the run's `report.json` tells of the same images. `curve` goes from cheap to dear.
+    its own, where the run's `report.json` tells of the same images. `curve` goes from cheap to dear. `time` is None
+    where the settings were chosen by multiply-accumulates.
     """
 
     goal: dict[str, float]
@@ -79,6 +90,7 @@ class CalibrationReport(TypedDict):
     baseline: Point | None
     oracle: EarlyExitRow
     curve: list[CurvePoint]
+    time: Timing | None
     dataset: str
     num_samples: int
     num_skipped: int
@@ -92,7 +104,7 @@ class CalibrationReport(TypedDict):
 def build_calibration_report(
     choice: Choice,
     goal: Goal,
-    macs: PathMacs,
+    macs: PathCosts,
     calibration: ExitLogits,
     evaluation: ExitLogits,
     *,
@@ -100,19 +112,21 @@ def build_calibration_report(
     baseline_top1: float | None,
     origin: Mapping[str, Any],
     calibration_dataset: str,
+    time: Timing | None = None,
 ) -> CalibrationReport:
     """Put the chosen settings beside fixed exits, ensemble, baseline and oracle.
 
     Args:
         choice: What `choose_settings` returned.
         goal: What it was asked for.
-        macs: What the way to each exit costs.
+        macs: What the way to each exit costs, in multiply-accumulates.
         calibration: The images that it chose by.
         evaluation: Others, to report on.
         exit_names: K + 1 names.
         baseline_top1: Accuracy of the plain backbone trained on its own, on the latter, in percent.
         origin: `dataset`, `backbone`, `recipe`, `seed` and `input_size` of the report.
         calibration_dataset: What the report calls the former.
+        time: What was timed, if the settings were chosen by it.
     """
     config, correct = choice.config, evaluation.correct
     tested, lost = choice.tested or (None, None)
@@ -137,6 +151,7 @@ def build_calibration_report(
         "baseline": None if baseline_top1 is None else _point(baseline_top1, macs.full, macs),
         "oracle": _oracle(macs, evaluation),
         "curve": [_curve_point(config, macs, evaluation) for config in choice.curve],
+        "time": time,
         "dataset": origin["dataset"],
         "num_samples": len(evaluation),
         "num_skipped": evaluation.num_skipped,
@@ -148,7 +163,7 @@ def build_calibration_report(
     }
 
 
-def _early_exit(config: EarlyExitConfig, macs: PathMacs, stored: ExitLogits) -> EarlyExitRow:
+def _early_exit(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:
     answers = replay(config, stored.logits)
     right = answers.logits.argmax(-1) == stored.targets
     return {
@@ -158,7 +173,7 @@ def _early_exit(config: EarlyExitConfig, macs: PathMacs, stored: ExitLogits) -> 
     }
 
 
-def _oracle(macs: PathMacs, stored: ExitLogits) -> EarlyExitRow:
+def _oracle(macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:
     correct = stored.correct
     never_right = ~correct.any(0)
     index = torch.where(never_right, stored.num_exits, correct.to(torch.uint8).argmax(0))
@@ -166,13 +181,13 @@ def _oracle(macs: PathMacs, stored: ExitLogits) -> EarlyExitRow:
     return {**_point(_percent(~never_right), mean, macs), "shares": _shares(index, stored), "excess_error": 0.0}
 
 
-def _curve_point(config: EarlyExitConfig, macs: PathMacs, stored: ExitLogits) -> CurvePoint:
+def _curve_point(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) -> CurvePoint:
     row = _early_exit(config, macs, stored)
     point: Point = {"top1": row["top1"], "macs": row["macs"], "speedup": row["speedup"]}
     return {**point, "thresholds": config.to_json()["thresholds"]}
 
 
-def _point(top1: float, cost: float, macs: PathMacs) -> Point:
+def _point(top1: float, cost: float, macs: PathCosts) -> Point:
     return {"top1": top1, "macs": cost, "speedup": macs.full / cost}
 
 

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
+from timm_selfdistill.calibration.costs import measure_path_macs, measure_path_seconds
 from timm_selfdistill.calibration.goal import Goal, choose_settings
-from timm_selfdistill.calibration.logits import collect_logits
-from timm_selfdistill.calibration.macs import measure_path_macs
-from timm_selfdistill.calibration.report import CalibrationReport, build_calibration_report
+from timm_selfdistill.calibration.logits import collect_logits, replay
+from timm_selfdistill.calibration.report import CalibrationReport, Timing, build_calibration_report
 from timm_selfdistill.calibration.write import write_calibration
 from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, SkipList, open_dataset
 from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
+from timm_selfdistill.report import device_name
 from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders
 
 # What decides which rows a run trained on, and which it held out.
@@ -32,6 +33,7 @@ def calibrate_folder(
     overrides: Sequence[str] = (),
     rule: str = "max-softmax",
     fallback: str = "last",
+    time_batch_size: int | None = None,
     output: Path | None = None,
 ) -> CalibrationReport:
     """Choose the early-exit settings of a saved model, keep them with it, and report what they give on other images.
@@ -47,6 +49,8 @@ def calibrate_folder(
         overrides: Fields of the recipe's data section, as "key=value", such as "eval_split=test".
         rule: What confidence is, as in `EarlyExitConfig`.
         fallback: Who answers for images that no exit is sure of, as there.
+        time_batch_size: Choose by the time that batches of so many images take on this machine, in place of
+            multiply-accumulates.
         output: Folder for the report; the run's by default, or the model's where there is no run.
 
     Returns:
@@ -56,6 +60,10 @@ def calibrate_folder(
         ValueError: If the model or the data cannot be read, the data has other classes than the model, the images to
             calibrate on were trained on, are reported on or do not exist, or the goal cannot be reached.
     """
+    if time_batch_size is not None and time_batch_size < 1:
+        raise ValueError(f"time_batch_size is {time_batch_size}; it must be a number of images, 1 or more.")
+    if time_batch_size is not None and goal.macs_budget is not None:
+        raise ValueError("macs_budget is a number of MACs, but the thresholds are to be chosen by time: give speedup.")
     saved = SavedRun.find(folder)
     model = from_pretrained(saved.model_folder)
     plan = _plan(saved.recipe_path, model, data_path, split, overrides)
@@ -68,8 +76,14 @@ def calibrate_folder(
     model = model.to(PartialState().device)
     macs = measure_path_macs(model, input_size)
     calibration = collect_logits(model, loaders.validation, "calibrate")
-    choice = choose_settings(calibration, macs, goal, rule=rule, fallback=fallback)
+    costs = macs if time_batch_size is None else measure_path_seconds(model, input_size, time_batch_size)
+    choice = choose_settings(calibration, costs, goal, rule=rule, fallback=fallback)
     evaluation = collect_logits(model, loaders.eval, "evaluate")
+    time: Timing | None = None
+    if time_batch_size is not None:
+        exit_index = replay(choice.config, evaluation.logits).exit_index
+        speedup = costs.full / costs.mean(choice.config, exit_index)
+        time = {"batch_size": time_batch_size, "device": device_name(PartialState().device), "speedup": speedup}
     dataset = f"{data.name}, {plan.recipe.data.eval_split}"
     report = build_calibration_report(
         choice,
@@ -87,6 +101,7 @@ def calibrate_folder(
             "input_size": input_size,
         },
         calibration_dataset=f"{data.name}, {plan.title}",
+        time=time,
     )
     save_early_exit(saved.model_folder, choice.config)
     write_calibration(report, output or saved.output)

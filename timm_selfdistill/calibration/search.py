@@ -9,8 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from timm_selfdistill.calibration.costs import PathCosts
 from timm_selfdistill.calibration.logits import ExitLogits, confidences, first_sure
-from timm_selfdistill.calibration.macs import PathMacs
 from timm_selfdistill.early_exit import EarlyExitConfig
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -18,14 +18,14 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 Args:
     good: Images that get a good answer [J].
-    macs: Multiply-accumulates of all images together [J].
+    costs: What all images together cost [J].
 """
 
 # Of the thresholds of an exit that are tried, each lets at least twice as many images more leave than the one before as
 # the square root of their number, the size of chance's part in it: finer steps would learn these images by heart.
 _STEP: Final = 2
 _MOST_LEVELS: Final = 100
-# What one multiply-accumulate is worth, as the share of good answers that a whole backbone may cost.
+# What a cost is worth, as the share of good answers that a whole backbone may cost.
 _PRICES: Final = tuple(10 ** (-4 + step / 5) for step in range(26))
 _SHARES: Final = tuple(10 ** (-2 + step / 6) for step in range(25))
 _HALVINGS: Final = 40
@@ -38,12 +38,12 @@ class Candidate:
     Args:
         thresholds: K thresholds.
         good: Images that get a good answer.
-        macs: Mean multiply-accumulates of an image.
+        cost: Mean cost of an image.
     """
 
     thresholds: tuple[float, ...]
     good: int
-    macs: float
+    cost: float
 
 
 class Search:
@@ -54,13 +54,13 @@ class Search:
 
     Args:
         stored: The logits of the split.
-        macs: What the way to each exit costs.
+        costs: What the way to each exit costs.
         settings: Rule, temperatures and fallback; its thresholds do not count.
         against_backbone: What good is.
     """
 
     def __init__(
-        self, stored: ExitLogits, macs: PathMacs, settings: EarlyExitConfig, *, against_backbone: bool = False
+        self, stored: ExitLogits, costs: PathCosts, settings: EarlyExitConfig, *, against_backbone: bool = False
     ) -> None:
         self.num_exits, self.num_images = stored.num_exits, len(stored)
         self.settings = replace(settings, thresholds=(math.inf,) * self.num_exits)
@@ -71,7 +71,7 @@ class Search:
         self._good = torch.cat([correct[:-1], last.unsqueeze(0)])
         if against_backbone:
             self._good |= ~correct[-1]
-        self._macs = macs
+        self._costs = costs
         self._order = self.confidence.argsort(-1, descending=True)
         self._levels = [self._thresholds_to_try(exit) for exit in range(self.num_exits)]
         # How many images each of them lets leave, if all came by.
@@ -82,8 +82,8 @@ class Search:
     def candidate(self, thresholds: Sequence[float]) -> Candidate:
         """Return what thresholds give."""
         index = first_sure(self.confidence, thresholds)
-        macs = self._paths(thresholds)[index].sum()
-        return Candidate(tuple(thresholds), int(self._goodness(index).sum()), float(macs) / self.num_images)
+        cost = self._paths(thresholds)[index].sum()
+        return Candidate(tuple(thresholds), int(self._goodness(index).sum()), float(cost) / self.num_images)
 
     def shares(self, base: float) -> Candidate:
         """Return what MSDNet's thresholds give under which a share of base^k leaves at exit k."""
@@ -92,23 +92,23 @@ class Search:
             thresholds = tuple(value if value == math.inf else math.ceil(value) for value in thresholds)
         return self.candidate(thresholds)
 
-    def shares_within(self, max_macs: float) -> Candidate | None:
+    def shares_within(self, most: float) -> Candidate | None:
         """Return what MSDNet's thresholds give for a budget: the largest base that keeps to it on these images.
 
         Args:
-            max_macs: Mean multiply-accumulates of an image.
+            most: Mean cost of an image.
 
         Returns:
             The candidate, or None if not even the first exit keeps to the budget.
         """
         best = self.shares(0.0)
-        if best.macs > max_macs:
+        if best.cost > most:
             return None
         low, high = math.log(1e-6), math.log(1e6)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             candidate = self.shares(math.exp(middle))
-            if candidate.macs <= max_macs:
+            if candidate.cost <= most:
                 best, low = candidate, middle
             else:
                 high = middle
@@ -116,7 +116,7 @@ class Search:
 
     def explore(self) -> list[Candidate]:
         """Return thresholds of many costs: what fixed exits and MSDNet's shares give, and what `climb` makes of these
-        for many prices of a multiply-accumulate.
+        for many prices.
         """
         never = (math.inf,) * self.num_exits
         found = [self.candidate(never)]
@@ -149,18 +149,18 @@ class Search:
         index = first_sure(self.confidence, passed)
         come_by = index > exit
         paths = self._paths([*thresholds[:exit], 0.0, *thresholds[exit + 1 :]])
-        stay_good, stay_macs = self._goodness(index), paths[index]
+        stay_good, stay_costs = self._goodness(index), paths[index]
         # What changes as one image after the other, the surest first, leaves here.
         order = self._order[exit]
         gained = ((self._good[exit].long() - stay_good.long()) * come_by)[order].cumsum(0)
-        saved = ((stay_macs - paths[exit]) * come_by)[order].cumsum(0)
+        saved = ((stay_costs - paths[exit]) * come_by)[order].cumsum(0)
         counts = self._counts[exit]
         good = stay_good.sum() + torch.cat([gained.new_zeros(1), gained])[counts]
-        macs = stay_macs.sum() - torch.cat([saved.new_zeros(1), saved])[counts]
+        costs = stay_costs.sum() - torch.cat([saved.new_zeros(1), saved])[counts]
         if not self.settings.asks(exit):
             # The first threshold is infinity: nobody leaves, and the head does not run.
-            macs[0] -= self._macs.heads[exit] * int(come_by.sum())
-        return good.double(), macs
+            costs[0] -= self._costs.heads[exit] * int(come_by.sum())
+        return good.double(), costs
 
     def _thresholds_to_try(self, exit: int) -> Tensor:
         """Return infinity, thresholds that let about equally many images more leave each, and one that lets all."""
@@ -181,17 +181,17 @@ class Search:
 
     def _paths(self, thresholds: Sequence[float]) -> Tensor:
         config = replace(self.settings, thresholds=tuple(thresholds))
-        return self._macs.paths([config.asks(exit) for exit in range(self.num_exits)])
+        return self._costs.paths([config.asks(exit) for exit in range(self.num_exits)])
 
     def _goodness(self, index: Tensor) -> Tensor:
         return self._good[index, torch.arange(self.num_images)]
 
     def _totals(self, candidate: Candidate) -> tuple[Tensor, Tensor]:
-        totals = (candidate.good, candidate.macs * self.num_images)
+        totals = (candidate.good, candidate.cost * self.num_images)
         return torch.tensor(totals[0]).double(), torch.tensor(totals[1]).double()
 
-    def _worth(self, price: float, good: Tensor, macs: Tensor) -> Tensor:
-        return good - price * macs / self._macs.full
+    def _worth(self, price: float, good: Tensor, costs: Tensor) -> Tensor:
+        return good - price * costs / self._costs.full
 
 
 def share_thresholds(confidence: Tensor, base: float) -> tuple[float, ...]:
@@ -236,7 +236,7 @@ def between(lower: Tensor, upper: Tensor) -> float:
 def frontier(found: Sequence[Candidate]) -> list[Candidate]:
     """Return those that have more good answers than all that are as cheap, from cheap to dear."""
     kept: list[Candidate] = []
-    for candidate in sorted(found, key=lambda item: (item.macs, -item.good)):
+    for candidate in sorted(found, key=lambda item: (item.cost, -item.good)):
         if not kept or candidate.good > kept[-1].good:
             kept.append(candidate)
     return kept

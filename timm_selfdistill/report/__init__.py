@@ -1,6 +1,6 @@
 """The scalable-depth report: what every exit costs and how good it is."""
 
-from timm_selfdistill.report.build import EnsembleRow, ExitRow, Report, build_report
+from timm_selfdistill.report.build import EnsembleRow, ExitRow, Report, build_report, device_name
 from timm_selfdistill.report.picture import draw_report
 from timm_selfdistill.report.write import format_markdown, format_table, write_report
 
@@ -9,6 +9,7 @@ __all__ = [
     "ExitRow",
     "Report",
     "build_report",
+    "device_name",
     "draw_report",
     "format_markdown",
     "format_table",

@@ -146,7 +146,7 @@ def build_report(
         "seed": seed,
         "versions": versions(),
         "input_size": list(input_size),
-        "device": _device_name(parameter.device),
+        "device": device_name(parameter.device),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "latency_batch_size": latency_batch_size,
@@ -186,7 +186,8 @@ def versions() -> dict[str, str]:
     return {"timm_selfdistill": own, "timm": timm.__version__, "torch": str(torch.__version__)}
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Return what a report calls a device."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
