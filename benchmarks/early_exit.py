@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.calibration import ExitLogits, Goal, PathCosts, choose_settings, collect_logits, measure_path_macs
+from timm_selfdistill.calibration import (
+    ExitLogits,
+    Goal,
+    PathCosts,
+    choose_settings,
+    collect_logits,
+    measure_path_macs,
+    measure_path_seconds,
+)
 from timm_selfdistill.calibration.logits import replay
 from timm_selfdistill.data import InputConfig, Loaders, build_loaders, open_dataset
 from timm_selfdistill.early_exit import EarlyExitConfig
@@ -56,6 +64,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="how often each way classifies them")
     parser.add_argument("--rule", default="max-softmax", help="what confidence is")
     parser.add_argument("--fallback", default="last", help="who answers for images that no exit is sure of")
+    parser.add_argument("--by-time", action="store_true", help="choose thresholds by time, for each batch size")
     parser.add_argument("--channels-last", action="store_true", help="keep images and weights in that memory layout")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
@@ -69,18 +78,18 @@ def main() -> int:
     macs = measure_path_macs(model, (input.channels, *input.image_size))
     baseline = baseline_accuracy(arguments.run)
     images = first_images(loaders, arguments.images).to(arguments.device)
-    ways = [
-        *fixed_ways(model, evaluation, macs, baseline["test"]),
-        *early_exit_ways(model, validation, evaluation, macs, baseline["validation"], arguments),
-    ]
+    fixed = fixed_ways(model, evaluation, macs, baseline["test"])
     for batch_size in arguments.batch_sizes:
+        size = (input.channels, *input.image_size)
+        costs = measure_path_seconds(model, size, batch_size) if arguments.by_time else macs
+        ways = [*fixed, *early_exit_ways(model, validation, evaluation, macs, costs, baseline["validation"], arguments)]
         few = images[: min(len(images), max(128, 4 * batch_size))]
         print_table(ways, [part.contiguous(memory_format=layout) for part in few.split(batch_size)], arguments.rounds)
     print(
         f"\n{model.pretrained_cfg['architecture']}, {recipe.data.image_size} px, float32, {arguments.device}, "
         f"{'channels_last' if arguments.channels_last else 'channels first'}; thresholds chosen on "
         f"{len(validation):,} held-out images, accuracy on {len(evaluation):,} others; rule {arguments.rule}, fallback "
-        f"{arguments.fallback}"
+        f"{arguments.fallback}, by {'time' if arguments.by_time else 'MACs'}"
     )
     versions = f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads"
     print(f"{versions}, {platform.processor() or platform.machine()}\ncommand: python {shlex.join(sys.argv)}")
@@ -136,6 +145,7 @@ def early_exit_ways(
     validation: ExitLogits,
     evaluation: ExitLogits,
     macs: PathCosts,
+    costs: PathCosts,
     baseline: float | None,
     arguments: argparse.Namespace,
 ) -> list[Way]:
@@ -147,7 +157,7 @@ def early_exit_ways(
     ways = []
     for name, drop in goals:
         goal = Goal(max_accuracy_drop=drop)
-        config = choose_settings(validation, macs, goal, rule=arguments.rule, fallback=arguments.fallback).config
+        config = choose_settings(validation, costs, goal, rule=arguments.rule, fallback=arguments.fallback).config
         answers = replay(config, evaluation.logits)
         top1 = 100 * float((answers.logits.argmax(-1) == evaluation.targets).double().mean())
         ways.append(Way(name, early_exit(model, config), top1, macs.mean(config, answers.exit_index)))
