@@ -33,6 +33,7 @@ from timm_selfdistill.calibration.logits import replay
 from timm_selfdistill.data import InputConfig, Loaders, build_loaders, open_dataset
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.recipe import Recipe, load_recipe
+from timm_selfdistill.report import synchronize
 
 DROPS = (0.0, 0.5, 1.0)
 
@@ -202,12 +203,6 @@ def seconds_of(way: Way, batch: Tensor) -> float:
     way.run(batch)
     synchronize(batch.device)
     return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for an accelerator."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 if __name__ == "__main__":

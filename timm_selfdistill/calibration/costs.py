@@ -15,6 +15,7 @@ from timm_selfdistill.exits import untouched
 from timm_selfdistill.flops import MacCounter
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.report import synchronize
 
 _WARM_UP_ROUNDS: Final = 3
 _MIN_ROUNDS: Final = 7
@@ -120,8 +121,7 @@ def _time_parts(model: SelfDistillModel, batch: Tensor) -> list[float]:
     moments: list[float] = []
 
     def mark() -> None:
-        if batch.device.type != "cpu":
-            torch.accelerator.synchronize(batch.device)
+        synchronize(batch.device)
         moments.append(time.perf_counter())
 
     def visit(index: int, taps: tuple[Tensor, ...]) -> None:

@@ -117,14 +117,15 @@ def _time(runs: Sequence[Callable[[], Tensor]], device: torch.device) -> tuple[l
     deadline = time.perf_counter() + _SECONDS
     while len(seconds[-1]) < _MIN_ROUNDS or time.perf_counter() < deadline:
         for run, taken in zip(runs, seconds, strict=True):
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             run()
-            _synchronize(device)
+            synchronize(device)
             taken.append(time.perf_counter() - start)
     return [1000 * statistics.median(taken) for taken in seconds], len(seconds[-1])
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
