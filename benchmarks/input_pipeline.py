@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from timm_selfdistill import SelfDistillationTask
 from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
 from timm_selfdistill.recipe import Recipe, load_recipe
+from timm_selfdistill.report import synchronize
 from timm_selfdistill.train.phases import build_loss, label_smoothing
 from timm_selfdistill.train.run import build_model
 
@@ -124,20 +125,15 @@ def _endless(loader: DataLoader[Any]) -> Iterator[Batch]:
 
 def _rate(batches: Iterator[Batch], step: Step | None, count: int, device: torch.device) -> float:
     """Return the images per second over so many batches, which a step trains on, if any."""
-    _synchronize(device)
+    synchronize(device)
     start, images = time.perf_counter(), 0
     for _ in range(count):
         batch = next(batches)
         images += len(batch[0])
         if step is not None:
             step(*batch)
-    _synchronize(device)
+    synchronize(device)
     return images / (time.perf_counter() - start)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _print(rates: dict[tuple[str, str], list[float]], recipe: Recipe, arguments: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 import timm_selfdistill
 from timm_selfdistill import SelfDistillationLoss, SelfDistillationTask, list_heads, wrap
 from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.report import synchronize
 from timm_selfdistill.stem import use_small_stem
 
 WARM_UP_STEPS = 3
@@ -244,16 +245,11 @@ def _time_pairs(plain: Step, wrapped: Step, rounds: int, seconds: float) -> list
 
 
 def _time(step: Step) -> float:
-    _synchronize(step.images.device)
+    synchronize(step.images.device)
     start = time.perf_counter()
     step()
-    _synchronize(step.images.device)
+    synchronize(step.images.device)
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _count_macs(step: Step) -> int:
@@ -269,11 +265,11 @@ def _peak_bytes(step: Step) -> int:
     device = step.images.device
     step.optimizer.zero_grad()
     if device.type != "cpu":
-        _synchronize(device)
+        synchronize(device)
         torch.accelerator.reset_peak_memory_stats(device)
         before = torch.accelerator.memory_allocated(device)
         step()
-        _synchronize(device)
+        synchronize(device)
         return torch.accelerator.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import timm_selfdistill as sd
-from timm_selfdistill.calibration import Goal, calibrate_folder, collect_logits, format_calibration
+from timm_selfdistill.calibration import Goal, PathCosts, calibrate_folder, collect_logits, format_calibration
 from timm_selfdistill.calibration.write import format_calibration_markdown
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
@@ -170,6 +170,17 @@ def test_settings_can_be_chosen_by_time(run, capsys):
     assert "chosen by time: give speedup" in capsys.readouterr().err
     assert cli(["calibrate", str(run), "--speedup", "1.05", "--by-time", "0"]) == 2
     assert "time_batch_size is 0" in capsys.readouterr().err
+
+
+def test_what_takes_long_is_not_asked_where_time_counts(run, monkeypatch):
+    slow = PathCosts((0.1, 0.2, 0.3, 1.0), (50.0, 50.0, 0.01))
+    monkeypatch.setattr("timm_selfdistill.calibration.run.measure_path_seconds", lambda *arguments: slow)
+    report = calibrate_folder(run, Goal(speedup=1.05), time_batch_size=1)
+    assert report["settings"]["thresholds"][:2] == [None, None]
+    third, last = report["early_exit"]["shares"][2:]
+    asked = report["settings"]["thresholds"][2] is not None
+    expected = 1 / (third * 0.31 + last * (1 + 0.01 * asked))
+    assert report["time"]["speedup"] == pytest.approx(expected)
 
 
 def test_a_crash_leaves_a_whole_model(run, monkeypatch):
