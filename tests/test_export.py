@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from early_exit_overhead import calibrate_statistics
 from test_timm_families import ENCODERS, MEMBERS
 from timm.data import resolve_model_data_config
 
@@ -353,6 +354,9 @@ def test_one_member_of_every_class_of_timm(name, tmp_path):
     backbone = subject.create()
     x = subject.images(backbone)
     model = subject.wrap(backbone).eval()
+    if name == "Visformer":
+        # Untrained, its logits are in the hundreds, and in float32 already 6e-5 off those in float64.
+        calibrate_statistics(model, x)
     for exit in (0, model.num_exits):
         for format in SUFFIXES:
             path = tmp_path / f"{exit}{SUFFIXES[format]}"
