@@ -31,7 +31,6 @@ from timm_selfdistill.calibration import (
 )
 from timm_selfdistill.calibration.logits import replay
 from timm_selfdistill.data import InputConfig, Loaders, build_loaders, open_dataset
-from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import synchronize
 
@@ -161,15 +160,8 @@ def early_exit_ways(
         config = choose_settings(validation, costs, goal, rule=arguments.rule, fallback=arguments.fallback).config
         answers = replay(config, evaluation.logits)
         top1 = 100 * float((answers.logits.argmax(-1) == evaluation.targets).double().mean())
-        ways.append(Way(name, early_exit(model, config), top1, macs.mean(config, answers.exit_index)))
+        ways.append(Way(name, sd.EarlyExit.from_config(model, config), top1, macs.mean(config, answers.exit_index)))
     return ways
-
-
-def early_exit(model: sd.SelfDistillModel, config: EarlyExitConfig) -> sd.EarlyExit:
-    """Return the network with these settings."""
-    return sd.EarlyExit(
-        model, config.thresholds, rule=config.rule, temperatures=config.temperatures, fallback=config.fallback
-    )
 
 
 def print_table(ways: list[Way], batches: list[Tensor], rounds: int) -> None:

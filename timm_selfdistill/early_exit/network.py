@@ -74,6 +74,21 @@ class EarlyExit(nn.Module):
         self.training = model.training
         self.shrinks = _try_to_shrink(model)
 
+    @classmethod
+    def from_config(cls, model: SelfDistillModel, config: EarlyExitConfig) -> "EarlyExit":
+        """Return a model with settings that were saved or chosen.
+
+        Args:
+            model: The wrapped model.
+            config: The settings.
+
+        Raises:
+            ValueError: If there is not one threshold for each exit.
+        """
+        return cls(
+            model, config.thresholds, rule=config.rule, temperatures=config.temperatures, fallback=config.fallback
+        )
+
     def forward(self, x: Tensor) -> EarlyExitOutput:
         """Classify a batch.
 

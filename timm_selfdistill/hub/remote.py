@@ -91,13 +91,7 @@ def load_early_exit(
             f"{source} has no early-exit settings; with thresholds of your own: "
             "sd.EarlyExit(sd.from_pretrained(...), thresholds)."
         )
-    return EarlyExit(
-        model,
-        config.thresholds,
-        rule=config.rule,
-        temperatures=config.temperatures,
-        fallback=config.fallback,
-    )
+    return EarlyExit.from_config(model, config)
 
 
 def load_with_early_exit(

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -119,10 +120,6 @@ def _load(source: str, exit: int | None, threshold: float | None) -> SelfDistill
     if settings is None:
         assert threshold is not None
         return EarlyExit(model, threshold)
-    return EarlyExit(
-        model,
-        settings.thresholds if threshold is None else threshold,
-        rule=settings.rule,
-        temperatures=settings.temperatures,
-        fallback=settings.fallback,
-    )
+    if threshold is not None:
+        settings = replace(settings, thresholds=(threshold,) * model.num_exits)
+    return EarlyExit.from_config(model, settings)
