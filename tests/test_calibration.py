@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import timm_selfdistill as sd
 from timm_selfdistill.calibration import (
@@ -19,11 +20,13 @@ from timm_selfdistill.calibration import (
     measure_path_macs,
     measure_path_seconds,
     replay,
+    speed,
 )
 from timm_selfdistill.calibration.goal import excess_errors
 from timm_selfdistill.calibration.logits import confidences
 from timm_selfdistill.calibration.risk import binomial_tail, certified, upper_bound
 from timm_selfdistill.calibration.search import share_thresholds
+from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.flops import MacCounter
 
 MACS = PathCosts(backbone=(200, 400, 700, 1000), heads=(20, 30, 10))
@@ -123,6 +126,29 @@ def test_seconds_are_those_of_the_parts(model, monkeypatch):
         seconds.backbone[2] + seconds.heads[0] + seconds.heads[2],
         seconds.backbone[3] + seconds.heads[0] + seconds.heads[2],
     ]
+
+
+def test_the_speedup_is_that_of_what_runs(model, monkeypatch):
+    # A clock that ticks with every convolution.
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    ticks = []
+    for module in convolutions:
+        module.register_forward_hook(lambda *arguments: ticks.append(None))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: float(len(ticks)))
+
+    def ran(exit):
+        before = len(ticks)
+        with torch.no_grad():
+            model.forward_exit(torch.zeros(1, 3, 64, 64), exit)
+        return len(ticks) - before
+
+    images = torch.randn(5, 3, 64, 64)
+    for exit in range(3):
+        config = EarlyExitConfig(tuple(0.0 if index == exit else math.inf for index in range(3)))
+        for batch_size in (1, 2, 8):
+            assert speed.measure_speedup(model, config, images, batch_size) == ran(3) / ran(exit)
+    assert speed.images_to_time(1) == 128
+    assert speed.images_to_time(256) == 1024
 
 
 def test_a_head_that_takes_long_is_not_asked_where_time_counts():

@@ -62,13 +62,14 @@ class Calibrated(EarlyExitRow):
 
 
 class Timing(TypedDict):
-    """Time that the settings were chosen by: that of batches of so many images on a device. `speedup` is the plain
-    backbone's time over that of the settings, for the images that are reported on, by the times of the parts.
+    """What the settings gain in the time that they were chosen by: that of batches of so many images on a device.
+    `speedup` is the plain backbone's time over that with early exit, of `num_images` of the images reported on.
     """
 
     batch_size: int
     device: str
     speedup: float
+    num_images: int
 
 
 class CalibrationReport(TypedDict):

@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from timm_selfdistill.calibration.costs import measure_path_macs, measure_path_seconds
 from timm_selfdistill.calibration.goal import Goal, choose_settings
-from timm_selfdistill.calibration.logits import collect_logits, replay
+from timm_selfdistill.calibration.logits import collect_logits
 from timm_selfdistill.calibration.report import CalibrationReport, Timing, build_calibration_report
+from timm_selfdistill.calibration.speed import images_to_time, measure_speedup
 from timm_selfdistill.calibration.write import write_calibration
 from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, SkipList, open_dataset
 from timm_selfdistill.hub import from_pretrained, save_early_exit
@@ -81,9 +84,10 @@ def calibrate_folder(
     evaluation = collect_logits(model, loaders.eval, "evaluate")
     time: Timing | None = None
     if time_batch_size is not None:
-        exit_index = replay(choice.config, evaluation.logits).exit_index
-        speedup = costs.full / costs.mean(choice.config, exit_index)
-        time = {"batch_size": time_batch_size, "device": device_name(PartialState().device), "speedup": speedup}
+        images = _images_to_time(data, plan.recipe, input, time_batch_size)
+        speedup = measure_speedup(model, choice.config, images, time_batch_size)
+        device = device_name(PartialState().device)
+        time = {"batch_size": time_batch_size, "device": device, "speedup": speedup, "num_images": len(images)}
     dataset = f"{data.name}, {plan.recipe.data.eval_split}"
     report = build_calibration_report(
         choice,
@@ -207,6 +211,20 @@ def _open(plan: _Plan) -> ImageData:
                 "splits with --split and eval_split=NAME."
             )
     return data
+
+
+def _images_to_time(data: ImageData, recipe: Recipe, input: InputConfig, batch_size: int) -> Tensor:
+    """Return some of the images that are reported on: from all over the split, or the first of a stream."""
+    count = images_to_time(batch_size)
+    if isinstance(data.eval, ImageSplit):
+        places = np.linspace(0, len(data.eval) - 1, min(count, len(data.eval))).round().astype(np.int64)
+        data = replace(data, eval=data.eval.select(places))
+    found: list[Tensor] = []
+    for images, _ in evaluation_loaders(data, recipe, AugmentSection(), input, SkipList()).eval:
+        found.append(images)
+        if sum(map(len, found)) >= count:
+            break
+    return torch.cat(found)[:count]
 
 
 def _baseline(path: Path, dataset: str, num_samples: int) -> float | None:
