@@ -10,9 +10,9 @@ import platform
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -32,7 +32,7 @@ from timm_selfdistill.calibration import (
 from timm_selfdistill.calibration.logits import replay
 from timm_selfdistill.data import InputConfig, Loaders, build_loaders, open_dataset
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.report import synchronize
+from timm_selfdistill.report import seconds_of
 
 DROPS = (0.0, 0.5, 1.0)
 
@@ -167,13 +167,13 @@ def early_exit_ways(
 def print_table(ways: list[Way], batches: list[Tensor], rounds: int) -> None:
     """Time all ways on the same images, batch by batch in turns, and print a row for each."""
     for way in ways:
-        seconds_of(way, batches[0])
+        way.run(batches[0])
     seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds):
         totals = [0.0] * len(ways)
         for batch in batches:
             for index, way in enumerate(ways):
-                totals[index] += seconds_of(way, batch)
+                totals[index] += seconds_of(partial(way.run, batch), batch.device)
         for taken, total in zip(seconds, totals, strict=True):
             taken.append(total)
     count = sum(map(len, batches))
@@ -186,15 +186,6 @@ def print_table(ways: list[Way], batches: list[Tensor], rounds: int) -> None:
             f"{way.name:>24}  {way.top1:>7.2f}  {count / statistics.median(taken):>8.1f}  {ratio:>7.2f}x  "
             f"{min(ratios):>5.2f}-{max(ratios):.2f}  {possible:>6.2f}x  {100 * ratio / possible:>7.1f}"
         )
-
-
-def seconds_of(way: Way, batch: Tensor) -> float:
-    """Return the time of one batch, the device done with all before and with all of it."""
-    synchronize(batch.device)
-    start = time.perf_counter()
-    way.run(batch)
-    synchronize(batch.device)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 import timm_selfdistill
 from timm_selfdistill import SelfDistillationLoss, SelfDistillationTask, list_heads, wrap
 from timm_selfdistill.flops import MacCounter
-from timm_selfdistill.report import synchronize
+from timm_selfdistill.report import seconds_of, synchronize
 from timm_selfdistill.stem import use_small_stem
 
 WARM_UP_STEPS = 3
@@ -240,16 +240,8 @@ def _time_pairs(plain: Step, wrapped: Step, rounds: int, seconds: float) -> list
     pairs: list[tuple[float, float]] = []
     deadline = time.perf_counter() + seconds
     while len(pairs) < min(rounds, MIN_ROUNDS) or (len(pairs) < rounds and time.perf_counter() < deadline):
-        pairs.append((_time(plain), _time(wrapped)))
+        pairs.append((seconds_of(plain, plain.images.device), seconds_of(wrapped, wrapped.images.device)))
     return pairs
-
-
-def _time(step: Step) -> float:
-    synchronize(step.images.device)
-    start = time.perf_counter()
-    step()
-    synchronize(step.images.device)
-    return time.perf_counter() - start
 
 
 def _count_macs(step: Step) -> int:

@@ -1,8 +1,8 @@
 """How much faster a network is with early exit, by running it with and without."""
 
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.report import synchronize
+from timm_selfdistill.report import seconds_of
 
 _FEWEST_IMAGES: Final = 128
 _FEWEST_BATCHES: Final = 4
@@ -46,15 +46,6 @@ def measure_speedup(model: SelfDistillModel, config: EarlyExitConfig, images: Te
         seconds = [0.0, 0.0]
         for batch in batches:
             for index, way in enumerate(ways):
-                seconds[index] += _seconds(way, batch)
+                seconds[index] += seconds_of(partial(way, batch), batch.device)
         ratios.append(seconds[0] / seconds[1])
     return statistics.median(ratios)
-
-
-def _seconds(way: Callable[[Tensor], object], batch: Tensor) -> float:
-    """Return the time of one batch, the device done with all before and with all of it."""
-    synchronize(batch.device)
-    start = time.perf_counter()
-    way(batch)
-    synchronize(batch.device)
-    return time.perf_counter() - start

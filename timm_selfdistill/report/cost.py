@@ -117,12 +117,17 @@ def _time(runs: Sequence[Callable[[], Tensor]], device: torch.device) -> tuple[l
     deadline = time.perf_counter() + _SECONDS
     while len(seconds[-1]) < _MIN_ROUNDS or time.perf_counter() < deadline:
         for run, taken in zip(runs, seconds, strict=True):
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            taken.append(time.perf_counter() - start)
+            taken.append(seconds_of(run, device))
     return [1000 * statistics.median(taken) for taken in seconds], len(seconds[-1])
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Return how long something takes on a device, which has done all before at the start and all of it at the end."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:
