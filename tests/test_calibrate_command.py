@@ -182,6 +182,28 @@ def test_what_takes_long_is_not_asked_where_time_counts(run, monkeypatch):
     assert report["settings"]["thresholds"][:2] == [None, None]
 
 
+def test_images_from_all_over_the_split_are_timed(run, monkeypatch):
+    seen = {}
+
+    def measure(model, config, images, batch_size):
+        seen["images"] = images
+        return 1.0
+
+    monkeypatch.setattr("timm_selfdistill.calibration.run.measure_speedup", measure)
+    report = calibrate_folder(run, Goal(speedup=1.05), overrides=["max_eval=360"], time_batch_size=1)
+    assert (report["num_samples"], report["time"]["num_images"]) == (360, 128)
+    recipe = load_recipe(run / "recipe.yaml", ["data.max_eval=360"])
+    input = InputConfig.from_model(sd.from_pretrained(run / "model").backbone, recipe.data)
+    data = open_dataset(recipe.data, recipe.seed)
+    loaders = build_loaders(
+        data, recipe.data, recipe.augment, input, batch_size=16, accelerator_shards=(0, 1), seed=recipe.seed
+    )
+    every = torch.cat([images for images, _ in loaders.eval])
+    assert torch.equal(seen["images"][0], every[0])
+    assert torch.equal(seen["images"][-1], every[-1])
+    assert torch.equal(seen["images"][64], every[round(64 * 359 / 127)])
+
+
 def test_a_crash_leaves_a_whole_model(run, monkeypatch):
     before = content(run)
     real, left = os.replace, []
