@@ -8,16 +8,17 @@ import argparse
 import platform
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
-from early_exit import load
 from torch import Tensor
 
 import timm_selfdistill as sd
 from timm_selfdistill.calibration import collect_logits
-from timm_selfdistill.data import InputConfig
+from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.tables import align
 
@@ -31,14 +32,23 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe's data section")
     arguments = parser.parse_intermixed_args()
     model = sd.from_pretrained(arguments.run / "model")
-    changes = [f"data.{override}" for override in arguments.overrides]
-    data = load_recipe(arguments.run / "recipe.yaml", changes).data
-    # The two splits change places, since a recipe does not evaluate the split that it trains on.
-    swapped = [f"data.train_split={data.eval_split}", f"data.eval_split={data.train_split}", "data.validation=0"]
+    recipe = load_recipe(arguments.run / "recipe.yaml", [f"data.{override}" for override in arguments.overrides])
+    data = open_dataset(recipe.data, recipe.seed)
+    assert not data.streaming, "a stream has no training images that can be read again"
+    some = np.linspace(0, len(data.train), min(arguments.train_images, len(data.train)), endpoint=False, dtype=np.int64)
     columns = {}
-    for name, more in (("test", []), ("training", [*swapped, f"data.max_eval={arguments.train_images}"])):
-        recipe = load_recipe(arguments.run / "recipe.yaml", [*changes, *more, "data.cache=null"])
-        found = collect_logits(model, load(recipe, InputConfig.from_model(model.backbone, recipe.data)).eval, name)
+    for name, split in (("test", data.eval), ("training", data.train.select(some))):
+        loaders = build_loaders(
+            # Read by the loader of the evaluation, which does not augment.
+            replace(data, eval=split),
+            recipe.data.model_copy(update={"cache": None}),
+            recipe.augment,
+            InputConfig.from_model(model.backbone, recipe.data),
+            batch_size=recipe.batch_size,
+            accelerator_shards=(0, 1),
+            seed=recipe.seed,
+        )
+        found = collect_logits(model, loaders.eval, name)
         columns[f"{name} ({len(found):,})"] = top1_of_ensembles(found.logits, found.targets)
     names = list(next(iter(columns.values())))
     rows = [["top-1 %", *columns], *([name, *(f"{top1[name]:.2f}" for top1 in columns.values())] for name in names)]
