@@ -18,6 +18,7 @@ COMMANDS = [
     shlex.split(line)[2:]
     for block in re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
     for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("timm-selfdistill train ")
 ]
 
 # As narrow and shallow as each family can be; the VGG has one size.
