@@ -47,7 +47,9 @@ class FixedWeights(SelfWeighted):
 
 @sd.register_loss("learned-weights")
 class LearnedWeights(SelfWeighted):
-    """Each output has the weight exp(-s) of a learned s, which costs s / 2.
+    """Each output has the weight exp(-s) of a learned s, which costs s / 2; all of it is divided by the mean weight.
+
+    The division has no gradient. Without it the loss would shrink to a fraction, and the learning rate with it.
 
     Paper: "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics", CVPR 2018,
     https://arxiv.org/abs/1705.07115.
@@ -62,7 +64,8 @@ class LearnedWeights(SelfWeighted):
 
     def weigh(self, losses: Tensor, logits: Tensor) -> Tensor:
         """As the base class."""
-        return ((-self.log_variances).exp() * losses + self.log_variances / 2).sum()
+        weights = (-self.log_variances).exp()
+        return (weights * losses + self.log_variances / 2).sum() / weights.mean().detach()
 
 
 @sd.register_loss("balanced-gradients")
