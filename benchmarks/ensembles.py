@@ -34,7 +34,10 @@ def main() -> int:
     model = sd.from_pretrained(arguments.run / "model")
     recipe = load_recipe(arguments.run / "recipe.yaml", [f"data.{override}" for override in arguments.overrides])
     data = open_dataset(recipe.data, recipe.seed)
-    assert not data.streaming, "a stream has no training images that can be read again"
+    if data.streaming:
+        parser.error(
+            f"{arguments.run} was trained on a stream, whose training images cannot be picked; allowed is a data set"
+        )
     some = np.linspace(0, len(data.train), min(arguments.train_images, len(data.train)), endpoint=False, dtype=np.int64)
     columns = {}
     for name, split in (("test", data.eval), ("training", data.train.select(some))):
