@@ -122,6 +122,15 @@ def test_plain_timm_loads_the_backbone_bit_for_bit(case: str, tmp_path: Path) ->
     assert torch.equal(plain(x), model(x, return_exits=True).logits[-1])
 
 
+@plain_cases
+def test_the_number_of_classes_stands_once_among_what_builds_the_backbone(case: str, tmp_path: Path) -> None:
+    """As transformers' wrapper of timm builds it: its own arguments beside `model_args`."""
+    config = json.loads((sd.save_pretrained(make_model(case), tmp_path) / CONFIG).read_text())
+    built = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+    built.load_state_dict(safetensors.torch.load_file(tmp_path / BACKBONE))
+    assert built.num_classes == CLASSES
+
+
 def test_plain_timm_needs_no_help_of_this_package(tmp_path: Path) -> None:
     model = make_model("convnext")
     sd.save_pretrained(model, tmp_path / "model")

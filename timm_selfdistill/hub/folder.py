@@ -79,6 +79,8 @@ def save_pretrained(
         safetensors.torch.save_file(exits, staged / EXITS)
         config = json.loads((staged / CONFIG).read_text())
         sha256 = {name: sha256_of((staged / name).read_bytes()) for name in (BACKBONE, EXITS)}
+        # It stands beside `model_args` too: transformers' wrapper of timm hands over both, and then fails.
+        config["model_args"].pop("num_classes", None)
         config[KEY] = asdict(describe(model, sha256, early_exit=early_exit))
         (staged / CONFIG).write_text(json.dumps(config, indent=2))
         (staged / CARD).write_text(card if card is not None else model_card(model, early_exit=early_exit))
