@@ -71,7 +71,7 @@ class Hooks:
     """The hooks of one model on its backbone.
 
     They stand behind all other hooks: so what they record is what the backbone goes on with, and a user's hook also
-    fires where the forward ends. When a module was replaced after wrapping, as fusing does, they move to the module that
+    fires where the forward ends. When a module was replaced after wrapping, as fusing does, they move to the one that
     took its place.
 
     Args:
@@ -164,10 +164,10 @@ class Hooks:
                 yield path, False, partial(_leave, self._mark, index, members)
         for name in self._classifiers:
             # Fusing may put one module in the place of a classifier and what holds it: they read the same.
-            path = next((path for path in reversed(_prefixes(name)) if _can_run(backbone, path)), None)
-            if path is None or (path != name and any(True for _ in backbone.get_submodule(path).children())):
+            held = [path for path in _prefixes(name) if _can_run(backbone, path)]
+            if not held or (held[-1] != name and list(backbone.get_submodule(held[-1]).children())):
                 raise _gone(backbone, name)
-            yield path, True, partial(_record_feature, self._mark, name)
+            yield held[-1], True, partial(_record_feature, self._mark, name)
 
     def _owns(self, hook: Callable[..., Any]) -> bool:
         return _is_ours(hook) and hook.args[0] == self._mark  # type: ignore[attr-defined]
@@ -286,6 +286,6 @@ def _can_run(backbone: Backbone, path: str) -> bool:
 
 def _gone(backbone: Backbone, path: str) -> RuntimeError:
     return RuntimeError(
-        f"{type(backbone).__name__} no longer runs its module {path!r}, which an exit or the teacher's feature is read "
-        "from: it was replaced after wrapping, as fusing does. Fuse or re-parameterise the backbone first, then wrap it."
+        f"{type(backbone).__name__} no longer runs its module {path!r}, at which an exit or the teacher's feature is "
+        "read: it was replaced after wrapping, as fusing does. Fuse or re-parameterise the backbone first, then wrap it."
     )

@@ -12,11 +12,12 @@ from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, find_exit_
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model.hooks import Hooks, Visit
 
-
 _OTHER_CLASSIFIER = (
     "The backbone's classifier is not the one that was wrapped: replace it by model.reset_classifier, not by "
     "model.backbone's."
 )
+# The keys of a backbone's `pretrained_cfg` that describe classes.
+_CLASS_NAMES = ("label_names", "label_descriptions")
 
 
 class ExitOutput(NamedTuple):
@@ -188,7 +189,7 @@ class SelfDistillModel(nn.Module):
         """Replace the classifier of the backbone and of every exit.
 
         Args:
-            num_classes: Number of logits, at least 1.
+            num_classes: Number of logits, at least 1. Where it changes, names of the old classes are dropped.
             global_pool: The backbone's pooling; unchanged by default. Where it changes the width of the teacher's
                 feature, the exits are built anew.
 
@@ -202,6 +203,8 @@ class SelfDistillModel(nn.Module):
             )
         parameter = next(self.backbone.parameters())
         pool = {} if global_pool is None else {"global_pool": global_pool}
+        if num_classes != self.num_classes:
+            self._forget_class_names()
         self.backbone.reset_classifier(num_classes, **pool)
         self.backbone.to(device=parameter.device, dtype=parameter.dtype)
         found = find_exit_points(self.backbone, [point.name for point in self.points], self.config.image_size)
@@ -243,6 +246,14 @@ class SelfDistillModel(nn.Module):
         """Return the backbone's logits, or the feature before its classifier, for its last feature map."""
         output: Tensor = self.backbone.forward_head(x, pre_logits=pre_logits)
         return output
+
+    def _forget_class_names(self) -> None:
+        """Remove what timm keeps of the classes' names."""
+        for attribute in ("pretrained_cfg", "default_cfg"):
+            config = getattr(self.backbone, attribute, None)
+            if config is not None and any(key in config for key in _CLASS_NAMES):
+                kept = {key: value for key, value in config.items() if key not in _CLASS_NAMES}
+                setattr(self.backbone, attribute, kept)
 
     def _build_heads(self, num_classes: int) -> nn.ModuleList:
         config = self.config
