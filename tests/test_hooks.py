@@ -409,7 +409,7 @@ def test_tapped_module_that_is_gone_is_named(make_backbone, images, way):
     }
     net = ways["cut"].backbone if way == "cut" else model.backbone
     net.layer1[0] = nn.Identity()
-    with pytest.raises(RuntimeError, match=r"no longer runs its module 'layer1\.0\.conv2'.* Fuse .* first, then"):
+    with pytest.raises(RuntimeError, match=r"no longer runs its module 'layer1\.0\.conv2'.* Fuse .* first, then wrap"):
         ways[way](images)
 
 

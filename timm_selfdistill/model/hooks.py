@@ -80,7 +80,7 @@ class Hooks:
         classifiers: Paths of the modules of the backbone's classifier, whose input is recorded.
 
     Raises:
-        RuntimeError: If the backbone has no such modules.
+        RuntimeError: If the backbone has no such module.
     """
 
     def __init__(self, backbone: Backbone, points: Sequence[ExitPoint], classifiers: Sequence[str] = ()) -> None:
@@ -99,7 +99,7 @@ class Hooks:
         """Run the backbone and return what was recorded; the arguments are those of `Call`.
 
         Raises:
-            RuntimeError: If the module of an exit is gone, or did not run.
+            RuntimeError: If a module that is read is gone, or did not run.
         """
         # A compiler could not trace it, and a compiled model sees no later change of its modules anyway.
         if not torch.compiler.is_compiling() and not all(_is_in_place(place, backbone) for place in self._places):
@@ -118,6 +118,9 @@ class Hooks:
         for index, point in enumerate(self._points):
             if index not in call.taps:
                 raise _gone(backbone, point.module)
+        for name in self._classifiers:
+            if name not in call.features:
+                raise _gone(backbone, name)
         return call
 
     def run_unread(self, backbone: Backbone, x: Tensor) -> Any:
@@ -285,7 +288,9 @@ def _can_run(backbone: Backbone, path: str) -> bool:
 
 
 def _gone(backbone: Backbone, path: str) -> RuntimeError:
+    if torch.compiler.is_compiling():
+        return RuntimeError(f"Nothing reads {path!r}: call the model once after it was changed, then compile it.")
     return RuntimeError(
         f"{type(backbone).__name__} no longer runs its module {path!r}, at which an exit or the teacher's feature is "
-        "read: it was replaced after wrapping, as fusing does. Fuse or re-parameterise the backbone first, then wrap it."
+        "read: it was replaced after wrapping, as fusing does. Fuse or re-parameterise the backbone first, then wrap."
     )
