@@ -30,10 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=["resnet18", "vit_tiny_patch16_224"])
     parser.add_argument("--pairs", type=int, default=100, help="forwards of each kind")
     args = parser.parse_args(arguments)
-    print(
-        "| model | batch | shared ms | per thread ms | ratio (quartiles) | hooks: shared us | per thread us | more % |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("| model | shared ms | per thread ms | ratio (quartiles) | hooks: shared us | per thread us | more % |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     with torch.inference_mode():
         for name in args.models:
             _compare(name, args.pairs)
