@@ -127,6 +127,35 @@ def test_request_that_fails_harms_no_other(model, impatient, images):
         assert all(all(right) for right in pool.map(serve, range(12)))
 
 
+def test_users_hooks_may_come_and_go_while_threads_are_served(model, impatient, images):
+    modules = [model.backbone.get_submodule(path) for path in ("layer1", "layer2.1", "layer3", "fc")]
+    with torch.no_grad():
+        expected = model(images, return_exits=True)
+    done = threading.Event()
+
+    def serve(number):
+        right = []
+        while not done.is_set():
+            with torch.no_grad():
+                right.append(is_equal(model(images, return_exits=True), expected))
+                right.append(is_equal(model.forward_exit(images, number), expected.logits[number]))
+        return all(right)
+
+    with ThreadPoolExecutor(3) as pool:
+        served = [pool.submit(serve, number) for number in range(3)]
+        try:
+            for _ in range(100):
+                handles = [module.register_forward_hook(lambda m, args, output: None) for module in modules]
+                handles += [module.register_forward_pre_hook(lambda m, args: None) for module in modules]
+                with torch.no_grad():
+                    assert model.forward_exit(images[:1], 2).shape == (1, 5)
+                for handle in handles:
+                    handle.remove()
+        finally:
+            done.set()
+        assert all(future.result() for future in served)
+
+
 def test_compiled_model_serves_threads(model, images):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -107,8 +107,8 @@ class Hooks:
         call = Call(self._mark, stop_at, visit)
         # There is an outer call where a user's hook runs the model again.
         outer = _THREAD.call
-        _THREAD.call = call
         try:
+            _THREAD.call = call
             call.output = backbone(x)
         except Reached:
             return call
@@ -128,8 +128,8 @@ class Hooks:
         outer = _THREAD.call
         if outer is None:
             return backbone(x)
-        _THREAD.call = None
         try:
+            _THREAD.call = None
             return backbone(x)
         finally:
             _THREAD.call = outer
@@ -138,7 +138,7 @@ class Hooks:
         """Remove the hooks from the backbone, or from a copy of it."""
         for module in backbone.modules():
             for hooks in (_hooks_of(module, True), _hooks_of(module, False)):
-                for key in [key for key, hook in hooks.items() if self._owns(hook)]:
+                for key in [key for key, hook in list(hooks.items()) if self._owns(hook)]:
                     del hooks[key]
 
     def _attach(self, backbone: Backbone) -> None:
@@ -241,7 +241,8 @@ def _is_in_place(place: _Place, backbone: Backbone) -> bool:
         module = module._modules.get(part) or getattr(module, part, None)
         if module is None:
             return False
-    for hook in reversed(_hooks_of(module, place.pre).values()):
+    # A copy, as another thread may add a hook meanwhile.
+    for hook in reversed(tuple(_hooks_of(module, place.pre).values())):
         if hook is place.hook:
             return True
         if not _is_ours(hook):
