@@ -417,6 +417,21 @@ def test_backbone_that_is_fused_after_wrapping_answers_as_before(name, fuse):
         assert [z.shape for z in fused(x, return_exits=True).logits] == [(4, 3)] * len(out.logits)
 
 
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_fused_network_is_not_saved_as_one_that_cannot_be_loaded(tmp_path, fused_first):
+    backbone = timm.create_model("repghostnet_050", num_classes=5).eval()
+    if fused_first:
+        model = sd.wrap(reparameterize_model(backbone), image_size=64)
+    else:
+        model = reparameterize_model(sd.wrap(backbone, image_size=64))
+    assert model(torch.randn(2, 3, 64, 64), return_exits=True)
+    with pytest.raises(ValueError, match=r"RepGhostNet could not be loaded again.* fused or changed"):
+        sd.save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    sd.save_pretrained(sd.wrap(backbone, image_size=64), tmp_path)
+    sd.from_pretrained(tmp_path)
+
+
 def test_hooks_of_a_replaced_module_are_put_back_once(model, images):
     for _ in range(2):
         model.backbone.layer1[1] = copy.deepcopy(model.backbone.layer1[1])

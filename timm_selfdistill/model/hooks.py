@@ -283,7 +283,7 @@ def _prefixes(path: str, shortest: str | None = None) -> list[str]:
 def _can_run(backbone: Backbone, path: str) -> bool:
     """Whether there is a module at a path that has a forward."""
     try:
-        return not isinstance(backbone.get_submodule(path), nn.ModuleList | nn.ModuleDict)
+        return type(backbone.get_submodule(path)).forward is not nn.Module.forward
     except AttributeError:
         return False
 
