@@ -10,7 +10,7 @@ from torch import nn
 
 from timm_selfdistill.exits import find_exit_points
 from timm_selfdistill.heads import list_heads
-from timm_selfdistill.hub import from_pretrained, save_pretrained
+from timm_selfdistill.hub import class_names, from_pretrained, save_pretrained
 from timm_selfdistill.model import ExitOutput, SelfDistillModel, wrap
 
 CROSSVIT = {"embed_dim": [16, 32], "num_heads": [2, 2], "depth": [[1, 2, 0], [1, 2, 0]]}
@@ -581,6 +581,20 @@ def test_reset_classifier_resizes_every_logit_and_goes_on_training(make_backbone
     assert count_hooks(model) == hooks
     loss_over_all(out).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_reset_classifier_drops_the_names_of_other_classes(make_backbone):
+    backbone = make_backbone("resnet18")
+    backbone.pretrained_cfg["label_names"] = [f"class {n}" for n in range(5)]
+    backbone.pretrained_cfg["label_descriptions"] = {"class 0": "the first"}
+    model = wrap(backbone, image_size=SIZE)
+    twin = copy.copy(backbone.pretrained_cfg)
+    model.reset_classifier(5)
+    assert class_names(model) == tuple(twin["label_names"])
+    model.reset_classifier(3)
+    assert class_names(model) is None
+    left = {key: value for key, value in twin.items() if not key.startswith("label_")}
+    assert model.pretrained_cfg == backbone.default_cfg == left
 
 
 def test_reset_classifier_with_the_same_pooling_keeps_the_heads(make_backbone):

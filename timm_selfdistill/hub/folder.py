@@ -54,8 +54,8 @@ def save_pretrained(
         The folder.
 
     Raises:
-        ValueError: If the backbone is not a timm model, or not one that `data_config` fits; if `early_exit` has not one
-            threshold for each exit.
+        ValueError: If the backbone is not a timm model, or not one that `data_config` fits, or has other weights than
+            timm would build it with; if `early_exit` has not one threshold for each exit.
     """
     if not hasattr(model.backbone, "pretrained_cfg"):
         raise ValueError(f"A saved model must have a backbone of timm's, got {type(model.backbone).__name__}.")
@@ -76,6 +76,7 @@ def save_pretrained(
             safe_serialization=True,
             data_config=dict(data_config or {}),
         )
+        _check_can_be_built(staged, backbone)
         safetensors.torch.save_file(exits, staged / EXITS)
         config = json.loads((staged / CONFIG).read_text())
         sha256 = {name: sha256_of((staged / name).read_bytes()) for name in (BACKBONE, EXITS)}
@@ -89,6 +90,26 @@ def save_pretrained(
             shutil.copymode(staged / CONFIG, staged / name)
             os.replace(staged / name, folder / name)
     return folder
+
+
+def _check_can_be_built(folder: Path, backbone: nn.Module) -> None:
+    """Refuse a backbone that timm would not build from a folder with the names of its weights.
+
+    Raises:
+        ValueError: Naming one of them.
+    """
+    try:
+        with torch.device("meta"):
+            built = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except Exception:  # of whatever kind: some networks cannot be built without memory
+        return
+    differing = sorted(set(built.state_dict()) ^ set(backbone.state_dict()))
+    if differing:
+        raise ValueError(
+            f"{type(backbone).__name__} could not be loaded again: {len(differing)} of its weights, such as "
+            f"{differing[0]!r}, have other names than in the network that timm builds. It was fused or changed: save "
+            "it before that."
+        )
 
 
 def load_folder(folder: str | Path) -> SelfDistillModel:

@@ -59,17 +59,7 @@ def forward_exits(
         targets: Not used.
         supp_dict: Not used.
         **kwargs: Not used.
-
-    Raises:
-        ValueError: If DataParallel replicates the model.
     """
-    # An accelerator's DDP may hide what the configuration's `wrapper` added.
-    inner = (model, getattr(model, "module", None))
-    if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in inner):
-        raise ValueError(
-            "DataParallel runs copies of the model in threads, which would mix up what the exits read; use one device, "
-            "DistributedDataParallel with distributed=True, or an accelerator without `wrapper`."
-        )
     output: ExitOutput = model(sample_batch, return_exits=True)
     return output
 
