@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 import torch
 from timm.models import save_for_hf
 from torch import nn
 
 from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.hub.build import build
 from timm_selfdistill.hub.card import card_with_early_exit, model_card
-from timm_selfdistill.hub.saved import CONFIG, KEY, Saved, describe, read_config, read_weights, sha256_of
-from timm_selfdistill.model import SelfDistillModel, wrap
+from timm_selfdistill.hub.limits import check_config
+from timm_selfdistill.hub.saved import CONFIG, KEY, describe, read_config, read_weights, sha256_of
+from timm_selfdistill.model import SelfDistillModel
 
 BACKBONE, EXITS, CARD = "model.safetensors", "exits.safetensors", "README.md"
 
@@ -80,6 +81,7 @@ def save_pretrained(
         config = json.loads((staged / CONFIG).read_text())
         sha256 = {name: sha256_of((staged / name).read_bytes()) for name in (BACKBONE, EXITS)}
         config[KEY] = asdict(describe(model, sha256, early_exit=early_exit))
+        check_config(config)
         (staged / CONFIG).write_text(json.dumps(config, indent=2))
         (staged / CARD).write_text(card if card is not None else model_card(model, early_exit=early_exit))
         for name in (BACKBONE, EXITS, CARD, CONFIG):
@@ -110,30 +112,10 @@ def load_folder(folder: str | Path) -> SelfDistillModel:
             f"{folder} holds a network that ends at exit {saved.exit}, not a whole model: sd.load_exported."
         )
     weights = {name: read_weights(folder / name, saved.sha256.get(name)) for name in (BACKBONE, EXITS)}
-    model = build(folder, saved)
+    model = build(folder, saved, weights)
     for name, module in ((BACKBONE, model.backbone), (EXITS, model.heads)):
         load_weights(module, weights[name], folder / name)
     return model.eval()
-
-
-def build(folder: Path, saved: Saved) -> SelfDistillModel:
-    """Build the model that a folder's configuration describes, with random weights.
-
-    Raises:
-        ValueError: If it cannot be built.
-    """
-    try:
-        return wrap(
-            timm.create_model(f"local-dir:{folder}", pretrained=False),
-            exits=saved.exits,
-            head=saved.head,
-            head_kwargs=saved.head_kwargs,
-            hint_adapter=saved.hint_adapter,
-            small_stem=saved.small_stem,
-            image_size=(saved.image_size[0], saved.image_size[1]),
-        )
-    except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
-        raise ValueError(f"The model that {folder / CONFIG} describes cannot be built: {error!r}") from error
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
