@@ -62,6 +62,8 @@ RULES: Final[dict[str, Rule]] = {
     "entropy": _entropy,
     "patience": _patience,
 }
+# By how much a confidence, and so a threshold that was chosen among them, may be beside 0 to 1.
+_ROUNDING: Final = 1e-4
 FALLBACKS: Final = ("last", "ensemble")
 
 
@@ -70,7 +72,8 @@ class EarlyExitConfig:
     """When an image leaves a network; it leaves at the first exit whose confidence is at least the exit's threshold.
 
     Args:
-        thresholds: One for each added exit, shallow to deep; infinity lets no image leave there.
+        thresholds: One for each added exit, shallow to deep, 0 to 1, of "patience" 0 or more; infinity lets no image
+            leave there.
         rule: What confidence is: "max-softmax", the largest probability; "margin", the largest minus the second;
             "entropy", 1 minus the entropy's share of the largest possible; "patience", how many exits in a row agreed
             with the one before (0 at the first).
@@ -94,6 +97,13 @@ class EarlyExitConfig:
             raise ValueError(f"fallback is {self.fallback!r}; allowed are {', '.join(FALLBACKS)}.")
         if not all(_is_number(value) and value > -math.inf for value in self.thresholds):
             raise ValueError(f"thresholds are {list(self.thresholds)}; allowed are numbers, infinity for never.")
+        most = math.inf if self.rule == "patience" else 1 + _ROUNDING
+        if any(value < -_ROUNDING or most < value < math.inf for value in self.thresholds):
+            counted = "0 or more" if self.rule == "patience" else "from 0, always, to 1"
+            raise ValueError(
+                f"thresholds are {list(self.thresholds)}; with the rule {self.rule} allowed are numbers {counted}, and "
+                "infinity for never."
+            )
         if self.temperatures is None:
             return
         if len(self.temperatures) != len(self.thresholds):

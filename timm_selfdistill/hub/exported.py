@@ -17,7 +17,7 @@ from torch import nn
 from timm_selfdistill.hub.build import build
 from timm_selfdistill.hub.folder import BACKBONE, load_weights, truthful_config, unshare
 from timm_selfdistill.hub.limits import check_config
-from timm_selfdistill.hub.saved import CONFIG, KEY, describe, read_config, read_weights, sha256_of
+from timm_selfdistill.hub.saved import CONFIG, KEY, check_finite, describe, read_config, read_weights, sha256_of
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.truncation import truncate
 
@@ -47,6 +47,7 @@ def save_exported(
     """
     if not hasattr(model.backbone, "pretrained_cfg"):
         raise ValueError(f"A saved network must be of a backbone of timm's, got {type(model.backbone).__name__}.")
+    check_finite(model)
     small = truncate(model, exit).cpu().to(memory_format=torch.contiguous_format)
     small.register_state_dict_post_hook(unshare)  # type: ignore[no-untyped-call]
     folder.mkdir(parents=True, exist_ok=True)

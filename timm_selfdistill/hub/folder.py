@@ -18,8 +18,9 @@ from torch import nn
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.hub.build import build
 from timm_selfdistill.hub.card import card_with_early_exit, model_card
+from timm_selfdistill.hub.labels import complete_names
 from timm_selfdistill.hub.limits import check_config
-from timm_selfdistill.hub.saved import CONFIG, KEY, describe, read_config, read_weights, sha256_of
+from timm_selfdistill.hub.saved import CONFIG, KEY, check_finite, describe, read_config, read_weights, sha256_of
 from timm_selfdistill.model import SelfDistillModel
 
 BACKBONE, EXITS, CARD = "model.safetensors", "exits.safetensors", "README.md"
@@ -46,7 +47,7 @@ def save_pretrained(
     Args:
         model: The wrapped model; what it is wrapped in (DDP, compile) must be removed first.
         folder: Where to write; made if it does not exist.
-        label_names: Class names, in the order of the logits.
+        label_names: Class names, in the order of the logits; classes behind the last are named by their index.
         data_config: Preprocessing of the training run (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
         early_exit: When images leave early, for `load_early_exit`; the `config` of an `EarlyExit`.
         card: Text of the model card; a short one by default.
@@ -56,12 +57,14 @@ def save_pretrained(
 
     Raises:
         ValueError: If the backbone is not a timm model, or not one that `data_config` fits; if `early_exit` has not one
-            threshold for each exit.
+            threshold for each exit, there are more names than classes, or a weight is no finite number.
     """
     if not hasattr(model.backbone, "pretrained_cfg"):
         raise ValueError(f"A saved model must have a backbone of timm's, got {type(model.backbone).__name__}.")
     if early_exit is not None:
         early_exit.check_exits(model.exit_names[:-1])
+    check_finite(model)
+    names = None if label_names is None else complete_names(label_names, model.num_classes)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Saved as stored on disk by plain timm: on the CPU and in the default memory format.
@@ -73,7 +76,7 @@ def save_pretrained(
         save_for_hf(
             backbone,
             str(staged),
-            model_config=truthful_config(label_names),
+            model_config=truthful_config(names),
             safe_serialization=True,
             data_config=dict(data_config or {}),
         )

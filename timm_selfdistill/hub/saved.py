@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
+from torch import nn
 
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.hub.limits import check_arguments, check_config, read_json
@@ -107,6 +108,17 @@ def read_config(folder: Path) -> Saved:
     except ValueError as error:
         raise ValueError(f"{path} asks for what is not allowed: {error}") from error
     return saved
+
+
+def check_finite(module: nn.Module) -> None:
+    """Raise ValueError unless all weights of a module are finite numbers."""
+    damaged = [name for name, weight in module.named_parameters() if not weight.isfinite().all()]
+    damaged += [name for name, buffer in module.named_buffers() if buffer.isnan().any()]
+    if damaged:
+        listed = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+        raise ValueError(
+            f"{len(damaged)} tensors of the model hold NaN or infinity, so that it has no answers: {listed}."
+        )
 
 
 def read_weights(path: Path, digest: str | None) -> dict[str, torch.Tensor]:
