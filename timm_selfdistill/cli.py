@@ -10,7 +10,7 @@ from timm_selfdistill import compare
 from timm_selfdistill.analysis import DRAWS, IMAGES, SIGMAS, analyze_folder, format_analysis
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
 from timm_selfdistill.early_exit import FALLBACKS, RULES
-from timm_selfdistill.escape import printable
+from timm_selfdistill.escape import printable, printable_message
 from timm_selfdistill.export import FORMATS, ExportError, export_folder
 from timm_selfdistill.hub import HubError, push_folder
 from timm_selfdistill.predict import BATCH_SIZE, print_predictions
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = parsed.run(parsed)
     except (ValueError, HubError, ExportError) as error:
-        print(printable(f"error: {error}", lines=True), file=sys.stderr)
+        print(printable_message(f"error: {error}"), file=sys.stderr)
         return 2
     return status
 

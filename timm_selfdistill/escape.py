@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, Final, TypeVar, cast
 from urllib.parse import quote
 
+from timm_selfdistill.redaction import redact
+
 Value = TypeVar("Value")
 
 # What scripts and emoji are joined and separated by has no effect beyond the letters beside it.
@@ -72,12 +74,17 @@ def each_text(value: Value, escape: Callable[[str], str]) -> Value:
     return cast(Value, _each(value, escape))
 
 
+def printable_message(message: object) -> str:
+    """Return a message of one line or several for a terminal or a log, without tokens and passwords."""
+    return printable(redact(str(message)), lines=True)
+
+
 class PrintableFormatter(logging.Formatter):
     """Formats the records of a log for a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of a record."""
-        return printable(super().format(record), lines=True)
+        return printable_message(super().format(record))
 
 
 def _shown(character: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from accelerate import PartialState
 
 from timm_selfdistill.data import SKIPPED
-from timm_selfdistill.escape import PrintableFormatter, printable
+from timm_selfdistill.escape import PrintableFormatter, printable, printable_message
 from timm_selfdistill.hub import HubError
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.report import format_table
@@ -57,16 +57,16 @@ def run_safely(run: Callable[[], None]) -> int:
         print(interruption, file=sys.stderr)
         return interruption.exit_status
     except NonFiniteLossError as error:
-        print(printable(f"error: {error}", lines=True), file=sys.stderr)
+        print(printable_message(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:
         print(
-            printable(f"error: {error}. Make room, and run the same command again to go on.", lines=True),
+            printable_message(f"error: {error}. Make room, and run the same command again to go on."),
             file=sys.stderr,
         )
         return 1
     except (ValueError, HubError) as error:
-        print(printable(f"error: {error}", lines=True), file=sys.stderr)
+        print(printable_message(f"error: {error}"), file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
