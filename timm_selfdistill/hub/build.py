@@ -3,7 +3,8 @@
 import itertools
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
@@ -52,34 +53,30 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
     """
     where = f"The model that {folder / CONFIG} describes cannot be built"
     tensors = sum(map(len, weights.values()))
-    try:
+    budget = _Budget(tensors)
+    with _explained(where, tensors), torch.device("meta"), budget:
         check_image("image_size", saved.image_size)
-        with torch.device("meta"), _Budget(tensors):
-            backbone = _create(folder)
-            _check_names(folder, backbone, saved, weights)
-            blank = _wrap(backbone, saved)
-            check_image("input_size", resolve_input_data_config(blank.backbone, _STATISTICS)["input_size"][1:])
-            parts = _parts(blank, saved, list(weights))
-    except _MisfitError:
-        raise
-    except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
-        raise ValueError(f"{where}: {error!r:.1000}") from error
-    except _TooLargeError as error:
-        raise ValueError(f"{where}: it has more {error} than a network of the {tensors} tensors beside it.") from None
+        backbone = _create(folder)
+    first = next(iter(weights))
+    if saved.exit is None and backbone.state_dict().keys() != weights[first].keys():
+        # Another one, which need not be run to be told so.
+        _check_shapes(folder / first, backbone, weights[first])
+    with _explained(where, tensors), torch.device("meta"), budget:
+        blank = _wrap(backbone, saved)
+        check_image("input_size", resolve_input_data_config(blank.backbone, _STATISTICS)["input_size"][1:])
+        parts = _parts(blank, saved, list(weights))
     for name, module in parts.items():
         _check_shapes(folder / name, module, weights[name])
     in_file = sum(map(_size, itertools.chain.from_iterable(held.values() for held in weights.values())))
     in_memory = sum(map(_size, itertools.chain(blank.parameters(), blank.buffers())))
     if in_memory > _UNSAVED_BYTES + _UNSAVED_SHARE * in_file:
         raise ValueError(f"{where}: it takes {in_memory:,} bytes, and the weights beside it only {in_file:,}.")
-    try:
+    with _explained(where, tensors):
         backbone = _create(folder)
         if saved.small_stem:
             use_small_stem(backbone)
         # Exits are where the dry run on the meta device found them: the same dry run would find them here again.
         model = SelfDistillModel(backbone, blank.taps, blank.config)
-    except Exception as error:
-        raise ValueError(f"{where}: {error!r:.1000}") from error
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise ValueError(f"{where}: it would have no memory for its weights.")
     return model
@@ -111,11 +108,15 @@ def _parts(model: SelfDistillModel, saved: Saved, files: list[str]) -> dict[str,
     return dict(zip(files, [model.backbone, model.heads], strict=True))
 
 
-def _check_names(folder: Path, backbone: nn.Module, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuse a whole model with a backbone other than that of the weights, before it is run."""
-    name, held = next(iter(weights.items()))
-    if saved.exit is None and backbone.state_dict().keys() != held.keys():
-        _check_shapes(folder / name, backbone, held)
+@contextmanager
+def _explained(where: str, tensors: int) -> Iterator[None]:
+    """Say of which model something is wrong."""
+    try:
+        yield
+    except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
+        raise ValueError(f"{where}: {error!r:.1000}") from error
+    except _TooLargeError as error:
+        raise ValueError(f"{where}: it has more {error} than a network of the {tensors} tensors beside it.") from None
 
 
 def _check_shapes(path: Path, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -132,15 +133,11 @@ def _check_shapes(path: Path, module: nn.Module, weights: Mapping[str, Tensor]) 
         if name in expected and shape != expected[name]
     ]
     shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
-    raise _MisfitError(f"{path} does not fit the model that {CONFIG} describes: {shown:.1000}.")
+    raise ValueError(f"{path} does not fit the model that {CONFIG} describes: {shown:.1000}.")
 
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-class _MisfitError(ValueError):
-    """Weights are not those of the model."""
 
 
 class _TooLargeError(BaseException):
