@@ -138,3 +138,16 @@ def test_loading_neither_runs_the_model_nor_leaves_a_hook(saved: Path, monkeypat
     assert set(devices) == {"meta"}
     assert all(parameter.device == torch.device("cpu") for parameter in model.parameters())
     assert not torch.nn.modules.module._global_parameter_registration_hooks
+
+
+def test_long_names_and_settings_are_not_printed_whole(saved: Path, tmp_path: Path) -> None:
+    folder = changed(saved, tmp_path, label_names=["a", "b", "c", "d" * 1001])
+    with pytest.raises(ValueError, match="label_names holds one of more than 1,000 characters"):
+        sd.from_pretrained(folder)
+    for settings in ([0.5] * 50_000, {"thresholds": [-1] * 50_000}, "x" * 50_000):
+        config = json.loads((saved / CONFIG).read_text())
+        config["timm_selfdistill"]["early_exit"] = settings
+        (folder / CONFIG).write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="early-exit settings that are not allowed") as caught:
+            sd.load_early_exit(folder)
+        assert len(str(caught.value)) < 1500

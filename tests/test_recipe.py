@@ -496,3 +496,16 @@ def message_of(tmp_path, text):
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "r.yaml")
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.image_size=100000", "data.image_size: must be at most 4096, received 100000"),
+        ("model.kwargs={layers: [1000000000, 1]}", "must hold whole numbers that add up to at most 16,777,216"),
+        ("exits.head_kwargs={width: 1000000000}", "must hold whole numbers that add up to at most 16,777,216"),
+    ],
+)
+def test_sizes_beyond_any_machine_are_refused(problems, override, expected):
+    (problem,) = problems(MINIMAL, override)
+    assert expected in problem

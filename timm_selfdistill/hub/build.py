@@ -1,23 +1,17 @@
 """Build the model that a stranger's configuration describes, once it is known to be that of the weights beside it."""
 
 import itertools
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import timm
 import torch
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
+from timm_selfdistill.build_limit import BuildLimit, TooLargeError
 from timm_selfdistill.hub.limits import check_image
 from timm_selfdistill.hub.saved import CONFIG, Saved
 from timm_selfdistill.model import SelfDistillModel, wrap
@@ -53,15 +47,15 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
     """
     where = f"The model that {folder / CONFIG} describes cannot be built"
     tensors = sum(map(len, weights.values()))
-    budget = _Budget(tensors)
-    with _explained(where, tensors), torch.device("meta"), budget:
+    limit = BuildLimit(_PARAMETERS[0] * tensors + _PARAMETERS[1], _MODULES[0] * tensors + _MODULES[1], _CALLS)
+    with _explained(where, tensors), torch.device("meta"), limit:
         check_image("image_size", saved.image_size)
         backbone = _create(folder)
     first = next(iter(weights))
     if saved.exit is None and backbone.state_dict().keys() != weights[first].keys():
         # Another one, which need not be run to be told so.
         _check_shapes(folder / first, backbone, weights[first])
-    with _explained(where, tensors), torch.device("meta"), budget:
+    with _explained(where, tensors), torch.device("meta"), limit:
         blank = _wrap(backbone, saved)
         check_image("input_size", resolve_input_data_config(blank.backbone, _STATISTICS)["input_size"][1:])
         parts = _parts(blank, saved, list(weights))
@@ -115,7 +109,7 @@ def _explained(where: str, tensors: int) -> Iterator[None]:
         yield
     except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
         raise ValueError(f"{where}: {error!r:.1000}") from error
-    except _TooLargeError as error:
+    except TooLargeError as error:
         raise ValueError(f"{where}: it has more {error} than a network of the {tensors} tensors beside it.") from None
 
 
@@ -138,49 +132,3 @@ def _check_shapes(path: Path, module: nn.Module, weights: Mapping[str, Tensor]) 
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-class _TooLargeError(BaseException):
-    """A model has too many parts; nothing that builds it may catch this and go on."""
-
-
-class _Budget:
-    """Ends the building of a model that has more parts than a limit, in this thread and in a `with` block."""
-
-    def __init__(self, tensors: int) -> None:
-        self._thread = threading.get_ident()
-        self._limits = {
-            "parameters": _PARAMETERS[0] * tensors + _PARAMETERS[1],
-            "modules": _MODULES[0] * tensors + _MODULES[1],
-            "work": _CALLS,
-        }
-        self._counts = dict.fromkeys(self._limits, 0)
-
-    def __enter__(self) -> Self:
-        self._handles = (
-            register_module_parameter_registration_hook(lambda *args: self._count("parameters")),
-            register_module_module_registration_hook(lambda *args: self._count("modules")),
-        )
-        self._profile = sys.getprofile()
-        sys.setprofile(self._called)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        sys.setprofile(self._profile)
-        for handle in self._handles:
-            handle.remove()
-
-    def _count(self, part: str) -> None:
-        # Hooks on the building of modules are those of all threads.
-        if threading.get_ident() != self._thread:
-            return
-        self._counts[part] += 1
-        if self._counts[part] > self._limits[part]:
-            raise _TooLargeError(part)
-
-    def _called(self, frame: FrameType, event: str, argument: Any) -> None:
-        self._counts["work"] += 1
-        if self._counts["work"] > _CALLS:
-            raise _TooLargeError("work")

@@ -14,6 +14,8 @@ _MAX_VALUES: Final = 10_000
 _MAX_CLASSES: Final = 2**24
 # Of all whole numbers but the number of classes: widths, depths, sizes. Lists as long as their sum take little memory.
 _MAX_SUM: Final = 2**20
+_MAX_NAME: Final = 1_000
+_LABELS: Final = ("num_classes", "label_names", "label_descriptions")
 _MAX_DEPTH: Final = 20
 # Where and as what the weights are kept is for this library to say: on "meta", a model would have none.
 _REFUSED_KEYS: Final = ("device", "dtype")
@@ -59,6 +61,11 @@ def check_config(config: Mapping[str, Any]) -> None:
     for name, value in classes.items():
         if isinstance(value, int) and not 0 <= value <= _MAX_CLASSES:
             raise ValueError(f"{name} is {value}; allowed are 0 to {_MAX_CLASSES}.")
+    labels = config.get("label_names")
+    if isinstance(labels, list) and any(len(str(name)) > _MAX_NAME for name in labels):
+        raise ValueError(f"label_names holds one of more than {_MAX_NAME:,} characters, the most that is allowed.")
+    plain = {key: value for key, value in pretrained.items() if key not in _LABELS}
+    check_arguments("pretrained_cfg", plain)
     check_arguments("model_args", {key: value for key, value in arguments.items() if key != "num_classes"})
     for prefix in ("", "test_"):
         if (size := pretrained.get(f"{prefix}input_size")) is not None:

@@ -14,7 +14,7 @@ from timm.data.model_config import resolve_input_data_config
 from torch import nn
 
 from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.hub.limits import check_arguments, check_config, read_json
+from timm_selfdistill.hub.limits import check_arguments, check_config, check_image, read_json
 from timm_selfdistill.model import SelfDistillModel
 
 CONFIG = "config.json"
@@ -60,6 +60,8 @@ def describe(
     """
     config = model.config
     # The dry run's size as it was: the saved input size may be another one, at which the taps' grids look otherwise.
+    if config.image_size is not None:
+        check_image("image_size", config.image_size)
     own_size = resolve_input_data_config(model.backbone, {"mean": 0.5, "std": 0.5})["input_size"][1:]
     return Saved(
         format_version=_FORMAT_VERSION,
