@@ -148,8 +148,8 @@ def test_arguments_must_make_sense(model, images):
     assert message(batch_size=0) == "batch_size is 0; it must be at least 1."
     assert message(workers=-1) == "workers is -1; it must be at least 0."
     wrong = build()
-    wrong.backbone.pretrained_cfg["label_names"] = ["one"]
-    assert message(wrong) == "The model has 4 classes, but its label_names are ['one']."
+    wrong.backbone.pretrained_cfg.update(label_names=list("abcde"), num_classes=4)
+    assert message(wrong).startswith("5 label_names (a, b, c, d, e, ...) for 4 classes")
 
 
 def test_files_folders_and_lists_are_found(tmp_path):

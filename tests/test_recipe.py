@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -451,3 +452,60 @@ def _mutate(mapping: dict[str, Any], rng: random.Random, values: list[Any]) -> N
         place.pop(key, None)
     else:
         place[key] = rng.choice(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[" * 10_000, "line 1: is nested more than 20 levels deep"),
+        ("{[" * 5_000, "line 1: is nested more than 20 levels deep"),
+        ("- " * 5_000, "line 1: is nested more than 20 levels deep"),
+        ("\n".join(" " * level + "a:" for level in range(300)), "line 22: is nested more than 20 levels deep"),
+        ("".join(f"k{n}: 1\n" for n in range(6_000)), "holds more than 10,000 values"),
+        (f"[{'a,' * 20_000}]", "holds more than 10,000 values"),
+        ("".join(f"k{n}: 1\n" for n in range(1_000_000)), "has more than 65,536 bytes, the most that is allowed"),
+        ("[" * 1_000_000, "has more than 65,536 bytes, the most that is allowed"),
+        (f"a: {'x' * 10_000_000}", "has more than 65,536 bytes, the most that is allowed"),
+    ],
+)
+def test_a_recipe_that_asks_for_much_work_is_refused_at_once(text, expected, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    began = time.process_time()
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert time.process_time() - began < 4  # about a second on a fast machine
+    assert caught.value.problems == (expected,)
+
+
+def test_a_message_of_many_or_long_problems_is_short(tmp_path):
+    for text in (
+        "".join(f"k{n}: {{}}\n" for n in range(4_000)),
+        "".join(f"- &a{n} x\n" for n in range(4_000)),
+        f"{'k' * 60_000}: 1\n",
+        f"model: {{name: {'x' * 60_000}, pretrained: {'y' * 100}}}\n",
+    ):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(tmp_path / "r.yaml", ["a=" + "[" * 50_000, "=" + "z" * 50_000])
+        assert len(str(caught.value)) < 20_000
+    assert "and 3,961 more" in message_of(tmp_path, "".join(f"k{n}: 1\n" for n in range(3_999)))
+
+
+def message_of(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.image_size=100000", "data.image_size: must be at most 4096, received 100000"),
+        ("model.kwargs={layers: [1000000000, 1]}", "must hold whole numbers that add up to at most 16,777,216"),
+        ("exits.head_kwargs={width: 1000000000}", "must hold whole numbers that add up to at most 16,777,216"),
+    ],
+)
+def test_sizes_beyond_any_machine_are_refused(problems, override, expected):
+    (problem,) = problems(MINIMAL, override)
+    assert expected in problem

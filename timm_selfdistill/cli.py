@@ -10,6 +10,7 @@ from timm_selfdistill import compare
 from timm_selfdistill.analysis import DRAWS, IMAGES, SIGMAS, analyze_folder, format_analysis
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
 from timm_selfdistill.early_exit import FALLBACKS, RULES
+from timm_selfdistill.escape import printable, printable_message
 from timm_selfdistill.export import FORMATS, ExportError, export_folder
 from timm_selfdistill.hub import HubError, push_folder
 from timm_selfdistill.predict import BATCH_SIZE, print_predictions
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = parsed.run(parsed)
     except (ValueError, HubError, ExportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_message(f"error: {error}"), file=sys.stderr)
         return 2
     return status
 
@@ -235,7 +236,7 @@ def _export(arguments: argparse.Namespace) -> int:
         image_size=arguments.image_size,
         overwrite=arguments.force,
     )
-    print(path)
+    print(printable(path))
     return 0
 
 
@@ -249,7 +250,7 @@ def _push(arguments: argparse.Namespace) -> int:
         commit_message=arguments.message,
         license=arguments.license,
     )
-    print(address)
+    print(printable(address))
     return 0
 
 

@@ -10,7 +10,7 @@ from timm_selfdistill.hub.folder import (
     save_early_exit,
     save_pretrained,
 )
-from timm_selfdistill.hub.labels import class_names
+from timm_selfdistill.hub.labels import class_names, complete_names
 from timm_selfdistill.hub.remote import (
     HubError,
     from_pretrained,
@@ -20,7 +20,7 @@ from timm_selfdistill.hub.remote import (
     push_folder,
     push_to_hub,
 )
-from timm_selfdistill.hub.saved import CONFIG
+from timm_selfdistill.hub.saved import CONFIG, check_finite
 
 __all__ = [
     "BACKBONE",
@@ -29,7 +29,9 @@ __all__ = [
     "EXITS",
     "HubError",
     "Training",
+    "check_finite",
     "class_names",
+    "complete_names",
     "from_pretrained",
     "is_exported",
     "load_early_exit",

@@ -10,6 +10,7 @@ from torch import nn
 import timm_selfdistill.backbones  # noqa: F401  # registers networks with timm, so that recipes can name them
 from timm_selfdistill.exits import Backbone, Exits, find_exit_points
 from timm_selfdistill.model.network import SelfDistillModel, WrapConfig
+from timm_selfdistill.model.size import check_size
 from timm_selfdistill.stem import use_small_stem
 
 
@@ -46,13 +47,14 @@ def wrap(
         The wrapped model.
 
     Raises:
-        ValueError: If the backbone cannot be wrapped, or if an exit, head or option is unknown; the message lists
-            what is allowed.
+        ValueError: If the backbone cannot be wrapped or is larger than the memory, or if an exit, head or option is
+            unknown; the message lists what is allowed.
     """
     if isinstance(backbone, SelfDistillModel):
         raise ValueError("The model is wrapped already; wrap its .backbone to choose other exits.")
     if isinstance(backbone, str):
         kwargs = dict(model_kwargs or {}) | ({} if num_classes is None else {"num_classes": num_classes})
+        check_size(backbone, kwargs)
         backbone = create_backbone(backbone, pretrained, kwargs)
     elif num_classes is not None or pretrained or model_kwargs:
         raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from timm_selfdistill.early_exit import EarlyExit
+from timm_selfdistill.escape import printable
 from timm_selfdistill.hub import load_with_early_exit
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.predict.images import BATCH_SIZE, predict_images
@@ -92,7 +93,7 @@ def print_predictions(
         for prediction in predictions:
             if prediction.error is not None:
                 failed += 1
-                tqdm.write(f"{prediction.path}: {prediction.error}", file=sys.stderr)
+                tqdm.write(printable(f"{prediction.path}: {prediction.error}"), file=sys.stderr)
             else:
                 tqdm.write(json.dumps(prediction.to_json()) if as_json else prediction.to_text())
             bar.update()

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from timm_selfdistill.data import MODES, InputConfig, Transform, check_pillow, decode, eval_transform
 from timm_selfdistill.early_exit import EarlyExit
+from timm_selfdistill.escape import printable
 from timm_selfdistill.hub import class_names
 from timm_selfdistill.model import SelfDistillModel
 
@@ -54,11 +55,12 @@ class Prediction:
         return {"path": self.path, **tops[0], "exit": self.exit, "exit_name": self.exit_name, **top}
 
     def to_text(self) -> str:
-        """Return an answer as lines of path, class, probability and exit, separated by tabs; one line a class."""
-        # A name that is no UTF-8 is shown by its bytes.
-        path = self.path.encode(errors="backslashreplace").decode()
+        """Return an answer as lines of path, class, probability and exit, separated by tabs; one line a class.
+
+        Line breaks, tabs and control characters in names are shown escaped, as "\\n".
+        """
         return "\n".join(
-            f"{path}\t{name}\t{probability:.4f}\t{self.exit}: {self.exit_name}"
+            f"{printable(self.path)}\t{printable(name)}\t{probability:.4f}\t{self.exit}: {printable(self.exit_name)}"
             for name, probability in zip(self.classes, self.probabilities, strict=True)
         )
 

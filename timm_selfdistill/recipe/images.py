@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from timm_selfdistill.recipe.fields import (
     Channels,
     Count,
+    ImageSide,
     NotNegative,
     Positive,
     Probability,
@@ -32,7 +33,7 @@ class DataSection(Section):
             datasets without one.
         on_error: Stop at an image that cannot be decoded (raise), or go on without it and list it (skip).
         workers: Loader processes per training process; with `cache`, to decode.
-        image_size: Height and width in pixels; null takes the model's own.
+        image_size: Height and width in pixels, at most 4096; null takes the model's own.
         mean: Mean per channel on the scale 0..1; null takes the model's own.
         std: Standard deviation per channel on the scale 0..1; null takes the model's own.
         interpolation: How images are resized; null takes the model's own.
@@ -56,7 +57,7 @@ class DataSection(Section):
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     on_error: Literal["raise", "skip"] = "raise"
     workers: Annotated[int, Field(ge=0)] = 4
-    image_size: Count | None = None
+    image_size: ImageSide | None = None
     mean: Channels | None = None
     std: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None

@@ -11,8 +11,12 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from timm_selfdistill.recipe.plain_yaml import parse, unplain
+from timm_selfdistill.recipe.plain_yaml import MAX_BYTES, parse, unplain
 from timm_selfdistill.recipe.recipe import Recipe
+
+# Of the problems of a recipe, and of what is said of each.
+_MOST_PROBLEMS = 40
+_MOST_CHARACTERS = 400
 
 _OVERRIDE_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 
@@ -55,7 +59,10 @@ class RecipeError(ValueError):
 
     def __str__(self) -> str:
         count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "a problem"
-        return "\n  ".join((f"Recipe {self.source} has {count}:", *self.problems))
+        shown = [_shorten(problem, _MOST_CHARACTERS) for problem in self.problems[:_MOST_PROBLEMS]]
+        if len(self.problems) > len(shown):
+            shown.append(f"and {len(self.problems) - len(shown):,} more")
+        return "\n  ".join((f"Recipe {_shorten(self.source, _MOST_CHARACTERS)} has {count}:", *shown))
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -86,7 +93,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     try:
         recipe = Recipe.model_validate(mapping)
     except ValidationError as error:
-        problems += map(_sentence, error.errors(include_url=False))
+        errors = error.errors(include_url=False)
+        problems += map(_sentence, errors[:_MOST_PROBLEMS])
+        # Counted, but not put into words, which takes long.
+        problems += (f"{_path(item['loc'])}: is wrong" for item in errors[_MOST_PROBLEMS:])
     if problems:
         raise RecipeError(path.stem if isinstance(source, Mapping) else str(source), list(dict.fromkeys(problems)))
     return recipe
@@ -126,7 +136,11 @@ def _shipped() -> dict[str, Path]:
 def _read(path: Path) -> dict[str, Any]:
     """Return the file's mapping, or raise RecipeError."""
     try:
-        value, problems = parse(path.read_bytes().decode("utf-8-sig"))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise RecipeError(str(path), [f"has more than {MAX_BYTES:,} bytes, the most that is allowed"])
+        value, problems = parse(data.decode("utf-8-sig"))
     except FileNotFoundError:
         shipped = list_recipes()
         hint = _did_you_mean(path.stem, shipped)
@@ -136,6 +150,8 @@ def _read(path: Path) -> dict[str, Any]:
         )
     except UnicodeDecodeError as error:
         value, problems = None, [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
+    except RecipeError:
+        raise
     except (OSError, ValueError) as error:
         value, problems = None, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
     if not problems and not isinstance(value, dict):
@@ -149,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _override(mapping: dict[str, Any], override: str) -> Iterator[str]:
     """Write one "section.key=value" into `mapping`, or yield what is wrong with it."""
     key, equals, text = override.partition("=")
-    where = f"override {override!r}: "
+    where = f"override {_shorten(repr(override), 200)}: "
     if not equals or not _OVERRIDE_KEY.fullmatch(key):
         yield f"{where}must have the form section.key=value"
         return
@@ -217,4 +233,8 @@ def _show(value: Any) -> str:
         if value is None or isinstance(value, bool)
         else repr(list(value) if isinstance(value, tuple) else value)
     )
-    return text if len(text) <= 80 else text[:77] + "..."
+    return _shorten(text, 80)
+
+
+def _shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,5 +1,6 @@
 """Everything a training run depends on; every default of a run is in this folder, once."""
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -69,6 +70,16 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
         return dump(self.model_dump(mode="json"))
+
+    def without_local_paths(self) -> "Recipe":
+        """Return the recipe as it may be shared: paths of this machine cut down to their last name, no `output_dir`."""
+        data, model = self.data, self.model
+        if os.path.isabs(os.path.expanduser(data.path)) or os.path.exists(data.path):
+            data = data.model_copy(update={"path": os.path.basename(os.path.abspath(data.path))})
+        if model.name.startswith("local-dir:"):
+            model = model.model_copy(update={"name": f"local-dir:{os.path.basename(os.path.abspath(model.name))}"})
+        resume = self.resume if self.resume == "never" else "auto"
+        return self.model_copy(update={"data": data, "model": model, "output_dir": None, "resume": resume})
 
     @field_validator("schedule")
     @classmethod

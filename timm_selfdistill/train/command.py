@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from accelerate import PartialState
 
 from timm_selfdistill.data import SKIPPED
+from timm_selfdistill.escape import PrintableFormatter, printable, printable_message
 from timm_selfdistill.hub import HubError
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.report import format_table
@@ -38,7 +39,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             return
         print(format_table(report))
         listed = f", {SKIPPED}" if any(report["num_skipped"].values()) else ""
-        print(f"\nWritten to {recipe.output_dir}: report.json, report.md, report.png, model/{listed}")
+        print(f"\nWritten to {printable(recipe.output_dir)}: report.json, report.md, report.png, model/{listed}")
         if recipe.push_to_hub is not None:
             print(f"Pushed to {recipe.push_to_hub.repo}")
 
@@ -47,20 +48,25 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def run_safely(run: Callable[[], None]) -> int:
     """Run what trains; return the exit status, and say in one sentence what stopped it."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         run()
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         return interruption.exit_status
     except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_message(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error}. Make room, and run the same command again to go on.", file=sys.stderr)
+        print(
+            printable_message(f"error: {error}. Make room, and run the same command again to go on."),
+            file=sys.stderr,
+        )
         return 1
     except (ValueError, HubError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_message(f"error: {error}"), file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):

@@ -22,6 +22,7 @@ from timm_selfdistill.hub import (
 )
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import PushSection, Recipe
+from timm_selfdistill.redaction import redact
 from timm_selfdistill.report import Report, format_markdown
 
 _logger = logging.getLogger(__name__)
@@ -41,6 +42,11 @@ class ModelWriter:
         self._class_names = data.class_names
         self._data_config = input.to_timm()
 
+    @property
+    def shared_recipe(self) -> str:
+        """The recipe as it may be shared, as YAML: without paths of this machine."""
+        return redact(self._recipe.without_local_paths().to_yaml())
+
     def save(self, model: SelfDistillModel, folder: Path, report: Report | None = None, note: str = "") -> None:
         """Write the model; early-exit settings that were chosen for the very same weights stay with it.
 
@@ -54,10 +60,10 @@ class ModelWriter:
         # The weights that training started from are under a licence of their own, which what is made of them inherits.
         origin = model.pretrained_cfg if recipe.model.pretrained else {}
         training = Training(
-            dataset=recipe.data.path,
+            dataset=recipe.without_local_paths().data.path,
             on_hub=is_on_hub(recipe.data.path),
             base_model=origin.get("hf_hub_id"),
-            recipe=recipe.to_yaml(),
+            recipe=self.shared_recipe,
             report=report,
             table="" if report is None else format_markdown(report),
         )
@@ -144,7 +150,7 @@ class Publisher:
     def _save_snapshot(self, model: SelfDistillModel, done: str) -> None:
         note = f"\nTraining goes on: this is the model after {done}.\n"
         self._writer.save(model, self._snapshot / "model", note=note)
-        shutil.copyfile(self._folder / "recipe.yaml", self._snapshot / "recipe.yaml")
+        (self._snapshot / "recipe.yaml").write_text(self._writer.shared_recipe)
 
     def _push_snapshot(self, done: str) -> None:
         message = f"Add the model after {done}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
 from timm_selfdistill.data import ImageData, InputConfig, Loaders, SkipList, build_loaders
-from timm_selfdistill.hub import CONFIG
+from timm_selfdistill.hub import CONFIG, complete_names
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, Recipe, load_recipe
 
@@ -122,8 +122,12 @@ def evaluation_loaders(
 def check_classes(folder: Path, data: ImageData) -> None:
     """Refuse a data set whose classes are not those the model was trained on, in its order."""
     names = json.loads((folder / CONFIG).read_text()).get("label_names")
-    if names is not None and names != list(data.class_names):
-        names = list(map(str, names)) if isinstance(names, list) else [str(names)]
+    if names is None:
+        return
+    names = list(map(str, names)) if isinstance(names, list) else [str(names)]
+    # Classes that the training data did not have are named by their indices.
+    fits = len(data.class_names) <= len(names) and complete_names(data.class_names, len(names)) == tuple(names)
+    if not fits:
         raise ValueError(
             f"{data.name} has {len(data.class_names)} classes ({', '.join(data.class_names[:5])}, ...), the model in "
             f"{folder} was trained on {len(names)} ({', '.join(names[:5])}, ...): "
