@@ -27,8 +27,8 @@ from timm_selfdistill.data import (
     open_dataset,
 )
 from timm_selfdistill.data.collate import Collate
+from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.data.skipped import SkippedImage
-from timm_selfdistill.data.transforms import decode, read
 from timm_selfdistill.metrics import IGNORED, ExitMetrics
 from timm_selfdistill.model import ExitOutput
 from timm_selfdistill.recipe import AugmentSection, DataSection, load_recipe

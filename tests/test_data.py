@@ -27,7 +27,7 @@ from timm_selfdistill.data import (
     open_dataset,
     train_transform,
 )
-from timm_selfdistill.data.transforms import decode, read
+from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 PLAIN = AugmentSection(train_crop_mode="pad", hflip=0.0)

@@ -8,10 +8,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.data.errors import SampleError
 from timm_selfdistill.data.order import generators_of_training, seed_generators
 from timm_selfdistill.data.skipped import SkipList, SkippedImage, Use
-from timm_selfdistill.data.transforms import Transform, decode, read
+from timm_selfdistill.data.transforms import Transform
 from timm_selfdistill.metrics import IGNORED
 
 Batch = tuple[Tensor, Tensor]
