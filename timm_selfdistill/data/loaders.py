@@ -115,6 +115,7 @@ def build_loaders(
             MODES[input.channels],
             train_transform(augment, input) if use == "training" else eval_transform(input),
             skip_list if section.on_error == "skip" else None,
+            split.class_index if isinstance(split, StreamSplit) else None,
         )
 
     uses: dict[Use, ImageSplit | StreamSplit | None]

@@ -21,10 +21,15 @@ class DataSection(Section):
     """Where images and labels come from, and how images become tensors.
 
     Args:
-        path: Dataset on the Hugging Face Hub, folder of images, parquet or arrow files, or "digits" (embedded).
+        path: Dataset on the Hugging Face Hub, folder of images, parquet or arrow files, a table of paths, WebDataset
+            shards, or "digits" (embedded).
         name: Configuration of a Hub dataset.
         image: Column of the images.
         target: Column of the class labels.
+        root: Folder that the paths in a table are relative to; null takes the table's own.
+        split_column: Column of a table that names the split of each row; "split" need not be there, null for none.
+        classes: Names of the classes, or their number; null takes them from the data, which a stream of plain integers
+            or strings cannot tell.
         train_split: Split to train on.
         eval_split: Split to report on; nothing is ever chosen by it.
         validation: Share of the training images held out (0..1, stratified; 0 for none), or the name of a split.
@@ -50,6 +55,9 @@ class DataSection(Section):
     name: Text | None = None
     image: Text = "image"
     target: Text = "label"
+    root: Text | None = None
+    split_column: Text | None = "split"
+    classes: Annotated[int, Field(ge=2)] | Annotated[tuple[Text, ...], Field(strict=False, min_length=2)] | None = None
     train_split: Text = "train"
     eval_split: Text = "test"
     validation: float | str = 0.1
@@ -67,6 +75,18 @@ class DataSection(Section):
     cache: Literal["device"] | None = None
     max_train: Count | None = None
     max_eval: Count | None = None
+
+    @field_validator("classes")
+    @classmethod
+    def _check_classes(cls, value: int | tuple[str, ...] | None) -> int | tuple[str, ...] | None:
+        if isinstance(value, tuple) and len(set(value)) < len(value):
+            raise ValueError("must not name a class twice")
+        return value
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes that the recipe tells, if it does; those of a mere number are the indices."""
+        return tuple(map(str, range(self.classes))) if isinstance(self.classes, int) else self.classes
 
     @field_validator("eval_split")
     @classmethod
