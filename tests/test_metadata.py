@@ -66,6 +66,14 @@ def test_metadata_at_the_top(tmp_path: Path) -> None:
     assert [values(split) for split in (data.train, data.eval)] == [[0, 1], [2, 3]]
 
 
+def test_a_folder_called_like_no_split_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "train", ["0.png", "1.png", "2.png", "3.png"])
+    write(tmp_path / "raw", ["4.png", "5.png"])
+    assert len(open_folder(tmp_path, eval_fraction=0.5).train) == 2
+    assert "raw/metadata.csv is not read: its folder is called like no split" in caplog.text
+    assert len(open_folder(tmp_path, eval_split="raw").eval) == 2
+
+
 def test_another_column_of_images(tmp_path: Path) -> None:
     write(tmp_path, ["0.png", "1.png", "2.png", "3.png"], column="input_file_name")
     assert len(open_folder(tmp_path, image="input", eval_fraction=0.5).train) == 2

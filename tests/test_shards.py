@@ -14,6 +14,7 @@ from PIL import Image
 
 from timm_selfdistill.data import ImageData, InputConfig, Loaders, build_loaders, open_dataset
 from timm_selfdistill.data.decode import decode, read
+from timm_selfdistill.data.shards import load_shards
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 GREY = InputConfig(1, (4, 4), (0.0,), (1.0,), "nearest", 1.0)
@@ -110,6 +111,18 @@ def test_folders_of_shards_are_splits(tmp_path: Path) -> None:
         write(tmp_path / split / "a-test-0.tgz", *pairs(range(4)))
     data = open_shards(tmp_path, eval_split="validation")
     assert len(data.train) == len(data.eval) == 4
+
+
+def test_a_tar_file_beside_images_is_left_alone(tmp_path: Path, make_image_folder: Any) -> None:
+    folder = make_image_folder(tmp_path / "pets")
+    for place in (folder, folder / "train", folder / "train" / "class0"):
+        write(place / "train.tar", *pairs(range(2)))
+    assert load_shards(folder, section(folder)) is None
+    for other, count in (("notes.txt", 1), ("a.png", 0)):
+        write(tmp_path / "tars" / "train.tar", *pairs(range(2)))
+        (tmp_path / "tars" / "logs").mkdir(exist_ok=True)
+        (tmp_path / "tars" / "logs" / other).touch()
+        assert len(load_shards(tmp_path / "tars", section(tmp_path / "tars")) or {}) == count
 
 
 def test_a_changed_shard_is_read_anew(shards: Path) -> None:

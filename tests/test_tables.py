@@ -139,6 +139,11 @@ def test_a_column_may_name_the_splits(folder: Path, ending: str) -> None:
     data = open_table(file, eval_fraction=None, validation="validation")
     assert [values(split) for split in (data.train, data.validation, data.eval)] == [[0, 1, 2, 3], [4, 5], [6, 7]]
     assert len(open_table(file, split_column=None).train) == 4
+    if ending == "jsonl":  # the key may begin later
+        lines = file.read_text().splitlines()
+        file.write_text("\n".join([lines[0].replace("split", "other"), *lines[1:]]))
+        with pytest.raises(ValueError, match="row 0: 'split' is empty"):
+            open_table(file)
     write(file, {("fold" if name == "split" else name): column for name, column in columns.items()})
     assert len(open_table(file).train) == 4
     assert len(open_table(file, eval_fraction=None, split_column="fold").train) == 4
@@ -166,6 +171,23 @@ def test_tables_are_splits_by_their_names(folder: Path, by: str, ending: str) ->
     # One file or a pattern of one split is the training split.
     assert len(open_table(folder / f"train-*.{ending}").train) == 2
     assert len(open_table(folder / f"test.{ending}").train) == 2
+
+
+def test_a_column_of_splits_must_agree_with_the_names_of_tables(folder: Path) -> None:
+    write(folder / "train.csv", {"path": paths(4), "label": LABELS, "split": ["train"] * 4})
+    write(folder / "test.csv", {"path": paths(4, 4), "label": LABELS, "split": ["Test"] * 4})
+    assert len(open_table(folder, eval_fraction=None).eval) == 4
+    write(folder / "train.csv", {"path": paths(4), "label": LABELS, "split": ["train", "test"] * 2})
+    with pytest.raises(ValueError, match=r"train\.csv is the split 'train' by its name, but its column 'split' names"):
+        open_table(folder, eval_fraction=None)
+    assert len(open_table(folder, eval_fraction=None, split_column=None).train) == 4
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_one_name_written_in_two_ways_is_one_class(folder: Path, ending: str) -> None:
+    names = ["caf\u00e9", "cafe\u0301", "bar", "bar"]
+    data = open_table(write(folder / f"labels.{ending}", {"path": paths(4), "label": names}))
+    assert data.class_names == ("bar", "caf\u00e9")
 
 
 def test_names_that_do_not_begin_with_a_split_are_not_guessed_at(folder: Path) -> None:

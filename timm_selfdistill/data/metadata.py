@@ -1,5 +1,6 @@
 """Folders of images that `metadata.csv`, `.jsonl` or `.parquet` describe, as Hugging Face documents them."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,8 @@ from timm_selfdistill.data.split_names import STANDARD_SPLITS, split_name, used_
 from timm_selfdistill.data.table_files import Table, read_table
 from timm_selfdistill.data.tables import by_split_column, describes_images, rows_of_splits
 from timm_selfdistill.recipe import DataSection
+
+_logger = logging.getLogger(__name__)
 
 _METADATA: Final = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -55,17 +58,19 @@ def load_metadata(path: Path, section: DataSection) -> dict[str, Any] | None:
     if path in folders:
         # A folder of a split, if every image is in one.
         first = pc.list_element(pc.split_pattern(tables[0].rows["path"], "/", max_splits=1), 0)
-        names = {name: split_name(name) for name in pc.unique(first).to_pylist()}
-        if all(name in STANDARD_SPLITS.values() for name in names.values()):
-            splits = pa.array([names[name] for name in first.to_pylist()])
+        if all(split_name(name) in STANDARD_SPLITS.values() for name in pc.unique(first).to_pylist()):
+            splits = pa.array([split_name(name) for name in first.to_pylist()])
             tables = [Table(tables[0].file, tables[0].rows.append_column("split", splits), tables[0].label)]
         found = by_split_column(tables)
     else:
-        named = {split_name(name) for name in used_splits(section).values()}
-        for table in tables:
-            name = split_name(table.file.parent.name)
-            known = name in STANDARD_SPLITS.values() or name in named
-            found.setdefault(name if known else "train", []).append(table)
+        named = {*STANDARD_SPLITS.values(), *map(split_name, used_splits(section).values())}
+        names = [split_name(table.file.parent.name) for table in tables]
+        some = not named.isdisjoint(names)
+        for name, table in zip(names, tables, strict=True):
+            if some and name not in named:
+                _logger.warning("%s is not read: its folder is called like no split.", table.file)
+            else:
+                found.setdefault(name if some else "train", []).append(table)
     return rows_of_splits(found, section, None)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import tarfile
+import unicodedata
 from collections.abc import Iterator, Mapping
 from glob import glob
 from pathlib import Path
@@ -13,7 +14,7 @@ import datasets
 
 from timm_selfdistill.data.decode import MOST_BYTES
 from timm_selfdistill.data.named_files import files_by_split
-from timm_selfdistill.data.split_names import STANDARD_SPLITS, split_name, used_splits
+from timm_selfdistill.data.split_names import STANDARD_SPLITS, find_split, split_name, used_splits
 from timm_selfdistill.recipe import DataSection
 
 SHARD_ENDINGS: Final = (".tar", ".tar.gz", ".tgz")
@@ -52,10 +53,7 @@ def load_shards(path: Path, section: DataSection) -> dict[str, Any] | None:
     if not files:
         return None
     fields = {"image": _ANY_IMAGE if section.image == "image" else section.image, "target": section.target}
-    if section.train_split in files or "train" in files:
-        first = files.get(section.train_split) or files["train"]
-    else:
-        first = next(iter(files.values()))
+    first = files[find_split(section.train_split, files) or next(iter(files))]
     label = datasets.Value(_kind_of_label(first[0], fields))
     features = datasets.Features({section.image: datasets.Image(), section.target: label})
     splits: dict[str, Any] = {}
@@ -90,8 +88,13 @@ def _shard_files(path: Path, section: DataSection) -> dict[str, list[Path]]:
 
 
 def _shards_in(folder: Path) -> list[Path]:
+    """Return the shards of a folder of them; none if it holds images, beside which a tar file may well stand."""
     names = sorted(name for name in os.listdir(folder) if name.lower().endswith(SHARD_ENDINGS))
-    return [folder / name for name in names if (folder / name).is_file()]
+    shards = [file for name in names if _is_shard(file := folder / name)]
+    images = tuple(f".{ending}" for ending in _ANY_IMAGE.split(";"))
+    if shards and any(name.lower().endswith(images) for _, _, files in os.walk(folder) for name in files):
+        return []
+    return shards
 
 
 def _is_shard(path: Path) -> bool:
@@ -188,7 +191,7 @@ def _label(sample: Sample, target: str, where: str) -> int | str:
     try:
         text = sample[ending].decode().strip()
         if ending != "json":
-            return int(text) if ending in _INTEGERS and _INTEGER.fullmatch(text) else text
+            return int(text) if ending in _INTEGERS and _INTEGER.fullmatch(text) else _normal(text)
         value = json.loads(text)
         for key in next(part for part in target.split(";") if part.startswith("json.")).split(".")[1:]:
             value = value[key]
@@ -196,4 +199,9 @@ def _label(sample: Sample, target: str, where: str) -> int | str:
         raise ValueError(f"{where}: {target!r} cannot be read from the member {ending!r}: {error!r}") from error
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"{where}: {target!r} is {value!r}; labels are integers or strings")
-    return value
+    return _normal(value) if isinstance(value, str) else value
+
+
+def _normal(name: str) -> str:
+    """Return a name with composed characters: one name may be written in two ways."""
+    return unicodedata.normalize("NFC", name)

@@ -30,9 +30,13 @@ Indices = NDArray[np.int64]
 def load_splits(section: DataSection) -> Mapping[str, Any]:
     """Return split name -> `datasets.Dataset` or, for streaming, `datasets.IterableDataset`."""
     path = DIGITS if section.path == "digits" else Path(section.path).expanduser()
+    splits: Mapping[str, Any] | None
     for load in (load_shards, load_metadata, load_tables):
-        if (named := load(path, section)) is not None:
-            return named
+        try:
+            if (splits := load(path, section)) is not None:
+                return splits
+        except PermissionError as error:
+            raise ValueError(f"data.path {section.path!r} cannot be read: {error}.") from error
     if any((path / marker).exists() for marker in ("dataset_dict.json", "state.json")):
         if section.streaming:
             raise ValueError(
@@ -56,9 +60,7 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
     elif not is_on_hub(source):
         raise ValueError(f"data.path {section.path!r}: there is no such folder or file.")
     try:
-        splits: Mapping[str, Any] = datasets.load_dataset(
-            source, section.name, data_files=files, streaming=section.streaming
-        )
+        splits = datasets.load_dataset(source, section.name, data_files=files, streaming=section.streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"data.path {section.path!r} cannot be opened; it can be 'digits', a folder or file, or a data set on the "

@@ -41,7 +41,7 @@ class Table:
 
 
 def column_names(file: Path) -> list[str]:
-    """Return the names of a table's columns; of JSON lines those of the first line.
+    """Return the names of a table's columns.
 
     Raises:
         ValueError: If it cannot be read.
@@ -52,9 +52,9 @@ def column_names(file: Path) -> list[str]:
             with csv.open_csv(file, parse_options=_parse_options(file)) as reader:
                 return list(reader.schema.names)
         if ending in _JSON:
-            return list(_json_rows(file, only_first=True)[0])
+            return list(dict.fromkeys(key for row in _json_rows(file) for key in row))
         return list(parquet.read_schema(file).names)
-    except (OSError, ValueError, IndexError) as error:  # pyarrow's own are ValueErrors
+    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
         raise _unreadable(file, error) from error
 
 
@@ -106,7 +106,9 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Table:
         if (row := pc.index(empty, True).as_py()) >= 0:
             raise ValueError(f"{file}, row {row}: {columns[use]!r} is empty.")
     if _is_string(rows["label"].type):
-        rows = _replaced(rows, "label", pc.if_else(pc.equal(rows["label"], ""), None, rows["label"]))
+        # One name may be written with composed and with decomposed characters.
+        names_of_classes = pc.utf8_normalize(rows["label"], "NFC")
+        rows = _replaced(rows, "label", pc.if_else(pc.equal(names_of_classes, ""), None, names_of_classes))
         label = datasets.Value("string")
     return Table(file, rows, label)
 
@@ -151,7 +153,7 @@ def _parse_options(file: Path) -> csv.ParseOptions:
     )
 
 
-def _json_rows(file: Path, only_first: bool = False) -> list[dict[str, Any]]:
+def _json_rows(file: Path) -> list[dict[str, Any]]:
     """Return the objects of a file that holds one a line, or a list of them."""
     rows: list[Any] = []
     with file.open(encoding="utf-8-sig") as lines:
@@ -166,8 +168,6 @@ def _json_rows(file: Path, only_first: bool = False) -> list[dict[str, Any]]:
                         rows.append(json.loads(line))
                     except json.JSONDecodeError as error:
                         raise ValueError(f"line {number} is no JSON: {error}") from error
-                    if only_first:
-                        break
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is no JSON object but {row!r}")

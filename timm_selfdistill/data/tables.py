@@ -62,6 +62,13 @@ def load_tables(path: Path, section: DataSection) -> dict[str, Any] | None:
     }
     if list(found) == ["train"]:
         found = by_split_column(found["train"])
+    for name, tables in found.items():
+        for table in tables:
+            if "split" in table.rows.column_names and set(map(split_name, _values(table, "split"))) != {name}:
+                raise ValueError(
+                    f"{table.file} is the split {name!r} by its name, but its column {section.split_column!r} names "
+                    f"{', '.join(_values(table, 'split'))}: give one file, or set data.split_column to null."
+                )
     root = None if section.root is None else Path(section.root).expanduser()
     if root is not None and not root.is_dir():
         raise ValueError(f"data.root {section.root!r} is no folder.")
@@ -93,7 +100,7 @@ def by_split_column(tables: Sequence[Table]) -> dict[str, list[Table]]:
         if "split" not in table.rows.column_names:
             found.setdefault("train", []).append(table)
             continue
-        for name in pc.unique(table.rows["split"]).to_pylist():
+        for name in _values(table, "split"):
             rows = table.rows.filter(pc.equal(table.rows["split"], name))
             found.setdefault(split_name(name), []).append(Table(table.file, rows, table.label))
     return found
@@ -150,14 +157,19 @@ def _read_with_split(file: Path, columns: Mapping[str, str], section: DataSectio
     return read_table(file, columns)
 
 
+def _values(table: Table, column: str) -> list[str]:
+    values: list[str] = pc.unique(table.rows[column]).to_pylist()
+    return values
+
+
 def _check_files(paths: Sequence[str], given: Sequence[str], table: Path, folder: str) -> None:
     """Refuse a table that names files which are not there; folders are listed, which is faster than asking for each."""
     listings: dict[str, set[str]] = {}
     missing = []
     for path in paths:
-        parent, name = os.path.split(path)
+        parent, _, name = path.rpartition(os.sep)
         if parent not in listings:
-            listings[parent] = _files_in(parent)
+            listings[parent] = _files_in(parent or os.sep)
         if name not in listings[parent]:
             missing.append(path)
     if missing:
@@ -166,7 +178,8 @@ def _check_files(paths: Sequence[str], given: Sequence[str], table: Path, folder
             f"{len(missing)} of the {len(paths)} images of {table} are missing; the first, {missing[0]}, {what}. Paths "
             f"are relative to {folder}; data.root names another folder."
         )
-    outside = [path for path in given if not os.path.isabs(path) and os.path.normpath(path).startswith("..")]
+    climbing = [path for path in given if ".." in path and not os.path.isabs(path)]
+    outside = [path for path in climbing if os.path.normpath(path).startswith("..")]
     if outside:
         _logger.warning(
             "%d of the %d paths of %s lead out of %s, the first is %s.",

@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from timm_selfdistill.recipe.fields import (
     Channels,
     Count,
+    Names,
     NotNegative,
     Positive,
     Probability,
@@ -57,7 +58,7 @@ class DataSection(Section):
     target: Text = "label"
     root: Text | None = None
     split_column: Text | None = "split"
-    classes: Annotated[int, Field(ge=2)] | Annotated[tuple[Text, ...], Field(strict=False, min_length=2)] | None = None
+    classes: int | Names | None = None
     train_split: Text = "train"
     eval_split: Text = "test"
     validation: float | str = 0.1
@@ -76,10 +77,15 @@ class DataSection(Section):
     max_train: Count | None = None
     max_eval: Count | None = None
 
-    @field_validator("classes")
+    @field_validator("classes", mode="before")
     @classmethod
-    def _check_classes(cls, value: int | tuple[str, ...] | None) -> int | tuple[str, ...] | None:
-        if isinstance(value, tuple) and len(set(value)) < len(value):
+    def _check_classes(cls, value: Any) -> Any:
+        if value is None or (is_integer(value) and value > 1):
+            return value
+        names = value if isinstance(value, list | tuple) else ()
+        if len(names) < 2 or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("must be the number of the classes, at least 2, or the list of their names, each a text")
+        if len(set(names)) < len(names):
             raise ValueError("must not name a class twice")
         return value
 
