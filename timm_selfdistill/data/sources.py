@@ -30,13 +30,8 @@ Indices = NDArray[np.int64]
 def load_splits(section: DataSection) -> Mapping[str, Any]:
     """Return split name -> `datasets.Dataset` or, for streaming, `datasets.IterableDataset`."""
     path = DIGITS if section.path == "digits" else Path(section.path).expanduser()
-    splits: Mapping[str, Any] | None
-    for load in (load_shards, load_metadata, load_tables):
-        try:
-            if (splits := load(path, section)) is not None:
-                return splits
-        except PermissionError as error:
-            raise ValueError(f"data.path {section.path!r} cannot be read: {error}.") from error
+    if (listed := _load_listed(path, section)) is not None:
+        return listed
     if any((path / marker).exists() for marker in ("dataset_dict.json", "state.json")):
         if section.streaming:
             raise ValueError(
@@ -60,7 +55,9 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
     elif not is_on_hub(source):
         raise ValueError(f"data.path {section.path!r}: there is no such folder or file.")
     try:
-        splits = datasets.load_dataset(source, section.name, data_files=files, streaming=section.streaming)
+        splits: Mapping[str, Any] = datasets.load_dataset(
+            source, section.name, data_files=files, streaming=section.streaming
+        )
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"data.path {section.path!r} cannot be opened; it can be 'digits', a folder or file, or a data set on the "
@@ -76,6 +73,15 @@ def is_on_hub(path: str) -> bool:
     here = path == "digits" or Path(path).expanduser().is_dir() or bool(glob(path))
     is_file = path.startswith((".", "/", "~")) or path.endswith(FILE_ENDINGS)
     return not here and not is_file and HUB_NAME.fullmatch(path) is not None
+
+
+def _load_listed(path: Path, section: DataSection) -> Mapping[str, Any] | None:
+    """Return the splits of a data set that tar files, metadata or tables list; None if it is none."""
+    try:
+        found = (load(path, section) for load in (load_shards, load_metadata, load_tables))
+        return next((splits for splits in found if splits is not None), None)
+    except PermissionError as error:
+        raise ValueError(f"data.path {section.path!r} cannot be read: {error}.") from error
 
 
 def _load_saved(path: Path) -> Mapping[str, Any]:
