@@ -258,10 +258,12 @@ def test_an_image_is_in_one_split(folder: Path) -> None:
         ("a.jsonl", '{"path": "photos/0.png", "label": 1}\n{"path": "photos/1.png", "label": "x"}\n', "cannot be read"),
         ("a.jsonl", '{"path": 3, "label": 1}\n', "Column 'path' of .* holds int64, not strings"),
         ("a.jsonl", "", "it is empty"),
+        ("a.csv", b"path,label\nphotos/0.png,caf\xe9\n", "invalid UTF8 data. Tables of text have to be UTF-8"),
+        ("a.jsonl", b'{"path": "caf\xe9"}\n', "Tables of text have to be UTF-8"),
     ],
 )
-def test_tables_that_cannot_be_read_are_explained(folder: Path, name: str, text: str, message: str) -> None:
-    (folder / name).write_text(text)
+def test_tables_that_cannot_be_read_are_explained(folder: Path, name: str, text: str | bytes, message: str) -> None:
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         open_table(folder / name)
 

@@ -49,7 +49,7 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
         if len(endings) > 1 or not endings <= FILE_FORMATS.keys():
             raise ValueError(
                 f"data.path {section.path!r} names files ending in {', '.join(sorted(endings))}; "
-                f"all must end in one of {', '.join(FILE_FORMATS)}."
+                f"all must end in one of {', '.join(dict.fromkeys((*FILE_FORMATS, *TABLE_ENDINGS, *SHARD_ENDINGS)))}."
             )
         source = FILE_FORMATS[endings.pop()]
     elif not is_on_hub(source):

@@ -190,4 +190,5 @@ def _replaced(rows: pa.Table, column: str, values: pa.ChunkedArray) -> pa.Table:
 
 
 def _unreadable(file: Path, error: Exception) -> ValueError:
-    return ValueError(f"The table {file} cannot be read: {str(error).rstrip('.') or repr(error)}.")
+    hint = "" if file.suffix.lower() == ".parquet" else " Tables of text have to be UTF-8."
+    return ValueError(f"The table {file} cannot be read: {str(error).rstrip('.') or repr(error)}.{hint}")

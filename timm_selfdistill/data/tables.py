@@ -25,6 +25,8 @@ from timm_selfdistill.recipe import DataSection
 
 _logger = logging.getLogger(__name__)
 
+# Not .json: beside images, it is rather an annotation of another kind, and large.
+_ENDINGS_IN_FOLDER: Final = tuple(ending for ending in TABLE_ENDINGS if ending != ".json")
 _ROWS_OF_CHUNK: Final = 100_000
 _SHARDS_OF_STREAM: Final = 1024
 # What `data.split_column` is by default; a table need not have it.
@@ -133,7 +135,7 @@ def _table_files(path: Path, section: DataSection) -> dict[str, list[Path]] | No
     if path.is_dir():
         files = [
             file
-            for file in (path / name for name in sorted(os.listdir(path)) if name.lower().endswith(TABLE_ENDINGS))
+            for file in (path / name for name in sorted(os.listdir(path)) if name.lower().endswith(_ENDINGS_IN_FOLDER))
             if file.is_file() and split_of_file(file, section) and describes_images(file, section.image, section.target)
         ]
         if not files:
