@@ -68,7 +68,7 @@ def test_metadata_at_the_top(tmp_path: Path) -> None:
 
 def test_a_folder_called_like_no_split_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "train", ["0.png", "1.png", "2.png", "3.png"])
-    write(tmp_path / "raw", ["4.png", "5.png"])
+    write(tmp_path / "raw", ["4.png", "5.png"], start=4)
     assert len(open_folder(tmp_path, eval_fraction=0.5).train) == 2
     assert "raw/metadata.csv is not read: its folder is called like no split" in caplog.text
     assert len(open_folder(tmp_path, eval_split="raw").eval) == 2
