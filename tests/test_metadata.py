@@ -1,6 +1,7 @@
 """Folders that metadata.csv, .jsonl or .parquet describe, as Hugging Face documents them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def test_a_folder_called_like_no_split_is_left_out(tmp_path: Path, caplog: pytes
     assert len(open_folder(tmp_path, eval_fraction=0.5).train) == 2
     assert "raw/metadata.csv is not read: its folder is called like no split" in caplog.text
     assert len(open_folder(tmp_path, eval_split="raw").eval) == 2
+
+
+def test_images_that_are_not_named_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split, start in (("train", 0), ("test", 4)):
+        write(tmp_path / split, ["0.png", "1.png", "deep/2.png", "./3.png"], start=start)
+    (tmp_path / "train" / "notes.txt").touch()
+    write(tmp_path / "valid", ["x/8.png"], start=8)
+    shutil.rmtree(tmp_path / "valid" / "x")  # an unused split
+    open_folder(tmp_path)
+    assert "not read" not in caplog.text
+    for name in ("b.jpg", "a.PNG", "deep/c.webp"):
+        (tmp_path / "train" / name).touch()
+    open_folder(tmp_path)
+    assert "3 images are not read because " in caplog.text
+    assert f"metadata.csv does not name them; the first is {tmp_path / 'train' / 'a.PNG'}." in caplog.text
 
 
 def test_another_column_of_images(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Folders of images that `metadata.csv`, `.jsonl` or `.parquet` describe, as Hugging Face documents them."""
 
 import logging
+import mimetypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,7 +73,9 @@ def load_metadata(path: Path, section: DataSection) -> dict[str, Any] | None:
                 _logger.warning("%s is not read: its folder is called like no split.", table.file)
             else:
                 found.setdefault(name if some else "train", []).append(table)
-    return rows_of_splits(found, section, None)
+    splits = rows_of_splits(found, section, None)
+    _warn_of_unnamed(tables)
+    return splits
 
 
 def metadata_files(folder: Path) -> list[Path]:
@@ -79,3 +83,26 @@ def metadata_files(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         folders = [folder, *sorted(Path(entry.path) for entry in entries if entry.is_dir())]
     return [each / name for each in folders for name in _METADATA if (each / name).is_file()]
+
+
+def _warn_of_unnamed(tables: Sequence[Table]) -> None:
+    """Tell of images that stand beside those that the metadata names: they are not read."""
+    for table in tables:
+        named: dict[str, set[str]] = {}
+        for path in table.rows["path"].to_pylist():
+            folder, name = os.path.split(path)
+            named.setdefault(os.path.normpath(table.file.parent / folder), set()).add(name)
+        unnamed = [
+            os.path.join(folder, name)
+            for folder, names in named.items()
+            if os.path.isdir(folder)  # of a split that is not used, it need not be there
+            for name in sorted(os.listdir(folder))
+            if name not in names and (mimetypes.guess_type(name)[0] or "").startswith("image/")
+        ]
+        if unnamed:
+            _logger.warning(
+                "%d images are not read because %s does not name them; the first is %s.",
+                len(unnamed),
+                table.file,
+                unnamed[0],
+            )
