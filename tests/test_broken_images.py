@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import struct
 import zlib
@@ -27,8 +28,8 @@ from timm_selfdistill.data import (
     open_dataset,
 )
 from timm_selfdistill.data.collate import Collate
+from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.data.skipped import SkippedImage
-from timm_selfdistill.data.transforms import decode, read
 from timm_selfdistill.metrics import IGNORED, ExitMetrics
 from timm_selfdistill.model import ExitOutput
 from timm_selfdistill.recipe import AugmentSection, DataSection, load_recipe
@@ -190,6 +191,15 @@ def test_a_missing_image_is_empty_and_a_missing_file_an_error_whatever_on_error_
     for use in ("training", "evaluation"):
         with pytest.raises(ValueError, match=r"row 7, file .*gone\.png: the image cannot be read: .*No such file"):
             collate(use)([gone, *samples(grey(1))])
+
+
+def test_what_is_no_file_is_never_opened_whatever_on_error_says(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name, what in (("pipe.png", "a named pipe"), ("zero.png", "a device")):
+        sample = {"image": {"bytes": None, "path": str(tmp_path / name)}, "target": 0, "row": 7}
+        with pytest.raises(ValueError, match=f"row 7, file .*{name}: the image cannot be read: .* no file, but {what}"):
+            collate("training")([sample, *samples(grey(1))])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -27,7 +27,7 @@ from timm_selfdistill.data import (
     open_dataset,
     train_transform,
 )
-from timm_selfdistill.data.transforms import decode, read
+from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 PLAIN = AugmentSection(train_crop_mode="pad", hflip=0.0)
@@ -341,9 +341,9 @@ def test_local_folder_wins_over_a_hub_name(parquet: Path, monkeypatch: pytest.Mo
 def test_unreachable_hub_name_and_unknown_files_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'nobody/nothing' cannot be opened; it can be 'digits', a folder or file"):
         open_dataset(section("nobody/nothing"), 0)
-    (tmp_path / "table.csv").write_text("image,label\n")
-    with pytest.raises(ValueError, match=r"files ending in \.csv; all must end in one of \.parquet, \.arrow"):
-        open_dataset(section(tmp_path / "table.csv"), 0)
+    (tmp_path / "table.xlsx").write_text("image,label\n")
+    with pytest.raises(ValueError, match=r"files ending in \.xlsx; all must end in one of \.parquet, \.arrow"):
+        open_dataset(section(tmp_path / "table.xlsx"), 0)
 
 
 def test_validation_share_is_stratified_disjoint_and_seeded(tmp_path: Path) -> None:
@@ -761,14 +761,61 @@ def test_stream_of_an_image_folder(image_folder: Path) -> None:
     assert torch.cat([targets for _, targets in batches]).tolist() == [0] * 11 + [1] * 11
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels", "classes", "names"),
+    [
+        ("int64", [1, 0, 2, 1], 3, ("0", "1", "2")),
+        ("int32", [1, 0, 2, 1], ["ape", "bat", "cat"], ("ape", "bat", "cat")),
+        ("string", ["bat", "ape", "cat", "bat"], ["ape", "bat", "cat"], ("ape", "bat", "cat")),
+        ("large_string", ["bat", "ape", "cat", "bat"], ["ape", "bat", "cat"], ("ape", "bat", "cat")),
+    ],
+)
+def test_the_recipe_names_the_classes_of_a_stream_that_does_not(
+    tmp_path: Path, kind: str, labels: list[Any], classes: Any, names: tuple[str, ...]
+) -> None:
+    split = rows(labels, label=datasets.Value(kind))
+    folder = write_parquet(tmp_path / "plain", train=split, test=split)
+    given = section(folder, streaming=True, train_size=4, classes=classes)
+    assert open_dataset(given, 0).class_names == names
+    assert torch.cat([targets for _, targets in load(given).eval]).tolist() == [1, 0, 2, 1]
+    stored = open_dataset(section(folder, classes=classes), 0)
+    assert (stored.class_names, stored.eval.targets.tolist()) == (names, [1, 0, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "classes"), [("int64", 7, 3), ("int64", -2, 3), ("string", "dog", ["a", "b"]), ("int64", None, 3)]
+)
+def test_a_label_that_is_none_of_the_recipes_classes_is_an_error_at_its_row(
+    tmp_path: Path, kind: str, label: Any, classes: Any
+) -> None:
+    good = 0 if kind == "int64" else "a"
+    split = rows([good, label, good], label=datasets.Value(kind))
+    folder = write_parquet(tmp_path / "plain", train=split, test=split)
+    message = "the label is missing" if label is None else f"the label is {label!r}, which is none of the"
+    with pytest.raises(ValueError, match=f"Split 'test'.*: {message}"):
+        list(load(section(folder, streaming=True, train_size=4, classes=classes)).eval)
+
+
+def test_classes_of_the_recipe_must_be_those_of_the_data(parquet: Path) -> None:
+    for streaming in (False, True):
+        for classes in (2, ["cat", "dog"]):
+            data = open_dataset(section(parquet, streaming=streaming, classes=classes), 0)
+            assert data.class_names == ("cat", "dog")
+        for classes in (3, ["dog", "cat"]):
+            with pytest.raises(ValueError, match=r"data\.classes is .*, but .* names its 2 classes itself: cat, dog"):
+                open_dataset(section(parquet, streaming=streaming, classes=classes), 0)
+
+
 def test_stream_that_cannot_work_is_refused(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "stream", 1, 4)
     with pytest.raises(ValueError, match=r"does not know the length of its training split: set data\.train_size"):
         load(section(folder, streaming=True))
     text = datasets.Value("string")
     folder = write_parquet(tmp_path / "text", train=rows(["a", "b"], label=text), test=rows(["a"], label=text))
-    with pytest.raises(ValueError, match="a stream has to name its classes"):
+    with pytest.raises(ValueError, match="a stream cannot tell its classes"):
         open_dataset(section(folder, streaming=True), 0)
+    with pytest.raises(ValueError, match=r"data\.classes is 2, but a stream cannot tell its classes"):
+        open_dataset(section(folder, streaming=True, classes=2), 0)
     rows([0, 1]).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"set data\.streaming to false"):
         open_dataset(section(tmp_path / "saved", streaming=True), 0)

@@ -1,5 +1,6 @@
 """From a recipe's data section to batches: open and split a data set, transform its images, load them."""
 
+from timm_selfdistill.data.decode import check_pillow, decode, read_file
 from timm_selfdistill.data.loaders import Loaders, build_loaders
 from timm_selfdistill.data.order import Arrangement, TrainingOrder
 from timm_selfdistill.data.skipped import SKIPPED, SkipList, merge_skipped
@@ -10,8 +11,6 @@ from timm_selfdistill.data.transforms import (
     InputConfig,
     Transform,
     build_mixup,
-    check_pillow,
-    decode,
     eval_transform,
     train_transform,
 )
@@ -36,5 +35,6 @@ __all__ = [
     "is_on_hub",
     "merge_skipped",
     "open_dataset",
+    "read_file",
     "train_transform",
 ]

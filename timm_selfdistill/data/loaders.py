@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from timm_selfdistill.data.cache import CachedSplit, cache_splits
 from timm_selfdistill.data.collate import Batch, Collate
+from timm_selfdistill.data.decode import check_pillow
 from timm_selfdistill.data.errors import SampleError
 from timm_selfdistill.data.order import DrawnSamples, TrainingOrder, seed_generators
 from timm_selfdistill.data.skipped import SkipList, Use
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit
-from timm_selfdistill.data.transforms import MODES, InputConfig, check_pillow, eval_transform, train_transform
+from timm_selfdistill.data.transforms import MODES, InputConfig, eval_transform, train_transform
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 
@@ -114,6 +115,7 @@ def build_loaders(
             MODES[input.channels],
             train_transform(augment, input) if use == "training" else eval_transform(input),
             skip_list if section.on_error == "skip" else None,
+            split.class_index if isinstance(split, StreamSplit) else None,
         )
 
     uses: dict[Use, ImageSplit | StreamSplit | None]

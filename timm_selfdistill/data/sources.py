@@ -8,15 +8,20 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import types
 
+from timm_selfdistill.data.metadata import load_metadata
+from timm_selfdistill.data.shards import SHARD_ENDINGS, load_shards
+from timm_selfdistill.data.table_files import TABLE_ENDINGS
+from timm_selfdistill.data.tables import load_tables
 from timm_selfdistill.recipe import DataSection
 
 DIGITS = Path(__file__).parent.parent / "digits"
 FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
 # A path with one of these endings is a file's, never the name of a data set on the hub.
-FILE_ENDINGS = (*FILE_FORMATS, ".csv", ".json", ".jsonl", ".tar", ".zip")
+FILE_ENDINGS = (*FILE_FORMATS, *TABLE_ENDINGS, *SHARD_ENDINGS, ".zip")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Indices = NDArray[np.int64]
@@ -25,6 +30,8 @@ Indices = NDArray[np.int64]
 def load_splits(section: DataSection) -> Mapping[str, Any]:
     """Return split name -> `datasets.Dataset` or, for streaming, `datasets.IterableDataset`."""
     path = DIGITS if section.path == "digits" else Path(section.path).expanduser()
+    if (listed := _load_listed(path, section)) is not None:
+        return listed
     if any((path / marker).exists() for marker in ("dataset_dict.json", "state.json")):
         if section.streaming:
             raise ValueError(
@@ -42,7 +49,7 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
         if len(endings) > 1 or not endings <= FILE_FORMATS.keys():
             raise ValueError(
                 f"data.path {section.path!r} names files ending in {', '.join(sorted(endings))}; "
-                f"all must end in one of {', '.join(FILE_FORMATS)}."
+                f"all must end in one of {', '.join(dict.fromkeys((*FILE_FORMATS, *TABLE_ENDINGS, *SHARD_ENDINGS)))}."
             )
         source = FILE_FORMATS[endings.pop()]
     elif not is_on_hub(source):
@@ -66,6 +73,15 @@ def is_on_hub(path: str) -> bool:
     here = path == "digits" or Path(path).expanduser().is_dir() or bool(glob(path))
     is_file = path.startswith((".", "/", "~")) or path.endswith(FILE_ENDINGS)
     return not here and not is_file and HUB_NAME.fullmatch(path) is not None
+
+
+def _load_listed(path: Path, section: DataSection) -> Mapping[str, Any] | None:
+    """Return the splits of a data set that tar files, metadata or tables list; None if it is none."""
+    try:
+        found = (load(path, section) for load in (load_shards, load_metadata, load_tables))
+        return next((splits for splits in found if splits is not None), None)
+    except PermissionError as error:
+        raise ValueError(f"data.path {section.path!r} cannot be read: {error}.") from error
 
 
 def _load_saved(path: Path) -> Mapping[str, Any]:
@@ -108,7 +124,10 @@ def class_names_of(rows: datasets.Dataset, section: DataSection) -> tuple[str, .
     """Return the names by class index: those of the column, the sorted strings, or the indices themselves."""
     feature = rows.features[section.target]
     if isinstance(feature, datasets.ClassLabel):
+        check_classes_of_recipe(tuple(feature.names), section)
         return tuple(feature.names)
+    if section.class_names is not None:
+        return section.class_names
     labels = _labels(rows, section.train_split, section)
     if labels.dtype.kind == "U":
         return tuple(np.unique(labels).tolist())
@@ -118,6 +137,15 @@ def class_names_of(rows: datasets.Dataset, section: DataSection) -> tuple[str, .
             f"data.target {section.target!r} goes up to {highest} in {len(labels)} rows: these are no class indices."
         )
     return tuple(str(index) for index in range(highest + 1))
+
+
+def check_classes_of_recipe(names: tuple[str, ...], section: DataSection) -> None:
+    """Raise unless the names of a data set that has them are those of the recipe, if it tells any."""
+    if section.classes not in (None, len(names), names):
+        raise ValueError(
+            f"data.classes is {section.classes}, but {section.path} names its {len(names)} classes itself: "
+            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Leave it out."
+        )
 
 
 def targets_of(rows: datasets.Dataset, split: str, section: DataSection, class_names: tuple[str, ...]) -> Indices:
@@ -138,6 +166,28 @@ def targets_of(rows: datasets.Dataset, split: str, section: DataSection, class_n
             f"({len(wrong)} such rows)."
         )
     return targets
+
+
+def stream_classes(feature: Any, section: DataSection) -> tuple[tuple[str, ...], dict[int | str, int]]:
+    """Return the names of a stream's classes, and the class index of every label.
+
+    Raises:
+        ValueError: If neither the stream nor the recipe tells the classes.
+    """
+    if isinstance(feature, datasets.ClassLabel) and feature.num_classes > 1:
+        check_classes_of_recipe(tuple(feature.names), section)
+        return tuple(feature.names), {index: index for index in range(feature.num_classes)}
+    kind = feature.pa_type if isinstance(feature, datasets.Value) else pa.null()
+    is_text = types.is_string(kind) or types.is_large_string(kind)
+    names = section.class_names
+    if names is None or (is_text and isinstance(section.classes, int)) or not (is_text or types.is_integer(kind)):
+        given = "" if section.classes is None else f", and data.classes is {section.classes}"
+        raise ValueError(
+            f"data.target {section.target!r} is {feature}{given}, but a stream cannot tell its classes, at least 2, "
+            "beforehand: set data.classes to the list of their names or, for integers from 0, to their number, or set "
+            "data.streaming to false."
+        )
+    return names, {(name if is_text else index): index for index, name in enumerate(names)}
 
 
 def check_same_classes(feature: Any, split: str, class_names: tuple[str, ...]) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from timm_selfdistill.data.sources import (
-    FILE_FORMATS,
+    FILE_ENDINGS,
     Indices,
     check_columns,
     check_same_classes,
     class_names_of,
     encoded,
     load_splits,
+    stream_classes,
     targets_of,
 )
 from timm_selfdistill.recipe import DataSection
@@ -66,13 +67,15 @@ class StreamSplit:
 
     Args:
         name: The split's name in the data set.
-        rows: Its columns are the encoded "image" and the class index "target".
+        rows: Its columns are the encoded "image" and the label "target", as it is stored.
         size: Number of samples of one pass; None if nobody knows.
+        class_index: The class index of every label.
     """
 
     name: str
     rows: datasets.IterableDataset
     size: int | None
+    class_index: Mapping[int | str, int]
 
 
 @dataclass(frozen=True)
@@ -163,28 +166,23 @@ def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) ->
 
 
 def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
-    label = splits[section.train_split].features[section.target]
-    if not isinstance(label, datasets.ClassLabel) or label.num_classes < 2:
-        raise ValueError(
-            f"data.target {section.target!r} is {label}, but a stream has to name its classes, at least 2, beforehand "
-            "(ClassLabel): set data.streaming to false."
-        )
+    class_names, class_index = stream_classes(splits[section.train_split].features[section.target], section)
 
     def whole(name: str, limit: int | None, size: int | None = None) -> StreamSplit:
         rows = splits[name]
-        check_same_classes(rows.features[section.target], name, tuple(label.names))
+        check_same_classes(rows.features[section.target], name, class_names)
         if size is None and rows.info.splits is not None and name in rows.info.splits:
             size = rows.info.splits[name].num_examples
         rows = encoded(rows, {section.image: "image", section.target: "target"})
         if limit is None:
-            return StreamSplit(name, rows, size)
-        return StreamSplit(name, rows.take(limit), limit if size is None else min(limit, size))
+            return StreamSplit(name, rows, size, class_index)
+        return StreamSplit(name, rows.take(limit), limit if size is None else min(limit, size), class_index)
 
     return ImageData(
         train=whole(section.train_split, section.max_train, section.train_size),
         validation=whole(section.validation, section.max_eval) if isinstance(section.validation, str) else None,
         eval=whole(section.eval_split, section.max_eval),
-        class_names=tuple(label.names),
+        class_names=class_names,
         name=_title(section),
         streaming=True,
     )
@@ -232,6 +230,6 @@ def _title(section: DataSection) -> str:
     path = Path(section.path).expanduser()
     if path.is_dir():
         return path.resolve().name
-    if path.suffix in FILE_FORMATS:
+    if path.name.endswith(FILE_ENDINGS) or path.is_file():
         return path.resolve().parent.name
     return section.path if section.name is None else f"{section.path}/{section.name}"

@@ -1,14 +1,10 @@
-"""What happens to an image between the file and the batch: decoding, channels, timm's transforms, Mixup."""
+"""What happens to an image between its pixels and the batch: channels, timm's transforms, Mixup."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-import datasets
-import numpy as np
-from datasets.utils.file_utils import is_local_path, xopen
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.model_config import resolve_input_data_config
 from timm.data.transforms import ResizeKeepRatio
@@ -24,9 +20,6 @@ _POLICIES = {policy.value: policy for policy in AutoAugmentPolicy}
 
 # The image mode that has as many channels as the model takes.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-# Resized by their shorter side, images of more extreme shape would fill the memory.
-_MAX_ASPECT = 1000
 
 
 @dataclass(frozen=True)
@@ -95,66 +88,6 @@ class InputConfig:
         """Return the same as timm's data configuration."""
         config = asdict(self)
         return {"input_size": (config.pop("channels"), *config.pop("image_size")), **config}
-
-
-def read(value: Any) -> bytes:
-    """Return the encoded bytes of a stored image, none if it is missing.
-
-    Args:
-        value: What `datasets` stores, {"bytes", "path"} or None, or the encoded bytes.
-
-    Raises:
-        Exception: Of any kind, if the file or the address cannot be read.
-    """
-    if isinstance(value, dict):
-        if value["bytes"] is None and value["path"] is not None:
-            opener = open if is_local_path(value["path"]) else xopen
-            with opener(value["path"], "rb") as file:
-                return bytes(file.read())
-        value = value["bytes"]
-    return b"" if value is None else bytes(value)
-
-
-def decode(data: bytes, mode: str) -> Image.Image:
-    """Return an encoded image, upright and in the given mode.
-
-    An alpha channel that the mode lacks is dropped; 16-bit greys keep their upper 8 bits.
-
-    Args:
-        data: The encoded bytes.
-        mode: "L", "RGB" or "RGBA".
-
-    Raises:
-        ValueError: If there is no image in the bytes.
-        Exception: Of any kind, from Pillow and the libraries of the formats, if the image is damaged or, by Pillow's
-            limit, too large.
-    """
-    if not data:
-        raise ValueError("it is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image: Image.Image = datasets.Image().decode_example({"bytes": data, "path": None})
-        except UnidentifiedImageError as error:  # its message tells an address in memory
-            raise ValueError("it has no known image format") from error
-    if max(image.size) > _MAX_ASPECT * min(image.size):
-        raise ValueError(
-            f"it is {image.width} x {image.height} pixels, one side more than {_MAX_ASPECT} times the other"
-        )
-    if image.mode.startswith("I;16"):  # Pillow would clip the values at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:  # Pillow warns on every other way
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
-
-
-def check_pillow() -> None:
-    """Raise ValueError if some code of this process told Pillow to make up what is missing of a truncated image."""
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ValueError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so that truncated images would be filled with grey and trained "
-            "on: set it to False."
-        )
 
 
 def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_selfdistill.data import ImageSplit, open_dataset
-from timm_selfdistill.data.transforms import MODES, decode, read
+from timm_selfdistill.data.decode import decode, read
+from timm_selfdistill.data.transforms import MODES
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.losses import Needs, SelfDistillationLoss, get_loss, needs_of
 from timm_selfdistill.model import ExitOutput, wrap

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import MODES, InputConfig, Transform, check_pillow, decode, eval_transform
+from timm_selfdistill.data import MODES, InputConfig, Transform, check_pillow, decode, eval_transform, read_file
 from timm_selfdistill.early_exit import EarlyExit
 from timm_selfdistill.escape import printable
 from timm_selfdistill.hub import class_names
@@ -129,9 +128,13 @@ def _load_all(paths: list[str], mode: str, transform: Transform) -> list[tuple[s
 
 def _load_image(path: str, mode: str, transform: Transform) -> Tensor | str:
     try:
-        image: Image.Image = decode(Path(path).read_bytes(), mode)
+        data = read_file(path)
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
+    except ValueError as error:  # it is no file, or too large
+        return str(error)
+    try:
+        image = decode(data, mode)
     except Exception as error:  # Pillow's decoders raise whatever their format's library does
         return f"it cannot be decoded: {str(error) or repr(error)}"
     return transform(image)

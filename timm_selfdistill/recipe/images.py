@@ -8,6 +8,7 @@ from timm_selfdistill.recipe.fields import (
     Channels,
     Count,
     ImageSide,
+    Names,
     NotNegative,
     Positive,
     Probability,
@@ -22,10 +23,15 @@ class DataSection(Section):
     """Where images and labels come from, and how images become tensors.
 
     Args:
-        path: Dataset on the Hugging Face Hub, folder of images, parquet or arrow files, or "digits" (embedded).
+        path: Dataset on the Hugging Face Hub, folder of images, parquet or arrow files, a table of paths, WebDataset
+            shards, or "digits" (embedded).
         name: Configuration of a Hub dataset.
         image: Column of the images.
         target: Column of the class labels.
+        root: Folder that the paths in a table are relative to; null takes the table's own.
+        split_column: Column of a table that names the split of each row; "split" need not be there, null for none.
+        classes: Names of the classes, or their number; null takes them from the data, which a stream of plain integers
+            or strings cannot tell.
         train_split: Split to train on.
         eval_split: Split to report on; nothing is ever chosen by it.
         validation: Share of the training images held out (0..1, stratified; 0 for none), or the name of a split.
@@ -51,6 +57,9 @@ class DataSection(Section):
     name: Text | None = None
     image: Text = "image"
     target: Text = "label"
+    root: Text | None = None
+    split_column: Text | None = "split"
+    classes: int | Names | None = None
     train_split: Text = "train"
     eval_split: Text = "test"
     validation: float | str = 0.1
@@ -68,6 +77,23 @@ class DataSection(Section):
     cache: Literal["device"] | None = None
     max_train: Count | None = None
     max_eval: Count | None = None
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _check_classes(cls, value: Any) -> Any:
+        if value is None or (is_integer(value) and value > 1):
+            return value
+        names = value if isinstance(value, list | tuple) else ()
+        if len(names) < 2 or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("must be the number of the classes, at least 2, or the list of their names, each a text")
+        if len(set(names)) < len(names):
+            raise ValueError("must not name a class twice")
+        return value
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes that the recipe tells, if it does; those of a mere number are the indices."""
+        return tuple(map(str, range(self.classes))) if isinstance(self.classes, int) else self.classes
 
     @field_validator("eval_split")
     @classmethod
