@@ -399,15 +399,14 @@ def test_a_recipe_pushes_in_the_background_while_it_trains(hub: HubServer, clien
         "main", {"theirs.txt": b""}, hub.repos["me/digits"].refs["main"]
     )
     code = f"""
-    import contextlib, io
+    import contextlib, io, threading, types
     from timm_selfdistill.cli import main as cli
     from timm_selfdistill.train import publish
-    class AtOnce(publish.ThreadPoolExecutor):
-        def submit(self, work, *args):
-            future = super().submit(work, *args)
-            future.result()
-            return future
-    publish.ThreadPoolExecutor = AtOnce
+    class AtOnce(threading.Thread):
+        def start(self):
+            super().start()
+            self.join()
+    publish.threading = types.SimpleNamespace(Thread=AtOnce)
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         status = cli(["train", "digits", *{settings!r}])

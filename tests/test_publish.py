@@ -68,7 +68,7 @@ def test_training_does_not_wait_for_a_push_and_may_change_the_weights(
             if epoch == 6:
                 assert not hub.pushed
                 hub.may_go_on.set()
-                publisher._running.result()
+                publisher._running.join()
     publisher.finish()
     assert [message for _, message in hub.pushed] == [
         "Add the model after epoch 2 of 9",

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import MODES, InputConfig, Transform, check_pillow, decode, eval_transform
+from timm_selfdistill.data import MODES, InputConfig, Transform, check_pillow, decode, eval_transform, worker_options
 from timm_selfdistill.early_exit import EarlyExit
 from timm_selfdistill.hub import class_names
 from timm_selfdistill.model import SelfDistillModel
@@ -110,7 +110,7 @@ def predict_images(
     loader: DataLoader[list[tuple[str, Tensor | str]]] = DataLoader(
         files,  # type: ignore[arg-type]  # a list is a dataset
         batch_size=batch_size,
-        num_workers=workers,
+        **worker_options(workers),
         collate_fn=partial(_load_all, mode=MODES[input.channels], transform=eval_transform(input)),
         # Its own, because starting a loader draws a number.
         generator=torch.Generator(),
