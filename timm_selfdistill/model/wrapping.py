@@ -88,7 +88,7 @@ def create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Back
     except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
         if failure_of_machine(error) is not None:
             raise
-        if name.startswith(_SOURCES):
+        if name.startswith(_SOURCES) and not isinstance(error, RuntimeError | TypeError):
             raise ValueError(_unknown_source(name, error)) from error
         if pretrained and _is_of_download(error):
             raise ValueError(
@@ -107,8 +107,8 @@ def _unknown_source(name: str, error: Exception) -> str:
     source, _, place = name.partition(":")
     if source == "local-dir":
         return (
-            f"The model {name!r} cannot be created ({_reason(error)}): {place} must be a folder with the config.json of "
-            "a timm model."
+            f"The model {name!r} cannot be created ({_reason(error)}): {place} must be a folder with the config.json "
+            "of a timm model."
         )
     return (
         f"The model {name!r} cannot be created ({_reason(error)}): there must be such a repository of a timm model on "
@@ -128,7 +128,9 @@ def _is_of_download(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error's message; it may be all that tells a wrong argument's name."""
+    """Return what an error says in a line, with its kind where that tells more than its message."""
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"{constants.ENDPOINT} cannot be reached, and there is no copy in the cache"
     lines = str(error).strip().splitlines()
     if isinstance(error, RuntimeError | TypeError | ValueError | OSError) and lines:
         return lines[0].rstrip(".")
