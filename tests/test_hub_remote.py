@@ -429,6 +429,24 @@ def test_a_recipe_pushes_in_the_background_while_it_trains(hub: HubServer, clien
     assert not (tmp_path / "run" / ".pushing").exists()
 
 
+def test_a_push_that_stalls_is_given_up_on_a_signal(hub: HubServer, client: Client) -> None:
+    hub.stalled = True
+    # At its end Python would wait for threads of the client.
+    answer = client("""
+    import os, signal, threading, time
+    from timm_selfdistill.train.stop import Interrupted, StopSignals
+    threading.Timer(5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    start = time.monotonic()
+    try:
+        with StopSignals():
+            sd.push_to_hub(make_model(), "me/net")
+    except Interrupted:
+        answer(seconds=time.monotonic() - start)
+    """)
+    assert answer["seconds"] < 10
+    assert sum(request.startswith("PUT") for request in hub.requests) == 1
+
+
 # Before anything is sent.
 
 

@@ -120,7 +120,7 @@ def _advice(backbone: Backbone, image_size: int | tuple[int, int] | None) -> str
     height, width = _input_size(backbone, None)[1:]
     size = image_size if isinstance(image_size, int) or image_size[0] != image_size[1] else image_size[0]
     return (
-        f"Its own image size is {height} x {width}. A backbone of one size, as most transformers are, is built for "
+        f"Its own image_size is {height} x {width}. A backbone of one size, as most transformers are, is built for "
         f"another by img_size={_without_spaces(size)} of timm.create_model (in a recipe: "
         f"model.kwargs.img_size={_without_spaces(size)}), or for any by dynamic_img_size=true where it knows that."
     )

@@ -118,13 +118,12 @@ def _unknown_source(name: str, error: Exception) -> str:
 
 def _is_of_download(error: Exception) -> bool:
     """Whether an error is one of the network, the Hub, its client or the client's HTTP library."""
-    return isinstance(error, OSError | LocalEntryNotFoundError) or type(error).__module__.partition(".")[0] in (
-        "httpx",
-        "httpx2",
-        "httpcore",
-        "httpcore2",
-        "huggingface_hub",
-    )
+    if isinstance(error, FileNotFoundError):
+        return isinstance(error, LocalEntryNotFoundError)
+    if isinstance(error, OSError):
+        # Others have the number of what went wrong with a file here.
+        return error.errno is None or isinstance(error, ConnectionError | TimeoutError)
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub")
 
 
 def _reason(error: Exception) -> str:

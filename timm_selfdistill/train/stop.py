@@ -46,15 +46,16 @@ class StopSignals:
     While training steps are taken (`deferred`), a signal is only noted, to be asked for after the step; anywhere else
     nothing is lost by stopping, and it raises `Interrupted` at once. A second Ctrl-C always stops at once.
 
-    Use it in a `with` block, which puts the former handlers back, and raises `Interrupted` at its end if a signal came
-    that nobody was stopped by: what is raised in a destructor, Python only prints. Outside the main thread, where
-    Python handles no signals, it does nothing, and neither in processes that are forked in the block.
+    Use it in a `with` block, which puts the former handlers back, and raises `Interrupted` once more at its end if it
+    stopped nobody: what is raised in a destructor, Python only prints. Outside the main thread, where Python handles no
+    signals, it does nothing, and neither in processes that are forked in the block.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._deferring = False
         self._ctrl_c = False
+        self._raised = False
         self._last = -_ECHO_SECONDS
         self._owner = os.getpid()
         self._launched = "TORCHELASTIC_RUN_ID" in os.environ
@@ -72,7 +73,7 @@ class StopSignals:
         for number, handler in self._former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
         self._former = {}
-        if error is None and self.received is not None:
+        if error is None and self._raised:
             raise self.interruption()
 
     @contextmanager
@@ -105,6 +106,7 @@ class StopSignals:
         if self.received is None:
             self.received = signal.Signals(number)
         if not echo and (again or not self._deferring):
+            self._raised = True
             raise self.interruption()
 
 
