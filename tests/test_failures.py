@@ -72,6 +72,15 @@ def test_memory_that_torch_cannot_get_is_recognised() -> None:
     assert failure_of_machine(error.value).startswith("The memory is full: [enforce fail at alloc_cpu.cpp")
 
 
+def test_what_could_not_be_done_for_want_of_room_is_told_too() -> None:
+    error = OSError("The checkpoint of step 3 cannot be written: [Errno 28] No space left on device; others are kept")
+    assert failure_of_machine(error) == (
+        "The disk is full: The checkpoint of step 3 cannot be written: [Errno 28] No space left on device; others are "
+        "kept. Make room, and run the same command again to go on."
+    )
+    assert failure_of_machine(HubError("Pushing failed: Connection reset by peer.")) is None
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [

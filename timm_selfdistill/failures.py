@@ -33,9 +33,9 @@ def failure_of_machine(error: BaseException) -> str | None:
     """Return what happened and what to do, if the machine is to blame for an error; None if it is not.
 
     Args:
-        error: The error; what it was raised from is looked at too, and first, because it is what happened.
+        error: The error; what it was raised from is looked at too.
     """
-    said = (_failure(link) for link in reversed(list(_chain(error))))
+    said = (_failure(link) for link in _chain(error))
     return next((sentence for sentence in said if sentence is not None), None)
 
 
@@ -55,7 +55,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _failure(error: BaseException) -> str | None:
     # torch's messages go on with frames of C++ and advice for other programs.
     text, reason = str(error), message_of(error).splitlines()[0].rstrip(".")
-    number, from_torch = _errno_of(error), isinstance(error, RuntimeError)
+    number = _errno_of(error)
+    from_torch = isinstance(error, RuntimeError) and type(error).__module__.startswith(("builtins", "torch"))
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f"The GPU's memory is full: {reason}. A smaller batch_size, a larger optimizer.accumulate or "

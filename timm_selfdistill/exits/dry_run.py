@@ -60,14 +60,15 @@ def dry_run(
     """
     channels, height, width = _input_size(backbone, image_size)
     parameter = next(backbone.parameters())
-    zeros = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
+    shape = (1, channels, height, width)
     try:
+        zeros = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
         records, inputs, output, macs = _forward(backbone, zeros, taps, classifier.modules)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise ValueError(
-            f"{type(backbone).__name__} fails on an input of shape {tuple(zeros.shape)}: {str(error).rstrip('.')}. "
+            f"{type(backbone).__name__} fails on an input of shape {shape}: {str(error).rstrip('.')}. "
             f"{_advice(backbone, image_size)}"
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2:
