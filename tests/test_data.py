@@ -4,6 +4,7 @@ import io
 import random
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -549,6 +550,38 @@ def test_prepared_loaders_share_the_rows_among_processes(parquet: Path) -> None:
         halves.append(values(prepared))
     assert [len(half) for half in halves] == [8, 8]
     assert len({*halves[0], *halves[1]}) == 16
+
+
+@pytest.mark.parametrize("policy", ["nonsense", "rand-m9-foo1", "rand-m1e3", "v0-m9", "randx-m9", "-"])
+def test_an_unknown_policy_lists_the_known_ones(policy: str) -> None:
+    with pytest.raises(ValueError, match=r"augment\.auto_augment: '.*' is no policy of timm's.*rand-m9-.*svhn"):
+        train_transform(AugmentSection(auto_augment=policy), COLOUR)
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original-mstd0.5", "3a", "cifar10"])
+def test_known_policies_are_taken(policy: str) -> None:
+    assert train_transform(AugmentSection(auto_augment=policy), COLOUR)(grey(3).convert("RGB")).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop_pct": 1e-9}, r"data\.crop_pct must be from 0\.1 to 2\.0, .* got 1e-09"),
+        ({"crop_pct": float("nan")}, r"data\.crop_pct must be"),
+        ({"crop_pct": "all"}, r"data\.crop_pct must be .* got 'all'"),
+        ({"interpolation": "evil"}, r"data\.interpolation must be one of nearest, .*, got 'evil'"),
+        ({"interpolation": ["bilinear"]}, r"data\.interpolation must be one of"),
+        ({"crop_mode": "none"}, r"The crop mode must be one of center, squash, border, got 'none'"),
+        ({"image_size": ("b", "c")}, r"The image size must be a height and a width in pixels, got \('b', 'c'\)"),
+        ({"image_size": (0, 8)}, r"The image size must be"),
+        ({"image_size": (8.5, 8)}, r"The image size must be"),
+        ({"std": (0.0,) * 3}, r"data\.std must be positive numbers, got"),
+        ({"mean": ("a", "b", "c")}, r"data\.mean must be numbers, got"),
+    ],
+)
+def test_what_images_cannot_be_prepared_with_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(COLOUR, **change)
 
 
 @pytest.mark.parametrize("mode", ["rrc", "rkrc", "rkrr", "pad"])

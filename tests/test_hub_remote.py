@@ -403,15 +403,14 @@ def test_a_recipe_pushes_in_the_background_while_it_trains(hub: HubServer, clien
         "main", {"theirs.txt": b""}, hub.repos["me/digits"].refs["main"]
     )
     code = f"""
-    import contextlib, io
+    import contextlib, io, threading, types
     from timm_selfdistill.cli import main as cli
     from timm_selfdistill.train import publish
-    class AtOnce(publish.ThreadPoolExecutor):
-        def submit(self, work, *args):
-            future = super().submit(work, *args)
-            future.result()
-            return future
-    publish.ThreadPoolExecutor = AtOnce
+    class AtOnce(threading.Thread):
+        def start(self):
+            super().start()
+            self.join()
+    publish.threading = types.SimpleNamespace(Thread=AtOnce)
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         status = cli(["train", "digits", *{settings!r}])
@@ -432,6 +431,24 @@ def test_a_recipe_pushes_in_the_background_while_it_trains(hub: HubServer, clien
     assert during[BACKBONE] != after[BACKBONE]
     assert "Training goes on" not in after[CARD].decode()
     assert not (tmp_path / "run" / ".pushing").exists()
+
+
+def test_a_push_that_stalls_is_given_up_on_a_signal(hub: HubServer, client: Client) -> None:
+    hub.stalled = True
+    # At its end Python would wait for threads of the client.
+    answer = client("""
+    import os, signal, threading, time
+    from timm_selfdistill.train.stop import Interrupted, StopSignals
+    threading.Timer(5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    start = time.monotonic()
+    try:
+        with StopSignals():
+            sd.push_to_hub(make_model(), "me/net")
+    except Interrupted:
+        answer(seconds=time.monotonic() - start)
+    """)
+    assert answer["seconds"] < 10
+    assert sum(request.startswith("PUT") for request in hub.requests) == 1
 
 
 # Before anything is sent.

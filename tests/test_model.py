@@ -1,8 +1,11 @@
 import copy
+from urllib.error import URLError
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FAMILIES
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.models import build_model_with_cfg, register_model
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
@@ -405,6 +408,67 @@ def test_wrapped_model_is_not_wrapped_again(make_backbone):
 def test_unknown_name_or_argument_of_timm_is_explained(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         wrap(name, model_kwargs=kwargs)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub"),
+        OfflineModeIsEnabled("offline mode is enabled"),
+        URLError("no route to host"),
+        ConnectionResetError(104, "Connection reset by peer"),
+    ],
+)
+def test_weights_that_cannot_be_downloaded_are_named_with_the_ways_on(error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("timm.create_model", fail)
+    message = r"^The pretrained weights of 'resnet18' cannot be downloaded \(.+\): .*network.*cache.*pretrained=false"
+    with pytest.raises(ValueError, match=message):
+        wrap("resnet18", pretrained=True)
+
+
+def test_a_file_of_weights_that_is_missing_is_no_matter_of_the_network(tmp_path):
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "weights.safetensors")}}
+    with pytest.raises(ValueError, match=r"timm cannot create 'resnet18' with .*weights\.safetensors"):
+        wrap("resnet18", pretrained=True, model_kwargs=overlay)
+
+
+def test_a_place_without_a_model_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"local-dir:.* must be a folder with the config\.json of a timm model\.$"):
+        wrap(f"local-dir:{tmp_path}")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"must be a folder with the config\.json of a timm model\.$"):
+        wrap(f"local-dir:{tmp_path}")
+
+    def fail(*args, **kwargs):
+        raise LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr("timm.create_model", fail)
+    with pytest.raises(ValueError, match=r"there must be such a repository of a timm model on the Hub"):
+        wrap("hf-hub:a/b")
+
+
+def test_a_backbone_of_one_size_is_to_be_built_for_another(make_backbone):
+    backbone = make_backbone("vit_tiny_patch16_224")
+    with pytest.raises(
+        ValueError, match=r"Its own image_size is 64 x 64\. .*model\.kwargs\.img_size=32\), or .*dynamic"
+    ):
+        wrap(backbone, image_size=32)
+    with pytest.raises(ValueError, match=r"model\.kwargs\.img_size=\[32,48\]"):
+        wrap(backbone, image_size=(32, 48))
+    kwargs = {**FAMILIES["vit_tiny_patch16_224"], "img_size": 32}
+    assert wrap("vit_tiny_patch16_224", num_classes=3, image_size=32, model_kwargs=kwargs).num_exits == 3
+
+
+def test_want_of_memory_is_no_fault_of_the_model(monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("timm_selfdistill.exits.dry_run._forward", fail)
+    with pytest.raises(MemoryError):
+        wrap("test_resnet")
 
 
 # Several branches, several classifiers.

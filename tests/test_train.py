@@ -10,14 +10,17 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
+from timm_selfdistill.data import InputConfig
 from timm_selfdistill.losses.self_distillation import _LOSSES
 from timm_selfdistill.recipe import Recipe, list_recipes, load_recipe
 from timm_selfdistill.report import format_markdown
 from timm_selfdistill.train import fit, train
+from timm_selfdistill.train.batch_norm import check_one_image
 from timm_selfdistill.train.launch import per_process_batch
 from timm_selfdistill.train.phases import build_loss, self_distillation_phases
 
@@ -236,6 +239,39 @@ def test_the_global_batch_must_divide_evenly():
     assert per_process_batch(recipe, 2) == 32
     with pytest.raises(ValueError, match="multiples of 3"):
         per_process_batch(recipe, 3)
+
+
+def test_one_image_is_refused_where_batch_norm_cannot_train_on_it(tmp_path):
+    network = ["model={name: resnet18, kwargs: {in_chans: 1, channels: [8, 8, 16, 16]}}", "data.workers=0"]
+    message = (
+        r"batch_size: 8 leaves one image for each of 1 process\(es\) and optimizer\.accumulate=8 micro batch\(es\), "
+        r"which the batch norm of resnet18 cannot train on at 16 x 16 pixels; allowed are multiples of 8 from 16 on"
+    )
+    single = ["batch_size=8", "optimizer.accumulate=8"]
+    with pytest.raises(ValueError, match=message):
+        train(small_recipe(tmp_path, *network, *single))
+    assert not (tmp_path / "recipe.yaml").exists()
+    # The mended recipe runs in the same folder, and so does a network that needs no second image.
+    AcceleratorState._reset_state(True)
+    train(small_recipe(tmp_path, *network, "batch_size=16", "optimizer.accumulate=8"))
+    AcceleratorState._reset_state(True)
+    transformer = ["model={name: test_vit, kwargs: {in_chans: 1, img_size: 16}}", "data.workers=0"]
+    train(small_recipe(tmp_path / "vit", *transformer, *single))
+
+
+def test_looking_at_one_image_leaves_a_network_as_it_was():
+    recipe = small_recipe(Path("none"), "batch_size=1")
+    model = sd.wrap("resnet18", num_classes=10, image_size=64, small_stem=True, model_kwargs={"in_chans": 1})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    input = InputConfig(1, (64, 64), (0.5,), (0.5,), "bilinear", 1.0)
+    model.eval()
+    torch.manual_seed(3)
+    check_one_image(model, input, self_distillation_phases(recipe), recipe, 1)
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(2))
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_settings_that_another_loss_would_ignore_are_refused(monkeypatch):

@@ -4,24 +4,25 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from timm_selfdistill import compare
 from timm_selfdistill.analysis import DRAWS, IMAGES, SIGMAS, analyze_folder, format_analysis
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
 from timm_selfdistill.early_exit import FALLBACKS, RULES
-from timm_selfdistill.escape import printable, printable_message
+from timm_selfdistill.escape import printable
 from timm_selfdistill.export import FORMATS, ExportError, export_folder
-from timm_selfdistill.hub import HubError, push_folder
+from timm_selfdistill.hub import push_folder
 from timm_selfdistill.predict import BATCH_SIZE, print_predictions
 from timm_selfdistill.preview import format_preview, preview_exits
 from timm_selfdistill.recipe import list_recipes, read_settings
 from timm_selfdistill.report import format_table
-from timm_selfdistill.train import add_arguments, evaluate_folder, run_command
+from timm_selfdistill.train import add_arguments, end_program, evaluate_folder, run_command, run_safely
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status: 0, or 2 for arguments that cannot work; of predict also 1."""
+    """Run one subcommand and return its exit status: 0, or another that docs/train.md lists; of predict also 1."""
     parser = argparse.ArgumentParser(prog="timm-selfdistill", description="Turn a timm backbone into its own teacher.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -158,11 +159,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
+    status = run_safely(partial(_run, parsed))
+    return end_program(status) if arguments is None else status
+
+
+def _run(parsed: argparse.Namespace) -> int:
     try:
         status: int = parsed.run(parsed)
-    except (ValueError, HubError, ExportError) as error:
-        print(printable_message(f"error: {error}"), file=sys.stderr)
-        return 2
+    except ExportError as error:
+        raise ValueError(str(error)) from error
     return status
 
 

@@ -14,6 +14,7 @@ from timm_selfdistill.data.transforms import (
     eval_transform,
     train_transform,
 )
+from timm_selfdistill.data.workers import worker_options
 
 __all__ = [
     "MODES",
@@ -37,4 +38,5 @@ __all__ = [
     "open_dataset",
     "read_file",
     "train_transform",
+    "worker_options",
 ]

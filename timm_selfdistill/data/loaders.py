@@ -20,6 +20,7 @@ from timm_selfdistill.data.order import DrawnSamples, TrainingOrder, seed_genera
 from timm_selfdistill.data.skipped import SkipList, Use
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit
 from timm_selfdistill.data.transforms import MODES, InputConfig, eval_transform, train_transform
+from timm_selfdistill.data.workers import worker_options
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 
@@ -158,11 +159,10 @@ def build_loaders(
         return build(
             samples,
             **batches,
-            num_workers=workers,
+            **worker_options(workers, partial(_seed_worker, process=process)),
             persistent_workers=persistent,
             collate_fn=_as_it_is if use in cached else collate(split, use),
             pin_memory=torch.cuda.is_available() and use not in cached,
-            worker_init_fn=partial(_seed_worker, process=process),
             # Its own, because starting a loader draws a number: from the global generator, that would change what
             # training draws next.
             generator=torch.Generator().manual_seed(seed),

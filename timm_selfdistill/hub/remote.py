@@ -219,6 +219,10 @@ def push_folder(
     api = HfApi(token=_bare(token), library_name="timm_selfdistill")
     with _explained(f"Pushing to {repo_id}", revision, token):
         parent = api.repo_info(repo_id, revision=revision).sha
+        for operation in operations:
+            # One file at a time: for several, the client starts threads, whose end a signal would have to wait for.
+            if operation.path_in_repo in (BACKBONE, EXITS):
+                api.preupload_lfs_files(repo_id, [operation], revision=revision, create_pr=create_pr)
         commit = api.create_commit(
             repo_id,
             operations,

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import MODES, InputConfig, Transform, check_pillow, decode, eval_transform, read_file
+from timm_selfdistill.data import (
+    MODES,
+    InputConfig,
+    Transform,
+    check_pillow,
+    decode,
+    eval_transform,
+    read_file,
+    worker_options,
+)
 from timm_selfdistill.early_exit import EarlyExit
 from timm_selfdistill.escape import printable
 from timm_selfdistill.hub import class_names
@@ -111,7 +120,7 @@ def predict_images(
     loader: DataLoader[list[tuple[str, Tensor | str]]] = DataLoader(
         files,  # type: ignore[arg-type]  # a list is a dataset
         batch_size=batch_size,
-        num_workers=workers,
+        **worker_options(workers),
         collate_fn=partial(_load_all, mode=MODES[input.channels], transform=eval_transform(input)),
         # Its own, because starting a loader draws a number.
         generator=torch.Generator(),

@@ -5,10 +5,13 @@ from timm_selfdistill.train.command import add_arguments, main, run_command, run
 from timm_selfdistill.train.evaluation import evaluate_folder, evaluate_model
 from timm_selfdistill.train.phases import build_loss
 from timm_selfdistill.train.run import train
+from timm_selfdistill.train.stop import Interrupted, end_program
 
 __all__ = [
+    "Interrupted",
     "add_arguments",
     "build_loss",
+    "end_program",
     "evaluate_folder",
     "evaluate_model",
     "finished_report",

@@ -2,8 +2,9 @@
 
 import logging
 import shutil
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -97,6 +98,8 @@ def _settings_for(model: SelfDistillModel, folder: Path) -> EarlyExitConfig | No
 class Publisher:
     """Pushes a run's model to the Hub: in the background while it trains, and when it is done.
 
+    A push that stalls does not keep a run from being stopped: it is given up, and what is stored here is as it was.
+
     Making one makes the repository, and so proves the token, before training.
 
     Args:
@@ -112,8 +115,7 @@ class Publisher:
         make_repository(push.repo, private=push.private)
         self._push, self._folder, self._writer = push, folder, writer
         self._snapshot = folder / ".pushing"
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push-to-hub")
-        self._running: Future[bool] | None = None
+        self._running: threading.Thread | None = None
 
     def after_epoch(self, model: SelfDistillModel, epoch: int, total: int) -> None:
         """Start to push the model as it is after an epoch, if it is due and the push before is done.
@@ -125,13 +127,16 @@ class Publisher:
         """
         if self._push.every is None or epoch % self._push.every or epoch == total:
             return
-        if self._running is not None and not self._running.done():
+        if self._running is not None and self._running.is_alive():
             _logger.warning("Epoch %d is not pushed: the push before it still runs.", epoch)
             return
         done = f"epoch {epoch} of {total}"
         # Saved on this thread, as training goes on to change the weights.
         if self._succeeds(lambda: self._save_snapshot(model, done)):
-            self._running = self._worker.submit(self._succeeds, lambda: self._push_snapshot(done))
+            # A daemon, which nobody waits for when a run is stopped: the Hub or the network may stall.
+            push = partial(self._succeeds, lambda: self._push_snapshot(done))
+            self._running = threading.Thread(target=push, name="push-to-hub", daemon=True)
+            self._running.start()
 
     def finish(self) -> None:
         """Push the complete run.
@@ -139,7 +144,8 @@ class Publisher:
         Raises:
             HubError: If that fails; the run's folder is complete, and the message names the command that pushes it.
         """
-        self._worker.shutdown(wait=True)
+        if self._running is not None:
+            self._running.join()
         shutil.rmtree(self._snapshot, ignore_errors=True)
         try:
             push_folder(self._folder, self._push.repo, private=self._push.private)

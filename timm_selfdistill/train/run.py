@@ -25,7 +25,7 @@ from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.report import Report, build_report, write_report
 from timm_selfdistill.task import check_loss
-from timm_selfdistill.train.batch_norm import synchronize_batch_norm
+from timm_selfdistill.train.batch_norm import check_one_image, synchronize_batch_norm
 from timm_selfdistill.train.claim import check_resume, claim, flat
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.feed import Feed
@@ -83,6 +83,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         if in_parts:
             refuse_loss(phase.loss)
     input = InputConfig.from_model(model.backbone, recipe.data)
+    check_one_image(model, input, chain.from_iterable(networks.values()), recipe, accelerator.num_processes)
     loaders = build_loaders(
         data,
         recipe.data,
