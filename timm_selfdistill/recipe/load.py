@@ -11,6 +11,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from timm_selfdistill.recipe.local_paths import LOCAL, RECIPE, expand_home, merge
 from timm_selfdistill.recipe.plain_yaml import parse, unplain
 from timm_selfdistill.recipe.recipe import Recipe
 
@@ -61,6 +62,9 @@ class RecipeError(ValueError):
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
+    The `recipe.yaml` of a run holds no paths of the machine; they are taken from the `local.yaml` beside it, and
+    `output_dir` is the run's folder.
+
     Args:
         source: Path of a YAML file, or the name of a shipped recipe ("./name" for a file of that name), or what such a
             file holds.
@@ -78,8 +82,12 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             raise RecipeError(path.stem, problems)
         mapping = copy.deepcopy(dict(source))
     else:
-        path = _shipped().get(str(source), Path(source))
+        path = _shipped().get(str(source), Path(expand_home(str(source))))
         mapping = _read(path)
+        beside = path.with_name(LOCAL)
+        if path.name == RECIPE and beside.is_file():
+            mapping = merge(mapping, _read(beside))
+            mapping["output_dir"] = mapping.get("output_dir") or str(path.parent)
     problems = [problem for override in overrides for problem in _override(mapping, override)]
     if mapping.get("output_dir") is None:
         mapping["output_dir"] = f"runs/{path.stem}"
