@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from timm_selfdistill.recipe.fields import Count, Names, Section, Text
+from timm_selfdistill.recipe.fields import Count, Names, Section
 from timm_selfdistill.recipe.images import AugmentSection, DataSection
 from timm_selfdistill.recipe.local_paths import LocalPath, complete_path, different, shorten_paths
 from timm_selfdistill.recipe.network import ExitsSection, LossSection, ModelSection
