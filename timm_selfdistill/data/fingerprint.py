@@ -141,7 +141,7 @@ class _Columns:
         ends = np.frombuffer(offsets, dtype=np.int64)[relative.offset : relative.offset + len(relative) + 1]
         digest = hashlib.sha256()
         for numbers in (split.indices, split.targets, self.sizes, ends - ends[0]):
-            digest.update(memoryview(np.ascontiguousarray(numbers, dtype=np.int64)))
+            digest.update(numbers.astype(np.int64).tobytes())
         if characters is not None:
             digest.update(memoryview(characters)[int(ends[0]) : int(ends[-1])])
         return digest.hexdigest()
@@ -157,12 +157,10 @@ def _common_folder(columns: Sequence[Any]) -> str:
 
 def _digest_of_stream(split: StreamSplit, section: DataSection) -> str:
     path = Path(section.path)
-    files = [path] if path.is_file() else [Path(file) for file in glob(str(path))]
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.suffix in FILE_ENDINGS and file.is_file()]
-    listed = sorted(
-        (str(file.relative_to(path)) if path.is_dir() else file.name, file.stat().st_size) for file in files
-    )
+    folder = path if path.is_dir() else path.parent
+    found = path.rglob("*") if path.is_dir() else map(Path, glob(section.path))
+    files = [file for file in found if file.suffix in FILE_ENDINGS and file.is_file()]
+    listed = sorted((os.path.relpath(file, folder), file.stat().st_size) for file in files)
     return hashlib.sha256(repr((split.size, listed)).encode()).hexdigest()
 
 
