@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from timm_selfdistill.recipe import Recipe, RecipeError, list_recipes, load_recipe
+from timm_selfdistill.recipe import Recipe, RecipeError, dump_local, list_recipes, load_recipe
 from timm_selfdistill.recipe.plain_yaml import dump
 
 ROOT = Path(__file__).parents[1]
@@ -503,7 +503,7 @@ def test_the_name_of_a_home_folder_is_not_told(tmp_path: Path, monkeypatch: pyte
 def test_the_paths_of_a_runs_recipe_lie_beside_it(tmp_path: Path) -> None:
     recipe = load_recipe({"model": {"name": "resnet18"}, "data": {"path": "/data/client/flowers"}, "output_dir": "run"})
     (tmp_path / "recipe.yaml").write_text(recipe.without_local_paths().to_yaml())
-    (tmp_path / "local.yaml").write_text("data: {path: /data/client/flowers}\n")
+    (tmp_path / "local.yaml").write_text(dump_local(recipe))
     read = load_recipe(tmp_path / "recipe.yaml")
     assert read == recipe.model_copy(update={"output_dir": str(tmp_path)})
     assert load_recipe(tmp_path / "recipe.yaml", ["data.path=/other"]).data.path == "/other"

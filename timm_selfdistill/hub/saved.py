@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,8 @@ _FORMAT_VERSION = 1
 class Saved:
     """Our key of the configuration: how to wrap the backbone, and the weights' checksums.
 
-    With `exit`, the weights are those of a network that ends there, instead of the backbone's and the exits'.
+    With `exit`, the weights are those of a network that ends there, instead of the backbone's and the exits'. With
+    `run`, a training run wrote it: what it says of itself there is its own matter.
     """
 
     format_version: int
@@ -37,6 +39,7 @@ class Saved:
     sha256: dict[str, str]
     early_exit: Any = None
     exit: int | None = None
+    run: Any = None
 
 
 def describe(
@@ -45,6 +48,7 @@ def describe(
     *,
     early_exit: EarlyExitConfig | None = None,
     exit: int | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Saved:
     """Return what the configuration of a saved model is to tell beyond timm's.
 
@@ -53,6 +57,7 @@ def describe(
         sha256: Checksum of each file of weights.
         early_exit: When images leave early.
         exit: The exit at which the saved network ends, where it is not the whole model.
+        run: What the training run says of itself.
     """
     config = model.config
     # The dry run's size as it was: the saved input size may be another one, at which the taps' grids look otherwise.
@@ -68,6 +73,7 @@ def describe(
         sha256=sha256,
         early_exit=None if early_exit is None else early_exit.to_json(),
         exit=exit,
+        run=None if run is None else dict(run),
     )
 
 
@@ -90,7 +96,7 @@ def read_config(folder: Path) -> Saved:
             "upgrade timm_selfdistill."
         )
     expected = [field.name for field in fields(Saved)]
-    if not set(expected) - {"early_exit", "exit"} <= set(ours) <= set(expected):
+    if not set(expected) - {"early_exit", "exit", "run"} <= set(ours) <= set(expected):
         raise ValueError(f"{path} is damaged: {KEY!r} holds {', '.join(ours)}; it must hold {', '.join(expected)}.")
     try:
         return TypeAdapter(Saved).validate_json(json.dumps(ours), strict=True)

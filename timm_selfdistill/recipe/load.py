@@ -12,9 +12,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from timm_selfdistill.recipe.local_paths import LOCAL, RECIPE, expand_home, merge
-from timm_selfdistill.recipe.plain_yaml import parse, unplain
+from timm_selfdistill.recipe.plain_yaml import dump, parse, unplain
 from timm_selfdistill.recipe.recipe import Recipe
 
+_LOCAL_HEADER = "# Paths of this machine that belong to the run in this folder; timm_selfdistill never pushes them."
 _OVERRIDE_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 # How each of pydantic's error types is said in a RecipeError; the braces are filled from the error's context.
@@ -85,7 +86,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         path = _shipped().get(str(source), Path(expand_home(str(source))))
         mapping = _read(path)
         beside = path.with_name(LOCAL)
-        if path.name == RECIPE and beside.is_file():
+        if path.name == RECIPE and is_local(beside):
             mapping = merge(mapping, _read(beside))
             mapping["output_dir"] = mapping.get("output_dir") or str(path.parent)
     problems = [problem for override in overrides for problem in _override(mapping, override)]
@@ -98,6 +99,20 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if problems:
         raise RecipeError(path.stem if isinstance(source, Mapping) else str(source), list(dict.fromkeys(problems)))
     return recipe
+
+
+def dump_local(recipe: Recipe) -> str:
+    """Return the content of a run's `local.yaml`: the paths of this machine in its recipe."""
+    return f"{_LOCAL_HEADER}\n{dump(recipe.local_paths())}"
+
+
+def is_local(path: Path) -> bool:
+    """Whether a file is one that `dump_local` made, and not somebody else's of the same name."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline().rstrip() == _LOCAL_HEADER
+    except OSError:
+        return False
 
 
 def read_settings(overrides: Sequence[str]) -> dict[str, Any]:

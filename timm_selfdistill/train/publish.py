@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from timm_selfdistill.hub import (
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import PushSection, Recipe
 from timm_selfdistill.report import Report, format_markdown
+from timm_selfdistill.train.run_record import RunRecord
 
 _logger = logging.getLogger(__name__)
 
@@ -34,19 +36,28 @@ class ModelWriter:
         recipe: The recipe.
         data: The data set.
         input: What the model takes.
+        record: What the run is, which the model's configuration tells.
     """
 
-    def __init__(self, recipe: Recipe, data: ImageData, input: InputConfig) -> None:
-        self._recipe = recipe
+    def __init__(self, recipe: Recipe, data: ImageData, input: InputConfig, record: RunRecord) -> None:
+        self._recipe, self._record = recipe, record
         self._class_names = data.class_names
         self._data_config = input.to_timm()
 
-    def save(self, model: SelfDistillModel, folder: Path, report: Report | None = None, note: str = "") -> None:
+    def save(
+        self,
+        model: SelfDistillModel,
+        folder: Path,
+        epochs: tuple[int, int],
+        report: Report | None = None,
+        note: str = "",
+    ) -> None:
         """Write the model; early-exit settings that were chosen for the very same weights stay with it.
 
         Args:
             model: The model.
             folder: Where to.
+            epochs: How many epochs of the run are done, and of how many.
             report: What came out of the run, for the card.
             note: The card's last words.
         """
@@ -71,6 +82,7 @@ class ModelWriter:
             data_config=self._data_config,
             early_exit=early_exit,
             card=f"{card}{note}",
+            run=replace(self._record, epochs_done=epochs[0], epochs=epochs[1]).to_json(),
         )
 
 
@@ -124,7 +136,7 @@ class Publisher:
             return
         done = f"epoch {epoch} of {total}"
         # Saved on this thread, as training goes on to change the weights.
-        if self._succeeds(lambda: self._save_snapshot(model, done)):
+        if self._succeeds(lambda: self._save_snapshot(model, done, (epoch, total))):
             self._running = self._worker.submit(self._succeeds, lambda: self._push_snapshot(done))
 
     def finish(self) -> None:
@@ -141,9 +153,9 @@ class Publisher:
             again = f"timm-selfdistill push {self._folder} {self._push.repo}"
             raise HubError(f"{error} The run is complete in {self._folder}; push it again by: {again}") from error
 
-    def _save_snapshot(self, model: SelfDistillModel, done: str) -> None:
+    def _save_snapshot(self, model: SelfDistillModel, done: str, epochs: tuple[int, int]) -> None:
         note = f"\nTraining goes on: this is the model after {done}.\n"
-        self._writer.save(model, self._snapshot / "model", note=note)
+        self._writer.save(model, self._snapshot / "model", epochs, note=note)
         shutil.copyfile(self._folder / "recipe.yaml", self._snapshot / "recipe.yaml")
 
     def _push_snapshot(self, done: str) -> None:
