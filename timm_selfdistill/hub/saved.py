@@ -81,7 +81,13 @@ def read_config(folder: Path) -> Saved:
     """Return what the configuration of a saved model tells beyond timm's."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} holds no model: there is no {CONFIG} in it.")
+        hint = ""
+        if (folder / "checkpoints").is_dir():
+            hint = (
+                " Of a run that was stopped, --from-checkpoint takes the newest checkpoint, and "
+                f"`timm-selfdistill finish {folder}` makes the model of it."
+            )
+        raise ValueError(f"{folder} holds no model: there is no {CONFIG} in it.{hint}")
     try:
         config = json.loads(path.read_text())
     except (RecursionError, ValueError) as error:

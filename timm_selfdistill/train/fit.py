@@ -328,7 +328,9 @@ class Fit:
         if (progress.epoch, progress.step) == (self._saved_epoch, self._saved_step):
             return
         self._saved_epoch, self._saved_step = progress.epoch, progress.step
-        record = replace(self.record, epochs_done=progress.epoch, epochs=self.total_epochs)
+        # Behind the last step of an epoch, whose validation is still to come.
+        is_last = progress.micro >= self.updates_per_epoch * self.recipe.optimizer.accumulate
+        record = replace(self.record, epochs_done=progress.epoch + is_last, epochs=self.total_epochs)
         captured = {ENTRY: record.to_json(), "progress": vars(progress), **state.capture()}
         if self.accelerator.is_main_process:
             self.writer.save(captured, progress.step)

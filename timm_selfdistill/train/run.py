@@ -5,7 +5,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
@@ -22,11 +21,12 @@ from timm_selfdistill.data import (
 )
 from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.metrics import ExitMetricsResult
-from timm_selfdistill.model import SelfDistillModel, wrap
+from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.report import Report, build_report, write_report
 from timm_selfdistill.task import check_loss
 from timm_selfdistill.train.batch_norm import synchronize_batch_norm
+from timm_selfdistill.train.build import build_model
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.feed import Feed
 from timm_selfdistill.train.fit import Fit
@@ -81,7 +81,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         networks = {"baseline": baseline_phases(recipe), **networks}
     record = RunRecord(recipe.without_local_paths(), fingerprint(data, recipe.data))
     check_run(folder, recipe, record.data, networks)
-    model = build_model(recipe, data)
+    model = build_model(recipe, data.class_names, data.name)
     # One process has nothing to share.
     in_parts = asks_for_sharding() and accelerator.num_processes > 1
     for phase in chain.from_iterable(networks.values()):
@@ -117,7 +117,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
     for name, phases in networks.items():
         # Built anew from the same seed: every network starts from the same weights and sees the same images.
         set_seed(recipe.seed)
-        network = build_model(recipe, data).to(accelerator.device)
+        network = build_model(recipe, data.class_names, data.name).to(accelerator.device)
         if recipe.sync_batchnorm and accelerator.num_processes > 1:
             network = synchronize_batch_norm(network)
         set_seed(recipe.seed, device_specific=True)
@@ -153,39 +153,6 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
     if publisher is not None:
         publisher.finish()
     return report
-
-
-def build_model(recipe: Recipe, data: ImageData) -> SelfDistillModel:
-    """Build the recipe's wrapped model.
-
-    Args:
-        recipe: The recipe.
-        data: The data set, which tells the number of classes where the recipe does not.
-
-    Raises:
-        ValueError: If timm cannot build the backbone, it cannot be wrapped, or it has fewer classes than the data.
-    """
-    section, exits = recipe.model, recipe.exits
-    num_classes = section.num_classes or len(data.class_names)
-    if num_classes < len(data.class_names):
-        raise ValueError(
-            f"model.num_classes: {num_classes} is less than the {len(data.class_names)} classes of {data.name}."
-        )
-    model = wrap(
-        section.name,
-        num_classes=num_classes,
-        exits=exits.points,
-        head=exits.head,
-        head_kwargs=exits.head_kwargs,
-        hint_adapter=exits.hint_adapter,
-        small_stem=section.small_stem,
-        image_size=recipe.data.image_size,
-        pretrained=section.pretrained,
-        model_kwargs=section.kwargs,
-    )
-    if section.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return model
 
 
 def _prepare(

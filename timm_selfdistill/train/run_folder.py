@@ -92,7 +92,7 @@ def check_run(folder: Path, recipe: Recipe, data: Fingerprint, networks: Collect
     if not records and _has_results(folder):
         _logger.warning(_UNKNOWN_DATA, folder)
         if (folder / RECIPE).is_file():
-            changes = recipe_changes(load_recipe(folder / RECIPE), recipe, same_data=False)
+            changes = recipe_changes(load_recipe(folder / RECIPE), recipe, data_is_known=False)
             _refuse(changes, f"{folder} holds")
 
 
@@ -122,7 +122,7 @@ def finished_report(recipe: Recipe) -> Report | None:
         before = [load_recipe(folder / RECIPE)]
     for one in before:
         # Its data is not opened: that it is the same is checked where it goes on.
-        _refuse(recipe_changes(one, recipe, same_data=bool(records)), f"{folder} holds")
+        _refuse(recipe_changes(one, recipe, data_is_known=bool(records)), f"{folder} holds")
     # The model is written last.
     if not path.is_file() or not config.is_file() or any(one.epochs != recipe.epochs for one in before):
         return None
@@ -193,9 +193,8 @@ def _compare(record: RunRecord, recipe: Recipe, data: Fingerprint, what: str) ->
         data: The recipe's data.
         what: What it is, as the beginning of a sentence that "a run of another recipe" ends.
     """
-    changes = record.data.changes(data)
-    _refuse(recipe_changes(record.recipe, recipe, same_data=not changes), what)
-    if changes:
+    _refuse(recipe_changes(record.recipe, recipe, data_is_known=True), what)
+    if changes := record.data.changes(data):
         raise ValueError(
             f"{what} a run of other data: {'; '.join(changes)}. Images that were trained on could be reported on, and "
             "labels mean something else: put the data back as it was, or choose another output_dir."

@@ -83,24 +83,24 @@ def read_record(checkpoints: Path) -> RunRecord | None:
     return None
 
 
-def recipe_changes(before: Recipe, now: Recipe, *, same_data: bool) -> list[str]:
+def recipe_changes(before: Recipe, now: Recipe, *, data_is_known: bool) -> list[str]:
     """Return what keeps a run of one recipe from going on with another, each as "key (before, now ...)".
 
     Args:
         before: The recipe that was run.
         now: The one to go on with.
-        same_data: Whether the data is known to be the same, so that it may lie elsewhere.
+        data_is_known: Whether the data itself is compared, so that it may lie elsewhere.
     """
     flats = [flat(recipe) for recipe in (before, now)]
     # Names of files of a machine count by their last part: a run may be copied to another one.
     shared = [flat(recipe.without_local_paths()) for recipe in (before, now)]
-    for key in _LOCATIONS if not same_data else ():
+    for key in _LOCATIONS if not data_is_known else ():
         for full, short in zip(flats, shared, strict=True):
             short[key] = full.get(key, "None")
     changes = []
     for key in sorted(shared[0] | shared[1]):
         one, other = shared[0].get(key), shared[1].get(key)
-        if one == other or key.split(".")[0] in _FREE_SECTIONS or (same_data and key in _LOCATIONS):
+        if one == other or key.split(".")[0] in _FREE_SECTIONS or (data_is_known and key in _LOCATIONS):
             continue
         note = _why_not(key, before, now)
         if note is not None:
