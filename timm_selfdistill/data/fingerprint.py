@@ -189,7 +189,10 @@ def _size_changes(before: Fingerprint, now: Fingerprint) -> Iterator[str]:
 def _count_changes(before: Fingerprint, now: Fingerprint) -> Iterator[str]:
     """Yield which classes of a split have another number of images."""
     counts = [_counts(data) for data in (before, now)]
-    changed = [key for key in counts[0] | counts[1] if counts[0].get(key, 0) != counts[1].get(key, 0)]
+    # Of a class that came or went, that is said already.
+    known = set(before.classes) & set(now.classes)
+    keys = [key for key in counts[0] | counts[1] if key[1] in known]
+    changed = [key for key in keys if counts[0].get(key, 0) != counts[1].get(key, 0)]
     for split, name in changed[:_NAMED]:
         key = split, name
         yield f"class {name!r} of {split} has {counts[1].get(key, 0)} images, had {counts[0].get(key, 0)}"
