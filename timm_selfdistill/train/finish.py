@@ -85,5 +85,5 @@ def _finish(folder: Path, found: CheckpointModel) -> Report:
     write_report(report, folder)
     note = "" if record.is_finished else f"\nThe training was {stopped}.\n"
     epochs = record.epochs_done, record.epochs
-    ModelWriter(recipe, data, input, record).save(found.model, folder / MODEL, epochs, report, note)
+    ModelWriter(recipe, data, input).save(found.model, folder / MODEL, report, note, epochs)
     return report

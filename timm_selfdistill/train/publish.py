@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from timm_selfdistill.data import ImageData, InputConfig, is_on_hub
+from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.hub import (
     HubError,
@@ -36,11 +37,11 @@ class ModelWriter:
         recipe: The recipe.
         data: The data set.
         input: What the model takes.
-        record: What the run is, which the model's configuration tells.
     """
 
-    def __init__(self, recipe: Recipe, data: ImageData, input: InputConfig, record: RunRecord) -> None:
-        self._recipe, self._record = recipe, record
+    def __init__(self, recipe: Recipe, data: ImageData, input: InputConfig) -> None:
+        self._recipe = recipe
+        self._record = RunRecord(recipe.without_local_paths(), fingerprint(data, recipe.data))
         self._class_names = data.class_names
         self._data_config = input.to_timm()
 
@@ -48,20 +49,21 @@ class ModelWriter:
         self,
         model: SelfDistillModel,
         folder: Path,
-        epochs: tuple[int, int],
         report: Report | None = None,
         note: str = "",
+        epochs: tuple[int, int] | None = None,
     ) -> None:
         """Write the model; early-exit settings that were chosen for the very same weights stay with it.
 
         Args:
             model: The model.
             folder: Where to.
-            epochs: How many epochs of the run are done, and of how many.
             report: What came out of the run, for the card.
             note: The card's last words.
+            epochs: How many epochs of the run are done, and of how many; all by default.
         """
         recipe = self._recipe
+        done, total = epochs or (recipe.epochs, recipe.epochs)
         # The weights that training started from are under a licence of their own, which what is made of them inherits.
         origin = model.pretrained_cfg if recipe.model.pretrained else {}
         training = Training(
@@ -82,7 +84,7 @@ class ModelWriter:
             data_config=self._data_config,
             early_exit=early_exit,
             card=f"{card}{note}",
-            run=replace(self._record, epochs_done=epochs[0], epochs=epochs[1]).to_json(),
+            run=replace(self._record, epochs_done=done, epochs=total).to_json(),
         )
 
 
@@ -155,7 +157,7 @@ class Publisher:
 
     def _save_snapshot(self, model: SelfDistillModel, done: str, epochs: tuple[int, int]) -> None:
         note = f"\nTraining goes on: this is the model after {done}.\n"
-        self._writer.save(model, self._snapshot / "model", epochs, note=note)
+        self._writer.save(model, self._snapshot / "model", note=note, epochs=epochs)
         shutil.copyfile(self._folder / "recipe.yaml", self._snapshot / "recipe.yaml")
 
     def _push_snapshot(self, done: str) -> None:

@@ -102,7 +102,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         device=accelerator.device,
     )
     feed, eval_loader = _prepare(loaders, data, recipe, accelerator, batch_size)
-    writer = ModelWriter(recipe, data, input, record)
+    writer = ModelWriter(recipe, data, input)
     publisher = None
     with accelerator.main_process_first():
         if recipe.push_to_hub is not None and accelerator.is_main_process:
@@ -147,7 +147,7 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
     )
     if accelerator.is_main_process:
         write_report(report, folder)
-        writer.save(model, folder / MODEL, (fit.total_epochs, fit.total_epochs), report)
+        writer.save(model, folder / MODEL, report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if publisher is not None:
