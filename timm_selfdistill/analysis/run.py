@@ -121,7 +121,7 @@ def analyze_folder(
         "seed": seed,
         "versions": versions(),
     }
-    write_analysis(analysis, output or saved.output)
+    write_analysis(analysis, saved.output if output is None else output.expanduser())
     return analysis
 
 

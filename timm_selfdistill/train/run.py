@@ -1,5 +1,6 @@
 """Run a recipe: data, model, training, evaluation, report, saved model."""
 
+import atexit
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -35,7 +36,7 @@ from timm_selfdistill.train.lock import locked
 from timm_selfdistill.train.parallel import Replicated
 from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self_distillation_phases
 from timm_selfdistill.train.publish import ModelWriter, Publisher
-from timm_selfdistill.train.run_folder import MODEL, check_folder, check_run, write_recipe
+from timm_selfdistill.train.run_folder import MODEL, check_folder, check_run, remove_leftovers, write_recipe
 from timm_selfdistill.train.run_record import RunRecord, flat
 from timm_selfdistill.train.sharding import Sharded, asks_for_sharding, refuse_loss
 from timm_selfdistill.train.stop import StopSignals
@@ -80,7 +81,10 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
     if recipe.baseline:
         networks = {"baseline": baseline_phases(recipe), **networks}
     record = RunRecord(recipe.without_local_paths(), fingerprint(data, recipe.data))
-    check_run(folder, recipe, record.data, networks)
+    with accelerator.main_process_first():
+        check_run(folder, recipe, record.data, networks)
+        if accelerator.is_main_process:
+            remove_leftovers(folder)
     model = build_model(recipe, data.class_names, data.name)
     # One process has nothing to share.
     in_parts = asks_for_sharding() and accelerator.num_processes > 1
@@ -149,7 +153,10 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         write_report(report, folder)
         writer.save(model, folder / MODEL, report)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    # Not before: a comparison trains several runs in the same processes.
+    atexit.register(accelerator.state.destroy_process_group)
     if publisher is not None:
         publisher.finish()
     return report

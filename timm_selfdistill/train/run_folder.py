@@ -96,12 +96,15 @@ def check_run(folder: Path, recipe: Recipe, data: Fingerprint, networks: Collect
             _refuse(changes, f"{folder} holds")
 
 
-def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe to the run's folder: one that may be shared, and beside it the paths of this machine."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove what runs logged that came to nothing, so that it is not taken for this one's."""
     if not _has_results(folder):
-        # What runs wrote that came to nothing.
         for path in _found(folder, (METRICS, SKIPPED, "skipped-*.jsonl", NONFINITE)):
             path.unlink()
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe to the run's folder: one that may be shared, and beside it the paths of this machine."""
     # First what shows that the folder is a run's.
     replace_file(folder / LOCAL, dump_local(recipe).encode())
     replace_file(folder / RECIPE, recipe.without_local_paths().to_yaml().encode())
