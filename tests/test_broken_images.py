@@ -343,7 +343,8 @@ def test_a_run_stops_and_goes_on_without_the_images(folder: Path, tmp_path: Path
     assert f"Images that could not be decoded, and are not counted: {skipped['training']} for training" in printed
     assert "skipped.jsonl" in printed
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert {line["validation/num_skipped"] for line in lines if "validation/top1/0" in line} == {skipped["validation"]}
+    validated = [line for line in lines if "self-distilled/validation/top1/0" in line]
+    assert {line["self-distilled/validation/num_skipped"] for line in validated} == {skipped["validation"]}
 
     AcceleratorState._reset_state(True)
     again = evaluate_folder(run, output=tmp_path / "again")

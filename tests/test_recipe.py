@@ -15,7 +15,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from timm_selfdistill.recipe import Recipe, RecipeError, list_recipes, load_recipe
+from timm_selfdistill.recipe import Recipe, RecipeError, dump_local, list_recipes, load_recipe
 from timm_selfdistill.recipe.plain_yaml import dump
 
 ROOT = Path(__file__).parents[1]
@@ -515,3 +515,75 @@ def message_of(tmp_path, text):
 def test_sizes_beyond_any_machine_are_refused(problems, override, expected):
     (problem,) = problems(MINIMAL, override)
     assert expected in problem
+
+
+# Paths of this machine.
+
+
+def test_a_recipe_without_local_paths_holds_none_of_them(tmp_path: Path) -> None:
+    folder = tmp_path / "secret client" / "flowers"
+    folder.mkdir(parents=True)
+    recipe = load_recipe(
+        {
+            "model": {"name": f"local-dir:{tmp_path}/nets/net", "kwargs": {"checkpoint_path": f"{tmp_path}/a.pt"}},
+            "data": {"path": str(folder)},
+            "output_dir": f"{tmp_path}/runs/one",
+            "resume": f"{tmp_path}/runs/one/checkpoints/self-distilled/checkpoint-4",
+        }
+    )
+    shared = recipe.without_local_paths()
+    assert str(tmp_path) not in shared.to_yaml()
+    assert "secret client" not in shared.to_yaml()
+    assert (shared.data.path, shared.model.name) == ("flowers", "local-dir:net")
+    assert shared.model.kwargs == {"checkpoint_path": "a.pt"}
+    assert (shared.output_dir, shared.resume) == (None, "auto")
+    assert shared.without_local_paths() == shared
+
+
+@pytest.mark.parametrize("path", ["uoft-cs/cifar100", "digits", "flowers"])
+def test_names_are_no_local_paths(path: str) -> None:
+    recipe = load_recipe({"model": {"name": "hf-hub:timm/resnet18.a1_in1k"}, "data": {"path": path}})
+    assert recipe.without_local_paths().data.path == path
+    assert recipe.without_local_paths().model.name == recipe.model.name
+    assert recipe.local_paths() == {}
+
+
+def test_a_folder_is_local_even_if_it_is_called_as_a_data_set_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("client/flowers").mkdir(parents=True)
+    recipe = load_recipe({"model": {"name": "resnet18"}, "data": {"path": "client/flowers"}})
+    assert recipe.without_local_paths().data.path == "flowers"
+    assert recipe.local_paths() == {"data": {"path": str(tmp_path / "client" / "flowers")}}
+
+
+def test_the_name_of_a_home_folder_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "alice"))
+    recipe = load_recipe({"model": {"name": "resnet18"}, "data": {"path": "~"}})
+    assert "alice" not in recipe.without_local_paths().to_yaml()
+
+
+def test_the_paths_of_a_runs_recipe_lie_beside_it(tmp_path: Path) -> None:
+    recipe = load_recipe({"model": {"name": "resnet18"}, "data": {"path": "/data/client/flowers"}, "output_dir": "run"})
+    (tmp_path / "recipe.yaml").write_text(recipe.without_local_paths().to_yaml())
+    (tmp_path / "local.yaml").write_text(dump_local(recipe))
+    read = load_recipe(tmp_path / "recipe.yaml")
+    assert read == recipe.model_copy(update={"output_dir": str(tmp_path)})
+    assert load_recipe(tmp_path / "recipe.yaml", ["data.path=/other"]).data.path == "/other"
+    # What was edited by hand wins.
+    edited = (tmp_path / "recipe.yaml").read_text().replace("path: flowers", "path: leaves")
+    (tmp_path / "recipe.yaml").write_text(edited)
+    assert load_recipe(tmp_path / "recipe.yaml").data.path == "leaves"
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mapping = {"model": {"name": "local-dir:~/net"}, "data": {"path": "~/images"}, "output_dir": "~/run"}
+    recipe = load_recipe(mapping, ["resume=~/run/checkpoints/self-distilled/checkpoint-1"])
+    assert recipe.model.name == f"local-dir:{tmp_path}/net"
+    assert recipe.data.path == f"{tmp_path}/images"
+    assert recipe.output_dir == f"{tmp_path}/run"
+    assert recipe.resume == f"{tmp_path}/run/checkpoints/self-distilled/checkpoint-1"
+    with pytest.raises(RecipeError, match="output_dir: must not begin with ~ unless that is a home folder"):
+        load_recipe(mapping, ["output_dir=~nobody-of-this-name/run"])

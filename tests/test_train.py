@@ -70,10 +70,12 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"baseline", "self-distilled"}
 
     logged = lines(tmp_path)
-    trained = [entry for entry in logged if "train/loss" in entry and entry["network"] == "self-distilled"]
-    assert {f"train/{term}/{k}" for term in ("ce", "kd", "hint") for k in range(3)} | {"train/ce/3"} <= set(trained[0])
+    trained = [entry for entry in logged if "self-distilled/train/loss" in entry]
+    assert {entry["network"] for entry in trained} == {"self-distilled"}
+    terms = {f"self-distilled/train/{term}/{k}" for term in ("ce", "kd", "hint") for k in range(3)}
+    assert terms | {"self-distilled/train/ce/3"} <= set(trained[0])
     assert trained[-1]["step"] == 2 * 4
-    validated = [entry for entry in logged if "validation/top1/ensemble" in entry]
+    validated = [entry for entry in logged if "self-distilled/validation/top1/ensemble" in entry]
     assert [entry["epoch"] for entry in validated] == [1, 2]
 
 
@@ -93,7 +95,7 @@ def test_the_loss_falls_and_the_same_seed_gives_the_same_weights(tmp_path):
     longer = ("epochs=3", "data.max_train=192", "data.validation=0", "augment.scale=[1.0,1.0]")
     train(small_recipe(tmp_path / "a", *longer))
     train(small_recipe(tmp_path / "b", *longer))
-    losses = [entry["train/loss"] for entry in lines(tmp_path / "a")]
+    losses = [entry["self-distilled/train/loss"] for entry in lines(tmp_path / "a")]
     assert losses[-1] < 0.9 * losses[0]
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
@@ -148,15 +150,15 @@ def test_frozen_trains_the_exits_only(tmp_path, monkeypatch):
 def test_mixed_trains_the_backbone_first(tmp_path):
     mixed = ("schedule.regime=mixed", "schedule.backbone_epochs=1", "epochs=3", "schedule.cooldown_epochs=1")
     train(small_recipe(tmp_path, *mixed))
-    entries = [entry for entry in lines(tmp_path) if "train/loss" in entry]
-    assert [(entry["epoch"], "train/kd/0" in entry) for entry in entries] == [
+    entries = [entry for entry in lines(tmp_path) if "self-distilled/train/loss" in entry]
+    assert [(entry["epoch"], "self-distilled/train/kd/0" in entry) for entry in entries] == [
         (1, False),
         (2, True),
         (3, True),
         (4, True),
     ]
     # Each phase has a schedule of its own, and only the cool-down ends at the lowest rate.
-    assert [entry["train/lr"] > 0 for entry in entries] == [True, True, True, False]
+    assert [entry["self-distilled/train/lr"] > 0 for entry in entries] == [True, True, True, False]
 
 
 def test_accumulation_gives_the_same_gradients_as_one_large_batch(tmp_path):

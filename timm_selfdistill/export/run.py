@@ -95,6 +95,7 @@ def export_folder(
     dynamic_batch: bool = False,
     image_size: int | tuple[int, int] | None = None,
     overwrite: bool = False,
+    default_folder: str | Path | None = None,
 ) -> Path:
     """Write a saved model, cut off behind an exit, as `export_model` does.
 
@@ -106,6 +107,7 @@ def export_folder(
         dynamic_batch: As in `export_model`.
         image_size: As in `export_model`.
         overwrite: As in `export_model`.
+        default_folder: What stands for `source` in the default of `output`.
 
     Returns:
         The path that was written.
@@ -120,11 +122,12 @@ def export_folder(
     model = from_pretrained(folder / "model" if (folder / "model").is_dir() else source)
     exit = model.num_exits if exit is None else exit
     if output is None:
-        output = (folder if folder.is_dir() else Path()) / f"exit-{exit}{FORMATS[format]}"
+        beside = folder if default_folder is None else Path(default_folder)
+        output = (beside if beside.is_dir() else Path()) / f"exit-{exit}{FORMATS[format]}"
     return export_model(
         model,
         exit,
-        output,
+        output.expanduser(),
         format=format,
         dynamic_batch=dynamic_batch,
         image_size=image_size,

@@ -7,6 +7,7 @@ from timm_selfdistill.hub.folder import (
     CARD,
     EXITS,
     read_early_exit,
+    read_run,
     save_early_exit,
     save_pretrained,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "push_folder",
     "push_to_hub",
     "read_early_exit",
+    "read_run",
     "save_early_exit",
     "save_exported",
     "save_pretrained",

@@ -35,6 +35,7 @@ def save_pretrained(
     data_config: Mapping[str, Any] | None = None,
     early_exit: EarlyExitConfig | None = None,
     card: str | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model to a folder that `from_pretrained` and, for the backbone, plain timm load.
 
@@ -52,6 +53,7 @@ def save_pretrained(
         data_config: Preprocessing of the training run (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
         early_exit: When images leave early, for `load_early_exit`; the `config` of an `EarlyExit`.
         card: Text of the model card; a short one by default.
+        run: What a training run says of itself, as JSON can hold it.
 
     Returns:
         The folder.
@@ -88,7 +90,7 @@ def save_pretrained(
         sha256 = {name: sha256_of((staged / name).read_bytes()) for name in (BACKBONE, EXITS)}
         # It stands beside `model_args` too: transformers' wrapper of timm hands over both, and then fails.
         config["model_args"].pop("num_classes", None)
-        config[KEY] = asdict(describe(model, sha256, early_exit=early_exit))
+        config[KEY] = asdict(describe(model, sha256, early_exit=early_exit, run=run))
         check_config(config)
         (staged / CONFIG).write_text(json.dumps(config, indent=2))
         (staged / CARD).write_text(card if card is not None else model_card(model, early_exit=early_exit))
@@ -156,6 +158,15 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the model that {CONFIG} describes: {error}") from error
+
+
+def read_run(folder: str | Path) -> Any:
+    """Return what the training run that saved a model said of itself, or None if no run did.
+
+    Raises:
+        ValueError: If the folder holds no model.
+    """
+    return read_config(Path(folder)).run
 
 
 def read_early_exit(folder: str | Path) -> EarlyExitConfig | None:

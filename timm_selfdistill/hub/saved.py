@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,8 @@ _MAX_EXITS = 1000
 class Saved:
     """Our key of the configuration: how to wrap the backbone, and the weights' checksums.
 
-    With `exit`, the weights are those of a network that ends there, instead of the backbone's and the exits'.
+    With `exit`, the weights are those of a network that ends there, instead of the backbone's and the exits'. With
+    `run`, a training run wrote it: what it says of itself there is its own matter.
     """
 
     format_version: int
@@ -41,6 +43,7 @@ class Saved:
     sha256: dict[str, str]
     early_exit: Any = None
     exit: int | None = None
+    run: Any = None
 
 
 def describe(
@@ -49,6 +52,7 @@ def describe(
     *,
     early_exit: EarlyExitConfig | None = None,
     exit: int | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Saved:
     """Return what the configuration of a saved model is to tell beyond timm's.
 
@@ -57,6 +61,7 @@ def describe(
         sha256: Checksum of each file of weights.
         early_exit: When images leave early.
         exit: The exit at which the saved network ends, where it is not the whole model.
+        run: What the training run says of itself.
     """
     config = model.config
     # The dry run's size as it was: the saved input size may be another one, at which the taps' grids look otherwise.
@@ -74,6 +79,7 @@ def describe(
         sha256=sha256,
         early_exit=None if early_exit is None else early_exit.to_json(),
         exit=exit,
+        run=None if run is None else dict(run),
     )
 
 
@@ -81,7 +87,13 @@ def read_config(folder: Path) -> Saved:
     """Return what the configuration of a saved model tells beyond timm's."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} holds no model: there is no {CONFIG} in it.")
+        hint = ""
+        if (folder / "checkpoints").is_dir():
+            hint = (
+                " Of a run that was stopped, --from-checkpoint takes the newest checkpoint, and "
+                f"`timm-selfdistill finish {folder}` makes the model of it."
+            )
+        raise ValueError(f"{folder} holds no model: there is no {CONFIG} in it.{hint}")
     config = read_json(path)
     ours = config.get(KEY) if isinstance(config, dict) else None
     if not isinstance(ours, dict):
@@ -97,7 +109,7 @@ def read_config(folder: Path) -> Saved:
     except ValueError as error:
         raise ValueError(f"{path} asks for what is not allowed: {error}") from error
     expected = [field.name for field in fields(Saved)]
-    if not set(expected) - {"early_exit", "exit"} <= set(ours) <= set(expected):
+    if not set(expected) - {"early_exit", "exit", "run"} <= set(ours) <= set(expected):
         raise ValueError(
             f"{path} is damaged: {KEY!r} holds {', '.join(ours):.500}; it must hold {', '.join(expected)}."
         )

@@ -17,6 +17,7 @@ from timm_selfdistill.recipe.fields import (
     Text,
     is_integer,
 )
+from timm_selfdistill.recipe.local_paths import LocalPath
 
 
 class DataSection(Section):
@@ -53,7 +54,7 @@ class DataSection(Section):
         max_eval: Report on so many images only, for trials.
     """
 
-    path: Text
+    path: LocalPath
     name: Text | None = None
     image: Text = "image"
     target: Text = "label"

@@ -11,13 +11,15 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from timm_selfdistill.recipe.plain_yaml import MAX_BYTES, parse, unplain
+from timm_selfdistill.recipe.local_paths import LOCAL, RECIPE, expand_home, merge
+from timm_selfdistill.recipe.plain_yaml import MAX_BYTES, dump, parse, unplain
 from timm_selfdistill.recipe.recipe import Recipe
 
 # Of the problems of a recipe, and of what is said of each.
 _MOST_PROBLEMS = 40
 _MOST_CHARACTERS = 400
 
+_LOCAL_HEADER = "# Paths of this machine that belong to the run in this folder; timm_selfdistill never pushes them."
 _OVERRIDE_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 # How each of pydantic's error types is said in a RecipeError; the braces are filled from the error's context.
@@ -68,6 +70,9 @@ class RecipeError(ValueError):
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
 
+    The `recipe.yaml` of a run holds no paths of the machine; they are taken from the `local.yaml` beside it, and
+    `output_dir` is the run's folder.
+
     Args:
         source: Path of a YAML file, or the name of a shipped recipe ("./name" for a file of that name), or what such a
             file holds.
@@ -85,8 +90,12 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             raise RecipeError(path.stem, problems)
         mapping = copy.deepcopy(dict(source))
     else:
-        path = _shipped().get(str(source), Path(source))
+        path = _shipped().get(str(source), Path(expand_home(str(source))))
         mapping = _read(path)
+        beside = path.with_name(LOCAL)
+        if path.name == RECIPE and is_local(beside):
+            mapping = merge(mapping, _read(beside))
+            mapping["output_dir"] = mapping.get("output_dir") or str(path.parent)
     problems = [problem for override in overrides for problem in _override(mapping, override)]
     if mapping.get("output_dir") is None:
         mapping["output_dir"] = f"runs/{path.stem}"
@@ -100,6 +109,20 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     if problems:
         raise RecipeError(path.stem if isinstance(source, Mapping) else str(source), list(dict.fromkeys(problems)))
     return recipe
+
+
+def dump_local(recipe: Recipe) -> str:
+    """Return the content of a run's `local.yaml`: the paths of this machine in its recipe."""
+    return f"{_LOCAL_HEADER}\n{dump(recipe.local_paths())}"
+
+
+def is_local(path: Path) -> bool:
+    """Whether a file is one that `dump_local` made, and not somebody else's of the same name."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline().rstrip() == _LOCAL_HEADER
+    except OSError:
+        return False
 
 
 def read_settings(overrides: Sequence[str]) -> dict[str, Any]:

@@ -4,12 +4,14 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from timm_selfdistill.data import ImageData, InputConfig, is_on_hub
+from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.hub import (
     HubError,
@@ -25,6 +27,7 @@ from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import PushSection, Recipe
 from timm_selfdistill.redaction import redact
 from timm_selfdistill.report import Report, format_markdown
+from timm_selfdistill.train.run_record import RunRecord
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class ModelWriter:
 
     def __init__(self, recipe: Recipe, data: ImageData, input: InputConfig) -> None:
         self._recipe = recipe
+        self._record = RunRecord(recipe.without_local_paths(), fingerprint(data, recipe.data))
         self._class_names = data.class_names
         self._data_config = input.to_timm()
 
@@ -48,7 +52,14 @@ class ModelWriter:
         """The recipe as it may be shared, as YAML: without paths of this machine."""
         return redact(self._recipe.without_local_paths().to_yaml())
 
-    def save(self, model: SelfDistillModel, folder: Path, report: Report | None = None, note: str = "") -> None:
+    def save(
+        self,
+        model: SelfDistillModel,
+        folder: Path,
+        report: Report | None = None,
+        note: str = "",
+        epochs: tuple[int, int] | None = None,
+    ) -> None:
         """Write the model; early-exit settings that were chosen for the very same weights stay with it.
 
         Args:
@@ -56,8 +67,10 @@ class ModelWriter:
             folder: Where to.
             report: What came out of the run, for the card.
             note: The card's last words.
+            epochs: How many epochs of the run are done, and of how many; all by default.
         """
         recipe = self._recipe
+        done, total = epochs or (recipe.epochs, recipe.epochs)
         # The weights that training started from are under a licence of their own, which what is made of them inherits.
         origin = model.pretrained_cfg if recipe.model.pretrained else {}
         training = Training(
@@ -78,6 +91,7 @@ class ModelWriter:
             data_config=self._data_config,
             early_exit=early_exit,
             card=f"{card}{note}",
+            run=replace(self._record, epochs_done=done, epochs=total).to_json(),
         )
 
 
@@ -132,7 +146,7 @@ class Publisher:
             return
         done = f"epoch {epoch} of {total}"
         # Saved on this thread, as training goes on to change the weights.
-        if self._succeeds(lambda: self._save_snapshot(model, done)):
+        if self._succeeds(lambda: self._save_snapshot(model, done, (epoch, total))):
             # A daemon, which nobody waits for when a run is stopped: the Hub or the network may stall.
             push = partial(self._succeeds, lambda: self._push_snapshot(done))
             self._running = threading.Thread(target=push, name="push-to-hub", daemon=True)
@@ -153,9 +167,9 @@ class Publisher:
             again = f"timm-selfdistill push {self._folder} {self._push.repo}"
             raise HubError(f"{error} The run is complete in {self._folder}; push it again by: {again}") from error
 
-    def _save_snapshot(self, model: SelfDistillModel, done: str) -> None:
+    def _save_snapshot(self, model: SelfDistillModel, done: str, epochs: tuple[int, int]) -> None:
         note = f"\nTraining goes on: this is the model after {done}.\n"
-        self._writer.save(model, self._snapshot / "model", note=note)
+        self._writer.save(model, self._snapshot / "model", note=note, epochs=epochs)
         (self._snapshot / "recipe.yaml").write_text(self._writer.shared_recipe)
 
     def _push_snapshot(self, done: str) -> None:
