@@ -1,8 +1,9 @@
 """Read a labelled image data set through `datasets`: its splits, columns and labels, checked."""
 
+import os
 import re
 from collections.abc import Mapping
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import types
 
+from timm_selfdistill.data.image_files import holds_image
+from timm_selfdistill.data.image_folder import load_image_folder
+from timm_selfdistill.data.label_order import check_same_label_names, stored_label_names
+from timm_selfdistill.data.split_names import find_split, used_splits
 from timm_selfdistill.recipe import DataSection
 
 DIGITS = Path(__file__).parent.parent / "digits"
@@ -23,7 +28,10 @@ Indices = NDArray[np.int64]
 
 
 def load_splits(section: DataSection) -> Mapping[str, Any]:
-    """Return split name -> `datasets.Dataset` or, for streaming, `datasets.IterableDataset`."""
+    """Return split name -> `datasets.Dataset` or, for streaming, `datasets.IterableDataset`.
+
+    Of a folder of images only the splits that the recipe uses are read, and they are a `FolderSplits`.
+    """
     path = DIGITS if section.path == "digits" else Path(section.path).expanduser()
     if any((path / marker).exists() for marker in ("dataset_dict.json", "state.json")):
         if section.streaming:
@@ -34,22 +42,31 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
             return _load_saved(path)
         except Exception as error:
             raise _unreadable(section, error) from error
-    source, files = section.path, None
+    source, files, folder = section.path, None, None
     if path.is_dir():
         source = str(path.resolve())
-    elif files := sorted(glob(str(path))) or None:
+        tables = _tables_of(path)
+        if not tables:
+            return load_image_folder(os.path.abspath(path), section)
+        if (escaped := escape(source)) != source:  # which `datasets` would take for a pattern
+            source, folder = FILE_FORMATS[tables[0].suffix], escaped
+    elif files := sorted(glob(str(path))) or ([str(path)] if path.is_file() else None):
         endings = {Path(file).suffix for file in files}
         if len(endings) > 1 or not endings <= FILE_FORMATS.keys():
             raise ValueError(
                 f"data.path {section.path!r} names files ending in {', '.join(sorted(endings))}; "
                 f"all must end in one of {', '.join(FILE_FORMATS)}."
             )
-        source = FILE_FORMATS[endings.pop()]
+        source, files = FILE_FORMATS[endings.pop()], list(map(escape, files))
     elif not is_on_hub(source):
         raise ValueError(f"data.path {section.path!r}: there is no such folder or file.")
     try:
+        label_names = {}
+        if path.is_dir() or files:
+            builder = datasets.load_dataset_builder(source, section.name, data_files=files, data_dir=folder)
+            label_names = stored_label_names(_local_files(builder, section), section.target)
         splits: Mapping[str, Any] = datasets.load_dataset(
-            source, section.name, data_files=files, streaming=section.streaming
+            source, section.name, data_files=files, data_dir=folder, streaming=section.streaming
         )
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
@@ -58,6 +75,7 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
         ) from error
     except Exception as error:
         raise _unreadable(section, error) from error
+    check_same_label_names(label_names, section.target)
     return splits
 
 
@@ -66,6 +84,30 @@ def is_on_hub(path: str) -> bool:
     here = path == "digits" or Path(path).expanduser().is_dir() or bool(glob(path))
     is_file = path.startswith((".", "/", "~")) or path.endswith(FILE_ENDINGS)
     return not here and not is_file and HUB_NAME.fullmatch(path) is not None
+
+
+def _tables_of(folder: Path) -> list[Path]:
+    """Return the parquet and arrow files of a folder that is a data set of such files, none of another one.
+
+    Raises:
+        ValueError: If there are images, too.
+    """
+    tables = [file for file in sorted(folder.iterdir()) if file.suffix in FILE_FORMATS]
+    if not holds_image(str(folder)):
+        return tables or [file for file in sorted(folder.rglob("*")) if file.suffix in FILE_FORMATS]
+    if tables:
+        raise ValueError(
+            f"The folder {str(folder)!r} holds images and the file {tables[0].name!r}: to read the images, move the "
+            f"file away; to read the file, set data.path to {str(tables[0])!r}."
+        )
+    return []
+
+
+def _local_files(builder: Any, section: DataSection) -> list[str]:
+    """Return the files of the splits that a recipe uses."""
+    data_files = builder.config.data_files or {}
+    used = {find_split(name, map(str, data_files)) for name in used_splits(section).values()}
+    return [str(file) for split, files in data_files.items() if str(split) in used for file in files]
 
 
 def _load_saved(path: Path) -> Mapping[str, Any]:

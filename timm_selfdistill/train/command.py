@@ -48,6 +48,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 def run_safely(run: Callable[[], None]) -> int:
     """Run what trains; return the exit status, and say in one sentence what stopped it."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    # What was read is told before anything is computed from it.
+    logging.getLogger("timm_selfdistill.data").setLevel(logging.INFO)
     try:
         run()
     except Interrupted as interruption:
