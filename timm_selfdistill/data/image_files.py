@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from typing import Final, Literal
 
@@ -31,8 +32,8 @@ Reason = Literal[Kind, "unknown", "hidden", "not a file", "read already", "besid
 _EXPECTED: Final[tuple[Reason, ...]] = ("not an image", "hidden")
 
 
-class LeftOut:
-    """Counts what is left out of a folder, by reason, and keeps the first paths of each.
+class FolderScan:
+    """What a scan leaves out: the count of each reason and its first paths; and whether it met links.
 
     The reasons: "vector format" (another program would have to draw it), "not an image" (by its ending), "unknown" (no
     image by its content, with an ending that says nothing), "hidden", "not a file" (a pipe, device, socket or broken
@@ -43,19 +44,21 @@ class LeftOut:
     def __init__(self) -> None:
         self.counts: Counter[Reason] = Counter()
         self.first: dict[Reason, list[str]] = {}
+        self.links = False
 
-    def add(self, reason: Reason, path: str) -> None:
+    def leave_out(self, reason: Reason, path: str) -> None:
         """Count a path."""
         self.counts[reason] += 1
         first = self.first.setdefault(reason, [])
         if len(first) < _NAMED:
             first.append(path)
 
-    def update(self, other: "LeftOut") -> None:
-        """Add what another one counted."""
+    def update(self, other: "FolderScan") -> None:
+        """Add what another scan met."""
         self.counts.update(other.counts)
         for reason, paths in other.first.items():
             self.first[reason] = (self.first.get(reason, []) + paths)[:_NAMED]
+        self.links |= other.links
 
     def describe(self, root: str, *, expected: bool | None = None) -> str:
         """Return, for example, "2 unknown ('cat/a.bin', 'cat/b.bin'), 1 hidden ('.DS_Store')"; "" if there is nothing.
@@ -72,46 +75,60 @@ class LeftOut:
         return ", ".join(parts)
 
 
-def find_images(folder: str, left_out: LeftOut) -> list[str]:
+def find_images(folder: str, scan: FolderScan) -> list[str]:
     """Return the images of a folder and of all folders in it, in the order of their names; links are followed.
 
     A file is opened only if its ending is unknown, and then only if it is a regular file.
 
     Args:
         folder: Where to look.
-        left_out: What is left out is added to it.
+        scan: What is left out is added to it.
 
     Raises:
         ValueError: If a folder cannot be read, or a name is no UTF-8.
     """
-    return _find(folder, left_out, _ancestors(folder))
+    return _find(folder, scan, _ancestors(folder))
 
 
-def read_level(folder: str, left_out: LeftOut) -> tuple[list[str], list[str]]:
+def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
     """Return the names of the folders and images that stand in a folder itself, sorted; as `find_images`."""
     folders: list[str] = []
-    images: list[str] = []
-    prefix = os.path.join(folder, "")
-    kinds = kinds_by_ending()
+    files: list[str] = []
+    others: list[str] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                name = entry.name
-                if name[0] == "." or name in _HIDDEN:
-                    left_out.add("hidden", prefix + name)
+                # What an entry is the system tells with its name; only of a link is its target asked.
+                if entry.is_file(follow_symlinks=False):
+                    files.append(entry.name)
                 elif entry.is_dir():
-                    folders.append(name)
-                elif not entry.is_file():
-                    left_out.add("not a file", prefix + name)
-                elif (kind := _kind(name, prefix, kinds)) == "image":
-                    images.append(name)
+                    folders.append(entry.name)
+                    scan.links |= entry.is_symlink()
+                elif entry.is_file():
+                    files.append(entry.name)
+                    scan.links = True
                 else:
-                    left_out.add(kind, prefix + name)
+                    others.append(entry.name)
     except OSError as error:
         raise ValueError(f"The folder {folder!r} cannot be read: {error.strerror or error}.") from error
-    for names in (folders, images):
-        names.sort()
-        _check_names(prefix, names)
+    prefix = os.path.join(folder, "")
+    usual = _usual_endings()
+    images = [name for name in files if name[-4:] in usual and name[0] != "."]
+    if len(images) < len(files):
+        for name in sorted(set(files).difference(images)):
+            if (kind := _kind(prefix, name)) == "image":
+                images.append(name)
+            else:
+                scan.leave_out(kind, prefix + name)
+    for name in sorted(others):
+        scan.leave_out("hidden" if _is_hidden(name) else "not a file", prefix + name)
+    if hidden := sorted(filter(_is_hidden, folders)):
+        folders = [name for name in folders if not _is_hidden(name)]
+        for name in hidden:
+            scan.leave_out("hidden", prefix + name)
+    folders.sort()
+    images.sort()
+    _check_names(prefix, (*folders, *images))
     return folders, images
 
 
@@ -146,18 +163,18 @@ def kinds_by_ending() -> dict[str, Kind]:
     return kinds | dict.fromkeys(_VECTOR, "vector format")
 
 
-def _find(folder: str, left_out: LeftOut, seen: set[tuple[int, int]]) -> list[str]:
+def _find(folder: str, scan: FolderScan, seen: set[tuple[int, int]]) -> list[str]:
     """Return the images below a folder, unless it was seen before (by a link): links may lead in circles."""
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
-        left_out.add("read already", folder)
+        scan.leave_out("read already", folder)
         return []
     seen.add((status.st_dev, status.st_ino))
-    folders, images = read_level(folder, left_out)
+    folders, images = read_level(folder, scan)
     prefix = os.path.join(folder, "")
     found = [prefix + name for name in images]
     for name in folders:
-        found += _find(prefix + name, left_out, seen)
+        found += _find(prefix + name, scan, seen)
     return found
 
 
@@ -167,25 +184,35 @@ def _holds_image(folder: str, seen: set[tuple[int, int]]) -> bool:
         return False
     seen.add((status.st_dev, status.st_ino))
     prefix = os.path.join(folder, "")
-    kinds = kinds_by_ending()
     folders = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name[0] == "." or entry.name in _HIDDEN:
-                continue
             if entry.is_dir():
                 folders.append(entry.name)
-            elif entry.is_file() and _kind(entry.name, prefix, kinds) == "image":
+            elif entry.is_file() and _kind(prefix, entry.name) == "image":
                 return True
-    return any(_holds_image(prefix + name, seen) for name in folders)
+    return any(_holds_image(prefix + name, seen) for name in folders if not _is_hidden(name))
 
 
-def _kind(name: str, prefix: str, kinds: dict[str, Kind]) -> Kind | Literal["unknown"]:
+def _kind(prefix: str, name: str) -> Kind | Literal["hidden", "unknown"]:
     """Return what a regular file is, looking into it if its ending does not tell."""
-    ending = name[name.rfind(".") :] if "." in name else ""
-    if (kind := kinds.get(ending) or kinds.get(ending.lower())) is not None:
+    if _is_hidden(name):
+        return "hidden"
+    ending = os.path.splitext(name)[1].lower()
+    if (kind := kinds_by_ending().get(ending)) is not None:
         return kind
     return "image" if is_image(prefix + name) else "unknown"
+
+
+def _is_hidden(name: str) -> bool:
+    return name[0] == "." or name in _HIDDEN
+
+
+@cache
+def _usual_endings() -> set[str]:
+    """Return the endings of three letters that images have, in lower and in upper case: told in one step."""
+    usual = {ending for ending, kind in kinds_by_ending().items() if kind == "image" and len(ending) == 4}
+    return usual | {ending.upper() for ending in usual}
 
 
 def _ancestors(folder: str) -> set[tuple[int, int]]:
@@ -199,10 +226,10 @@ def _ancestors(folder: str) -> set[tuple[int, int]]:
     return found
 
 
-def _check_names(prefix: str, names: list[str]) -> None:
+def _check_names(prefix: str, names: Sequence[str]) -> None:
     """Refuse names that no table can hold."""
     try:
-        for name in names:
-            name.isascii() or name.encode()
+        "".join(names).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"The name {os.fsencode(prefix + name)!r} is no UTF-8: rename it.") from None
+        wrong = next(name for name in names if any("\ud800" <= letter <= "\udfff" for letter in name))
+        raise ValueError(f"The name {os.fsencode(prefix + wrong)!r} is no UTF-8: rename it.") from None

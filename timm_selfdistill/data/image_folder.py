@@ -12,10 +12,11 @@ from typing import Any, Final
 import datasets
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from timm_selfdistill.data.duplicates import SplitFiles, check_no_shared_images
 from timm_selfdistill.data.first_process import is_first_process
-from timm_selfdistill.data.image_files import LeftOut, find_images, holds_image, read_level
+from timm_selfdistill.data.image_files import FolderScan, find_images, holds_image, read_level
 from timm_selfdistill.data.split_names import STANDARD_SPLITS, find_split, resolve_splits, split_name, used_splits
 from timm_selfdistill.recipe import DataSection
 
@@ -55,8 +56,8 @@ def load_image_folder(root: str, section: DataSection) -> FolderSplits:
         ValueError: If it is not clear what is a split and what a class, if an image has no class folder, if a class
             has no training image or is unknown to training, or if an image is in two splits.
     """
-    left_out = LeftOut()
-    folders, images = read_level(root, left_out)
+    scan = FolderScan()
+    folders, images = read_level(root, scan)
     by_split = _split_folders(root, folders, section)
     notes, hint = [], ""
     if by_split is None:
@@ -66,14 +67,14 @@ def load_image_folder(root: str, section: DataSection) -> FolderSplits:
         by_split = {"train": root}
     else:
         for name in images:
-            left_out.add("beside the splits", os.path.join(root, name))
+            scan.leave_out("beside the splits", os.path.join(root, name))
         if others := [name for name in folders if os.path.join(root, name) not in by_split.values()]:
             notes.append(f"no split and not read: {quoted(others)}")
 
     wanted = {find_split(name, by_split) for name in used_splits(section).values()}
-    read = {name: _read_split(folder, left_out) for name, folder in by_split.items() if hint or name in wanted}
+    read = {name: _read_split(folder, scan) for name, folder in by_split.items() if hint or name in wanted}
     if read and not any(split.present for split in read.values()):
-        found = left_out.describe(root)
+        found = scan.describe(root)
         raise ValueError(f"There is no image in {quoted(by_split.values())}{f', but {found}' if found else ''}.")
     section = resolve_splits(section, by_split, hint)
     splits = {name: read[name] for name in dict.fromkeys(used_splits(section).values())}
@@ -85,14 +86,33 @@ def load_image_folder(root: str, section: DataSection) -> FolderSplits:
         if not split.present:
             raise ValueError(f"Split {name!r} of {section.path} is empty: there is no image in {split.folder!r}.")
     if is_first_process():
-        if len(files) > 1:
+        if len(files) > 1 and (scan.links or section.check_duplicates):
             check_no_shared_images(files, root, compare_bytes=section.check_duplicates)
-        if unexpected := left_out.describe(root, expected=False):
+        if unexpected := scan.describe(root, expected=False):
             _logger.warning("Left out of %s: %s.", root, unexpected)
-    if expected := left_out.describe(root, expected=True):
+    if expected := scan.describe(root, expected=True):
         notes.append(f"left out: {expected}")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=class_names)})
     return FolderSplits({name: _rows(name, split, features, section) for name, split in files.items()}, notes)
+
+
+def table_of_paths(paths: Sequence[str], targets: NDArray[np.int64], features: datasets.Features) -> datasets.Dataset:
+    """Return rows of images that stay in their files.
+
+    Args:
+        paths: The files [N].
+        targets: The class indices [N].
+        features: What the columns "image" and "label" are.
+    """
+    tables = []
+    for start in range(0, max(1, len(paths)), _ROWS_OF_CHUNK):
+        stored = pa.array(paths[start : start + _ROWS_OF_CHUNK], pa.string())
+        image = pa.StructArray.from_arrays([pa.nulls(len(stored), pa.binary()), stored], ["bytes", "path"])
+        tables.append(pa.table({"image": image, "label": targets[start : start + _ROWS_OF_CHUNK]}))
+    table = datasets.table.InMemoryTable(pa.concat_tables(tables))
+    # Without a fingerprint, the whole table would be pickled to make one.
+    fingerprint = datasets.fingerprint.generate_random_fingerprint()
+    return datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=fingerprint)
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -141,7 +161,7 @@ def _split_folders(root: str, folders: Sequence[str], section: DataSection) -> d
     if not (with_images := [name for name in others if holds_image(os.path.join(root, name))]):
         return by_split
     for path in by_split.values():
-        inside = read_level(path, LeftOut())[0]
+        inside = read_level(path, FolderScan())[0]
         if any(holds_image(os.path.join(path, name)) for name in inside):
             raise ValueError(
                 f"{root!r} holds the folder {os.path.basename(path)!r}, which looks like a split of class folders "
@@ -152,9 +172,9 @@ def _split_folders(root: str, folders: Sequence[str], section: DataSection) -> d
     return None
 
 
-def _read_split(folder: str, left_out: LeftOut) -> _Split:
+def _read_split(folder: str, scan: FolderScan) -> _Split:
     """Find the images of a split; each must be in the folder of a class."""
-    classes, stray = read_level(folder, left_out)
+    classes, stray = read_level(folder, scan)
     if stray:
         where = f"beside the class folders {quoted(classes)}" if classes else "but no class folders"
         raise ValueError(
@@ -163,12 +183,12 @@ def _read_split(folder: str, left_out: LeftOut) -> _Split:
         )
     split = _Split(folder)
     for name in classes:
-        inside = LeftOut()
+        inside = FolderScan()
         found = find_images(os.path.join(folder, name), inside)
         # Two folders may have one name, composed and decomposed.
         split.images.setdefault(_normal(name), []).extend(found)
         split.instead[_normal(name)] = inside.describe(folder)
-        left_out.update(inside)
+        scan.update(inside)
     return split
 
 
@@ -177,7 +197,7 @@ def _class_names(splits: Mapping[str, _Split], section: DataSection, by_split: M
     train = splits[section.train_split]
     names = set(train.images)
     if section.allow_empty_classes and "train" in by_split:
-        names |= set(map(_normal, read_level(by_split["train"], LeftOut())[0]))
+        names |= set(map(_normal, read_level(by_split["train"], FolderScan())[0]))
     class_names = sorted(names)
     if len(class_names) < 2:
         raise ValueError(
@@ -215,16 +235,8 @@ def _normal(name: str) -> str:
 
 
 def _rows(name: str, files: SplitFiles, features: datasets.Features, section: DataSection) -> Any:
-    """Return the rows of a split: a table of paths, or a stream of it."""
-    tables = []
-    for start in range(0, max(1, len(files.paths)), _ROWS_OF_CHUNK):
-        paths = pa.array(files.paths[start : start + _ROWS_OF_CHUNK], pa.string())
-        image = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
-        tables.append(pa.table({"image": image, "label": files.targets[start : start + _ROWS_OF_CHUNK]}))
-    table = datasets.table.InMemoryTable(pa.concat_tables(tables))
-    # Without a fingerprint, the whole table would be pickled to make one.
-    fingerprint = datasets.fingerprint.generate_random_fingerprint()
-    rows = datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=fingerprint)
+    """Return the rows of a split, or a stream of them."""
+    rows = table_of_paths(files.paths, files.targets, features)
     if not section.streaming:
         return rows
     stream = rows.to_iterable_dataset(num_shards=min(len(rows), _SHARDS_OF_STREAM))
