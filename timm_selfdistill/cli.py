@@ -16,7 +16,10 @@ from timm_selfdistill.predict import BATCH_SIZE, print_predictions
 from timm_selfdistill.preview import format_preview, preview_exits
 from timm_selfdistill.recipe import list_recipes, read_settings
 from timm_selfdistill.report import format_table
-from timm_selfdistill.train import add_arguments, evaluate_folder, run_command
+from timm_selfdistill.train import add_arguments, evaluate_folder, log_to_error_output, run_command
+
+# Commands that tell which data they read; `train` and `compare` do so themselves.
+_READING_DATA = ("evaluate", "calibrate", "analyze")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -157,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
+    if parsed.command in _READING_DATA:
+        log_to_error_output()
     try:
         status: int = parsed.run(parsed)
     except (ValueError, HubError, ExportError) as error:

@@ -151,6 +151,12 @@ def is_image(path: str) -> bool:
 
 
 @cache
+def image_endings() -> frozenset[str]:
+    """Return the endings that tell an image, in lower case and with their dot."""
+    return frozenset(ending for ending, kind in kinds_by_ending().items() if kind == "image")
+
+
+@cache
 def kinds_by_ending() -> dict[str, Kind]:
     """Return what files are by their ending, in lower case and with its dot."""
     readable = {
@@ -211,7 +217,7 @@ def _is_hidden(name: str) -> bool:
 @cache
 def _usual_endings() -> set[str]:
     """Return the endings of three letters that images have, in lower and in upper case: told in one step."""
-    usual = {ending for ending, kind in kinds_by_ending().items() if kind == "image" and len(ending) == 4}
+    usual = {ending for ending in image_endings() if len(ending) == 4}
     return usual | {ending.upper() for ending in usual}
 
 

@@ -56,8 +56,8 @@ def load_image_folder(root: str, section: DataSection) -> FolderSplits:
         ValueError: If it is not clear what is a split and what a class, if an image has no class folder, if a class
             has no training image or is unknown to training, or if an image is in two splits.
     """
-    scan = FolderScan()
-    folders, images = read_level(root, scan)
+    scan, above = FolderScan(), FolderScan()
+    folders, images = read_level(root, above)
     by_split = _split_folders(root, folders, section)
     notes, hint = [], ""
     if by_split is None:
@@ -66,6 +66,7 @@ def load_image_folder(root: str, section: DataSection) -> FolderSplits:
         hint = f" The folders in it were read as classes ({quoted(folders)}), all of them the split 'train'."
         by_split = {"train": root}
     else:
+        scan.update(above)
         for name in images:
             scan.leave_out("beside the splits", os.path.join(root, name))
         if others := [name for name in folders if os.path.join(root, name) not in by_split.values()]:

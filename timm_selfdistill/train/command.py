@@ -45,11 +45,15 @@ def run_command(arguments: argparse.Namespace) -> int:
     return run_safely(run)
 
 
+def log_to_error_output() -> None:
+    """Show warnings, and which data is read."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("timm_selfdistill.data").setLevel(logging.INFO)
+
+
 def run_safely(run: Callable[[], None]) -> int:
     """Run what trains; return the exit status, and say in one sentence what stopped it."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    # What was read is told before anything is computed from it.
-    logging.getLogger("timm_selfdistill.data").setLevel(logging.INFO)
+    log_to_error_output()
     try:
         run()
     except Interrupted as interruption:

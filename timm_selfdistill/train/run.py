@@ -1,5 +1,6 @@
 """Run a recipe: data, model, training, evaluation, report, saved model."""
 
+import logging
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -37,6 +38,8 @@ from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self
 from timm_selfdistill.train.publish import ModelWriter, Publisher
 from timm_selfdistill.train.sharding import Sharded, asks_for_sharding, refuse_loss
 from timm_selfdistill.train.stop import StopSignals
+
+_logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe) -> Report:
@@ -76,6 +79,11 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         networks = {"baseline": baseline_phases(recipe), **networks}
     check_resume(recipe, networks)
     model = build_model(recipe, data)
+    if accelerator.is_main_process and model.num_classes > len(data.class_names):
+        _logger.warning(
+            "model.num_classes: %d is more than the %d classes of %s: the others have no training image.",
+            *(model.num_classes, len(data.class_names), data.name),
+        )
     # One process has nothing to share.
     in_parts = asks_for_sharding() and accelerator.num_processes > 1
     for phase in chain.from_iterable(networks.values()):
