@@ -379,3 +379,17 @@ def test_endings_are_those_that_pillow_decodes_itself() -> None:
 
 def test_digits_have_every_class_whatever_is_drawn() -> None:
     assert len(open_dataset(load_recipe("digits", ["data.max_train=12"]).data, 0).class_names) == 10
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, PETS)
+    scan = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="The folder '.*train/dog' cannot be read: Permission denied"):
+        read(tmp_path)

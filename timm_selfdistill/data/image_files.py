@@ -87,7 +87,20 @@ def find_images(folder: str, scan: FolderScan) -> list[str]:
     Raises:
         ValueError: If a folder cannot be read, or a name is no UTF-8.
     """
-    return _find(folder, scan, _ancestors(folder))
+    # A link to one of these would lead out of the folder and into it again.
+    seen = _ancestors(folder)
+    found: list[str] = []
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        if not _first_visit(path, seen):
+            scan.leave_out("read already", path)
+            continue
+        folders, images = read_level(path, scan)
+        prefix = os.path.join(path, "")
+        found += [prefix + name for name in images]
+        waiting += [prefix + name for name in reversed(folders)]
+    return found
 
 
 def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
@@ -110,7 +123,7 @@ def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
                 else:
                     others.append(entry.name)
     except OSError as error:
-        raise ValueError(f"The folder {folder!r} cannot be read: {error.strerror or error}.") from error
+        raise _unreadable(folder, error) from error
     prefix = os.path.join(folder, "")
     usual = _usual_endings()
     images = [name for name in files if name[-4:] in usual and name[0] != "."]
@@ -133,8 +146,28 @@ def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
 
 
 def holds_image(folder: str) -> bool:
-    """Whether there is an image in a folder or in one inside it; looks no further than the first one."""
-    return _holds_image(folder, set())
+    """Whether there is an image in a folder or in one inside it; looks no further than the first one.
+
+    Raises:
+        ValueError: If a folder cannot be read.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        if not _first_visit(path, seen):
+            continue
+        prefix = os.path.join(path, "")
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        waiting += [] if _is_hidden(entry.name) else [prefix + entry.name]
+                    elif entry.is_file() and _kind(prefix, entry.name) == "image":
+                        return True
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    return False
 
 
 def is_image(path: str) -> bool:
@@ -169,35 +202,19 @@ def kinds_by_ending() -> dict[str, Kind]:
     return kinds | dict.fromkeys(_VECTOR, "vector format")
 
 
-def _find(folder: str, scan: FolderScan, seen: set[tuple[int, int]]) -> list[str]:
-    """Return the images below a folder, unless it was seen before (by a link): links may lead in circles."""
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in seen:
-        scan.leave_out("read already", folder)
-        return []
+def _first_visit(folder: str, seen: set[tuple[int, int]]) -> bool:
+    """Note that a folder is visited, by device and inode; False if it was before, by a link."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    visited = len(seen)
     seen.add((status.st_dev, status.st_ino))
-    folders, images = read_level(folder, scan)
-    prefix = os.path.join(folder, "")
-    found = [prefix + name for name in images]
-    for name in folders:
-        found += _find(prefix + name, scan, seen)
-    return found
+    return len(seen) > visited
 
 
-def _holds_image(folder: str, seen: set[tuple[int, int]]) -> bool:
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in seen:
-        return False
-    seen.add((status.st_dev, status.st_ino))
-    prefix = os.path.join(folder, "")
-    folders = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif entry.is_file() and _kind(prefix, entry.name) == "image":
-                return True
-    return any(_holds_image(prefix + name, seen) for name in folders if not _is_hidden(name))
+def _unreadable(folder: str, error: OSError) -> ValueError:
+    return ValueError(f"The folder {folder!r} cannot be read: {error.strerror or error}.")
 
 
 def _kind(prefix: str, name: str) -> Kind | Literal["hidden", "unknown"]:

@@ -52,7 +52,9 @@ def _stored_names(file: str, column: str) -> list[str] | None:
         return None
     stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = (stored.get("info") or {}).get("features") or {}
-    feature = datasets.Features.from_dict(features).get(column) if column in features else None
+    if column not in features:
+        return None
+    feature = datasets.Features.from_dict({column: features[column]})[column]
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 

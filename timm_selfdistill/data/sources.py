@@ -92,8 +92,9 @@ def _tables_of(folder: Path) -> list[Path]:
     Raises:
         ValueError: If there are images, too.
     """
+    with_images = holds_image(str(folder))
     tables = [file for file in sorted(folder.iterdir()) if file.suffix in FILE_FORMATS]
-    if not holds_image(str(folder)):
+    if not with_images:
         return tables or [file for file in sorted(folder.rglob("*")) if file.suffix in FILE_FORMATS]
     if tables:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The names of splits: which ones a recipe uses, and which names mean the same split."""
 
+import unicodedata
 from collections.abc import Iterable
 from typing import Final
 
@@ -17,6 +18,7 @@ STANDARD_SPLITS: Final = {
 
 def split_name(name: str) -> str:
     """Return the split that a name means: "train", "validation" or "test", or else the name itself."""
+    name = unicodedata.normalize("NFC", name)
     return STANDARD_SPLITS.get(name.casefold(), name)
 
 
