@@ -1,5 +1,6 @@
 """Parquet and arrow files that number the same classes differently are refused."""
 
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -79,3 +80,25 @@ def test_a_class_that_no_row_of_the_training_split_has_is_named(tmp_path: Path) 
         open_dataset(section, 0)
     allowed = open_dataset(section.model_copy(update={"allow_empty_classes": True}), 0)
     assert allowed.class_names == ("cat", "dog", "fox")
+
+
+def test_files_that_are_in_no_split_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {f"{name}.parquet": ["cat", "dog"] for name in ("train", "test", "more")}
+    open_dataset(DataSection(path=str(write(tmp_path / "pets", files)), validation=0.0), 0)
+    assert "1 files of " in caplog.text
+    assert "are in no split, as nothing in their names tells which: 'more.parquet'." in caplog.text
+
+
+def test_labels_are_equal_after_unicode_normalisation(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    folder = write(tmp_path / "names", {"train.parquet": [composed, "dog"], "test.parquet": [decomposed, "dog"]})
+    assert open_dataset(DataSection(path=str(folder), validation=0.0), 0).class_names == (composed, "dog")
+    folder = tmp_path / "strings"
+    folder.mkdir()
+    for split, labels in (("train", [composed, "dog"]), ("test", ["dog", decomposed])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        images = [Image.new("L", (4, 4), index) for index in range(2)]
+        datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
+            folder / f"{split}.parquet"
+        )
+    assert open_dataset(DataSection(path=str(folder), validation=0.0), 0).eval.targets.tolist() == [1, 0]

@@ -1,10 +1,8 @@
 """Read a folder of images: which folders are splits, which are classes, and the rows of each split."""
 
-import difflib
 import logging
 import os
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Final
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from timm_selfdistill.data.duplicates import SplitFiles, check_no_shared_images
 from timm_selfdistill.data.first_process import is_first_process
 from timm_selfdistill.data.image_files import FolderScan, find_images, holds_image, read_level
+from timm_selfdistill.data.names import normalized, quoted, with_similar
 from timm_selfdistill.data.split_names import STANDARD_SPLITS, find_split, resolve_splits, split_name, used_splits
 from timm_selfdistill.recipe import DataSection
 
@@ -116,12 +115,6 @@ def table_of_paths(paths: Sequence[str], targets: NDArray[np.int64], features: d
     return datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=fingerprint)
 
 
-def quoted(names: Iterable[str]) -> str:
-    """Return the first names as Python writes them, so that none can be mistaken or act on a terminal."""
-    names = list(names)
-    return ", ".join([*map(repr, names[:_NAMED]), *(["..."] if len(names) > _NAMED else [])])
-
-
 @dataclass(frozen=True)
 class _Split:
     """The images of each class of a split, by class name, and what else is in the folders of classes without any."""
@@ -187,8 +180,8 @@ def _read_split(folder: str, scan: FolderScan) -> _Split:
         inside = FolderScan()
         found = find_images(os.path.join(folder, name), inside)
         # Two folders may have one name, composed and decomposed.
-        split.images.setdefault(_normal(name), []).extend(found)
-        split.instead[_normal(name)] = inside.describe(folder)
+        split.images.setdefault(normalized(name), []).extend(found)
+        split.instead[normalized(name)] = inside.describe(folder)
         scan.update(inside)
     return split
 
@@ -198,7 +191,7 @@ def _class_names(splits: Mapping[str, _Split], section: DataSection, by_split: M
     train = splits[section.train_split]
     names = set(train.images)
     if section.allow_empty_classes and "train" in by_split:
-        names |= set(map(_normal, read_level(by_split["train"], FolderScan())[0]))
+        names |= set(map(normalized, read_level(by_split["train"], FolderScan())[0]))
     class_names = sorted(names)
     if len(class_names) < 2:
         raise ValueError(
@@ -207,10 +200,10 @@ def _class_names(splits: Mapping[str, _Split], section: DataSection, by_split: M
         )
     for name, split in splits.items():
         if unknown := sorted(split.present - names):
-            near = [_near(other, class_names) for other in unknown[:_NAMED]]
+            named = [with_similar(other, class_names) for other in unknown[:_NAMED]]
             raise ValueError(
                 f"Split {name!r} has {len(unknown)} class folder(s) that the training split {section.train_split!r} "
-                f"has not: {', '.join(near)}{', ...' if len(unknown) > len(near) else ''}. The training split has "
+                f"has not: {', '.join(named)}{', ...' if len(unknown) > len(named) else ''}. The training split has "
                 f"{quoted(class_names)}."
             )
     empty = [name for name in class_names if name not in train.present]
@@ -222,17 +215,6 @@ def _class_names(splits: Mapping[str, _Split], section: DataSection, by_split: M
             "or set data.allow_empty_classes=true to go on."
         )
     return class_names
-
-
-def _near(name: str, class_names: Sequence[str]) -> str:
-    """Return a name and, if one of the class names is like it, that."""
-    by_lower = {known.casefold(): known for known in class_names}
-    near = difflib.get_close_matches(name.casefold(), by_lower, 1)
-    return f"{name!r} (is it {by_lower[near[0]]!r}?)" if near else repr(name)
-
-
-def _normal(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 def _rows(name: str, files: SplitFiles, features: datasets.Features, section: DataSection) -> Any:

@@ -8,6 +8,8 @@ import datasets
 import pyarrow as pa
 from pyarrow import ipc, parquet
 
+from timm_selfdistill.data.names import normalized
+
 
 def stored_label_names(files: Iterable[str], column: str) -> dict[str, list[str]]:
     """Return the names of a `ClassLabel` column that parquet and arrow files store, by file; not all files do.
@@ -55,7 +57,7 @@ def _stored_names(file: str, column: str) -> list[str] | None:
     if column not in features:
         return None
     feature = datasets.Features.from_dict({column: features[column]})[column]
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return list(map(normalized, feature.names)) if isinstance(feature, datasets.ClassLabel) else None
 
 
 def _arrow_schema(file: str) -> pa.Schema:

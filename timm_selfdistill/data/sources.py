@@ -1,8 +1,9 @@
 """Read a labelled image data set through `datasets`: its splits, columns and labels, checked."""
 
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pyarrow import types
 
+from timm_selfdistill.data.first_process import is_first_process
 from timm_selfdistill.data.image_files import holds_image
 from timm_selfdistill.data.image_folder import load_image_folder
 from timm_selfdistill.data.label_order import check_same_label_names, stored_label_names
+from timm_selfdistill.data.names import normalized, quoted, with_similar
 from timm_selfdistill.data.split_names import find_split, used_splits
 from timm_selfdistill.recipe import DataSection
 
@@ -25,6 +28,8 @@ FILE_ENDINGS = (*FILE_FORMATS, ".csv", ".json", ".jsonl", ".tar", ".zip")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Indices = NDArray[np.int64]
+
+_logger = logging.getLogger(__name__)
 
 
 def load_splits(section: DataSection) -> Mapping[str, Any]:
@@ -42,10 +47,10 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
             return _load_saved(path)
         except Exception as error:
             raise _unreadable(section, error) from error
-    source, files, folder = section.path, None, None
+    source, files, folder, tables = section.path, None, None, list[Path]()
     if path.is_dir():
         source = str(path.resolve())
-        tables = _tables_of(path)
+        tables = _tables_of(Path(source))
         if not tables:
             return load_image_folder(os.path.abspath(path), section)
         if (escaped := escape(source)) != source:  # which `datasets` would take for a pattern
@@ -65,6 +70,7 @@ def load_splits(section: DataSection) -> Mapping[str, Any]:
         if path.is_dir() or files:
             builder = datasets.load_dataset_builder(source, section.name, data_files=files, data_dir=folder)
             label_names = stored_label_names(_local_files(builder, section), section.target)
+            _warn_of_unread(tables, builder, section)
         splits: Mapping[str, Any] = datasets.load_dataset(
             source, section.name, data_files=files, data_dir=folder, streaming=section.streaming
         )
@@ -111,6 +117,17 @@ def _local_files(builder: Any, section: DataSection) -> list[str]:
     return [str(file) for split, files in data_files.items() if str(split) in used for file in files]
 
 
+def _warn_of_unread(tables: Iterable[Path], builder: Any, section: DataSection) -> None:
+    """Tell which files of a folder are in no split, by their names; of another configuration, that is no wonder."""
+    known = {str(file) for files in (builder.config.data_files or {}).values() for file in files}
+    unread = [table.name for table in tables if str(table) not in known]
+    if unread and section.name is None and is_first_process():
+        _logger.warning(
+            "%d files of %s are in no split, as nothing in their names tells which: %s.",
+            *(len(unread), section.path, quoted(unread)),
+        )
+
+
 def _load_saved(path: Path) -> Mapping[str, Any]:
     saved = datasets.load_from_disk(str(path)).with_format(None)
     return saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
@@ -151,7 +168,7 @@ def class_names_of(rows: datasets.Dataset, section: DataSection) -> tuple[str, .
     """Return the names by class index: those of the column, the sorted strings, or the indices themselves."""
     feature = rows.features[section.target]
     if isinstance(feature, datasets.ClassLabel):
-        return tuple(feature.names)
+        return tuple(map(normalized, feature.names))
     labels = _labels(rows, section.train_split, section)
     if labels.dtype.kind == "U":
         return tuple(np.unique(labels).tolist())
@@ -175,8 +192,10 @@ def targets_of(rows: datasets.Dataset, split: str, section: DataSection, class_n
         targets = labels
     wrong = np.flatnonzero((targets < 0) | (targets >= len(class_names)))
     if len(wrong):
+        label = labels[wrong[0]].item()
+        shown = with_similar(label, class_names) if isinstance(label, str) else repr(label)
         raise ValueError(
-            f"Split {split!r}, row {wrong[0]}: {section.target!r} is {labels[wrong[0]].item()!r}, which is none of the "
+            f"Split {split!r}, row {wrong[0]}: {section.target!r} is {shown}, which is none of the "
             f"{len(class_names)} classes {', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''} "
             f"({len(wrong)} such rows)."
         )
@@ -184,7 +203,7 @@ def targets_of(rows: datasets.Dataset, split: str, section: DataSection, class_n
 
 
 def check_same_classes(feature: Any, split: str, class_names: tuple[str, ...]) -> None:
-    if isinstance(feature, datasets.ClassLabel) and tuple(feature.names) != class_names:
+    if isinstance(feature, datasets.ClassLabel) and tuple(map(normalized, feature.names)) != class_names:
         raise ValueError(
             f"Split {split!r} names other classes than the training split: {feature.names}, not {list(class_names)}."
         )
@@ -203,5 +222,6 @@ def _labels(rows: datasets.Dataset, split: str, section: DataSection) -> NDArray
     if types.is_integer(labels.type) or types.is_boolean(labels.type):
         return np.asarray(labels).astype(np.int64)
     if types.is_string(labels.type) or types.is_large_string(labels.type):
-        return np.asarray(labels).astype(np.str_)
+        found, inverse = np.unique(np.asarray(labels).astype(np.str_), return_inverse=True)
+        return np.array(list(map(normalized, found.tolist())))[inverse]
     raise ValueError(f"data.target {section.target!r} holds {labels.type}; labels are class indices or strings.")

@@ -11,7 +11,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from timm_selfdistill.data.first_process import is_first_process
-from timm_selfdistill.data.image_folder import FolderSplits, quoted
+from timm_selfdistill.data.image_folder import FolderSplits
+from timm_selfdistill.data.names import quoted
 from timm_selfdistill.data.sources import (
     FILE_FORMATS,
     Indices,
