@@ -112,10 +112,15 @@ def test_where_only_some_names_are_those_of_splits_they_are_classes(
         ({"cat": 2, "dog": 2, ".": 1}, {"eval_fraction": 0.5}, r"holds 1 image\(s\).*beside the class folders 'cat'"),
         ({".": 5}, {"eval_fraction": 0.5}, "but no class folders"),
         ({"train/cat": 4, "test/cat": 2}, {}, "one class folder only .'cat'.; 2 classes are needed"),
-        ({"flowers/train/cat": 4, "flowers/test/cat": 2}, {"eval_fraction": 0.5}, "one class folder only .'flowers'."),
+        (
+            {"flowers/train/cat": 4, "flowers/test/cat": 2},
+            {"eval_fraction": 0.5},
+            "one class folder only .'flowers'..*If 'test', 'train' in it",
+        ),
         ({"cat": 3, "dog": 3}, {}, r"no split 'test'; it has train\..*eval_fraction.*read as classes \('cat', 'dog'\)"),
         ({**PETS, "test/cat": 0, "test/dog": 0}, {}, "Split 'test' of .* is empty"),
         ({**PETS, "val/cat": 1}, {"eval_split": "val", "validation": "validation"}, "are one split of .*'validation'"),
+        ({"train": 0, "test/cat": 1, "test/dog": 1}, {}, "Split 'train' of .* is empty"),
         ({}, {}, "There is no image in"),
     ],
 )

@@ -80,11 +80,11 @@ def load_image_folder(root: str, section: DataSection) -> FolderSplits:
     splits = {name: read[name] for name in dict.fromkeys(used_splits(section).values())}
     if unused := [name for name in by_split if name not in splits]:
         notes.append(f"not used: {quoted(unused)}")
-    class_names = _class_names(splits, section, by_split)
-    files = {name: split.files(class_names) for name, split in splits.items()}
     for name, split in splits.items():
         if not split.present:
             raise ValueError(f"Split {name!r} of {section.path} is empty: there is no image in {split.folder!r}.")
+    class_names = _class_names(splits, section, by_split)
+    files = {name: split.files(class_names) for name, split in splits.items()}
     if is_first_process():
         if len(files) > 1 and (scan.links or section.check_duplicates):
             check_no_shared_images(files, root, compare_bytes=section.check_duplicates)
@@ -194,9 +194,12 @@ def _class_names(splits: Mapping[str, _Split], section: DataSection, by_split: M
         names |= set(map(normalized, read_level(by_split["train"], FolderScan())[0]))
     class_names = sorted(names)
     if len(class_names) < 2:
+        (only,) = read_level(train.folder, FolderScan())[0][:1]
+        inside = read_level(os.path.join(train.folder, only), FolderScan())[0]
+        hint = f" If {quoted(inside)} in it are what you mean, set data.path one folder deeper." if inside else ""
         raise ValueError(
-            f"The folder {train.folder!r} holds one class folder only ({quoted(class_names)}); 2 classes are needed, "
-            f"each a folder of its own ({os.path.join(train.folder, 'CLASS', 'IMAGE')!r})."
+            f"The folder {train.folder!r} holds one class folder only ({only!r}); 2 classes are needed, each a folder "
+            f"of its own ({os.path.join(train.folder, 'CLASS', 'IMAGE')!r}).{hint}"
         )
     for name, split in splits.items():
         if unknown := sorted(split.present - names):
