@@ -291,6 +291,7 @@ def test_integer_labels_are_their_own_names(tmp_path: Path) -> None:
         ([0, 1, 1], [0, 2], "int64", "Split 'test', row 1: 'label' is 2, which is none of the 2 classes"),
         ([0, 1, None], [0], "int64", "Split 'train', row 2: 'label' has no label"),
         ([0, 7, 1], [0], "int64", "goes up to 7 in 3 rows: these are no class indices"),
+        ([0, 2, 2], [0], "int64", "1 of the 3 classes .* no image in the training split 'train': '1'"),
         ([0.0, 1.0], [0.0], "float32", "holds float; labels are class indices or strings"),
         (["a", "b"], ["c"], "string", "Split 'test', row 0: 'label' is 'c', which is none of the 2 classes a, b"),
         ([0, 0], [0], "int64", "samples of 1 class; 2 are needed"),

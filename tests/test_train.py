@@ -202,6 +202,12 @@ def test_options_of_the_loop_work_together(tmp_path, monkeypatch):
     assert not any("_orig_mod" in name for name in weights(tmp_path))
 
 
+def test_more_classes_than_the_data_has_are_warned_about(tmp_path, caplog):
+    with pytest.raises(ValueError, match="sgdd"):  # before it trains
+        train(small_recipe(tmp_path, "model.num_classes=12", "optimizer.name=sgdd"))
+    assert "model.num_classes: 12 is more than the 10 classes of digits: classes 10 to 11 have no training" in caplog.text
+
+
 def test_label_smoothing_is_applied_once(tmp_path):
     plain = load_recipe("digits", ["loss.label_smoothing=0.1"])
     assert build_loss(plain).config.label_smoothing == 0.1

@@ -179,7 +179,12 @@ def _plan(
     mapping = {"model": {"name": type(model.backbone).__name__}, "data": {"path": data_path, "train_split": "none"}}
     recipe = load_recipe(mapping, changes)
     _check_apart(recipe.data, split)
-    only = {"train_split": split, "validation": 0.0, "max_train": recipe.data.max_eval}
+    only = {
+        "train_split": split,
+        "validation": 0.0,
+        "max_train": recipe.data.max_eval,
+        "allow_empty_classes": True,
+    }
     return _Plan(_with(recipe, **only), whole_train=True, title=split)
 
 

@@ -1,6 +1,7 @@
 """From a recipe's data section to batches: open and split a data set, transform its images, load them."""
 
 from timm_selfdistill.data.decode import check_pillow, decode, read_file
+from timm_selfdistill.data.image_files import image_endings
 from timm_selfdistill.data.loaders import Loaders, build_loaders
 from timm_selfdistill.data.order import Arrangement, TrainingOrder
 from timm_selfdistill.data.skipped import SKIPPED, SkipList, merge_skipped
@@ -33,6 +34,7 @@ __all__ = [
     "check_pillow",
     "decode",
     "eval_transform",
+    "image_endings",
     "is_on_hub",
     "merge_skipped",
     "open_dataset",

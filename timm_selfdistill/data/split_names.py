@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Final
 
+from timm_selfdistill.data.names import normalized
 from timm_selfdistill.recipe import DataSection
 
 # Names of split folders in lower case, and the split that each is.
@@ -17,6 +18,7 @@ STANDARD_SPLITS: Final = {
 
 def split_name(name: str) -> str:
     """Return the split that a name means: "train", "validation" or "test", or else the name itself."""
+    name = normalized(name)
     return STANDARD_SPLITS.get(name.casefold(), name)
 
 
@@ -55,8 +57,8 @@ def resolve_splits(section: DataSection, available: Iterable[str], hint: str = "
         name = find_split(wanted, available)
         if name is None:
             raise ValueError(
-                f"{section.path} has no split {wanted!r}; it has {', '.join(available)}. Without a split for "
-                f"evaluation, data.eval_fraction holds out a share of train.{hint}"
+                f"{section.path} has no split {wanted!r}; it has {', '.join(available)}. data.{key} can name another "
+                f"one; without a split for evaluation, data.eval_fraction holds out a share of train.{hint}"
             )
         for other, taken in found.items():
             # Where only evaluation is wanted, it stands for the training split by the same name.

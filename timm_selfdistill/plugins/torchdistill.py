@@ -42,6 +42,8 @@ _IMAGE_KEYS = (
     "eval_split",
     "validation",
     "eval_fraction",
+    "allow_empty_classes",
+    "check_duplicates",
     "max_train",
     "max_eval",
 )

@@ -38,6 +38,8 @@ class DataSection(Section):
         validation: Share of the training images held out (0..1, stratified; 0 for none), or the name of a split.
         eval_fraction: Share of the training images (0..1, stratified) held out as the split to report on, for
             datasets without one.
+        allow_empty_classes: Train although some classes have no training image.
+        check_duplicates: In image folders, refuse images that are in two splits with the same bytes.
         on_error: Stop at an image that cannot be decoded (raise), or go on without it and list it (skip).
         workers: Loader processes per training process; with `cache`, to decode.
         image_size: Height and width in pixels, at most 4096; null takes the model's own.
@@ -65,6 +67,8 @@ class DataSection(Section):
     eval_split: Text = "test"
     validation: float | str = 0.1
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    allow_empty_classes: bool = False
+    check_duplicates: bool = True
     on_error: Literal["raise", "skip"] = "raise"
     workers: Annotated[int, Field(ge=0)] = 4
     image_size: ImageSide | None = None

@@ -52,7 +52,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 def run_safely(run: Callable[[], int | None]) -> int:
     """Run a command; return its exit status, and say in one sentence what stopped it.
 
-    An error of an unknown kind is a fault of the code, and is raised.
+    Warnings, and which data is read, are shown on the error output. An error of an unknown kind is a fault of the code,
+    and is raised.
 
     Args:
         run: What to do; returns the exit status, None for 0.
@@ -60,6 +61,7 @@ def run_safely(run: Callable[[], int | None]) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("timm_selfdistill.data").setLevel(logging.INFO)
     try:
         with StopSignals():
             status = run() or 0

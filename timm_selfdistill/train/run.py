@@ -1,6 +1,7 @@
 """Run a recipe: data, model, training, evaluation, report, saved model."""
 
 import atexit
+import logging
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -40,6 +41,8 @@ from timm_selfdistill.train.run_folder import MODEL, check_folder, check_run, re
 from timm_selfdistill.train.run_record import RunRecord, flat
 from timm_selfdistill.train.sharding import Sharded, asks_for_sharding, refuse_loss
 from timm_selfdistill.train.stop import StopSignals
+
+_logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe) -> Report:
@@ -86,6 +89,13 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         if accelerator.is_main_process:
             remove_leftovers(folder)
     model = build_model(recipe, data.class_names, data.name)
+    known = len(data.class_names)
+    if accelerator.is_main_process and model.num_classes > known and not recipe.data.allow_empty_classes:
+        _logger.warning(
+            "model.num_classes: %d is more than the %d classes of %s: classes %d to %d have no training image. "
+            "data.allow_empty_classes=true says that they may have none.",
+            *(model.num_classes, known, data.name, known, model.num_classes - 1),
+        )
     # One process has nothing to share.
     in_parts = asks_for_sharding() and accelerator.num_processes > 1
     for phase in chain.from_iterable(networks.values()):

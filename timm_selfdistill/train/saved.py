@@ -82,7 +82,12 @@ class SavedRun:
         data = {"path": data_path, "train_split": "none"}
         name = type(model.backbone).__name__
         recipe = load_recipe({"model": {"name": name}, "data": data, "precision": precision}, changes)
-        only = {"train_split": recipe.data.eval_split, "validation": 0.0, "max_train": recipe.data.max_eval}
+        only = {
+            "train_split": recipe.data.eval_split,
+            "validation": 0.0,
+            "max_train": recipe.data.max_eval,
+            "allow_empty_classes": True,
+        }
         return recipe.model_copy(update={"data": recipe.data.model_copy(update=only)})
 
     def baseline_weights(self) -> tuple[Path, dict[str, Tensor]] | None:
