@@ -127,6 +127,21 @@ def test_request_that_fails_harms_no_other(model, impatient, images):
         assert all(all(right) for right in pool.map(serve, range(12)))
 
 
+def test_image_files_are_predicted_in_threads(model, impatient, make_image_folder, tmp_path):
+    files = sorted(make_image_folder(tmp_path / "images", train=3, validation=1).rglob("*.png"))
+    fast = every_way(model)["early"]
+    asked = [(model, exit, size) for exit in (0, None) for size in (1, 3)] + [(fast, None, size) for size in (1, 3)]
+
+    def predict(number):
+        net, exit, size = asked[number % len(asked)]
+        return list(sd.predict_images(net, files, exit=exit, top_k=3, batch_size=size, workers=0))
+
+    alone = [predict(number) for number in range(len(asked))]
+    assert all(len(predictions) == len(files) and not predictions[0].error for predictions in alone)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(predict, range(3 * len(asked)))) == alone * 3
+
+
 def test_users_hooks_may_come_and_go_while_threads_are_served(model, impatient, images):
     modules = [model.backbone.get_submodule(path) for path in ("layer1", "layer2.1", "layer3", "fc")]
     with torch.no_grad():

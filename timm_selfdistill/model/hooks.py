@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -136,10 +136,7 @@ class Hooks:
 
     def remove(self, backbone: Backbone) -> None:
         """Remove the hooks from the backbone, or from a copy of it."""
-        for module in backbone.modules():
-            for hooks in (_hooks_of(module, True), _hooks_of(module, False)):
-                for key in [key for key, hook in list(hooks.items()) if self._owns(hook)]:
-                    del hooks[key]
+        self._remove_others(backbone, ())
 
     def _attach(self, backbone: Backbone) -> None:
         """Put every hook behind all others on the module where it belongs now, and remove it from any other."""
@@ -148,12 +145,7 @@ class Hooks:
                 _Place(tuple(path.split(".")), pre, _put(hook, backbone.get_submodule(path), pre))
                 for path, pre, hook in self._wanted(backbone)
             )
-            placed = {id(place.hook) for place in self._places}
-            for module in backbone.modules():
-                for hooks in (_hooks_of(module, True), _hooks_of(module, False)):
-                    for key, hook in list(hooks.items()):
-                        if self._owns(hook) and id(hook) not in placed:
-                            del hooks[key]
+            self._remove_others(backbone, [place.hook for place in self._places])
 
     def _wanted(self, backbone: Backbone) -> Iterator[tuple[str, bool, "partial[Any]"]]:
         """Yield each hook with the path of the module where it belongs, and whether before its forward."""
@@ -172,8 +164,13 @@ class Hooks:
                 raise _gone(backbone, name)
             yield held[-1], True, partial(_record_feature, self._mark, name)
 
-    def _owns(self, hook: Callable[..., Any]) -> bool:
-        return _is_ours(hook) and hook.args[0] == self._mark  # type: ignore[attr-defined]
+    def _remove_others(self, backbone: Backbone, kept: Sequence["partial[Any]"]) -> None:
+        """Remove this model's hooks from a backbone, but for those that are kept."""
+        for module in backbone.modules():
+            for hooks in (_hooks_of(module, True), _hooks_of(module, False)):
+                for key, hook in list(hooks.items()):
+                    if _is_ours(hook) and hook.args[0] == self._mark and not any(hook is other for other in kept):
+                        del hooks[key]
 
 
 def _enter(mark: str, index: int, module: nn.Module, args: Any) -> None:
@@ -265,7 +262,7 @@ def _put(hook: "partial[Any]", module: nn.Module, pre: bool) -> "partial[Any]":
     return hook
 
 
-def _is_ours(hook: Callable[..., Any]) -> bool:
+def _is_ours(hook: Callable[..., Any]) -> TypeGuard["partial[Any]"]:
     return isinstance(hook, partial) and hook.func in (_enter, _leave, _record_feature)
 
 
