@@ -61,6 +61,7 @@ def test_markdown_shows_text_as_it_is() -> None:
     assert markdown_code("`a") == "`` `a ``"
     assert markdown_block("a\n```\nb\x1b\n", "yaml") == "````yaml\na\n```\nb\\x1b\n````\n"
     assert markdown_link("a]b", "https://h/a)b c") == "[a\\]b](https://h/a%29b%20c)"
+    assert plot_text("__background__") == " __background__"
     assert plot_text("$\\frac$\n") == "\\$\\frac\\$\\n"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import timm_selfdistill as sd
+from timm_selfdistill.heads import HEADS
 from timm_selfdistill.hub import CONFIG
 from timm_selfdistill.hub.limits import read_json
 
@@ -151,3 +152,28 @@ def test_long_names_and_settings_are_not_printed_whole(saved: Path, tmp_path: Pa
         with pytest.raises(ValueError, match="early-exit settings that are not allowed") as caught:
             sd.load_early_exit(folder)
         assert len(str(caught.value)) < 1500
+
+
+def test_a_head_of_another_package_may_compute_numbers_while_it_is_built(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        def __init__(self, tap: Any, feature_dim: int, width: int = 3) -> None:
+            super().__init__()
+            self.share = torch.linspace(0, 1, 3)[1].item()
+            self.project = nn.Linear(tap.channels, feature_dim)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.share * self.project(x.mean((2, 3)))
+
+    try:
+        sd.register_head("counting")(Counting)
+        model = sd.wrap("test_resnet", num_classes=4, image_size=64, head="counting", head_kwargs={"width": 5}).eval()
+        sd.save_pretrained(model, tmp_path / "model")
+        loaded = sd.from_pretrained(tmp_path / "model")
+        small = sd.load_exported(sd.export_model(model, 1, tmp_path / "net", format="safetensors"))
+    finally:
+        HEADS._entries.pop("counting", None)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(x, return_exits=True).logits[1], model(x, return_exits=True).logits[1])
+        assert torch.allclose(small(x), model.forward_exit(x, 1))
+    assert loaded.config == model.config

@@ -61,7 +61,9 @@ def markdown_link(text: str, address: str) -> str:
 
 def plot_text(text: str) -> str:
     """Return text that matplotlib draws as it is, without reading mathematics between dollars."""
-    return printable(text).replace("$", r"\$")
+    text = printable(text).replace("$", r"\$")
+    # A legend leaves out what begins with an underscore.
+    return f" {text}" if text.startswith("_") else text
 
 
 def each_text(value: Value, escape: Callable[[str], str]) -> Value:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from timm_selfdistill.build_limit import BuildLimit, TooLargeError
+from timm_selfdistill.heads import HEADS
 from timm_selfdistill.hub.limits import check_image
 from timm_selfdistill.hub.saved import CONFIG, Saved
 from timm_selfdistill.model import SelfDistillModel, wrap
@@ -56,11 +58,15 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
         # Another one, which need not be run to be told so.
         _check_shapes(folder / first, backbone, weights[first])
     with _explained(where, tensors), torch.device("meta"), limit:
-        blank = _wrap(backbone, saved)
+        ours = _is_ours(saved.head)
+        # A body of another package may compute numbers while it is built, which the meta device has none of.
+        blank = _wrap(backbone, saved if ours else replace(saved, head="linear", head_kwargs={}))
         check_image("input_size", resolve_input_data_config(blank.backbone, _STATISTICS)["input_size"][1:])
         parts = _parts(blank, saved, list(weights))
     for name, module in parts.items():
-        _check_shapes(folder / name, module, weights[name])
+        # What is behind another package's head is compared when it is loaded.
+        if ours or module is blank.backbone:
+            _check_shapes(folder / name, module, weights[name])
     in_file = sum(map(_size, itertools.chain.from_iterable(held.values() for held in weights.values())))
     in_memory = sum(map(_size, itertools.chain(blank.parameters(), blank.buffers())))
     if in_memory > _UNSAVED_BYTES + _UNSAVED_SHARE * in_file:
@@ -70,7 +76,8 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
         if saved.small_stem:
             use_small_stem(backbone)
         # Exits are where the dry run on the meta device found them: the same dry run would find them here again.
-        model = SelfDistillModel(backbone, blank.taps, blank.config)
+        config = replace(blank.config, head=saved.head, head_kwargs=saved.head_kwargs)
+        model = SelfDistillModel(backbone, blank.taps, config)
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise ValueError(f"{where}: it would have no memory for its weights.")
     return model
@@ -81,6 +88,11 @@ _STATISTICS: Final = {"mean": 0.5, "std": 0.5}
 
 def _create(folder: Path) -> Any:
     return timm.create_model(f"local-dir:{folder}", pretrained=False)
+
+
+def _is_ours(head: str) -> bool:
+    """Whether a head is one of this package's own."""
+    return head == "auto" or HEADS.get(head).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _wrap(backbone: Any, saved: Saved) -> SelfDistillModel:
