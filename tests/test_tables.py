@@ -235,7 +235,7 @@ def test_what_is_missing_is_told_before_training(folder: Path) -> None:
 def test_an_image_is_in_one_split(folder: Path) -> None:
     write(folder / "train.csv", {"path": paths(4), "label": LABELS})
     write(folder / "test.csv", {"path": [*paths(3, 4), "photos/3.png"], "label": LABELS})
-    with pytest.raises(ValueError, match=r"The image .*photos/3\.png is in two splits, '"):
+    with pytest.raises(ValueError, match=r"1 image.s. are in two splits, the same file: .*photos/3\.png"):
         open_table(folder, eval_fraction=None)
 
 
@@ -282,3 +282,12 @@ def test_a_table_beside_images_is_left_alone_unless_it_names_them(folder: Path, 
     (images / "labels.csv").write_text("image,label\n")
     data = open_table(images, image="image", eval_fraction=None, eval_split="validation")
     assert len(data.train) == 32
+
+
+def test_equal_bytes_in_two_splits(folder: Path) -> None:
+    write(folder / "train.csv", {"path": paths(4), "label": LABELS})
+    write(folder / "test.csv", {"path": paths(4, 4), "label": LABELS})
+    (folder / "photos" / "5.png").write_bytes((folder / "photos" / "1.png").read_bytes())
+    with pytest.raises(ValueError, match="the same bytes"):
+        open_table(folder, eval_fraction=None)
+    open_table(folder, eval_fraction=None, check_duplicates=False)

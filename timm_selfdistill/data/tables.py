@@ -4,13 +4,17 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from timm_selfdistill.data.duplicates import SplitFiles, check_no_shared_images
+from timm_selfdistill.data.first_process import is_first_process
 from timm_selfdistill.data.named_files import files_by_split, split_of_file
 from timm_selfdistill.data.split_names import find_split, split_name, used_splits
 from timm_selfdistill.data.table_files import (
@@ -113,7 +117,7 @@ def rows_of_splits(found: Mapping[str, Sequence[Table]], section: DataSection, r
     used = {find_split(name, found) for name in used_splits(section).values()}
     tables = iter(with_common_labels([table for of_split in found.values() for table in of_split]))
     splits: dict[str, Any] = {}
-    place: dict[str, str] = {}
+    files: dict[str, SplitFiles] = {}
     for name, of_split in found.items():
         parts = []
         for table in (next(tables) for _ in of_split):
@@ -122,11 +126,15 @@ def rows_of_splits(found: Mapping[str, Sequence[Table]], section: DataSection, r
             paths = [os.path.join(folder, path) for path in given]
             if name in used:
                 _check_files(paths, given, table.file, folder)
-                for path in paths:
-                    if place.setdefault(path, name) != name:
-                        raise ValueError(f"The image {path} is in two splits, {place[path]!r} and {name!r}.")
             parts.append((paths, table.rows["label"], table.label))
         splits[name] = _rows(name, parts, section)
+        if name in used:
+            labels = pa.chunked_array([chunk for part in parts for chunk in part[1].chunks], parts[0][1].type)
+            codes = labels.combine_chunks().dictionary_encode().indices.fill_null(-1)
+            files[name] = SplitFiles(list(chain.from_iterable(paths for paths, *_ in parts)), np.asarray(codes))
+    if len(files) > 1 and is_first_process():
+        folder = os.path.abspath(root or next(iter(found.values()))[0].file.parent)
+        check_no_shared_images(files, folder, compare_bytes=section.check_duplicates)
     return splits
 
 
