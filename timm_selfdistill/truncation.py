@@ -42,7 +42,7 @@ def truncate(model: SelfDistillModel, exit: int) -> nn.Module:
     if exit == model.num_exits:
         backbone: nn.Module = _copy_backbone(model, {})
         return backbone
-    x = random_images(model.backbone, model.config.image_size, 2)
+    x = random_images(model.backbone, model.wrap_config.image_size, 2)
     with untouched(model), torch.no_grad(), watch_usage(model.backbone) as usage:
         expected = model.forward_exit(x, exit)
     idle = list(_idle(model.backbone, usage))

@@ -172,7 +172,7 @@ class _Journey:
 @torch.no_grad()
 def _try_to_shrink(model: SelfDistillModel) -> tuple[bool, ...]:
     """Return, for each exit, whether the backbone gives the same answers on a part of the batch behind it."""
-    images = random_images(model.backbone, model.config.image_size, 4)
+    images = random_images(model.backbone, model.wrap_config.image_size, 4)
     with untouched(model):
         expected = model(images)
         shrinks = tuple(_shrinks(model, images, expected, exit) for exit in range(model.num_exits))

@@ -76,7 +76,7 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
         if saved.small_stem:
             use_small_stem(backbone)
         # Exits are where the dry run on the meta device found them: the same dry run would find them here again.
-        config = replace(blank.config, head=saved.head, head_kwargs=saved.head_kwargs)
+        config = replace(blank.wrap_config, head=saved.head, head_kwargs=saved.head_kwargs)
         model = SelfDistillModel(backbone, blank.taps, config)
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise ValueError(f"{where}: it would have no memory for its weights.")

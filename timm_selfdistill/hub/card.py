@@ -181,7 +181,7 @@ def _timm_snippet(model: SelfDistillModel, repo_id: str | None) -> str:
             "import timm\nimport timm_selfdistill  # timm does not have this network; the import registers it\n\n"
             f'model = timm.create_model("{source}", pretrained=True)\n'
         )
-    if not model.config.small_stem:
+    if not model.wrap_config.small_stem:
         return f'import timm\n\nmodel = timm.create_model("{source}", pretrained=True)\n'
     stem = model.backbone.conv1
     if repo_id is None:

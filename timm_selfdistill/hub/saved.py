@@ -63,7 +63,7 @@ def describe(
         exit: The exit at which the saved network ends, where it is not the whole model.
         run: What the training run says of itself.
     """
-    config = model.config
+    config = model.wrap_config
     # The dry run's size as it was: the saved input size may be another one, at which the taps' grids look otherwise.
     if config.image_size is not None:
         check_image("image_size", config.image_size)

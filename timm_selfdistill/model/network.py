@@ -58,7 +58,7 @@ class SelfDistillModel(nn.Module):
         self.training = backbone.training
         self.backbone = backbone
         self.taps = taps
-        self.config = config
+        self.wrap_config = config
         self.backbone_frozen = False
         self.heads = self._build_heads(self.num_classes)
         self._hooks = Hooks(backbone, taps.points, taps.classifier.modules)
@@ -206,7 +206,7 @@ class SelfDistillModel(nn.Module):
             self._forget_class_names()
         self.backbone.reset_classifier(num_classes, **pool)
         self.backbone.to(device=parameter.device, dtype=parameter.dtype)
-        found = find_exit_points(self.backbone, [point.name for point in self.points], self.config.image_size)
+        found = find_exit_points(self.backbone, [point.name for point in self.points], self.wrap_config.image_size)
         width_changed = found.feature_dim != self.taps.feature_dim
         self.taps = replace(found, points=self.points)
         self._hooks.read_classifiers(self.backbone, found.classifier.modules)
@@ -255,7 +255,7 @@ class SelfDistillModel(nn.Module):
                 setattr(self.backbone, attribute, kept)
 
     def _build_heads(self, num_classes: int) -> nn.ModuleList:
-        config = self.config
+        config = self.wrap_config
         heads = nn.ModuleList(
             ExitHead(point, self.taps.feature_dim, num_classes, config.head, config.head_kwargs, config.hint_adapter)
             for point in self.points
