@@ -558,6 +558,19 @@ def test_a_folder_is_local_even_if_it_is_called_as_a_data_set_of_the_hub(
     assert recipe.local_paths() == {"data": {"path": str(tmp_path / "client" / "flowers")}}
 
 
+def test_the_folder_of_a_tables_images_is_local_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("client/photos").mkdir(parents=True)
+    Path("client/labels.csv").touch()
+    mapping = {"model": {"name": "resnet18"}, "data": {"path": "client/labels.csv", "root": "~/client/photos"}}
+    recipe = load_recipe(mapping)
+    shared = recipe.without_local_paths().data
+    assert (shared.path, shared.root) == ("labels.csv", "photos")
+    client = tmp_path / "client"
+    assert recipe.local_paths() == {"data": {"path": str(client / "labels.csv"), "root": str(client / "photos")}}
+
+
 def test_the_name_of_a_home_folder_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "alice"))
     recipe = load_recipe({"model": {"name": "resnet18"}, "data": {"path": "~"}})

@@ -60,7 +60,7 @@ class DataSection(Section):
     name: Text | None = None
     image: Text = "image"
     target: Text = "label"
-    root: Text | None = None
+    root: LocalPath | None = None
     split_column: Text | None = "split"
     classes: int | Names | None = None
     train_split: Text = "train"

@@ -83,7 +83,9 @@ class Recipe(Section):
         shared = self.without_local_paths().model_dump(mode="json")
         full = self.model_dump(mode="json") | {key: shared[key] for key in ("output_dir", "resume")}
         # Complete, as another call may run in another folder.
-        full["data"]["path"] = complete_path(full["data"]["path"])
+        for key in ("path", "root"):
+            if full["data"][key] is not None:
+                full["data"][key] = complete_path(full["data"][key])
         return different(full, shared)
 
     @field_validator("schedule")
