@@ -14,7 +14,7 @@ ENTRY = "run"  # of a checkpoint's state
 # What may differ between a run and its continuation: sections that do not change the numbers, and fields that change
 # them only where the run would have stopped.
 _FREE_SECTIONS = ("output_dir", "resume", "trackers", "checkpoint", "push_to_hub")
-_FREE_FIELDS = ("data.on_error", "data.workers")
+_FREE_FIELDS = ("data.on_error", "data.workers", "data.check_duplicates")
 # Where the data lies may differ as long as it is the same data.
 _LOCATIONS = ("data.path", "data.root")
 # Schedules that do not look at the end of the training.

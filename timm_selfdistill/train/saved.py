@@ -22,7 +22,8 @@ _logger = logging.getLogger(__name__)
 _BATCH_SIZE = 128
 # Settings of the data that do not decide which images are for what.
 _HOW_TO_READ = {
-    *("on_error", "workers", "image_size", "mean", "std", "interpolation", "crop_pct", "shuffle_buffer", "cache")
+    *("on_error", "workers", "image_size", "mean", "std", "interpolation", "crop_pct", "shuffle_buffer", "cache"),
+    "check_duplicates",
 }
 # What DDP, compile and timm's average of the weights put before the name of a weight.
 _WRAPPERS = ("module.", "_orig_mod.")
