@@ -403,14 +403,15 @@ def test_a_recipe_pushes_in_the_background_while_it_trains(hub: HubServer, clien
         "main", {"theirs.txt": b""}, hub.repos["me/digits"].refs["main"]
     )
     code = f"""
-    import contextlib, io, threading, types
+    import contextlib, io
     from timm_selfdistill.cli import main as cli
     from timm_selfdistill.train import publish
-    class AtOnce(threading.Thread):
-        def start(self):
-            super().start()
-            self.join()
-    publish.threading = types.SimpleNamespace(Thread=AtOnce)
+    in_background = publish.in_background
+    def at_once(work, name):
+        future = in_background(work, name)
+        future.exception()
+        return future
+    publish.in_background = at_once
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         status = cli(["train", "digits", *{settings!r}])

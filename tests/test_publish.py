@@ -71,7 +71,7 @@ def test_training_does_not_wait_for_a_push_and_may_change_the_weights(
             if epoch == 6:
                 assert not hub.pushed
                 hub.may_go_on.set()
-                publisher._running.join()
+                publisher._running.result()
     publisher.finish()
     assert [message for _, message in hub.pushed] == [
         "Add the model after epoch 2 of 9",
@@ -116,13 +116,22 @@ def test_a_push_that_stalls_does_not_keep_a_run_from_being_stopped(hub: Hub, tmp
     (tmp_path / "recipe.yaml").write_text("epochs: 9\n")
     publisher = Publisher(PushSection(repo="me/net", every=1), tmp_path, make_writer())
     publisher.after_epoch(make_model(), 1, 3)
-    # Python waits for no daemon when it ends.
-    assert publisher._running.daemon
-    assert publisher._running.is_alive()
+    assert not publisher._running.done()
     threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
     with pytest.raises(Interrupted), StopSignals():
         publisher.finish()
     assert hub.pushed == []
+    # Python waits for no daemon when it ends.
+    assert [thread.daemon for thread in threading.enumerate() if thread.name == "push-to-hub"] == [True]
+    hub.may_go_on.set()
+
+
+def test_the_last_push_does_not_either(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publisher = Publisher(PushSection(repo="me/net"), tmp_path, make_writer())
+    monkeypatch.setattr(publish, "push_folder", lambda *args, **kwargs: hub.may_go_on.wait(60))
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    with pytest.raises(Interrupted), StopSignals():
+        publisher.finish()
     hub.may_go_on.set()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from timm_selfdistill import compare
 from timm_selfdistill.analysis import DRAWS, IMAGES, SIGMAS, analyze_folder, format_analysis
+from timm_selfdistill.background import in_background
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
 from timm_selfdistill.early_exit import FALLBACKS, RULES
 from timm_selfdistill.escape import printable
@@ -299,7 +300,8 @@ def _model_source(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    address = push_folder(
+    push = partial(
+        push_folder,
         arguments.folder,
         arguments.repo,
         private=arguments.private,
@@ -308,7 +310,7 @@ def _push(arguments: argparse.Namespace) -> int:
         commit_message=arguments.message,
         license=arguments.license,
     )
-    print(printable(address))
+    print(printable(in_background(push, "push").result()))
     return 0
 
 

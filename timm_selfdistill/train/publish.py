@@ -2,14 +2,15 @@
 
 import logging
 import shutil
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from timm_selfdistill.background import in_background
 from timm_selfdistill.data import ImageData, InputConfig, is_on_hub
 from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.early_exit import EarlyExitConfig
@@ -129,7 +130,7 @@ class Publisher:
         make_repository(push.repo, private=push.private)
         self._push, self._folder, self._writer = push, folder, writer
         self._snapshot = folder / ".pushing"
-        self._running: threading.Thread | None = None
+        self._running: Future[bool] | None = None
 
     def after_epoch(self, model: SelfDistillModel, epoch: int, total: int) -> None:
         """Start to push the model as it is after an epoch, if it is due and the push before is done.
@@ -141,16 +142,14 @@ class Publisher:
         """
         if self._push.every is None or epoch % self._push.every or epoch == total:
             return
-        if self._running is not None and self._running.is_alive():
+        if self._running is not None and not self._running.done():
             _logger.warning("Epoch %d is not pushed: the push before it still runs.", epoch)
             return
         done = f"epoch {epoch} of {total}"
         # Saved on this thread, as training goes on to change the weights.
         if self._succeeds(lambda: self._save_snapshot(model, done, (epoch, total))):
-            # A daemon, which nobody waits for when a run is stopped: the Hub or the network may stall.
             push = partial(self._succeeds, lambda: self._push_snapshot(done))
-            self._running = threading.Thread(target=push, name="push-to-hub", daemon=True)
-            self._running.start()
+            self._running = in_background(push, "push-to-hub")
 
     def finish(self) -> None:
         """Push the complete run.
@@ -159,10 +158,11 @@ class Publisher:
             HubError: If that fails; the run's folder is complete, and the message names the command that pushes it.
         """
         if self._running is not None:
-            self._running.join()
+            self._running.result()
         shutil.rmtree(self._snapshot, ignore_errors=True)
         try:
-            push_folder(self._folder, self._push.repo, private=self._push.private)
+            push = partial(push_folder, self._folder, self._push.repo, private=self._push.private)
+            in_background(push, "push-to-hub").result()
         except HubError as error:
             again = f"timm-selfdistill push {self._folder} {self._push.repo}"
             raise HubError(f"{error} The run is complete in {self._folder}; push it again by: {again}") from error
