@@ -19,7 +19,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from timm_selfdistill.data.image_folder import load_image_folder, table_of_paths
+from timm_selfdistill.data.image_folder import load_image_folder
+from timm_selfdistill.data.path_rows import path_rows
 from timm_selfdistill.recipe import DataSection
 
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
         ways: dict[str, Callable[[], Any]] = {
             "os.walk": lambda: _walk(root),
-            "rows of these paths": lambda: table_of_paths(paths, targets, features),
+            "rows of these paths": lambda: path_rows(paths, targets, features),
             "folder read": lambda: _read(root, check_duplicates=False),
             "folder read, splits compared": lambda: _read(root, check_duplicates=True),
         }

@@ -36,12 +36,7 @@ GREY = InputConfig(1, (8, 8), (0.0,), (1.0,), "bilinear", 1.0)
 COLOUR = InputConfig(3, (8, 8), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    # `datasets` waits 5 seconds after each pass over a shuffled stream.
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def section(path: Path | str, **fields: Any) -> DataSection:

@@ -10,10 +10,7 @@ from PIL import Image
 from timm_selfdistill.data import open_dataset
 from timm_selfdistill.recipe import DataSection
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def rows(names: list[str]) -> datasets.Dataset:

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -16,11 +15,7 @@ from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.data.metadata import load_metadata, metadata_files
 from timm_selfdistill.recipe import DataSection
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def open_folder(path: Path, **fields: Any) -> ImageData:

@@ -7,7 +7,6 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from PIL import Image
@@ -21,11 +20,7 @@ GREY = InputConfig(1, (4, 4), (0.0,), (1.0,), "nearest", 1.0)
 STILL = AugmentSection(scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def section(path: Path | str, **fields: Any) -> DataSection:

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -19,10 +18,7 @@ from timm_selfdistill.recipe import DataSection
 LABELS = ("cat", "dog", "cat", "dog")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def open_table(path: Path | str, **fields: Any) -> ImageData:

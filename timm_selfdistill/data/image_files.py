@@ -8,8 +8,8 @@ from typing import Final, Literal
 
 from PIL import Image
 
-# Formats that Pillow cannot decode (it only knows their names, or hands them to another program).
-_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
+from timm_selfdistill.data.decode import FORMATS
+
 # Images that Pillow decodes with a plug-in only: without it, they are images that cannot be decoded.
 _BY_PLUGIN = (".heic", ".heif", ".jxl")
 _VECTOR = (".ai", ".emf", ".eps", ".epsf", ".epsi", ".pdf", ".ps", ".svg", ".svgz", ".wmf")
@@ -193,9 +193,7 @@ def image_endings() -> frozenset[str]:
 def kinds_by_ending() -> dict[str, Kind]:
     """Return what files are by their ending, in lower case and with its dot."""
     readable = {
-        ending
-        for ending, name in Image.registered_extensions().items()
-        if name in Image.OPEN and name not in _NOT_DECODED
+        ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN and name in FORMATS
     }
     kinds: dict[str, Kind] = dict.fromkeys(_NO_IMAGE, "not an image")
     kinds |= dict.fromkeys((*readable, *_BY_PLUGIN), "image")

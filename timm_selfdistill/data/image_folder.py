@@ -9,20 +9,17 @@ from typing import Any, Final
 
 import datasets
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 
 from timm_selfdistill.data.duplicates import SplitFiles, check_no_shared_images
 from timm_selfdistill.data.first_process import is_first_process
 from timm_selfdistill.data.image_files import FolderScan, find_images, holds_image, read_level
 from timm_selfdistill.data.names import normalized, quoted, with_similar
+from timm_selfdistill.data.path_rows import as_stream, path_rows
 from timm_selfdistill.data.split_names import STANDARD_SPLITS, find_split, resolve_splits, split_name, used_splits
 from timm_selfdistill.recipe import DataSection
 
 _logger = logging.getLogger(__name__)
 
-_ROWS_OF_CHUNK: Final = 100_000
-_SHARDS_OF_STREAM: Final = 1024
 _NAMED: Final = 5
 
 
@@ -94,25 +91,6 @@ def load_image_folder(root: str, section: DataSection) -> FolderSplits:
         notes.append(f"left out: {expected}")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=class_names)})
     return FolderSplits({name: _rows(name, split, features, section) for name, split in files.items()}, notes)
-
-
-def table_of_paths(paths: Sequence[str], targets: NDArray[np.int64], features: datasets.Features) -> datasets.Dataset:
-    """Return rows of images that stay in their files.
-
-    Args:
-        paths: The files [N].
-        targets: The class indices [N].
-        features: What the columns "image" and "label" are.
-    """
-    tables = []
-    for start in range(0, max(1, len(paths)), _ROWS_OF_CHUNK):
-        stored = pa.array(paths[start : start + _ROWS_OF_CHUNK], pa.string())
-        image = pa.StructArray.from_arrays([pa.nulls(len(stored), pa.binary()), stored], ["bytes", "path"])
-        tables.append(pa.table({"image": image, "label": targets[start : start + _ROWS_OF_CHUNK]}))
-    table = datasets.table.InMemoryTable(pa.concat_tables(tables))
-    # Without a fingerprint, the whole table would be pickled to make one.
-    fingerprint = datasets.fingerprint.generate_random_fingerprint()
-    return datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=fingerprint)
 
 
 @dataclass(frozen=True)
@@ -222,9 +200,5 @@ def _class_names(splits: Mapping[str, _Split], section: DataSection, by_split: M
 
 def _rows(name: str, files: SplitFiles, features: datasets.Features, section: DataSection) -> Any:
     """Return the rows of a split, or a stream of them."""
-    rows = table_of_paths(files.paths, files.targets, features)
-    if not section.streaming:
-        return rows
-    stream = rows.to_iterable_dataset(num_shards=min(len(rows), _SHARDS_OF_STREAM))
-    stream.info.splits = datasets.SplitDict({name: datasets.SplitInfo(name, num_examples=len(rows))})
-    return stream
+    rows = path_rows(files.paths, files.targets, features)
+    return as_stream(name, rows) if section.streaming else rows

@@ -10,6 +10,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from timm_selfdistill.data.first_process import warn_first
 from timm_selfdistill.data.split_names import STANDARD_SPLITS, split_name, used_splits
 from timm_selfdistill.data.table_files import Table, read_table
 from timm_selfdistill.data.tables import by_split_column, describes_images, rows_of_splits
@@ -70,7 +71,7 @@ def load_metadata(path: Path, section: DataSection) -> dict[str, Any] | None:
         some = not named.isdisjoint(names)
         for name, table in zip(names, tables, strict=True):
             if some and name not in named:
-                _logger.warning("%s is not read: its folder is called like no split.", table.file)
+                warn_first(_logger, "%s is not read: its folder is called like no split.", table.file)
             else:
                 found.setdefault(name if some else "train", []).append(table)
     splits = rows_of_splits(found, section, None)
@@ -100,7 +101,8 @@ def _warn_of_unnamed(tables: Sequence[Table]) -> None:
             if name not in names and (mimetypes.guess_type(name)[0] or "").startswith("image/")
         ]
         if unnamed:
-            _logger.warning(
+            warn_first(
+                _logger,
                 "%d images are not read because %s does not name them; the first is %s.",
                 len(unnamed),
                 table.file,

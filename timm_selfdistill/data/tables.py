@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from timm_selfdistill.data.duplicates import SplitFiles, check_no_shared_images
-from timm_selfdistill.data.first_process import is_first_process
+from timm_selfdistill.data.first_process import is_first_process, warn_first
 from timm_selfdistill.data.named_files import files_by_split, split_of_file
+from timm_selfdistill.data.path_rows import as_stream, path_rows
 from timm_selfdistill.data.split_names import find_split, split_name, used_splits
 from timm_selfdistill.data.table_files import (
     TABLE_ENDINGS,
@@ -31,8 +32,6 @@ _logger = logging.getLogger(__name__)
 
 # Not .json: beside images, it is rather an annotation of another kind, and large.
 _ENDINGS_IN_FOLDER: Final = tuple(ending for ending in TABLE_ENDINGS if ending != ".json")
-_ROWS_OF_CHUNK: Final = 100_000
-_SHARDS_OF_STREAM: Final = 1024
 # What `data.split_column` is by default; a table need not have it.
 _SPLIT_COLUMN: Final = "split"
 
@@ -88,13 +87,17 @@ def describes_images(file: Path, image: str, target: str) -> bool:
         if file.suffix.lower() == ".parquet" and not has_text_column(file, image):
             return False
     except ValueError as error:
-        _logger.warning("Left out: %s", error)
+        warn_first(_logger, "Left out: %s", error)
         return False
     if image not in names:
         return False
     if target not in names:
-        _logger.warning(
-            "%s is not read: it has no column %r, which data.target names, but %s.", file, target, ", ".join(names)
+        warn_first(
+            _logger,
+            "%s is not read: it has no column %r, which data.target names, but %s.",
+            file,
+            target,
+            ", ".join(names),
         )
     return target in names
 
@@ -191,7 +194,8 @@ def _check_files(paths: Sequence[str], given: Sequence[str], table: Path, folder
     climbing = [path for path in given if ".." in path and not os.path.isabs(path)]
     outside = [path for path in climbing if os.path.normpath(path).startswith("..")]
     if outside:
-        _logger.warning(
+        warn_first(
+            _logger,
             "%d of the %d paths of %s lead out of %s, the first is %s.",
             len(outside),
             len(given),
@@ -211,20 +215,6 @@ def _files_in(folder: str) -> set[str]:
 
 def _rows(name: str, parts: Sequence[tuple[list[str], pa.ChunkedArray, Any]], section: DataSection) -> Any:
     """Return the rows of a split: a table of paths, or a stream of it."""
-    chunks = []
     features = datasets.Features({section.image: datasets.Image(), section.target: parts[0][2]})
-    for paths, labels, _ in parts:
-        for start in range(0, max(1, len(paths)), _ROWS_OF_CHUNK):
-            some = pa.array(paths[start : start + _ROWS_OF_CHUNK], pa.string())
-            image = pa.StructArray.from_arrays([pa.nulls(len(some), pa.binary()), some], ["bytes", "path"])
-            target = labels[start : start + _ROWS_OF_CHUNK].combine_chunks()
-            chunks.append(pa.table({section.image: image, section.target: target}).cast(features.arrow_schema))
-    table = datasets.table.InMemoryTable(pa.concat_tables(chunks))
-    # Without a fingerprint, the whole table would be pickled to make one.
-    fingerprint = datasets.fingerprint.generate_random_fingerprint()
-    rows = datasets.Dataset(table, datasets.DatasetInfo(features=features), fingerprint=fingerprint)
-    if not section.streaming:
-        return rows
-    stream = rows.to_iterable_dataset(num_shards=max(1, min(len(rows), _SHARDS_OF_STREAM)))
-    stream.info.splits = datasets.SplitDict({name: datasets.SplitInfo(name, num_examples=len(rows))})
-    return stream
+    rows = datasets.concatenate_datasets([path_rows(paths, labels, features) for paths, labels, _ in parts])
+    return as_stream(name, rows) if section.streaming else rows
