@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,12 +50,22 @@ def test_a_signal_while_a_model_is_created_is_no_fault_of_its_name(monkeypatch: 
         sd.wrap("test_resnet", num_classes=3)
 
 
-def test_a_signal_while_data_is_opened_is_no_fault_of_the_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_signal_while_data_is_opened_is_no_fault_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", stopped)
-    (tmp_path / "a.parquet").write_bytes(b"")
-    recipe = load_recipe("digits", [f"data.path={tmp_path / 'a.parquet'}"])
     with pytest.raises(Interrupted), StopSignals():
-        open_dataset(recipe.data, 0)
+        open_dataset(load_recipe("digits").data, 0)
+
+
+@pytest.mark.parametrize("step", ["find_images", "check_no_shared_images"])
+def test_a_signal_while_a_folder_is_scanned_is_no_fault_of_the_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: str
+) -> None:
+    for number, folder in enumerate(("train/a", "train/b", "test/a", "test/b")):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("L", (8, 8), number).save(tmp_path / folder / "1.png")
+    monkeypatch.setattr(image_folder, step, stopped)
+    with pytest.raises(Interrupted), StopSignals():
+        open_dataset(load_recipe("digits", [f"data.path={tmp_path}"]).data, 0)
 
 
 @pytest.mark.parametrize("step", ["read", "decode"])
@@ -107,13 +119,31 @@ def test_a_launcher_that_hands_ctrl_c_on_does_not_count_as_a_second_one(monkeypa
             signals._handle(signal.SIGINT, None)
 
 
-def test_a_signal_at_the_end_of_a_program_ends_it_with_its_status(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_at_the_end_of_a_program_ends_it_with_its_status(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     for number, status in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
-        assert in_a_fork(lambda number=number: (end_program(0), os.kill(os.getpid(), number))) == status
+        monkeypatch.setattr("atexit._run_exitfuncs", lambda number=number: os.kill(os.getpid(), number))
+        assert in_a_fork(lambda: end_program(0)) == status
         assert capfd.readouterr().err == f"Stopped by {number.name}. Run the same command again to go on.\n"
 
 
 def test_a_stopped_program_does_not_wait_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop, "_PATIENCE_SECONDS", 0.1)
-    assert in_a_fork(lambda: (end_program(75), time.sleep(30))) == 75
-    assert in_a_fork(lambda: (end_program(0), time.sleep(0.5))) == 7
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: time.sleep(30))
+    assert in_a_fork(lambda: end_program(75)) == 75
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: time.sleep(0.5))
+    assert in_a_fork(lambda: end_program(0)) == 0
+
+
+def test_a_program_ends_when_all_is_done_and_printed() -> None:
+    code = (
+        "import atexit, threading, time\n"
+        "from timm_selfdistill.train.stop import end_program\n"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
+        "atexit.register(print, 'at exit')\n"
+        "print('main')\n"
+        "end_program(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split("\n")) == (3, ["main", "thread", "at exit", ""])

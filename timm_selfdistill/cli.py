@@ -186,7 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     status = run_safely(partial(_run, parsed))
-    return end_program(status) if arguments is None else status
+    if arguments is None:
+        end_program(status)
+    return status
 
 
 def _run(parsed: argparse.Namespace) -> int:

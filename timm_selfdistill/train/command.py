@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="timm_selfdistill.train", description="Train from a recipe.")
     add_arguments(parser)
     status = run_command(parser.parse_args(arguments))
-    return end_program(status) if arguments is None else status
+    if arguments is None:
+        end_program(status)
+    return status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,13 +1,15 @@
 """What ends a run before its end: signals, which let it save first, and losses that are no numbers."""
 
+import atexit
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Final
+from typing import Final, NoReturn
 
 EXIT_PREEMPTED: Final = 75  # EX_TEMPFAIL: run the same command again
 EXIT_INTERRUPTED: Final = 130
@@ -110,17 +112,15 @@ class StopSignals:
             raise self.interruption()
 
 
-def end_program(status: int) -> int:
-    """Take leave of a command that is the whole program, whose exit status is known.
+def end_program(status: int) -> NoReturn:
+    """End a command that is the whole program, whose exit status is known.
 
-    A signal that comes while Python shuts down, which takes seconds, ends it with its own status and without a
-    traceback. A stopped run does not wait for threads that hang, such as those of a stalled download.
+    What is to be done at exit is done, and then the process ends at once: while Python takes itself down, which lasts
+    seconds with torch, a signal would end it with a status that says nothing. A signal that comes before ends it with
+    its own status. A stopped run does not wait for threads that hang, such as those of a stalled download.
 
     Args:
         status: The exit status.
-
-    Returns:
-        The exit status.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (*_PREEMPTIONS, signal.SIGINT):
@@ -129,7 +129,14 @@ def end_program(status: int) -> int:
         timer = threading.Timer(_PATIENCE_SECONDS, os._exit, [status])
         timer.daemon = True
         timer.start()
-    return status
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):  # nobody reads the output any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
