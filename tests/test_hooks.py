@@ -1,5 +1,6 @@
 import copy
 import io
+import math
 import pickle
 import random
 import sys
@@ -358,7 +359,7 @@ def test_users_hook_on_a_tapped_module_fires_as_on_the_plain_backbone(make_backb
             run = sd.truncate(model, 1)
             fired[False].clear()
         else:
-            run = every_way(model)[way] if way != "early" else sd.EarlyExit(model, [2.0, 0.0, 0.0])
+            run = every_way(model)[way] if way != "early" else sd.EarlyExit(model, [math.inf, 0.0, 0.0])
             add_hooks(backbone)
         answer = run(images)
         assert [name for name, _ in fired[False]] == ["in", "out", "then"]

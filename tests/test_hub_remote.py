@@ -565,6 +565,9 @@ def test_nothing_that_is_pushed_tells_where_it_was_made(tmp_path: Path, monkeypa
         def repo_info(self, *args: object, **kwargs: object) -> Any:
             return SimpleNamespace(sha="0")
 
+        def preupload_lfs_files(self, *args: object, **kwargs: object) -> None:
+            pass
+
         def create_commit(self, repo_id: str, operations: list[Any], **kwargs: object) -> Any:
             for operation in operations:
                 with operation.as_file() as file:

@@ -485,7 +485,7 @@ def test_a_loader_process_that_is_killed_is_an_error_and_the_run_goes_on_later(
     AcceleratorState._reset_state(True)
     after_steps(6, kill)
     assert cli(arguments) == 1
-    assert "Run the same command again to go on" in capsys.readouterr().err
+    assert "run the same command again to go on" in capsys.readouterr().err
     AcceleratorState._reset_state(True)
     after_steps(1000, kill)
     assert cli(arguments) == 0

@@ -15,10 +15,12 @@ def class_names(model: SelfDistillModel) -> tuple[str, ...] | None:
     """
     config = getattr(model.backbone, "pretrained_cfg", {})
     names = config.get("label_names")
-    if names is None or config.get("num_classes", model.num_classes) != model.num_classes:
+    if names is None:
         return None
     if not isinstance(names, list | tuple):
         raise ValueError(f"The model's label_names are {names!r:.200}; allowed is a list of names.")
+    if model.num_classes not in (len(names), config.get("num_classes", model.num_classes)):
+        return None
     return complete_names(tuple(map(str, names)), model.num_classes)
 
 
