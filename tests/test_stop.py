@@ -1,5 +1,6 @@
 """Signals that stop a run; what a run that was stopped goes on with is in test_resume."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from timm_selfdistill.data.collate import Collate
 from timm_selfdistill.exits import dry_run
 from timm_selfdistill.predict import images as predict_images
 from timm_selfdistill.recipe import load_recipe
-from timm_selfdistill.train import stop
+from timm_selfdistill.train import run_safely, stop
 from timm_selfdistill.train.stop import Interrupted, StopSignals, end_program
 
 
@@ -147,3 +148,11 @@ def test_a_program_ends_when_all_is_done_and_printed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split("\n")) == (3, ["main", "thread", "at exit", ""])
+
+
+def test_a_command_leaves_the_level_of_loggers_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("timm_selfdistill.data")
+    before = logger.level
+    assert run_safely(lambda: logger.info("read")) == 0
+    assert caplog.messages == ["read"]
+    assert logger.level == before

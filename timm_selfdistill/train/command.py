@@ -4,7 +4,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from accelerate import PartialState
 
@@ -63,9 +64,8 @@ def run_safely(run: Callable[[], int | None]) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("timm_selfdistill.data").setLevel(logging.INFO)
     try:
-        with StopSignals():
+        with StopSignals(), _shown(logging.getLogger("timm_selfdistill.data")):
             status = run() or 0
             sys.stdout.flush()
             return status
@@ -85,6 +85,17 @@ def run_safely(run: Callable[[], int | None]) -> int:
             print(printable_message(f"error: {message_of(error)}"), file=sys.stderr)
             return 2
         raise
+
+
+@contextmanager
+def _shown(logger: logging.Logger) -> Iterator[None]:
+    """Let a logger tell what it only informs of, while the body runs."""
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _reader_is_gone() -> bool:
