@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, find_exit_points, pool_feature
 from timm_selfdistill.heads import ExitHead
+from timm_selfdistill.model.ensemble import Ensemble
 from timm_selfdistill.tape import Reached, Tape, Visit, is_bound_to, record_feature, record_tap
 
 
@@ -58,6 +59,7 @@ class SelfDistillModel(nn.Module):
         self.taps = taps
         self.config = config
         self.backbone_frozen = False
+        self.ensemble = Ensemble.mean(len(taps.points) + 1)
         self.heads = self._build_heads(self.num_classes)
         self._tape = Tape()
         for index, point in enumerate(taps.points):
