@@ -124,7 +124,7 @@ def describe(model: sd.SelfDistillModel) -> dict[str, Any]:
                 "name": point.name,
                 "module": point.module,
                 "cost": round(point.cost, 4),
-                "head": choose_head(point) if model.config.head == "auto" else model.config.head,
+                "head": choose_head(point) if model.wrap_config.head == "auto" else model.wrap_config.head,
                 "taps": [[tap.layout, tap.channels, tap.grid, tap.num_prefix_tokens] for tap in point.taps],
             }
             for point in model.points

@@ -119,9 +119,7 @@ def baseline_accuracy(run: Path) -> dict[str, float | None]:
     """Return the top-1 accuracy in percent of the plain backbone that was trained beside, if there is one."""
     report = json.loads((run / "report.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    validated = [
-        line["validation/top1/0"] for line in lines if line["network"] == "baseline" and "validation/top1/0" in line
-    ]
+    validated = [line["baseline/validation/top1/0"] for line in lines if "baseline/validation/top1/0" in line]
     test = None if report["baseline"] is None else report["baseline"]["top1"]
     return {"test": test, "validation": validated[-1] if validated else None}
 
@@ -158,7 +156,7 @@ def early_exit_ways(
     for name, drop in goals:
         goal = Goal(max_accuracy_drop=drop)
         config = choose_settings(validation, costs, goal, rule=arguments.rule, fallback=arguments.fallback).config
-        answers = replay(config, evaluation.logits)
+        answers = replay(config, evaluation.logits, evaluation.ensemble)
         top1 = 100 * float((answers.logits.argmax(-1) == evaluation.targets).double().mean())
         ways.append(Way(name, sd.EarlyExit.from_config(model, config), top1, macs.mean(config, answers.exit_index)))
     return ways

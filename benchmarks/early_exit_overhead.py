@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
-from timm_selfdistill import tape
 from timm_selfdistill.early_exit import network
 from timm_selfdistill.heads import ExitHead
+from timm_selfdistill.model import hooks
 
 MODEL, SIZE = "resnet50", 224
 
@@ -138,7 +138,7 @@ def counting(clock: Clock) -> Iterator[None]:
     with ExitStack() as stack:
         for name in ("__init__", "visit", "arrive", "output"):
             stack.enter_context(patch.object(journey, name, clock.around(getattr(journey, name))))
-        stack.enter_context(patch.object(tape, "_take_rows", clock.around(tape._take_rows)))
+        stack.enter_context(patch.object(hooks, "_take_rows", clock.around(hooks._take_rows)))
         stack.enter_context(patch.object(ExitHead, "classify", clock.around(ExitHead.classify, sign=-1)))
         yield
 

@@ -25,8 +25,8 @@ from timm_selfdistill import SelfDistillationTask
 from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import synchronize
+from timm_selfdistill.train.build import build_model
 from timm_selfdistill.train.phases import build_loss, label_smoothing
-from timm_selfdistill.train.run import build_model
 
 WARM_UP_STEPS = 3
 WAYS = ("image by image", "cache=device", "one fixed batch")
@@ -94,7 +94,7 @@ def _prepare(recipe: Recipe, device: torch.device) -> tuple[dict[str, Iterator[B
     """Return endless batches of each way, and the training steps."""
     torch.manual_seed(recipe.seed)
     data = open_dataset(recipe.data, recipe.seed)
-    model = build_model(recipe, data).to(device)
+    model = build_model(recipe, data.class_names, data.name).to(device)
     input = InputConfig.from_model(model.backbone, recipe.data)
     ways: dict[str, Iterator[Batch]] = {}
     for way, cache in zip(WAYS, (None, "device"), strict=False):
@@ -104,7 +104,7 @@ def _prepare(recipe: Recipe, device: torch.device) -> tuple[dict[str, Iterator[B
     images, targets = next(ways[WAYS[1]])
     ways[WAYS[2]] = repeat((images, targets))
     # Of equal weights, but apart from the wrapped network.
-    plain = build_model(recipe, data).to(device).backbone
+    plain = build_model(recipe, data.class_names, data.name).to(device).backbone
     smoothing = label_smoothing(recipe.loss)
     tasks = {
         "plain timm": ClassificationTask(

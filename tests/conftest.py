@@ -1,6 +1,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -38,6 +39,15 @@ FAMILIES = {
     "deit_tiny_distilled_patch16_224": {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3},
     "test_efficientnet": {},
 }
+
+
+@pytest.fixture
+def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `datasets` store what it makes below the test's folder, and download nothing."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    # `datasets` waits 5 seconds after each pass over a shuffled stream.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
 
 
 @pytest.fixture(autouse=True)

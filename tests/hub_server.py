@@ -1,13 +1,14 @@
 """A Hugging Face Hub on this machine: the endpoints that the real clients need to create, push, commit and download.
 
 Everything is kept in memory. What a test wants to go wrong is set on the server: `meanwhile`, `cut_after`,
-`broken_uploads`.
+`broken_uploads`, `stalled`.
 """
 
 import hashlib
 import json
 import re
 import threading
+import time
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class HubServer(ThreadingHTTPServer):
 
     `requests` lists what was asked, as "METHOD path". `meanwhile` is called once before the next commit is made.
     `cut_after` is a number of bytes after which the next download of a larger file breaks off. Of the next
-    `broken_uploads` uploads the connection breaks off before they are stored.
+    `broken_uploads` uploads the connection breaks off before they are stored. While `stalled`, uploads get no answer.
     """
 
     daemon_threads = True
@@ -58,6 +59,7 @@ class HubServer(ThreadingHTTPServer):
         self.meanwhile: Callable[[], None] | None = None
         self.cut_after: int | None = None
         self.broken_uploads = 0
+        self.stalled = False
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -211,6 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"transfer": "basic", "objects": objects})
 
     def put(self, oid: str) -> None:
+        while self.server.stalled:
+            time.sleep(0.05)
         if self.server.broken_uploads:
             self.server.broken_uploads -= 1
             self.close_connection = True

@@ -12,6 +12,7 @@ from torch import nn
 
 import timm_selfdistill as sd
 from timm_selfdistill.recipe import Recipe, load_recipe
+from timm_selfdistill.train.build import build_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
 COMMANDS = [
@@ -199,16 +200,5 @@ def test_commands_train_a_network_with_three_exits(command):
 
 def built(recipe: Recipe) -> sd.SelfDistillModel:
     """Build a recipe's model as training does, without memory for its weights."""
-    section, exits = recipe.model, recipe.exits
     with torch.device("meta"):
-        return sd.wrap(
-            section.name,
-            num_classes=100 if recipe.data.image_size == 32 else 1000,
-            exits=exits.points,
-            head=exits.head,
-            head_kwargs=exits.head_kwargs,
-            hint_adapter=exits.hint_adapter,
-            small_stem=section.small_stem,
-            image_size=recipe.data.image_size,
-            model_kwargs=section.kwargs,
-        )
+        return build_model(recipe, [str(index) for index in range(100 if recipe.data.image_size == 32 else 1000)], "")

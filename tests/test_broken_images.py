@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import struct
 import zlib
@@ -27,8 +28,8 @@ from timm_selfdistill.data import (
     open_dataset,
 )
 from timm_selfdistill.data.collate import Collate
+from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.data.skipped import SkippedImage
-from timm_selfdistill.data.transforms import decode, read
 from timm_selfdistill.metrics import IGNORED, ExitMetrics
 from timm_selfdistill.model import ExitOutput
 from timm_selfdistill.recipe import AugmentSection, DataSection, load_recipe
@@ -97,7 +98,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(path: Path, *, batch_size: int = 9, skipped: SkipList | None = None, **fields: Any) -> Loaders:
-    section = DataSection(path=str(path), **({"workers": 0, "validation": 0.0, "on_error": "skip"} | fields))
+    own = {"workers": 0, "validation": 0.0, "on_error": "skip", "check_duplicates": False}
+    section = DataSection(path=str(path), **(own | fields))
     return build_loaders(
         open_dataset(section, 0),
         section,
@@ -192,6 +194,15 @@ def test_a_missing_image_is_empty_and_a_missing_file_an_error_whatever_on_error_
             collate(use)([gone, *samples(grey(1))])
 
 
+def test_what_is_no_file_is_never_opened_whatever_on_error_says(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name, what in (("pipe.png", "a named pipe"), ("zero.png", "a device")):
+        sample = {"image": {"bytes": None, "path": str(tmp_path / name)}, "target": 0, "row": 7}
+        with pytest.raises(ValueError, match=f"row 7, file .*{name}: the image cannot be read: .* no file, but {what}"):
+            collate("training")([sample, *samples(grey(1))])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders_keep_full_batches_of_good_images(folder: Path, workers: int) -> None:
     batches = content(load(folder, workers=workers).train)
@@ -219,7 +230,7 @@ def test_each_skipped_image_is_listed_once(folder: Path, tmp_path: Path, workers
     assert Counter(Path(entry["file"]).name for entry in entries if entry["use"] == "training") == Counter(
         BROKEN.keys()
     )
-    rows = open_dataset(DataSection(path=str(folder), validation=0.0), 0)
+    rows = open_dataset(DataSection(path=str(folder), validation=0.0, check_duplicates=False), 0)
     for entry in entries:
         split = rows.train if entry["use"] == "training" else rows.eval
         assert split.name == entry["split"]
@@ -318,7 +329,8 @@ RUN = ("data.image_size=16", "batch_size=9", "epochs=2", "precision='no'", "base
 
 def test_a_run_stops_and_goes_on_without_the_images(folder: Path, tmp_path: Path, capsys: Any) -> None:
     run = tmp_path / "run"
-    command = ["train", "digits", *RUN, f"data.path={folder}", f"output_dir={run}"]
+    # The splits hold equal images.
+    command = ["train", "digits", *RUN, f"data.path={folder}", "data.check_duplicates=false", f"output_dir={run}"]
     assert cli(command) == 2
     assert "cannot be decoded" in capsys.readouterr().err
     AcceleratorState._reset_state(True)
@@ -333,7 +345,8 @@ def test_a_run_stops_and_goes_on_without_the_images(folder: Path, tmp_path: Path
     assert f"Images that could not be decoded, and are not counted: {skipped['training']} for training" in printed
     assert "skipped.jsonl" in printed
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert {line["validation/num_skipped"] for line in lines if "validation/top1/0" in line} == {skipped["validation"]}
+    validated = [line for line in lines if "self-distilled/validation/top1/0" in line]
+    assert {line["self-distilled/validation/num_skipped"] for line in validated} == {skipped["validation"]}
 
     AcceleratorState._reset_state(True)
     again = evaluate_folder(run, output=tmp_path / "again")

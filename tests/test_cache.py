@@ -26,10 +26,7 @@ COLOUR = InputConfig(3, (8, 8), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.276
 TRAIN, TEST = 20, 7
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def encoded(image: np.ndarray) -> bytes:

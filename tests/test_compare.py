@@ -155,7 +155,7 @@ def test_what_is_done_is_skipped_and_what_is_missing_is_trained(
     assert again["losses"][0]["outputs"][0]["top1"] == first["losses"][0]["outputs"][0]["top1"]
 
     trained.clear()
-    with pytest.raises(ValueError, match=r"none-seed-3 holds a run of another recipe: epochs \(1, now 2\)"):
+    with pytest.raises(ValueError, match=r"none-seed-3 holds a run of another recipe: epochs \(1, now 2: with sched"):
         compare(small_recipe(folder, "epochs=2"), ["deep-supervision", "none"], [3])
     assert trained == [], "refused before anything is trained"
 

@@ -4,6 +4,7 @@ import io
 import random
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from timm_selfdistill.data import (
     open_dataset,
     train_transform,
 )
-from timm_selfdistill.data.transforms import decode, read
+from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 PLAIN = AugmentSection(train_crop_mode="pad", hflip=0.0)
@@ -35,12 +36,7 @@ GREY = InputConfig(1, (8, 8), (0.0,), (1.0,), "bilinear", 1.0)
 COLOUR = InputConfig(3, (8, 8), (0.0,) * 3, (1.0,) * 3, "bilinear", 1.0)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    # `datasets` waits 5 seconds after each pass over a shuffled stream.
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+pytestmark = pytest.mark.usefixtures("own_datasets_cache")
 
 
 def section(path: Path | str, **fields: Any) -> DataSection:
@@ -290,6 +286,7 @@ def test_integer_labels_are_their_own_names(tmp_path: Path) -> None:
         ([0, 1, 1], [0, 2], "int64", "Split 'test', row 1: 'label' is 2, which is none of the 2 classes"),
         ([0, 1, None], [0], "int64", "Split 'train', row 2: 'label' has no label"),
         ([0, 7, 1], [0], "int64", "goes up to 7 in 3 rows: these are no class indices"),
+        ([0, 2, 2], [0], "int64", "1 of the 3 classes .* no image in the training split 'train': '1'"),
         ([0.0, 1.0], [0.0], "float32", "holds float; labels are class indices or strings"),
         (["a", "b"], ["c"], "string", "Split 'test', row 0: 'label' is 'c', which is none of the 2 classes a, b"),
         ([0, 0], [0], "int64", "samples of 1 class; 2 are needed"),
@@ -341,9 +338,9 @@ def test_local_folder_wins_over_a_hub_name(parquet: Path, monkeypatch: pytest.Mo
 def test_unreachable_hub_name_and_unknown_files_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'nobody/nothing' cannot be opened; it can be 'digits', a folder or file"):
         open_dataset(section("nobody/nothing"), 0)
-    (tmp_path / "table.csv").write_text("image,label\n")
-    with pytest.raises(ValueError, match=r"files ending in \.csv; all must end in one of \.parquet, \.arrow"):
-        open_dataset(section(tmp_path / "table.csv"), 0)
+    (tmp_path / "table.xlsx").write_text("image,label\n")
+    with pytest.raises(ValueError, match=r"files ending in \.xlsx; all must end in one of \.parquet, \.arrow"):
+        open_dataset(section(tmp_path / "table.xlsx"), 0)
 
 
 def test_validation_share_is_stratified_disjoint_and_seeded(tmp_path: Path) -> None:
@@ -549,6 +546,38 @@ def test_prepared_loaders_share_the_rows_among_processes(parquet: Path) -> None:
         halves.append(values(prepared))
     assert [len(half) for half in halves] == [8, 8]
     assert len({*halves[0], *halves[1]}) == 16
+
+
+@pytest.mark.parametrize("policy", ["nonsense", "rand-m9-foo1", "rand-m1e3", "v0-m9", "randx-m9", "-"])
+def test_an_unknown_policy_lists_the_known_ones(policy: str) -> None:
+    with pytest.raises(ValueError, match=r"augment\.auto_augment: '.*' is no policy of timm's.*rand-m9-.*svhn"):
+        train_transform(AugmentSection(auto_augment=policy), COLOUR)
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original-mstd0.5", "3a", "cifar10"])
+def test_known_policies_are_taken(policy: str) -> None:
+    assert train_transform(AugmentSection(auto_augment=policy), COLOUR)(grey(3).convert("RGB")).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop_pct": 1e-9}, r"data\.crop_pct must be from 0\.1 to 2\.0, .* got 1e-09"),
+        ({"crop_pct": float("nan")}, r"data\.crop_pct must be"),
+        ({"crop_pct": "all"}, r"data\.crop_pct must be .* got 'all'"),
+        ({"interpolation": "evil"}, r"data\.interpolation must be one of nearest, .*, got 'evil'"),
+        ({"interpolation": ["bilinear"]}, r"data\.interpolation must be one of"),
+        ({"crop_mode": "none"}, r"The crop mode must be one of center, squash, border, got 'none'"),
+        ({"image_size": ("b", "c")}, r"The image size must be a height and a width in pixels, got \('b', 'c'\)"),
+        ({"image_size": (0, 8)}, r"The image size must be"),
+        ({"image_size": (8.5, 8)}, r"The image size must be"),
+        ({"std": (0.0,) * 3}, r"data\.std must be positive numbers, got"),
+        ({"mean": ("a", "b", "c")}, r"data\.mean must be numbers, got"),
+    ],
+)
+def test_what_images_cannot_be_prepared_with_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(COLOUR, **change)
 
 
 @pytest.mark.parametrize("mode", ["rrc", "rkrc", "rkrr", "pad"])
@@ -761,14 +790,61 @@ def test_stream_of_an_image_folder(image_folder: Path) -> None:
     assert torch.cat([targets for _, targets in batches]).tolist() == [0] * 11 + [1] * 11
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels", "classes", "names"),
+    [
+        ("int64", [1, 0, 2, 1], 3, ("0", "1", "2")),
+        ("int32", [1, 0, 2, 1], ["ape", "bat", "cat"], ("ape", "bat", "cat")),
+        ("string", ["bat", "ape", "cat", "bat"], ["ape", "bat", "cat"], ("ape", "bat", "cat")),
+        ("large_string", ["bat", "ape", "cat", "bat"], ["ape", "bat", "cat"], ("ape", "bat", "cat")),
+    ],
+)
+def test_the_recipe_names_the_classes_of_a_stream_that_does_not(
+    tmp_path: Path, kind: str, labels: list[Any], classes: Any, names: tuple[str, ...]
+) -> None:
+    split = rows(labels, label=datasets.Value(kind))
+    folder = write_parquet(tmp_path / "plain", train=split, test=split)
+    given = section(folder, streaming=True, train_size=4, classes=classes)
+    assert open_dataset(given, 0).class_names == names
+    assert torch.cat([targets for _, targets in load(given).eval]).tolist() == [1, 0, 2, 1]
+    stored = open_dataset(section(folder, classes=classes), 0)
+    assert (stored.class_names, stored.eval.targets.tolist()) == (names, [1, 0, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "classes"), [("int64", 7, 3), ("int64", -2, 3), ("string", "dog", ["a", "b"]), ("int64", None, 3)]
+)
+def test_a_label_that_is_none_of_the_recipes_classes_is_an_error_at_its_row(
+    tmp_path: Path, kind: str, label: Any, classes: Any
+) -> None:
+    good = 0 if kind == "int64" else "a"
+    split = rows([good, label, good], label=datasets.Value(kind))
+    folder = write_parquet(tmp_path / "plain", train=split, test=split)
+    message = "the label is missing" if label is None else f"the label is {label!r}, which is none of the"
+    with pytest.raises(ValueError, match=f"Split 'test'.*: {message}"):
+        list(load(section(folder, streaming=True, train_size=4, classes=classes)).eval)
+
+
+def test_classes_of_the_recipe_must_be_those_of_the_data(parquet: Path) -> None:
+    for streaming in (False, True):
+        for classes in (2, ["cat", "dog"]):
+            data = open_dataset(section(parquet, streaming=streaming, classes=classes), 0)
+            assert data.class_names == ("cat", "dog")
+        for classes in (3, ["dog", "cat"]):
+            with pytest.raises(ValueError, match=r"data\.classes is .*, but .* names its 2 classes itself: cat, dog"):
+                open_dataset(section(parquet, streaming=streaming, classes=classes), 0)
+
+
 def test_stream_that_cannot_work_is_refused(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "stream", 1, 4)
     with pytest.raises(ValueError, match=r"does not know the length of its training split: set data\.train_size"):
         load(section(folder, streaming=True))
     text = datasets.Value("string")
     folder = write_parquet(tmp_path / "text", train=rows(["a", "b"], label=text), test=rows(["a"], label=text))
-    with pytest.raises(ValueError, match="a stream has to name its classes"):
+    with pytest.raises(ValueError, match="a stream cannot tell its classes"):
         open_dataset(section(folder, streaming=True), 0)
+    with pytest.raises(ValueError, match=r"data\.classes is 2, but a stream cannot tell its classes"):
+        open_dataset(section(folder, streaming=True, classes=2), 0)
     rows([0, 1]).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"set data\.streaming to false"):
         open_dataset(section(tmp_path / "saved", streaming=True), 0)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import timm_selfdistill as sd
 from timm_selfdistill.losses import Needs, TrainingTime, divergences, teachers
@@ -194,7 +194,7 @@ def test_huge_logits_give_finite_values_and_gradients(divergence: str, teacher: 
         [1e4, 0, 3, 0, 0],
     ]
     entries = [torch.tensor(rows).roll(shift, 0).roll(-shift, 1) for shift in range(EXITS + 1)]
-    for temperature, standardize, classes in itertools.product((1e-6, 3.0, 1e6), (False, True), (2, CLASSES)):
+    for temperature, standardize, classes in itertools.product((1e-6, 3.0, 1e3), (False, True), (2, CLASSES)):
         out = ExitOutput(tuple(entry[:, :classes].clone().requires_grad_() for entry in entries), ())
         ema = ExitOutput(tuple(entry.detach().flip(0) for entry in out.logits), ())
         settings = {"divergence": divergence, "teacher": teacher, "standardize_logits": standardize}
@@ -313,3 +313,33 @@ def test_a_registered_divergence_and_teacher_take_settings_and_the_average(monke
     terms = loss(out, make_target(), ema=ema)
     expected = [(out.logits[0] - other).abs().pow(3).mean() for other in (out.logits[-1], ema.logits[-1])]
     torch.testing.assert_close(terms["kd/0"], (sum(expected) / 2).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1000.3, 6e4])
+def test_equal_logits_have_a_finite_gradient_when_standardized(dtype: torch.dtype, value: float) -> None:
+    logits = torch.stack((torch.full((10,), value), torch.arange(10.0))).to(dtype).requires_grad_()
+    standardized = divergences.standardize(logits.to(torch.promote_types(dtype, torch.float32)))
+    assert (standardized[0] == 0).all()
+    # As under the scaling of gradients in mixed precision.
+    (torch.log_softmax(standardized, -1)[:, 0].sum() * 1000).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[0] == 0).all()
+    assert logits.grad[1].any()
+
+
+def test_the_loss_of_an_untrained_classifier_has_a_finite_gradient_under_autocast() -> None:
+    """A classifier that begins with zeros gives equal logits."""
+    features, target = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+    for dtype in (torch.bfloat16, torch.float16):
+        heads = [nn.Linear(8, CLASSES) for _ in range(2)]
+        nn.init.zeros_(heads[0].weight)
+        nn.init.zeros_(heads[0].bias)
+        with torch.autocast("cpu", dtype):
+            out = ExitOutput(tuple(head(features) for head in heads), (features, features))
+            loss = sd.SelfDistillationLoss.from_preset("byot-iccv2019", standardize_logits=True, hint_weight=0.0)
+            loss(out, target)["loss"].backward()
+        for head in heads:
+            assert head.weight.grad is not None
+            assert head.weight.grad.isfinite().all()

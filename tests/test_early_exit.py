@@ -107,7 +107,7 @@ def test_images_that_left_are_not_run(model, batch):
 
 
 def test_nothing_behind_the_exit_runs_when_all_are_sure(model, batch):
-    fast = sd.EarlyExit(model, [math.inf, -1, math.inf])
+    fast = sd.EarlyExit(model, [math.inf, 0, math.inf])
     ran = []
     for name in ("layer2", "layer3", "fc"):
         model.backbone.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.append(name))
@@ -147,7 +147,7 @@ def test_a_backbone_that_needs_its_whole_batch_gives_the_same_answers(make_backb
 def test_what_is_no_number_is_never_sure(model, batch, rule, bad):
     for head in model.heads:
         head.classifier.bias.fill_(bad)
-    out = sd.EarlyExit(model, -1, rule=rule)(batch)
+    out = sd.EarlyExit(model, 0, rule=rule)(batch)
     assert out.exit_index.tolist() == [K] * 8
     assert torch.equal(out.logits, model(batch))
 
@@ -238,6 +238,13 @@ def test_compiled(model, batch):
         ({"thresholds": [0.5, 0.5]}, r"2 thresholds for 3 exits \(layer1, layer2, layer3\): give one for each"),
         ({"thresholds": [0.5, 0.5, math.nan]}, "thresholds are .*nan.*; allowed are numbers, infinity for never"),
         ({"thresholds": [0.5, 0.5, "0.5"]}, "allowed are numbers"),
+        (
+            {"thresholds": [0.5, 0.5, 1.5]},
+            "with the rule max-softmax allowed are numbers from 0",
+        ),
+        ({"thresholds": [0.5, 0.5, -1]}, "with the rule max-softmax allowed are numbers from 0"),
+        ({"thresholds": 90, "rule": "margin"}, "with the rule margin allowed are numbers from 0"),
+        ({"thresholds": [1, 1, -1], "rule": "patience"}, "with the rule patience allowed are numbers 0 or more"),
         ({"rule": "softmax"}, "rule is 'softmax'; allowed are max-softmax, margin, entropy, patience"),
         ({"fallback": "mean"}, "fallback is 'mean'; allowed are last, ensemble"),
         ({"temperatures": [1.0]}, "3 thresholds, but 1 temperatures"),

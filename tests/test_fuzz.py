@@ -387,7 +387,7 @@ def check_model(path: Path) -> None:
     model, error = outcome(lambda: sd.from_pretrained(path))
     if error is None:
         with torch.no_grad():
-            out = model(torch.zeros(1, 3, *model.config.image_size), return_exits=True)
+            out = model(torch.zeros(1, 3, *model.wrap_config.image_size), return_exits=True)
         assert len(out.logits) == model.num_exits + 1
     else:
         assert str(path) in str(error)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -247,6 +249,20 @@ def test_unknown_head_argument_lists_the_allowed_ones():
 def test_width_must_be_a_positive_number(head, width):
     with pytest.raises(ValueError, match="width of a head must be a positive number of channels, got"):
         ExitHead(make_point(), WIDTH, CLASSES, head, {"width": width})
+
+
+@pytest.mark.parametrize("head", ["bottleneck", "token"])
+@pytest.mark.parametrize("width", [10**6, 10**9, 10**15, 10**30])
+def test_a_head_that_the_memory_cannot_hold_is_refused_before_it_is_made(head, width, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**24))
+    message = rf"head_kwargs \{{'width': {width}\}}: head '{head}' at 'stage' would have (more )?parameters"
+    with pytest.raises(ValueError, match=message):
+        ExitHead(make_point(), 8, 3, head=head, head_kwargs={"width": width})
+
+
+def test_attention_is_there_or_not():
+    with pytest.raises(ValueError, match="attention of a head must be true or false, got 'no'"):
+        ExitHead(make_point(), 8, 3, head="sepconv_attention", head_kwargs={"attention": "no"})
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, Training, model_card
+from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, Training, class_names, model_card
 from timm_selfdistill.hub.card import card_for_repository
 from timm_selfdistill.model import SelfDistillModel
 
@@ -558,3 +558,46 @@ def test_a_folder_may_move_and_have_any_name(tmp_path: Path, monkeypatch: pytest
     shutil.move(tmp_path / "first", tmp_path / "a #1 (é)?")
     monkeypatch.chdir(tmp_path)
     assert same(outputs(sd.from_pretrained("a #1 (é)?")), outputs(model))
+
+
+def test_classes_without_a_name_are_named_by_their_index(tmp_path: Path) -> None:
+    model = sd.wrap("test_resnet", num_classes=4, image_size=64)
+    sd.save_pretrained(model, tmp_path, label_names=["a", "3"])
+    loaded = sd.from_pretrained(tmp_path)
+    assert class_names(loaded) == ("a", "3", "2", "class 3")
+    assert timm.create_model(f"local-dir:{tmp_path}").pretrained_cfg["label_names"] == ["a", "3", "2", "class 3"]
+    with pytest.raises(ValueError, match=r"5 label_names .* for 4 classes"):
+        sd.save_pretrained(model, tmp_path, label_names=list("abcde"))
+    # An older folder, which has fewer names, and a damaged one.
+    configure(label_names=["a"])(tmp_path)
+    assert class_names(sd.from_pretrained(tmp_path)) == ("a", "1", "2", "3")
+    configure(label_names=["a"] * 5)(tmp_path)
+    with pytest.raises(ValueError, match="5 label_names"):
+        class_names(sd.from_pretrained(tmp_path))
+    configure(label_names="abcd")(tmp_path)
+    with pytest.raises(ValueError, match="allowed is a list of names"):
+        class_names(sd.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("num_classes", [2, 6])
+def test_names_of_other_classes_are_not_kept(num_classes: int, tmp_path: Path) -> None:
+    sd.save_pretrained(sd.wrap("test_resnet", num_classes=4, image_size=64), tmp_path, label_names=list("abcd"))
+    model = sd.from_pretrained(tmp_path)
+    model.reset_classifier(num_classes)
+    assert class_names(model) is None
+    sd.save_pretrained(model, tmp_path / "new")
+    assert "label_names" not in json.loads((tmp_path / "new" / CONFIG).read_text())
+    assert class_names(sd.from_pretrained(tmp_path / "new")) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_without_answers_is_neither_saved_nor_exported(value: float, tmp_path: Path) -> None:
+    model = sd.wrap("test_resnet", num_classes=4, image_size=64)
+    model.heads[0].classifier.weight.data[1, 2] = value
+    message = r"1 tensors of the model hold NaN or infinity, .* heads.0.classifier.weight"
+    with pytest.raises(ValueError, match=message):
+        sd.save_pretrained(model, tmp_path / "model")
+    for format in ("safetensors", "torch-export"):
+        with pytest.raises(ValueError, match=message):
+            sd.export_model(model, 1, tmp_path / "net.pt2", format=format)
+    assert not list(tmp_path.iterdir())

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ from PIL import Image
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, model_card, remote, save_early_exit
+from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, Training, model_card, remote, save_early_exit
+from timm_selfdistill.recipe import load_recipe
+from timm_selfdistill.recipe.plain_yaml import parse
 
 pytestmark = pytest.mark.multiprocess
 
@@ -402,12 +406,12 @@ def test_a_recipe_pushes_in_the_background_while_it_trains(hub: HubServer, clien
     import contextlib, io
     from timm_selfdistill.cli import main as cli
     from timm_selfdistill.train import publish
-    class AtOnce(publish.ThreadPoolExecutor):
-        def submit(self, work, *args):
-            future = super().submit(work, *args)
-            future.result()
-            return future
-    publish.ThreadPoolExecutor = AtOnce
+    in_background = publish.in_background
+    def at_once(work, name):
+        future = in_background(work, name)
+        future.exception()
+        return future
+    publish.in_background = at_once
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         status = cli(["train", "digits", *{settings!r}])
@@ -428,6 +432,24 @@ def test_a_recipe_pushes_in_the_background_while_it_trains(hub: HubServer, clien
     assert during[BACKBONE] != after[BACKBONE]
     assert "Training goes on" not in after[CARD].decode()
     assert not (tmp_path / "run" / ".pushing").exists()
+
+
+def test_a_push_that_stalls_is_given_up_on_a_signal(hub: HubServer, client: Client) -> None:
+    hub.stalled = True
+    # At its end Python would wait for threads of the client.
+    answer = client("""
+    import os, signal, threading, time
+    from timm_selfdistill.train.stop import Interrupted, StopSignals
+    threading.Timer(5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    start = time.monotonic()
+    try:
+        with StopSignals():
+            sd.push_to_hub(make_model(), "me/net")
+    except Interrupted:
+        answer(seconds=time.monotonic() - start)
+    """)
+    assert answer["seconds"] < 10
+    assert sum(request.startswith("PUT") for request in hub.requests) == 1
 
 
 # Before anything is sent.
@@ -467,3 +489,105 @@ def test_a_full_disk_is_not_taken_for_a_hub_that_is_away(monkeypatch: pytest.Mon
     monkeypatch.setattr(remote, "snapshot_download", fill)
     with pytest.raises(sd.HubError, match=r"^Loading me/net failed: \[Errno 28\] No space left on device\.$"):
         sd.from_pretrained("me/net")
+
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+def failing(error: Exception) -> Any:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(f"Illegal header value b'Bearer {TOKEN}\\n'"),
+        OSError(f"no route to https://me:{TOKEN}@huggingface.co"),
+        ConnectionError("Illegal header value b'Bearer secret-token\\n'"),
+    ],
+)
+def test_no_error_holds_a_token(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "snapshot_download", failing(error))
+    with pytest.raises(sd.HubError) as caught:
+        sd.from_pretrained("me/net", token="secret-token\n")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "***" in str(caught.value)
+    assert TOKEN not in shown
+    assert "secret-token" not in shown.replace('token="secret-token', "")  # this file's own line
+    # What holds none is told with its cause.
+    monkeypatch.setattr(remote, "snapshot_download", failing(OSError("disk")))
+    with pytest.raises(sd.HubError) as caught:
+        sd.from_pretrained("me/net")
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_token_is_used_without_the_line_break_it_was_read_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(remote, "snapshot_download", lambda *args, **kwargs: seen.append(kwargs["token"]) or "nowhere")
+    for token in ("secret-token\r\n", None, False):
+        with pytest.raises(ValueError, match="holds no model"):
+            sd.from_pretrained("me/net", token=token)
+    assert seen == ["secret-token", None, False]
+
+
+def test_nothing_that_is_pushed_tells_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run of an earlier version too, whose recipe and card hold the paths."""
+    home = tmp_path / "home" / "alice"
+    monkeypatch.setenv("HOME", str(home))
+    run, data = home / "secret-client" / "run", home / "secret-client" / "imgs"
+    data.mkdir(parents=True)
+    recipe = load_recipe(
+        {
+            "model": {"name": "test_resnet", "num_classes": 3},
+            "data": {"path": str(data), "image_size": 64},
+            "output_dir": str(run),
+        }
+    )
+    model = sd.wrap("test_resnet", num_classes=3, image_size=64).eval()
+    card = model_card(model, Training(str(data), False, None, recipe.to_yaml()))
+    card += f"\nKept in {run} and {home}/notes, token {TOKEN}.\n"
+    sd.save_pretrained(model, run / "model", card=card)
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    (run / "report.json").write_text(json.dumps({"dataset": str(data)}))
+    (run / "report.md").write_text(f"Accuracy on {data}.\n")
+    pushed: dict[str, bytes] = {}
+
+    class Api:
+        def __init__(self, **kwargs: object) -> None:
+            pass
+
+        def create_repo(self, *args: object, **kwargs: object) -> None:
+            pass
+
+        def repo_info(self, *args: object, **kwargs: object) -> Any:
+            return SimpleNamespace(sha="0")
+
+        def preupload_lfs_files(self, *args: object, **kwargs: object) -> None:
+            pass
+
+        def create_commit(self, repo_id: str, operations: list[Any], **kwargs: object) -> Any:
+            for operation in operations:
+                with operation.as_file() as file:
+                    pushed[operation.path_in_repo] = file.read()
+            return SimpleNamespace(pr_url=None, commit_url="there")
+
+    monkeypatch.setattr(remote, "HfApi", Api)
+    assert remote.push_folder(run, "me/net") == "there"
+    assert set(pushed) == {CONFIG, BACKBONE, EXITS, CARD, "recipe.yaml", "report.json", "report.md"}
+    for name, content in pushed.items():
+        for secret in ("secret-client", "alice", str(tmp_path), TOKEN):
+            assert secret.encode() not in content, name
+    shared = load_recipe(mapping_of(pushed["recipe.yaml"].decode()))
+    assert (shared.data.path, shared.output_dir) == ("imgs", "runs/recipe")
+    assert b" on `imgs`" in pushed[CARD]
+    assert b"Kept in run and notes, token ***." in pushed[CARD]
+    assert json.loads(pushed["report.json"]) == {"dataset": "imgs"}
+
+
+def mapping_of(text: str) -> Any:
+    value, problems = parse(text)
+    assert not problems
+    return value

@@ -2,12 +2,15 @@
 
 import json
 import os
+import pty
 import random
+import re
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -211,3 +214,74 @@ def test_a_process_that_is_killed_ends_the_run_within_a_minute_or_restarts_it(tm
     steps = [json.loads(line)["step"] for line in (tmp_path / "restarted" / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 48
     assert "Resuming self-distilled from" in errors
+
+
+# A whole process group, loader processes included.
+
+
+def run_in_a_terminal(folder: Path, when: str, stop: Callable[[int, int], None], *launcher: str) -> tuple[int, str]:
+    """Run a training as the foreground group of a terminal, stop it once it says so; return its status and words.
+
+    Args:
+        folder: The run's folder.
+        when: What it must have said.
+        stop: Called with its process id, which is that of its group, and the terminal.
+        launcher: What stands between `python -m` and the module.
+    """
+    command = [sys.executable, "-m", *launcher, "timm_selfdistill.train", "digits", *SMALL, "data.workers=2"]
+    command += ["epochs=40", "data.validation=0.2", f"output_dir={folder}"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(command[0], command, environment)
+    termios.tcsetwinsize(terminal, (24, 160))  # progress bars have no titles where there is no room
+    said, stopped = "", False
+    try:
+        while part := os.read(terminal, 10000).decode(errors="replace"):
+            said += part
+            if not stopped and re.search(when, said):
+                stop(pid, terminal)
+                stopped = True
+    except OSError:  # how a terminal ends that nobody writes to any more
+        pass
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+
+
+def newest_step(folder: Path) -> int:
+    checkpoints = (folder / "checkpoints" / "self-distilled").glob("checkpoint-*")
+    return max(int(path.name.removeprefix("checkpoint-")) for path in checkpoints)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("stop", "status", "said"),
+    [
+        pytest.param(lambda pid, terminal: os.write(terminal, b"\x03"), 130, "Stopped by SIGINT", id="Ctrl-C"),
+        pytest.param(lambda pid, terminal: os.killpg(pid, signal.SIGTERM), 75, "Stopped by SIGTERM", id="SIGTERM"),
+    ],
+)
+def test_a_signal_to_the_whole_process_group_stops_with_the_step_saved(
+    tmp_path: Path, stop: Callable[[int, int], None], status: int, said: str
+) -> None:
+    # In the middle of the third epoch.
+    ended, words = run_in_a_terminal(tmp_path, "self-distilled 3/40", stop)
+    assert ended == status, words
+    assert f"{said}. Run the same command again to go on." in words
+    assert "Traceback" not in words
+    assert "DataLoader worker" not in words
+    assert newest_step(tmp_path) > 2
+    assert not list(tmp_path.glob("*skipped*"))
+
+
+@pytest.mark.multiprocess
+def test_ctrl_c_to_a_launcher_and_its_processes_saves_the_step(tmp_path: Path) -> None:
+    launcher = (*accelerate(*TWO_PROCESSES), "-m")
+    ended, words = run_in_a_terminal(
+        tmp_path, "self-distilled 3/40", lambda pid, terminal: os.write(terminal, b"\x03"), *launcher
+    )
+    assert ended != 0
+    assert words.count("Stopped by SIGINT. Run the same command again to go on.") == 2, words
+    # The launcher prints where it was itself, and nothing of the processes.
+    assert "StopSignals" not in words
+    assert "DataLoader worker" not in words
+    assert newest_step(tmp_path) > 2

@@ -6,9 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from timm_selfdistill.losses import (
+    CSKD,
+    DLB,
     PRESETS,
+    PSKD,
     SelfDistillationConfig,
     SelfDistillationLoss,
+    TrainingTime,
     divergences,
     get_loss,
     list_divergences,
@@ -21,6 +25,7 @@ from timm_selfdistill.losses import (
     self_distillation,
     teachers,
 )
+from timm_selfdistill.losses.inputs import cross_entropy
 from timm_selfdistill.model import ExitOutput
 
 BATCH, CLASSES, WIDTH = 6, 5, 7
@@ -306,7 +311,7 @@ def extreme_output(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("divergence", ["kl", "mse"])
 @pytest.mark.parametrize("teacher", ["deepest", "ensemble", "next-deeper"])
-@pytest.mark.parametrize("temperature", [1e-6, 0.5, 3.0, 1e6])
+@pytest.mark.parametrize("temperature", [1e-6, 0.5, 3.0, 1e3])
 def test_huge_logits_and_features_give_finite_values_and_gradients(dtype, divergence, teacher, temperature):
     for distance in ("l2", "squared_l2"):
         for target in (make_target(), make_soft_target(), nn.functional.one_hot(make_target(), CLASSES).float()):
@@ -520,3 +525,64 @@ def test_loss_classes_are_registered():
         register_loss("self-distillation")(Mine)
     with pytest.raises(ValueError, match=r"Unknown loss 'selfdistillation'.*Did you mean 'self-distillation'"):
         get_loss("selfdistillation")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda target: target.fill_(-100), "the class index -100; allowed are 0 to 4"),
+        (lambda target: target.fill_(-1), "the class index -1; allowed are 0 to 4"),
+        (lambda target: target.fill_(CLASSES), "the class index 5; allowed are 0 to 4"),
+    ],
+)
+def test_a_class_index_out_of_range_is_refused(change, message):
+    for loss in (SelfDistillationLoss(), SelfDistillationLoss.from_preset("none"), CSKD(), PSKD()):
+        out, target = make_output(), make_target()
+        change(target[:1])
+        further = {"partners": out} if isinstance(loss, CSKD) else {}
+        if isinstance(loss, PSKD):
+            further = {"past": None, "time": TrainingTime(0, 1)}
+        with pytest.raises(ValueError, match=message):
+            loss(out, target, **further)
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.6, 0, 0, 0], [1.5, -0.5, 0, 0, 0], [0, 0, 0, 0, 0], [math.nan, 1, 0, 0, 0]])
+def test_probabilities_that_are_none_are_refused(values):
+    target = make_soft_target()
+    target[1] = torch.tensor(values)
+    with pytest.raises(ValueError, match="allowed are numbers of 0 or more with the sum 1"):
+        SelfDistillationLoss()(make_output(), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probabilities_rounded_to_half_precision_are_taken(dtype):
+    logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
+    out = ExitOutput((logits, logits), (logits, logits))
+    smoothed = torch.full((4, 1000), 0.1 / 1000, dtype=torch.float32)
+    smoothed[:, 0] += 0.9
+    assert SelfDistillationLoss()(out, smoothed.to(dtype))["loss"].isfinite()
+
+
+def test_torch_leaves_no_sample_out_under_compile_either():
+    """Inside `torch.compile`, values are not looked at; torch itself must not take -100 for a sample to be left out."""
+    losses = cross_entropy(torch.zeros(1, 2, CLASSES), torch.tensor([0, 1]))
+    assert losses == pytest.approx(math.log(CLASSES))
+    with pytest.raises(IndexError):
+        cross_entropy(torch.zeros(1, 2, CLASSES), torch.tensor([0, -100]))
+
+
+@pytest.mark.parametrize("temperature", [1001, 1e4, 1e6, 1e-7])
+def test_temperatures_at_which_the_divergence_is_rounding_are_refused(temperature):
+    with pytest.raises(ValueError, match=r"temperature is .* from 1e-06 to 1000"):
+        SelfDistillationConfig(temperature=temperature)
+    for loss in (CSKD, DLB):
+        with pytest.raises(ValueError, match=r"temperature is .* from 1e-06 to 1000"):
+            loss(temperature=temperature)
+
+
+def test_the_greatest_temperature_gives_a_divergence_that_is_right():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 1, 64, 100, generator=generator).unbind()
+    arguments = {"temperature": 1e3, "scale": 1e6}
+    exact = divergences.kl(student.double(), teacher.double(), make_target(), **arguments)
+    assert float(divergences.kl(student, teacher, make_target(), **arguments)) == pytest.approx(float(exact), rel=0.1)

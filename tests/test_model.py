@@ -1,8 +1,11 @@
 import copy
+from urllib.error import URLError
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FAMILIES
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.models import build_model_with_cfg, register_model
 from timm.models.resnet import BasicBlock, ResNet
 from timm.optim import create_optimizer_v2
@@ -10,7 +13,7 @@ from torch import nn
 
 from timm_selfdistill.exits import find_exit_points
 from timm_selfdistill.heads import list_heads
-from timm_selfdistill.hub import from_pretrained, save_pretrained
+from timm_selfdistill.hub import class_names, from_pretrained, save_pretrained
 from timm_selfdistill.model import ExitOutput, SelfDistillModel, wrap
 
 CROSSVIT = {"embed_dim": [16, 32], "num_heads": [2, 2], "depth": [[1, 2, 0], [1, 2, 0]]}
@@ -407,6 +410,67 @@ def test_unknown_name_or_argument_of_timm_is_explained(name, kwargs, message):
         wrap(name, model_kwargs=kwargs)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub"),
+        OfflineModeIsEnabled("offline mode is enabled"),
+        URLError("no route to host"),
+        ConnectionResetError(104, "Connection reset by peer"),
+    ],
+)
+def test_weights_that_cannot_be_downloaded_are_named_with_the_ways_on(error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("timm.create_model", fail)
+    message = r"^The pretrained weights of 'resnet18' cannot be downloaded \(.+\): .*network.*cache.*pretrained=false"
+    with pytest.raises(ValueError, match=message):
+        wrap("resnet18", pretrained=True)
+
+
+def test_a_file_of_weights_that_is_missing_is_no_matter_of_the_network(tmp_path):
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "weights.safetensors")}}
+    with pytest.raises(ValueError, match=r"timm cannot create 'resnet18' with .*weights\.safetensors"):
+        wrap("resnet18", pretrained=True, model_kwargs=overlay)
+
+
+def test_a_place_without_a_model_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"local-dir:.* must be a folder with the config\.json of a timm model\.$"):
+        wrap(f"local-dir:{tmp_path}")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"must be a folder with the config\.json of a timm model\.$"):
+        wrap(f"local-dir:{tmp_path}")
+
+    def fail(*args, **kwargs):
+        raise LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr("timm.create_model", fail)
+    with pytest.raises(ValueError, match=r"there must be such a repository of a timm model on the Hub"):
+        wrap("hf-hub:a/b")
+
+
+def test_a_backbone_of_one_size_is_to_be_built_for_another(make_backbone):
+    backbone = make_backbone("vit_tiny_patch16_224")
+    with pytest.raises(
+        ValueError, match=r"Its own image_size is 64 x 64\. .*model\.kwargs\.img_size=32\), or .*dynamic"
+    ):
+        wrap(backbone, image_size=32)
+    with pytest.raises(ValueError, match=r"model\.kwargs\.img_size=\[32,48\]"):
+        wrap(backbone, image_size=(32, 48))
+    kwargs = {**FAMILIES["vit_tiny_patch16_224"], "img_size": 32}
+    assert wrap("vit_tiny_patch16_224", num_classes=3, image_size=32, model_kwargs=kwargs).num_exits == 3
+
+
+def test_want_of_memory_is_no_fault_of_the_model(monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr("timm_selfdistill.exits.dry_run._forward", fail)
+    with pytest.raises(MemoryError):
+        wrap("test_resnet")
+
+
 # Several branches, several classifiers.
 
 
@@ -581,6 +645,20 @@ def test_reset_classifier_resizes_every_logit_and_goes_on_training(make_backbone
     assert count_hooks(model) == hooks
     loss_over_all(out).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_reset_classifier_drops_the_names_of_other_classes(make_backbone):
+    backbone = make_backbone("resnet18")
+    backbone.pretrained_cfg["label_names"] = [f"class {n}" for n in range(5)]
+    backbone.pretrained_cfg["label_descriptions"] = {"class 0": "the first"}
+    model = wrap(backbone, image_size=SIZE)
+    twin = copy.copy(backbone.pretrained_cfg)
+    model.reset_classifier(5)
+    assert class_names(model) == tuple(twin["label_names"])
+    model.reset_classifier(3)
+    assert class_names(model) is None
+    left = {key: value for key, value in twin.items() if not key.startswith("label_")}
+    assert model.pretrained_cfg == backbone.default_cfg == left
 
 
 def test_reset_classifier_with_the_same_pooling_keeps_the_heads(make_backbone):

@@ -99,6 +99,7 @@ def test_broken_images_are_left_out_and_listed_once(tmp_path):
     data = [
         f"data.path={tmp_path / 'pets'}",
         "data.on_error=skip",
+        "data.check_duplicates=false",
         "data.workers=2",
         "data.validation=0",
         "batch_size=10",

@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import os
+import shutil
+import time
 from statistics import median
 
 import pytest
@@ -148,8 +151,8 @@ def test_arguments_must_make_sense(model, images):
     assert message(batch_size=0) == "batch_size is 0; it must be at least 1."
     assert message(workers=-1) == "workers is -1; it must be at least 0."
     wrong = build()
-    wrong.backbone.pretrained_cfg["label_names"] = ["one"]
-    assert message(wrong) == "The model has 4 classes, but its label_names are ['one']."
+    wrong.backbone.pretrained_cfg.update(label_names=list("abcde"), num_classes=4)
+    assert message(wrong).startswith("5 label_names (a, b, c, d, e, ...) for 4 classes")
 
 
 def test_files_folders_and_lists_are_found(tmp_path):
@@ -162,7 +165,7 @@ def test_files_folders_and_lists_are_found(tmp_path):
     assert find_images(["-", c], [f"{b}\n", "\n", "gone.png\r\n"]) == [*inside, "gone.png", c]
     with pytest.raises(ValueError, match=r"no file or folder gone\.png"):
         find_images([c, "gone.png"], [])
-    with pytest.raises(ValueError, match=r"no image in -; in a folder, files that end with \.avif"):
+    with pytest.raises(ValueError, match=r"no image in -; in a folder, files with the ending of an image"):
         find_images(["-"], [])
 
 
@@ -236,6 +239,26 @@ def test_an_image_that_cannot_be_decoded_is_told_and_the_others_go_on(
     assert f"{text}: it cannot be decoded: it has no known image format" in err
     assert f"{tmp_path / 'gone.png'}: it cannot be read: No such file or directory" in err
     assert err.endswith("3 of 5 images have no answer.\n")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_what_is_no_file_is_told_at_once_and_the_others_go_on(run, images, tmp_path, capsys, workers):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(images[0], folder / "b.png")
+    os.mkfifo(folder / "a.png")
+    (folder / "c.png").symlink_to("/dev/zero")
+    (folder / "d.png").mkdir()
+    start = time.monotonic()
+    named = [str(folder), str(folder / "a.png"), str(folder / "c.png")]
+    assert cli(["predict", str(run), *named, "--workers", workers]) == 1
+    assert time.monotonic() - start < 20
+    out, err = capsys.readouterr()
+    assert [line[0] for line in lines(out)] == [str(folder / "b.png")]
+    assert err.count(f"{folder / 'a.png'}: it is no file, but a named pipe\n") == 2
+    assert err.count(f"{folder / 'c.png'}: it is no file, but a device\n") == 2
+    (one,) = sd.predict_images(sd.from_pretrained(run / "model"), [folder / "d.png"])
+    assert one.error == "it is no file, but a folder"
 
 
 def test_command_refuses_what_cannot_work(run, images, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,8 @@
 """When a run pushes its model; what is pushed, and by the real client, is in test_hub_remote."""
 
 import logging
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from timm_selfdistill.hub import CARD, HubError
 from timm_selfdistill.recipe import PushSection
 from timm_selfdistill.train import publish
 from timm_selfdistill.train.publish import ModelWriter, Publisher
+from timm_selfdistill.train.stop import Interrupted, StopSignals
 
 NARROW = {"channels": [16, 32, 64, 80], "in_chans": 1}
 
@@ -107,6 +110,29 @@ def test_a_push_that_fails_does_not_stop_training(
     assert [record.message for record in caplog.records] == [
         "Pushing to me/net failed: the Hub is away. Training goes on."
     ]
+
+
+def test_a_push_that_stalls_does_not_keep_a_run_from_being_stopped(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("epochs: 9\n")
+    publisher = Publisher(PushSection(repo="me/net", every=1), tmp_path, make_writer())
+    publisher.after_epoch(make_model(), 1, 3)
+    assert not publisher._running.done()
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    with pytest.raises(Interrupted), StopSignals():
+        publisher.finish()
+    assert hub.pushed == []
+    # Python waits for no daemon when it ends.
+    assert [thread.daemon for thread in threading.enumerate() if thread.name == "push-to-hub"] == [True]
+    hub.may_go_on.set()
+
+
+def test_the_last_push_does_not_either(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publisher = Publisher(PushSection(repo="me/net"), tmp_path, make_writer())
+    monkeypatch.setattr(publish, "push_folder", lambda *args, **kwargs: hub.may_go_on.wait(60))
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    with pytest.raises(Interrupted), StopSignals():
+        publisher.finish()
+    hub.may_go_on.set()
 
 
 def test_a_full_disk_does_not_stop_training_either(

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from timm_selfdistill.recipe import Recipe, RecipeError, list_recipes, load_recipe
+from timm_selfdistill.recipe import Recipe, RecipeError, dump_local, list_recipes, load_recipe
 from timm_selfdistill.recipe.plain_yaml import dump
 
 ROOT = Path(__file__).parents[1]
@@ -247,6 +248,10 @@ def test_unknown_key_that_resembles_nothing_lists_the_allowed_ones(problems):
         (["data.eval_split=train"], "data.eval_split: must not be the split that is trained on"),
         (["data.eval_fraction=0.9"], "data.eval_fraction: must leave images to train on"),
         (["data.streaming=true"], "data.streaming: must be false where a share of the training images is held out"),
+        (["data.classes=1"], "data.classes: must be the number of the classes, at least 2, or the list of their names"),
+        (["data.classes=[1, 2]"], "data.classes: must be the number of the classes, at least 2, or the list of their"),
+        (["data.classes=[a, a]"], "data.classes: must not name a class twice"),
+        (["data.classes=[a, '']"], "data.classes: must be the number of the classes, at least 2, or the list of"),
         (["data.train_size=9"], "data.train_size: must be null unless data.streaming is true"),
         (["optimizer.accumulate=3"], "batch_size: must be a multiple of optimizer.accumulate (3)"),
         (["augment.mixup_alpha=1", "batch_size=6", "optimizer.accumulate=2"], "batch_size: must give micro batches of"),
@@ -278,6 +283,8 @@ def test_value_that_is_not_allowed_is_the_only_problem(problems, overrides, expe
     "overrides",
     [
         ["data.streaming=true", "data.validation=0", "data.train_size=9"],
+        ["data.classes=[cat, dog]"],
+        ["data.classes=10"],
         ["data.streaming=true", "data.validation=held_out"],
         ["schedule.select=best", "data.validation=held_out"],
         ["schedule.regime=mixed", "schedule.backbone_epochs=3", "epochs=4"],
@@ -451,3 +458,145 @@ def _mutate(mapping: dict[str, Any], rng: random.Random, values: list[Any]) -> N
         place.pop(key, None)
     else:
         place[key] = rng.choice(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[" * 10_000, "line 1: is nested more than 20 levels deep"),
+        ("{[" * 5_000, "line 1: is nested more than 20 levels deep"),
+        ("- " * 5_000, "line 1: is nested more than 20 levels deep"),
+        ("\n".join(" " * level + "a:" for level in range(300)), "line 22: is nested more than 20 levels deep"),
+        ("".join(f"k{n}: 1\n" for n in range(6_000)), "holds more than 10,000 values"),
+        (f"[{'a,' * 20_000}]", "holds more than 10,000 values"),
+        ("".join(f"k{n}: 1\n" for n in range(1_000_000)), "has more than 65,536 bytes, the most that is allowed"),
+        ("[" * 1_000_000, "has more than 65,536 bytes, the most that is allowed"),
+        (f"a: {'x' * 10_000_000}", "has more than 65,536 bytes, the most that is allowed"),
+    ],
+)
+def test_a_recipe_that_asks_for_much_work_is_refused_at_once(text, expected, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    began = time.process_time()
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert time.process_time() - began < 4  # about a second on a fast machine
+    assert caught.value.problems == (expected,)
+
+
+def test_a_message_of_many_or_long_problems_is_short(tmp_path):
+    for text in (
+        "".join(f"k{n}: {{}}\n" for n in range(4_000)),
+        "".join(f"- &a{n} x\n" for n in range(4_000)),
+        f"{'k' * 60_000}: 1\n",
+        f"model: {{name: {'x' * 60_000}, pretrained: {'y' * 100}}}\n",
+    ):
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(tmp_path / "r.yaml", ["a=" + "[" * 50_000, "=" + "z" * 50_000])
+        assert len(str(caught.value)) < 20_000
+    assert "and 3,961 more" in message_of(tmp_path, "".join(f"k{n}: 1\n" for n in range(3_999)))
+
+
+def message_of(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.image_size=100000", "data.image_size: must be at most 4096, received 100000"),
+        ("model.kwargs={layers: [1000000000, 1]}", "must hold whole numbers that add up to at most 16,777,216"),
+        ("exits.head_kwargs={width: 1000000000}", "must hold whole numbers that add up to at most 16,777,216"),
+    ],
+)
+def test_sizes_beyond_any_machine_are_refused(problems, override, expected):
+    (problem,) = problems(MINIMAL, override)
+    assert expected in problem
+
+
+# Paths of this machine.
+
+
+def test_a_recipe_without_local_paths_holds_none_of_them(tmp_path: Path) -> None:
+    folder = tmp_path / "secret client" / "flowers"
+    folder.mkdir(parents=True)
+    recipe = load_recipe(
+        {
+            "model": {"name": f"local-dir:{tmp_path}/nets/net", "kwargs": {"checkpoint_path": f"{tmp_path}/a.pt"}},
+            "data": {"path": str(folder)},
+            "output_dir": f"{tmp_path}/runs/one",
+            "resume": f"{tmp_path}/runs/one/checkpoints/self-distilled/checkpoint-4",
+        }
+    )
+    shared = recipe.without_local_paths()
+    assert str(tmp_path) not in shared.to_yaml()
+    assert "secret client" not in shared.to_yaml()
+    assert (shared.data.path, shared.model.name) == ("flowers", "local-dir:net")
+    assert shared.model.kwargs == {"checkpoint_path": "a.pt"}
+    assert (shared.output_dir, shared.resume) == (None, "auto")
+    assert shared.without_local_paths() == shared
+
+
+@pytest.mark.parametrize("path", ["uoft-cs/cifar100", "digits", "flowers"])
+def test_names_are_no_local_paths(path: str) -> None:
+    recipe = load_recipe({"model": {"name": "hf-hub:timm/resnet18.a1_in1k"}, "data": {"path": path}})
+    assert recipe.without_local_paths().data.path == path
+    assert recipe.without_local_paths().model.name == recipe.model.name
+    assert recipe.local_paths() == {}
+
+
+def test_a_folder_is_local_even_if_it_is_called_as_a_data_set_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("client/flowers").mkdir(parents=True)
+    recipe = load_recipe({"model": {"name": "resnet18"}, "data": {"path": "client/flowers"}})
+    assert recipe.without_local_paths().data.path == "flowers"
+    assert recipe.local_paths() == {"data": {"path": str(tmp_path / "client" / "flowers")}}
+
+
+def test_the_folder_of_a_tables_images_is_local_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("client/photos").mkdir(parents=True)
+    Path("client/labels.csv").touch()
+    mapping = {"model": {"name": "resnet18"}, "data": {"path": "client/labels.csv", "root": "~/client/photos"}}
+    recipe = load_recipe(mapping)
+    shared = recipe.without_local_paths().data
+    assert (shared.path, shared.root) == ("labels.csv", "photos")
+    client = tmp_path / "client"
+    assert recipe.local_paths() == {"data": {"path": str(client / "labels.csv"), "root": str(client / "photos")}}
+
+
+def test_the_name_of_a_home_folder_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "alice"))
+    recipe = load_recipe({"model": {"name": "resnet18"}, "data": {"path": "~"}})
+    assert "alice" not in recipe.without_local_paths().to_yaml()
+
+
+def test_the_paths_of_a_runs_recipe_lie_beside_it(tmp_path: Path) -> None:
+    recipe = load_recipe({"model": {"name": "resnet18"}, "data": {"path": "/data/client/flowers"}, "output_dir": "run"})
+    (tmp_path / "recipe.yaml").write_text(recipe.without_local_paths().to_yaml())
+    (tmp_path / "local.yaml").write_text(dump_local(recipe))
+    read = load_recipe(tmp_path / "recipe.yaml")
+    assert read == recipe.model_copy(update={"output_dir": str(tmp_path)})
+    assert load_recipe(tmp_path / "recipe.yaml", ["data.path=/other"]).data.path == "/other"
+    # What was edited by hand wins.
+    edited = (tmp_path / "recipe.yaml").read_text().replace("path: flowers", "path: leaves")
+    (tmp_path / "recipe.yaml").write_text(edited)
+    assert load_recipe(tmp_path / "recipe.yaml").data.path == "leaves"
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mapping = {"model": {"name": "local-dir:~/net"}, "data": {"path": "~/images"}, "output_dir": "~/run"}
+    recipe = load_recipe(mapping, ["resume=~/run/checkpoints/self-distilled/checkpoint-1"])
+    assert recipe.model.name == f"local-dir:{tmp_path}/net"
+    assert recipe.data.path == f"{tmp_path}/images"
+    assert recipe.output_dir == f"{tmp_path}/run"
+    assert recipe.resume == f"{tmp_path}/run/checkpoints/self-distilled/checkpoint-1"
+    with pytest.raises(RecipeError, match="output_dir: must not begin with ~ unless that is a home folder"):
+        load_recipe(mapping, ["output_dir=~nobody-of-this-name/run"])

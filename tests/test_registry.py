@@ -9,7 +9,7 @@ class FakeEntryPoint:
         self.name, self.value, self.loaded = name, value, loaded
 
     def load(self):
-        if isinstance(self.loaded, Exception):
+        if isinstance(self.loaded, BaseException):
             raise self.loaded
         return self.loaded
 
@@ -99,3 +99,36 @@ def test_entry_point_under_a_taken_name_warns_and_does_not_replace(heads, instal
     install(FakeEntryPoint("mine", "package:Other", "second"))
     with pytest.warns(UserWarning, match=r"package:Other: A head named 'mine' is already registered"):
         assert heads.get("mine") == "first"
+
+
+class Quits(BaseException):
+    """What test runners raise to skip a module."""
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (SystemExit(3), r"it ends the process, by sys\.exit\(3\)"),
+        (SystemExit(), r"it ends the process, by sys\.exit\(\)"),
+        (Quits("skipped"), "skipped"),
+        (ZeroDivisionError(), r"ZeroDivisionError\(\)"),
+        (ValueError("\x1b[2J"), r"\\x1b\[2J"),
+    ],
+)
+def test_an_entry_point_that_ends_the_process_is_named_and_skipped(heads, install, failure, reason):
+    install(FakeEntryPoint("broken", "package:Broken", failure), FakeEntryPoint("whole", "package:Whole", "entry"))
+    with pytest.warns(UserWarning, match=rf"head 'broken' cannot be loaded: package:Broken: {reason}"):
+        assert heads.names() == ["whole"]
+    with pytest.raises(ValueError, match=rf"'broken' is installed but cannot be loaded: package:Broken: {reason}"):
+        heads.get("broken")
+
+
+def test_a_signal_while_an_entry_point_is_loaded_is_no_fault_of_it(heads, install):
+    class Stopped(BaseException):
+        __module__ = "timm_selfdistill.train.stop"
+
+    for signal in (KeyboardInterrupt(), Stopped()):
+        heads = Registry("head", "timm_selfdistill.test")
+        install(FakeEntryPoint("slow", "package:Slow", signal))
+        with pytest.raises(type(signal)):
+            heads.names()

@@ -278,15 +278,6 @@ def test_another_packages_loss_is_found_by_its_name_and_must_have_no_parameters(
         loss(name="mean-square", trained=True)
 
 
-def test_replicas_in_threads_are_refused():
-    replicated = nn.DataParallel(nn.Identity())
-    replicated.device_ids = [0, 1]
-    for model in (replicated, nn.Sequential()):
-        model.module = replicated if model is not replicated else model.module
-        with pytest.raises(ValueError, match="DataParallel runs copies of the model in threads"):
-            plugin.forward_exits(model, torch.zeros(1))
-
-
 REGISTRIES = """
 import torchdistill.core.distillation, torchdistill.core.training
 from torchdistill.core.interfaces import registry as processes

@@ -10,14 +10,17 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
+from timm_selfdistill.data import InputConfig
 from timm_selfdistill.losses.self_distillation import _LOSSES
 from timm_selfdistill.recipe import Recipe, list_recipes, load_recipe
 from timm_selfdistill.report import format_markdown
 from timm_selfdistill.train import fit, train
+from timm_selfdistill.train.batch_norm import check_one_image
 from timm_selfdistill.train.launch import per_process_batch
 from timm_selfdistill.train.phases import build_loss, self_distillation_phases
 
@@ -67,10 +70,12 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"baseline", "self-distilled"}
 
     logged = lines(tmp_path)
-    trained = [entry for entry in logged if "train/loss" in entry and entry["network"] == "self-distilled"]
-    assert {f"train/{term}/{k}" for term in ("ce", "kd", "hint") for k in range(3)} | {"train/ce/3"} <= set(trained[0])
+    trained = [entry for entry in logged if "self-distilled/train/loss" in entry]
+    assert {entry["network"] for entry in trained} == {"self-distilled"}
+    terms = {f"self-distilled/train/{term}/{k}" for term in ("ce", "kd", "hint") for k in range(3)}
+    assert terms | {"self-distilled/train/ce/3"} <= set(trained[0])
     assert trained[-1]["step"] == 2 * 4
-    validated = [entry for entry in logged if "validation/top1/ensemble" in entry]
+    validated = [entry for entry in logged if "self-distilled/validation/top1/ensemble" in entry]
     assert [entry["epoch"] for entry in validated] == [1, 2]
 
 
@@ -90,7 +95,7 @@ def test_the_loss_falls_and_the_same_seed_gives_the_same_weights(tmp_path):
     longer = ("epochs=3", "data.max_train=192", "data.validation=0", "augment.scale=[1.0,1.0]")
     train(small_recipe(tmp_path / "a", *longer))
     train(small_recipe(tmp_path / "b", *longer))
-    losses = [entry["train/loss"] for entry in lines(tmp_path / "a")]
+    losses = [entry["self-distilled/train/loss"] for entry in lines(tmp_path / "a")]
     assert losses[-1] < 0.9 * losses[0]
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
@@ -145,15 +150,15 @@ def test_frozen_trains_the_exits_only(tmp_path, monkeypatch):
 def test_mixed_trains_the_backbone_first(tmp_path):
     mixed = ("schedule.regime=mixed", "schedule.backbone_epochs=1", "epochs=3", "schedule.cooldown_epochs=1")
     train(small_recipe(tmp_path, *mixed))
-    entries = [entry for entry in lines(tmp_path) if "train/loss" in entry]
-    assert [(entry["epoch"], "train/kd/0" in entry) for entry in entries] == [
+    entries = [entry for entry in lines(tmp_path) if "self-distilled/train/loss" in entry]
+    assert [(entry["epoch"], "self-distilled/train/kd/0" in entry) for entry in entries] == [
         (1, False),
         (2, True),
         (3, True),
         (4, True),
     ]
     # Each phase has a schedule of its own, and only the cool-down ends at the lowest rate.
-    assert [entry["train/lr"] > 0 for entry in entries] == [True, True, True, False]
+    assert [entry["self-distilled/train/lr"] > 0 for entry in entries] == [True, True, True, False]
 
 
 def test_accumulation_gives_the_same_gradients_as_one_large_batch(tmp_path):
@@ -197,6 +202,12 @@ def test_options_of_the_loop_work_together(tmp_path, monkeypatch):
     assert not any("_orig_mod" in name for name in weights(tmp_path))
 
 
+def test_more_classes_than_the_data_has_are_warned_about(tmp_path, caplog):
+    with pytest.raises(ValueError, match="sgdd"):  # before it trains
+        train(small_recipe(tmp_path, "model.num_classes=12", "optimizer.name=sgdd"))
+    assert "12 is more than the 10 classes of digits: classes 10 to 11 have no training image" in caplog.text
+
+
 def test_label_smoothing_is_applied_once(tmp_path):
     plain = load_recipe("digits", ["loss.label_smoothing=0.1"])
     assert build_loss(plain).config.label_smoothing == 0.1
@@ -220,7 +231,7 @@ def test_label_smoothing_is_applied_once(tmp_path):
         ("loss.divergence_kwargs={beta: 8}", "'kl' has no setting beta"),
         ("loss.exit_weights=[1,2]", "exit_weights has 2 values for 3 added exits"),
         ("loss.teacher=ema", "ema: must not be null for this loss"),
-        ("loss={name: cs-kd, kwargs: {temperature: 0}}", "temperature is 0; allowed is a number, from 1e-06 to 1e"),
+        ("loss={name: cs-kd, kwargs: {temperature: 0}}", "temperature is 0; allowed is a number, from 1e-06 to 1000"),
         ("loss={name: ps-kd, temperature: 2.0}", "temperature are settings of self-distillation"),
     ],
 )
@@ -236,6 +247,39 @@ def test_the_global_batch_must_divide_evenly():
     assert per_process_batch(recipe, 2) == 32
     with pytest.raises(ValueError, match="multiples of 3"):
         per_process_batch(recipe, 3)
+
+
+def test_one_image_is_refused_where_batch_norm_cannot_train_on_it(tmp_path):
+    network = ["model={name: resnet18, kwargs: {in_chans: 1, channels: [8, 8, 16, 16]}}", "data.workers=0"]
+    message = (
+        r"batch_size: 8 leaves one image for each of 1 process\(es\) and optimizer\.accumulate=8 micro batch\(es\), "
+        r"which the batch norm of resnet18 cannot train on at 16 x 16 pixels; allowed are multiples of 8 from 16 on"
+    )
+    single = ["batch_size=8", "optimizer.accumulate=8"]
+    with pytest.raises(ValueError, match=message):
+        train(small_recipe(tmp_path, *network, *single))
+    assert not (tmp_path / "recipe.yaml").exists()
+    # The mended recipe runs in the same folder, and so does a network that needs no second image.
+    AcceleratorState._reset_state(True)
+    train(small_recipe(tmp_path, *network, "batch_size=16", "optimizer.accumulate=8"))
+    AcceleratorState._reset_state(True)
+    transformer = ["model={name: test_vit, kwargs: {in_chans: 1, img_size: 16}}", "data.workers=0"]
+    train(small_recipe(tmp_path / "vit", *transformer, *single))
+
+
+def test_looking_at_one_image_leaves_a_network_as_it_was():
+    recipe = small_recipe(Path("none"), "batch_size=1")
+    model = sd.wrap("resnet18", num_classes=10, image_size=64, small_stem=True, model_kwargs={"in_chans": 1})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    input = InputConfig(1, (64, 64), (0.5,), (0.5,), "bilinear", 1.0)
+    model.eval()
+    torch.manual_seed(3)
+    check_one_image(model, input, self_distillation_phases(recipe), recipe, 1)
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(2))
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_settings_that_another_loss_would_ignore_are_refused(monkeypatch):

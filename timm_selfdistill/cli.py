@@ -3,30 +3,46 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from timm_selfdistill import compare
 from timm_selfdistill.analysis import DRAWS, IMAGES, SIGMAS, analyze_folder, format_analysis
+from timm_selfdistill.background import in_background
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
 from timm_selfdistill.early_exit import FALLBACKS, RULES
+from timm_selfdistill.escape import printable
 from timm_selfdistill.export import FORMATS, ExportError, export_folder
-from timm_selfdistill.hub import HubError, push_folder
+from timm_selfdistill.hub import push_folder
 from timm_selfdistill.predict import BATCH_SIZE, print_predictions
 from timm_selfdistill.preview import format_preview, preview_exits
 from timm_selfdistill.recipe import list_recipes, read_settings
 from timm_selfdistill.report import format_table
-from timm_selfdistill.train import add_arguments, evaluate_folder, run_command
+from timm_selfdistill.train import (
+    add_arguments,
+    end_program,
+    evaluate_folder,
+    finish_folder,
+    opened_run,
+    run_command,
+    run_safely,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status: 0, or 2 for arguments that cannot work; of predict also 1."""
+    """Run one subcommand and return its exit status: 0, or another that docs/train.md lists; of predict also 1."""
     parser = argparse.ArgumentParser(prog="timm-selfdistill", description="Turn a timm backbone into its own teacher.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train from a recipe (the same as accelerate launch's module)")
     add_arguments(train)
     train.set_defaults(run=run_command)
+
+    finish = commands.add_parser("finish", help="make the report and the model of a run that was stopped")
+    finish.add_argument("folder", type=Path, help="the run's folder")
+    finish.set_defaults(run=_finish)
 
     comparison = commands.add_parser("compare", help="train a recipe with several losses and seeds, side by side")
     compare.add_arguments(comparison)
@@ -36,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("folder", type=Path, help="a run's folder, or the model folder in it")
     evaluate.add_argument("--data", help="data set: a hub name or a path; the run's own by default")
     evaluate.add_argument("--output", type=Path, help="folder for report.json, report.md and report.png")
+    evaluate.add_argument(
+        "--from-checkpoint", action="store_true", help="take the newest checkpoint of a run that was stopped"
+    )
     evaluate.add_argument(
         "overrides", nargs="*", metavar="key=value", help="fields of the recipe's data section, such as eval_split=val"
     )
@@ -70,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--by-time", type=int, metavar="N", help="choose by the time of batches of N images here, in place of MACs"
     )
     calibrate.add_argument("--output", type=Path, help="folder for calibration.json, .md, .png; the run's by default")
+    calibrate.add_argument(
+        "--from-checkpoint", action="store_true", help="take the newest checkpoint of a run that was stopped"
+    )
     calibrate.add_argument(
         "overrides", nargs="*", metavar="key=value", help="fields of the recipe's data section, such as eval_split=val"
     )
@@ -113,6 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     predict.add_argument("--top-k", type=int, default=1, metavar="N", help="print the N most likely classes")
     predict.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="images at a time")
     predict.add_argument("--workers", type=int, metavar="N", help="processes that decode images")
+    predict.add_argument(
+        "--from-checkpoint", action="store_true", help="take the newest checkpoint of a run that was stopped"
+    )
     predict.add_argument("--json", action="store_true", help="print one JSON object a line")
     predict.set_defaults(run=_predict)
 
@@ -123,6 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("--dynamic-batch", action="store_true", help="take batches of any size, not only one image")
     export.add_argument("--image-size", type=_size, metavar="N or HxW", help="side of the image in pixels, or both")
     export.add_argument("--output", type=Path, help="where to write; by default exit-K with an ending, in the folder")
+    export.add_argument(
+        "--from-checkpoint", action="store_true", help="take the newest checkpoint of a run that was stopped"
+    )
     export.add_argument("--force", action="store_true", help="replace what an earlier export wrote there")
     export.set_defaults(run=_export)
 
@@ -157,16 +185,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
-    try:
-        status: int = parsed.run(parsed)
-    except (ValueError, HubError, ExportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    status = run_safely(partial(_run, parsed))
+    if arguments is None:
+        end_program(status)
     return status
 
 
+def _run(parsed: argparse.Namespace) -> int:
+    try:
+        status: int = parsed.run(parsed)
+    except ExportError as error:
+        raise ValueError(str(error)) from error
+    return status
+
+
+def _finish(arguments: argparse.Namespace) -> int:
+    def finish() -> None:
+        print(format_table(finish_folder(arguments.folder)))
+        print(f"\nWritten to {arguments.folder}: report.json, report.md, report.png, model/")
+
+    return run_safely(finish)
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
-    report = evaluate_folder(arguments.folder, arguments.data, arguments.overrides, arguments.output)
+    report = evaluate_folder(
+        arguments.folder,
+        arguments.data,
+        arguments.overrides,
+        arguments.output,
+        from_checkpoint=arguments.from_checkpoint,
+    )
     print(format_table(report))
     return 0
 
@@ -191,6 +239,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         fallback=arguments.fallback,
         time_batch_size=arguments.by_time,
         output=arguments.output,
+        from_checkpoint=arguments.from_checkpoint,
     )
     print(format_calibration(report))
     return 0
@@ -213,34 +262,48 @@ def _analyze(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    return print_predictions(
-        arguments.folder,
-        arguments.images,
-        exit=arguments.exit,
-        threshold=arguments.threshold,
-        top_k=arguments.top_k,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        as_json=arguments.json,
-    )
+    with _model_source(arguments) as source:
+        return print_predictions(
+            source,
+            arguments.images,
+            exit=arguments.exit,
+            threshold=arguments.threshold,
+            top_k=arguments.top_k,
+            batch_size=arguments.batch_size,
+            workers=arguments.workers,
+            as_json=arguments.json,
+        )
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    path = export_folder(
-        arguments.folder,
-        arguments.exit,
-        arguments.output,
-        format=arguments.format,
-        dynamic_batch=arguments.dynamic_batch,
-        image_size=arguments.image_size,
-        overwrite=arguments.force,
-    )
-    print(path)
+    with _model_source(arguments) as source:
+        path = export_folder(
+            source,
+            arguments.exit,
+            arguments.output,
+            format=arguments.format,
+            dynamic_batch=arguments.dynamic_batch,
+            image_size=arguments.image_size,
+            overwrite=arguments.force,
+            default_folder=arguments.folder,
+        )
+    print(printable(path))
     return 0
 
 
+@contextmanager
+def _model_source(arguments: argparse.Namespace) -> Iterator[str]:
+    """Give the body the folder or repository of the model that the arguments name."""
+    if not arguments.from_checkpoint:
+        yield arguments.folder
+        return
+    with opened_run(Path(arguments.folder), from_checkpoint=True) as saved:
+        yield str(saved.model_folder)
+
+
 def _push(arguments: argparse.Namespace) -> int:
-    address = push_folder(
+    push = partial(
+        push_folder,
         arguments.folder,
         arguments.repo,
         private=arguments.private,
@@ -249,7 +312,7 @@ def _push(arguments: argparse.Namespace) -> int:
         commit_message=arguments.message,
         license=arguments.license,
     )
-    print(address)
+    print(printable(in_background(push, "push").result()))
     return 0
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
+from timm_selfdistill.escape import printable
+
 T = TypeVar("T")
 
 
@@ -72,6 +74,21 @@ class Registry(Generic[T]):
         for point in entry_points(group=self.group):
             try:
                 self._add(point.name, point.load())
-            except Exception as error:  # third-party code may fail in any way, and must not break the others
-                self._broken[point.name] = f"{point.value}: {error}"
+            except BaseException as error:  # third-party code may fail in any way, and must not break the others
+                if _is_signal(error):
+                    raise
+                self._broken[point.name] = printable(f"{point.value}: {_reason(error)}")
                 warnings.warn(f"{self.kind} {point.name!r} cannot be loaded: {self._broken[point.name]}", stacklevel=2)
+
+
+def _is_signal(error: BaseException) -> bool:
+    """Whether an exception is that of a signal which came while an entry point was loaded."""
+    # Besides Python's own, this package's handlers of signals raise what is no Exception.
+    ours = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return isinstance(error, KeyboardInterrupt) or (ours and not isinstance(error, Exception))
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"it ends the process, by sys.exit({'' if error.code is None else repr(error.code)})"
+    return str(error) or repr(error)

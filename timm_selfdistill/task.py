@@ -213,7 +213,7 @@ def check_loss(model: SelfDistillModel, criterion: nn.Module, regime: Regime) ->
             "ce_weight and kd_weight are 0: the exits' classifiers would get no gradient from the hints alone. "
             "Give one of them a value above 0."
         )
-    if needs_exits and model.config.hint_adapter and not config.hint_weight:
+    if needs_exits and model.wrap_config.hint_adapter and not config.hint_weight:
         raise ValueError(
             "The exits have hint adapters, but hint_weight is 0: their parameters would get no gradient. "
             "Give a hint_weight above 0, or wrap without hint_adapter."

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from timm_selfdistill.exits import Backbone, ExitPoint, random_images, untouched
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.tape import Reached, Tape, record_tap, remove_hooks
+from timm_selfdistill.model.hooks import Hooks
 from timm_selfdistill.usage import Usage, watch_usage
 
 # A forward may ask for their length or run along them, so they stay, with their members removed.
@@ -43,7 +42,7 @@ def truncate(model: SelfDistillModel, exit: int) -> nn.Module:
     if exit == model.num_exits:
         backbone: nn.Module = _copy_backbone(model, {})
         return backbone
-    x = random_images(model.backbone, model.config.image_size, 2)
+    x = random_images(model.backbone, model.wrap_config.image_size, 2)
     with untouched(model), torch.no_grad(), watch_usage(model.backbone) as usage:
         expected = model.forward_exit(x, exit)
     idle = list(_idle(model.backbone, usage))
@@ -82,9 +81,7 @@ class TruncatedModel(nn.Module):
         self.head = head
         self.exit_name = point.name
         self.num_classes = head.classifier.out_features
-        self._tape = Tape()
-        members = tuple(tap.member for tap in point.taps)
-        backbone.get_submodule(point.module).register_forward_hook(partial(record_tap, self._tape, 0, members))
+        self._hooks = Hooks(backbone, [point])
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify a batch.
@@ -95,16 +92,8 @@ class TruncatedModel(nn.Module):
         Returns:
             Logits [B, num_classes].
         """
-        tape = self._tape
-        tape.start(stop_at=0)
-        try:
-            self.backbone(x)
-        except Reached:
-            tapped = tape.taps[0]
-        finally:
-            # Recomputation under gradient checkpointing calls the hook again: by then it records nothing.
-            tape.stop()
-        return self.head.classify(*tapped)
+        call = self._hooks.run(self.backbone, x, stop_at=0)
+        return self.head.classify(*call.taps[0])
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -170,7 +159,7 @@ def _copy_backbone(model: SelfDistillModel, replaced: dict[int, nn.Module]) -> B
     # What is in the memo counts as copied already, so it is not copied.
     memo: dict[int, Any] = dict(replaced)
     backbone = copy.deepcopy(model.backbone, memo)
-    remove_hooks(backbone, memo[id(model._tape)])
+    model._hooks.remove(backbone)
     return backbone
 
 

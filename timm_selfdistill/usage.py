@@ -1,5 +1,6 @@
 """Which modules and tensors of a model a run uses."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,12 +27,13 @@ class Usage:
 
 @contextmanager
 def watch_usage(model: nn.Module) -> Iterator[Usage]:
-    """Record what the body uses of a model.
+    """Record what the body uses of a model, in its own thread: others may use the model meanwhile.
 
     Some modules apply the weight of another one that never runs itself, and some keep in eval mode what they once
     computed from theirs: so both what ran and what was read count.
     """
     usage = Usage()
+    thread = threading.get_ident()
     known = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
 
     def note(tensor: Any) -> None:
@@ -39,6 +41,8 @@ def watch_usage(model: nn.Module) -> Iterator[Usage]:
             usage.tensors[id(tensor)] = tensor
 
     def note_module(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         usage.modules.add(module)
         for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
             note(tensor)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from timm_selfdistill.analysis.noise import NoisePoint
 from timm_selfdistill.analysis.report import Analysis, FeatureRow
+from timm_selfdistill.escape import each_text, plot_text
 from timm_selfdistill.palette import BLUE, GREY, GRID, INK, ORANGE
 
 _NETWORK, _OWN, _BASELINE, _INK = BLUE, ORANGE, GREY, INK
@@ -26,6 +27,7 @@ def draw_analysis(analysis: Analysis) -> Figure:
     Returns:
         A figure that belongs to no window and to no global state of matplotlib; save it with its `savefig`.
     """
+    analysis = each_text(analysis, plot_text)
     features = analysis["features"]
     columns = min(_COLUMNS, len(features))
     rows = math.ceil(len(features) / columns)

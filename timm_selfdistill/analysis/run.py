@@ -25,7 +25,8 @@ from timm_selfdistill.model import ExitOutput, SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, Recipe, load_recipe
 from timm_selfdistill.report.build import versions
 from timm_selfdistill.train import build_loss
-from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders
+from timm_selfdistill.train.launch import fresh_accelerate
+from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
 
 IMAGES: Final = 1000
 DRAWS: Final = 5
@@ -35,6 +36,7 @@ _CLASSES: Final = 10
 _POINTS: Final = 500
 
 
+@fresh_accelerate()
 def analyze_folder(
     folder: Path,
     data_path: str | None = None,
@@ -79,6 +81,8 @@ def analyze_folder(
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_eval": limit})})
     data = open_dataset(recipe.data, recipe.seed)
     check_classes(saved.model_folder, data)
+    if data_path is None:
+        warn_of_other_data(saved, recipe, data)
     input = InputConfig.from_model(model.backbone, recipe.data)
     if baseline is not None and plain is not None:
         check_input(baseline, plain, input, recipe)
@@ -117,7 +121,7 @@ def analyze_folder(
         "seed": seed,
         "versions": versions(),
     }
-    write_analysis(analysis, output or saved.output)
+    write_analysis(analysis, saved.output if output is None else output.expanduser())
     return analysis
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from timm_selfdistill.analysis.noise import NoisePoint
 from timm_selfdistill.analysis.picture import draw_analysis
 from timm_selfdistill.analysis.report import Analysis
+from timm_selfdistill.escape import each_text, markdown_text, printable
 from timm_selfdistill.files import write_results
 from timm_selfdistill.tables import align, markdown, with_prefix
 
@@ -21,6 +22,7 @@ def format_analysis(analysis: Analysis) -> str:
     Returns:
         Lines of text, without a line break at the end.
     """
+    analysis = each_text(analysis, printable)
     tables = [line for rows in _tables(analysis) for line in [*align(rows), ""]]
     return "\n".join([*tables, *_notes(analysis)])
 
@@ -32,10 +34,11 @@ def write_analysis(analysis: Analysis, folder: Path) -> None:
         analysis: What `analyze_folder` returned.
         folder: Where to write; created if missing.
     """
-    lines = [f"## Why it works: {analysis['backbone']}", ""]
-    for rows in _tables(analysis):
+    shown = each_text(analysis, markdown_text)
+    lines = [f"## Why it works: {shown['backbone']}", ""]
+    for rows in _tables(shown):
         lines += [*markdown(rows), ""]
-    lines += [*_notes(analysis), "", "![Noise on the weights, gradients by stage, features by exit](analysis.png)", ""]
+    lines += [*_notes(shown), "", "![Noise on the weights, gradients by stage, features by exit](analysis.png)", ""]
     write_results(folder, "analysis", analysis, "\n".join(lines), draw_analysis(analysis))
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from timm_selfdistill.calibration.report import CalibrationReport, Point
+from timm_selfdistill.escape import each_text, plot_text
 from timm_selfdistill.palette import BLUE, GREEN, GREY, GRID, INK, ORANGE
 
 _CURVE, _EXIT, _ENSEMBLE, _GREY, _INK = GREEN, BLUE, ORANGE, GREY, INK
@@ -24,6 +25,7 @@ def draw_calibration(report: CalibrationReport) -> Figure:
     Returns:
         A figure that belongs to no window and to no global state of matplotlib; save it with its `savefig`.
     """
+    report = each_text(report, plot_text)
     figure = Figure(figsize=(8.4, 5.4), dpi=150, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 1.2}

@@ -21,7 +21,8 @@ from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
 from timm_selfdistill.report import device_name
-from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders
+from timm_selfdistill.train.from_checkpoint import opened_run
+from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
 
 # What decides which rows a run trained on, and which it held out.
 _FIXED = ("path", "name", "target", "train_split", "eval_fraction", "validation")
@@ -38,6 +39,7 @@ def calibrate_folder(
     fallback: str = "last",
     time_batch_size: int | None = None,
     output: Path | None = None,
+    from_checkpoint: bool = False,
 ) -> CalibrationReport:
     """Choose the early-exit settings of a saved model, keep them with it, and report what they give on other images.
 
@@ -55,6 +57,8 @@ def calibrate_folder(
         time_batch_size: Choose by the time that batches of so many images take on this machine, in place of
             multiply-accumulates.
         output: Folder for the report; the run's by default, or the model's where there is no run.
+        from_checkpoint: Take the run's newest checkpoint instead of its model, such as of a run that was stopped. The
+            report tells the settings; there is no saved model to keep them with.
 
     Returns:
         The report.
@@ -67,11 +71,32 @@ def calibrate_folder(
         raise ValueError(f"time_batch_size is {time_batch_size}; it must be a number of images, 1 or more.")
     if time_batch_size is not None and goal.macs_budget is not None:
         raise ValueError("macs_budget is a number of MACs, but the thresholds are to be chosen by time: give speedup.")
-    saved = SavedRun.find(folder)
+    asked = _Asked(data_path, split, overrides, rule, fallback, time_batch_size)
+    with opened_run(folder, from_checkpoint) as saved:
+        return _calibrate(saved, goal, asked, saved.output if output is None else output.expanduser())
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `calibrate_folder` is asked for beside the goal; its arguments."""
+
+    data_path: str | None
+    split: str | None
+    overrides: Sequence[str]
+    rule: str
+    fallback: str
+    time_batch_size: int | None
+
+
+def _calibrate(saved: SavedRun, goal: Goal, asked: _Asked, output: Path) -> CalibrationReport:
+    """Choose the settings of a saved model."""
+    time_batch_size = asked.time_batch_size
     model = from_pretrained(saved.model_folder)
-    plan = _plan(saved.recipe_path, model, data_path, split, overrides)
+    plan = _plan(saved.recipe_path, model, asked.data_path, asked.split, asked.overrides)
     data = _open(plan)
     check_classes(saved.model_folder, data)
+    if asked.data_path is None:
+        warn_of_other_data(saved, plan.recipe, data)
     input = InputConfig.from_model(model.backbone, plan.recipe.data)
     input_size = (input.channels, *input.image_size)
     loaders = evaluation_loaders(data, plan.recipe, AugmentSection(), input, SkipList())
@@ -80,7 +105,7 @@ def calibrate_folder(
     macs = measure_path_macs(model, input_size)
     calibration = collect_logits(model, loaders.validation, "calibrate")
     costs = macs if time_batch_size is None else measure_path_seconds(model, input_size, time_batch_size)
-    choice = choose_settings(calibration, costs, goal, rule=rule, fallback=fallback)
+    choice = choose_settings(calibration, costs, goal, rule=asked.rule, fallback=asked.fallback)
     evaluation = collect_logits(model, loaders.eval, "evaluate")
     time: Timing | None = None
     if time_batch_size is not None:
@@ -108,7 +133,7 @@ def calibrate_folder(
         time=time,
     )
     save_early_exit(saved.model_folder, choice.config)
-    write_calibration(report, output or saved.output)
+    write_calibration(report, output)
     return report
 
 
@@ -154,7 +179,12 @@ def _plan(
     mapping = {"model": {"name": type(model.backbone).__name__}, "data": {"path": data_path, "train_split": "none"}}
     recipe = load_recipe(mapping, changes)
     _check_apart(recipe.data, split)
-    only = {"train_split": split, "validation": 0.0, "max_train": recipe.data.max_eval}
+    only = {
+        "train_split": split,
+        "validation": 0.0,
+        "max_train": recipe.data.max_eval,
+        "allow_empty_classes": True,
+    }
     return _Plan(_with(recipe, **only), whole_train=True, title=split)
 
 

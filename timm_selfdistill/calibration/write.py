@@ -4,6 +4,7 @@ from pathlib import Path
 
 from timm_selfdistill.calibration.picture import draw_calibration
 from timm_selfdistill.calibration.report import CalibrationReport, Point
+from timm_selfdistill.escape import each_text, markdown_text, printable
 from timm_selfdistill.files import write_results
 from timm_selfdistill.tables import align, markdown, with_prefix
 
@@ -24,6 +25,7 @@ def format_calibration(report: CalibrationReport) -> str:
     Returns:
         Lines of text, without a line break at the end.
     """
+    report = each_text(report, printable)
     return "\n".join([*align(_results(report)), "", *align(_settings(report)), "", *_notes(report)])
 
 
@@ -33,6 +35,7 @@ def format_calibration_markdown(report: CalibrationReport) -> str:
     Args:
         report: What `calibrate_folder` returned, or `calibration.json` holds.
     """
+    report = each_text(report, markdown_text)
     lines = [f"## Early exit: {report['backbone']}", ""]
     for rows in (_results(report), _settings(report)):
         lines += [*markdown(rows), ""]

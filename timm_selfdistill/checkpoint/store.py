@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any] | EncodedState, step:
     encoded = state if isinstance(state, EncodedState) else encode_state(state)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f".{_NAME}*"):
-        shutil.rmtree(leftover)
+        _delete(leftover)
     _remove_later(folder, step)
     final = folder / f"{_NAME}{step}"
     temporary, replaced = folder / f".{final.name}", folder / f"{final.name}{_REPLACED}"
@@ -55,12 +56,14 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any] | EncodedState, step:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if final.exists():
+    if final.is_symlink():
+        final.unlink()
+    elif final.exists():
         _remove(replaced)
         final.rename(replaced)
     temporary.rename(final)
     _flush(folder)
-    checkpoints = _checkpoints(folder)
+    checkpoints = list_checkpoints(folder)
     current = [path for path in checkpoints if not path.name.endswith(_REPLACED)]
     for path in set(checkpoints) - set(current[-keep:]):
         _remove(path)
@@ -97,6 +100,45 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def read_entry(path: Path, key: str) -> Any:
+    """Return one entry of a checkpoint's state, which must hold no tensors, without reading or comparing the rest.
+
+    Args:
+        path: The checkpoint's folder.
+        key: Name of the entry.
+
+    Returns:
+        The entry; None if there is none, as in a checkpoint of an earlier release.
+
+    Raises:
+        DamagedCheckpointError: If there is no such folder, or it cannot be read.
+    """
+    try:
+        pairs = json.loads((path / _STATE).read_bytes())["dict"]
+        return next((decode_state(node, {}) for name, node in pairs if name == key), None)
+    except (OSError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(f"Checkpoint {path} cannot be read: {error!r}.") from error
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return all checkpoints in a folder, whole or not, the latest last; nothing if there is no such folder."""
+    found = []
+    for path in folder.glob(f"{_NAME}*"):
+        match = re.fullmatch(rf"{_NAME}(\d+)({re.escape(_REPLACED)})?", path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), not match[2], path))
+    return [path for _, _, path in sorted(found)]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder was written by `save_checkpoint`, and not by another program under such a name."""
+    try:
+        found = json.loads((path / _MANIFEST).read_bytes())
+    except (OSError, RecursionError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("format") == _FORMAT
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the whole checkpoint of the latest step, or None if there is none; damaged ones are skipped and logged.
 
@@ -106,7 +148,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     Raises:
         CheckpointError: If another version of this library wrote the latest one, or the storage fails.
     """
-    for path in reversed(_checkpoints(folder)):
+    for path in reversed(list_checkpoints(folder)):
         try:
             _verify(path)
         except DamagedCheckpointError as error:
@@ -122,19 +164,9 @@ _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.jso
 _FORMAT, _VERSION = "timm-selfdistill-checkpoint", 1
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints, whole or not, the latest last."""
-    found = []
-    for path in folder.glob(f"{_NAME}*"):
-        match = re.fullmatch(rf"{_NAME}(\d+)({re.escape(_REPLACED)})?", path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), not match[2], path))
-    return [path for _, _, path in sorted(found)]
-
-
 def _remove_later(folder: Path, step: int) -> None:
     """Remove damaged checkpoints of later steps, which a run that fell back to an earlier one has left behind."""
-    for path in _checkpoints(folder):
+    for path in list_checkpoints(folder):
         if int(path.name.removeprefix(_NAME).removesuffix(_REPLACED)) <= step:
             continue
         try:
@@ -151,10 +183,19 @@ def _remove_later(folder: Path, step: int) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint so that a kill leaves no part of it under its name."""
-    if path.exists():
+    if path.exists() or path.is_symlink():
         hidden = path.rename(path.with_name(f".{path.name}.removed"))
         # What cannot be removed now, the next save tries again: no reason to stop a training.
-        shutil.rmtree(hidden, ignore_errors=True)
+        with suppress(OSError):
+            _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; of a link to one elsewhere, the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _write(folder: Path, encoded: EncodedState) -> None:

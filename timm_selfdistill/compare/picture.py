@@ -5,6 +5,7 @@ import math
 from matplotlib.figure import Figure
 
 from timm_selfdistill.compare.summary import Comparison
+from timm_selfdistill.escape import each_text, plot_text
 from timm_selfdistill.palette import BLUE, GREEN, GREY, GRID, INK, ORANGE
 
 _COLORS = (GREY, "#8a5fb0", GREEN, BLUE, ORANGE, "#b03a5b", "#7a8b1f", "#3f3f9f")
@@ -20,6 +21,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
     Returns:
         A figure that belongs to no window and to no global state of matplotlib; save it with its `savefig`.
     """
+    comparison = each_text(comparison, plot_text)
     losses = comparison["losses"]
     names = [output["name"] for output in max((entry["outputs"] for entry in losses), key=len)]
     figure = Figure(figsize=(8.4, 5.4), dpi=150, facecolor="white")

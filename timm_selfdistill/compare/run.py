@@ -13,7 +13,7 @@ from timm_selfdistill.compare.variants import check_names, list_variants, with_l
 from timm_selfdistill.compare.write import format_comparison, write_comparison
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.train import add_arguments as add_training_arguments
-from timm_selfdistill.train import build_loss, finished_report, run_safely, train
+from timm_selfdistill.train import build_loss, end_program, finished_report, run_safely, train
 
 _logger = logging.getLogger(__name__)
 
@@ -74,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `RECIPE [key=value ...]` and print the table; the exit status is 2 for what cannot work."""
     parser = argparse.ArgumentParser(prog="timm_selfdistill.compare", description="Compare losses on one recipe.")
     add_arguments(parser)
-    return run_command(parser.parse_intermixed_args(arguments))
+    status = run_command(parser.parse_intermixed_args(arguments))
+    if arguments is None:
+        end_program(status)
+    return status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from timm_selfdistill.compare.picture import draw_comparison
 from timm_selfdistill.compare.summary import Comparison, Difference, LossSummary, Spread
+from timm_selfdistill.escape import each_text, markdown_text, printable
 from timm_selfdistill.files import write_results
 from timm_selfdistill.tables import align, markdown
 
@@ -14,16 +15,18 @@ def format_comparison(comparison: Comparison) -> str:
     Args:
         comparison: What `compare` returned, or `comparison.json` holds.
     """
+    comparison = each_text(comparison, printable)
     accuracy, difference = _accuracy_rows(comparison), _difference_rows(comparison)
     return "\n".join([*align(accuracy), "", *align(difference), "", *_notes(comparison)])
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
     """Write `comparison.json`, `comparison.md` and `comparison.png`; each is complete or not there at all."""
-    lines = [f"## Losses compared: {comparison['backbone']}", ""]
-    for rows in (_accuracy_rows(comparison), _difference_rows(comparison)):
+    shown = each_text(comparison, markdown_text)
+    lines = [f"## Losses compared: {shown['backbone']}", ""]
+    for rows in (_accuracy_rows(shown), _difference_rows(shown)):
         lines += [*markdown(rows), ""]
-    lines += [*_notes(comparison), "", "![Top-1 accuracy of every exit with each loss](comparison.png)", ""]
+    lines += [*_notes(shown), "", "![Top-1 accuracy of every exit with each loss](comparison.png)", ""]
     write_results(folder, "comparison", comparison, "\n".join(lines), draw_comparison(comparison))
 
 

@@ -1,5 +1,7 @@
 """From a recipe's data section to batches: open and split a data set, transform its images, load them."""
 
+from timm_selfdistill.data.decode import check_pillow, decode, read_file
+from timm_selfdistill.data.image_files import image_endings
 from timm_selfdistill.data.loaders import Loaders, build_loaders
 from timm_selfdistill.data.order import Arrangement, TrainingOrder
 from timm_selfdistill.data.skipped import SKIPPED, SkipList, merge_skipped
@@ -10,11 +12,10 @@ from timm_selfdistill.data.transforms import (
     InputConfig,
     Transform,
     build_mixup,
-    check_pillow,
-    decode,
     eval_transform,
     train_transform,
 )
+from timm_selfdistill.data.workers import worker_options
 
 __all__ = [
     "MODES",
@@ -33,8 +34,11 @@ __all__ = [
     "check_pillow",
     "decode",
     "eval_transform",
+    "image_endings",
     "is_on_hub",
     "merge_skipped",
     "open_dataset",
+    "read_file",
     "train_transform",
+    "worker_options",
 ]

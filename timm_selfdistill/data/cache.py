@@ -20,6 +20,7 @@ from timm_selfdistill.data.geometry import upload
 from timm_selfdistill.data.order import Draw
 from timm_selfdistill.data.skipped import Use
 from timm_selfdistill.data.splits import ImageSplit
+from timm_selfdistill.data.workers import worker_options
 from timm_selfdistill.metrics import IGNORED
 
 _DECODED_AT_ONCE = 256
@@ -149,7 +150,7 @@ def _decode(
     loader: DataLoader[Any] = DataLoader(
         split,
         batch_size=_DECODED_AT_ONCE,
-        num_workers=workers,
+        **worker_options(workers),
         collate_fn=partial(_decode_all, decoder=decoder),
         # Its own, because starting a loader draws a number.
         generator=torch.Generator(),

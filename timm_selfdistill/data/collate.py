@@ -1,6 +1,7 @@
 """Samples to a batch: decode, transform, stack; and what becomes of images that cannot be decoded."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.data.errors import SampleError
 from timm_selfdistill.data.order import generators_of_training, seed_generators
 from timm_selfdistill.data.skipped import SkipList, SkippedImage, Use
-from timm_selfdistill.data.transforms import Transform, decode, read
+from timm_selfdistill.data.transforms import Transform
 from timm_selfdistill.metrics import IGNORED
 
 Batch = tuple[Tensor, Tensor]
@@ -37,6 +39,7 @@ class Collate:
         mode: The mode of an image that has as many channels as the model takes.
         transform: From an image to a tensor.
         skipped: Lists the images that are skipped; None to skip none.
+        class_index: The class index of every label; None where targets are class indices already.
     """
 
     use: Use
@@ -44,6 +47,7 @@ class Collate:
     mode: str
     transform: Transform
     skipped: SkipList | None
+    class_index: Mapping[int | str, int] | None = None
 
     def __call__(self, samples: list[dict[str, Any]]) -> Batch:
         if "seed" not in samples[0]:
@@ -104,9 +108,17 @@ class Collate:
 
     def _target(self, sample: dict[str, Any]) -> int:
         target = sample["target"]
-        if target is None or target < 0:
+        if target is None or target in ("", -1):
             raise SampleError(f"{self._where(sample)}: the label is missing ({target}).")
-        return int(target)
+        if self.class_index is None:
+            return int(target)
+        if target not in self.class_index:
+            labels = list(self.class_index)
+            raise SampleError(
+                f"{self._where(sample)}: the label is {target!r}, which is none of the {len(labels)} classes "
+                f"{', '.join(map(str, labels[:5]))}{', ...' if len(labels) > 5 else ''}."
+            )
+        return self.class_index[target]
 
     def _where(self, sample: dict[str, Any]) -> str:
         where = f"Split {self.split!r}"

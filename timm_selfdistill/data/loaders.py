@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from timm_selfdistill.data.cache import CachedSplit, cache_splits
 from timm_selfdistill.data.collate import Batch, Collate
+from timm_selfdistill.data.decode import check_pillow
 from timm_selfdistill.data.errors import SampleError
 from timm_selfdistill.data.order import DrawnSamples, TrainingOrder, seed_generators
 from timm_selfdistill.data.skipped import SkipList, Use
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit
-from timm_selfdistill.data.transforms import MODES, InputConfig, check_pillow, eval_transform, train_transform
+from timm_selfdistill.data.transforms import MODES, InputConfig, eval_transform, train_transform
+from timm_selfdistill.data.workers import worker_options
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 
@@ -114,6 +116,7 @@ def build_loaders(
             MODES[input.channels],
             train_transform(augment, input) if use == "training" else eval_transform(input),
             skip_list if section.on_error == "skip" else None,
+            split.class_index if isinstance(split, StreamSplit) else None,
         )
 
     uses: dict[Use, ImageSplit | StreamSplit | None]
@@ -156,11 +159,10 @@ def build_loaders(
         return build(
             samples,
             **batches,
-            num_workers=workers,
+            **worker_options(workers, partial(_seed_worker, process=process)),
             persistent_workers=persistent,
             collate_fn=_as_it_is if use in cached else collate(split, use),
             pin_memory=torch.cuda.is_available() and use not in cached,
-            worker_init_fn=partial(_seed_worker, process=process),
             # Its own, because starting a loader draws a number: from the global generator, that would change what
             # training draws next.
             generator=torch.Generator().manual_seed(seed),

@@ -1,5 +1,6 @@
 """Open a labelled image data set, check it, and decide which rows are for training, validation and evaluation."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,17 +10,24 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
+from timm_selfdistill.data.first_process import is_first_process
+from timm_selfdistill.data.image_folder import FolderSplits
+from timm_selfdistill.data.names import quoted
 from timm_selfdistill.data.sources import (
-    FILE_FORMATS,
+    FILE_ENDINGS,
     Indices,
     check_columns,
     check_same_classes,
     class_names_of,
     encoded,
     load_splits,
+    stream_classes,
     targets_of,
 )
+from timm_selfdistill.data.split_names import resolve_splits, used_splits
 from timm_selfdistill.recipe import DataSection
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +74,15 @@ class StreamSplit:
 
     Args:
         name: The split's name in the data set.
-        rows: Its columns are the encoded "image" and the class index "target".
+        rows: Its columns are the encoded "image" and the label "target", as it is stored.
         size: Number of samples of one pass; None if nobody knows.
+        class_index: The class index of every label.
     """
 
     name: str
     rows: datasets.IterableDataset
     size: int | None
+    class_index: Mapping[int | str, int]
 
 
 @dataclass(frozen=True)
@@ -100,10 +110,11 @@ class ImageData:
 def open_dataset(section: DataSection, seed: int) -> ImageData:
     """Open the data set of a recipe and split it; no code of the data set is run.
 
-    `section.path` is "digits" (embedded), something local, or a name on the hub, in this order. Local is: a folder of
-    parquet or arrow files, of which `train-*.parquet` is the split "train"; a folder of images, one folder per class,
-    below `train`, `val` (the split "validation"), `test` or directly (all of it "train"); a folder written by
-    `save_to_disk`; a parquet or arrow file or a glob of them (all of it "train").
+    `section.path` is "digits" (embedded), something local, or a name on the hub, in this order. Local is: a folder
+    written by `save_to_disk`; a folder of images, as `load_image_folder` reads it; a folder of parquet or arrow files,
+    of which `train-*.parquet` is the split "train"; a parquet or arrow file or a glob of them (all of it "train").
+
+    What was read is logged, by the first process only.
 
     Fractions are stratified by class. Rows held out by `eval_fraction` do not depend on the seed, so that no seed ever
     trains on another's; the validation rows and the `max_train` rows do. `max_eval` limits the evaluation and the
@@ -115,22 +126,18 @@ def open_dataset(section: DataSection, seed: int) -> ImageData:
 
     Raises:
         ValueError: If there is no such data set, split or column, if a column does not hold images or class labels,
-            if a class is too small to be split, or if a stream is asked for what only rows with an index can give.
+            if a class has no training image or is too small to be split, if an image of a folder is in two splits, or
+            if a stream is asked for what only rows with an index can give.
     """
     splits = load_splits(section)
-    used = [section.train_split]
-    if section.eval_fraction is None:
-        used.append(section.eval_split)
-    if isinstance(section.validation, str):
-        used.append(section.validation)
-    for name in used:
-        if name not in splits:
-            raise ValueError(
-                f"{section.path} has no split {name!r}; it has {', '.join(splits)}. Without a split for evaluation, "
-                "data.eval_fraction holds out a share of train."
-            )
+    section = resolve_splits(section, splits)
+    for name in used_splits(section).values():
         check_columns(splits[name].features, name, section)
-    return _stream_data(section, splits) if section.streaming else _indexed_data(section, splits, seed)
+    data = _stream_data(section, splits) if section.streaming else _indexed_data(section, splits, seed)
+    if is_first_process():
+        notes = splits.notes if isinstance(splits, FolderSplits) else ()
+        _logger.info("%s.", "; ".join([_summary(data, section), *notes]))
+    return data
 
 
 def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) -> ImageData:
@@ -142,8 +149,7 @@ def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) ->
 
     rng, fixed = np.random.default_rng(seed), np.random.default_rng(0)
     train, validation = whole(section.train_split), None
-    if len(present := np.unique(train.targets)) < 2:
-        raise ValueError(f"Split {train.name!r} of {section.path} has samples of {len(present)} class; 2 are needed.")
+    _check_classes(train, class_names, section)
     if section.eval_fraction is None:
         evaluation = whole(section.eval_split)
     else:
@@ -162,29 +168,50 @@ def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) ->
     )
 
 
-def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
-    label = splits[section.train_split].features[section.target]
-    if not isinstance(label, datasets.ClassLabel) or label.num_classes < 2:
+def _check_classes(train: ImageSplit, class_names: tuple[str, ...], section: DataSection) -> None:
+    """Refuse a training split of one class, or one in which a class has no image."""
+    counts = np.bincount(train.targets, minlength=len(class_names))
+    present = len(class_names) if section.allow_empty_classes else np.count_nonzero(counts)
+    if present < 2:
+        raise ValueError(f"Split {train.name!r} of {section.path} has samples of {present} class; 2 are needed.")
+    empty = [class_names[index] for index in np.flatnonzero(counts == 0)]
+    if empty and not section.allow_empty_classes:
         raise ValueError(
-            f"data.target {section.target!r} is {label}, but a stream has to name its classes, at least 2, beforehand "
-            "(ClassLabel): set data.streaming to false."
+            f"{len(empty)} of the {len(class_names)} classes of {section.path} have no image in the training split "
+            f"{train.name!r}: {quoted(empty)}. Add images, or set data.allow_empty_classes=true to go on."
         )
+
+
+def _summary(data: ImageData, section: DataSection) -> str:
+    """Return how many images of which splits there are, and the first names of the classes."""
+    parts = [f"{_size(data.train)} images of {data.train.name!r}"]
+    for use, split in (("validation", data.validation), ("evaluation", data.eval)):
+        if use == "evaluation" and section.eval_fraction is None and section.eval_split == section.train_split:
+            continue  # nothing is to be trained: it stands for both
+        if split is not None:
+            held_out = split.name == data.train.name
+            parts.append(f"{_size(split)} {f'held out of it for {use}' if held_out else f'of {split.name!r}'}")
+    return f"{data.name}: {', '.join(parts)}; {len(data.class_names)} classes ({quoted(data.class_names)})"
+
+
+def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
+    class_names, class_index = stream_classes(splits[section.train_split].features[section.target], section)
 
     def whole(name: str, limit: int | None, size: int | None = None) -> StreamSplit:
         rows = splits[name]
-        check_same_classes(rows.features[section.target], name, tuple(label.names))
+        check_same_classes(rows.features[section.target], name, class_names)
         if size is None and rows.info.splits is not None and name in rows.info.splits:
             size = rows.info.splits[name].num_examples
         rows = encoded(rows, {section.image: "image", section.target: "target"})
         if limit is None:
-            return StreamSplit(name, rows, size)
-        return StreamSplit(name, rows.take(limit), limit if size is None else min(limit, size))
+            return StreamSplit(name, rows, size, class_index)
+        return StreamSplit(name, rows.take(limit), limit if size is None else min(limit, size), class_index)
 
     return ImageData(
         train=whole(section.train_split, section.max_train, section.train_size),
         validation=whole(section.validation, section.max_eval) if isinstance(section.validation, str) else None,
         eval=whole(section.eval_split, section.max_eval),
-        class_names=tuple(label.names),
+        class_names=class_names,
         name=_title(section),
         streaming=True,
     )
@@ -227,11 +254,17 @@ def _stratified(targets: Indices, count: int, rng: np.random.Generator) -> Indic
     return np.sort(by_class[rank < np.repeat(quota, sizes)])
 
 
+def _size(split: ImageSplit | StreamSplit) -> int | str:
+    if isinstance(split, ImageSplit):
+        return len(split)
+    return "an unknown number of" if split.size is None else split.size
+
+
 def _title(section: DataSection) -> str:
     """Return what a report may call the data set: no folders of this machine."""
     path = Path(section.path).expanduser()
     if path.is_dir():
         return path.resolve().name
-    if path.suffix in FILE_FORMATS:
+    if path.name.endswith(FILE_ENDINGS) or path.is_file():
         return path.resolve().parent.name
     return section.path if section.name is None else f"{section.path}/{section.name}"

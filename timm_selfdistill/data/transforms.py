@@ -1,14 +1,11 @@
-"""What happens to an image between the file and the batch: decoding, channels, timm's transforms, Mixup."""
+"""What happens to an image between its pixels and the batch: channels, timm's transforms, Mixup."""
 
-import warnings
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-import datasets
-import numpy as np
-from datasets.utils.file_utils import is_local_path, xopen
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.model_config import resolve_input_data_config
 from timm.data.transforms import ResizeKeepRatio
@@ -20,13 +17,16 @@ from timm_selfdistill.recipe import AugmentSection, DataSection
 
 Transform = Callable[[Image.Image], Tensor]
 
+_POLICY_SIZE = 32  # of no consequence: to look at a policy, some size is needed
 _POLICIES = {policy.value: policy for policy in AutoAugmentPolicy}
 
 # The image mode that has as many channels as the model takes.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
-# Resized by their shorter side, images of more extreme shape would fill the memory.
-_MAX_ASPECT = 1000
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
+_CROP_MODES = ("center", "squash", "border")
+# timm's models crop between 0.8 and 1; images resized to far more than is kept of them would fill the memory.
+_LEAST_CROP, _LARGEST_CROP = 0.1, 2.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class InputConfig:
         crop_mode: How the evaluation crops: center, squash or border.
 
     Raises:
-        ValueError: If there is no image mode with that many channels, or mean or std do not fit them.
+        ValueError: If there is no image mode with that many channels, mean or std do not fit them, or another value is
+            none that images can be prepared with, as in a configuration that was damaged or made to do harm.
     """
 
     channels: int
@@ -60,6 +61,21 @@ class InputConfig:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ValueError(f"data.{name} has {len(values)} values for {self.channels} channels: {values}.")
+            if not all(_is_number(value) and (name == "mean" or value > 0) for value in values):
+                raise ValueError(f"data.{name} must be {'' if name == 'mean' else 'positive '}numbers, got {values}.")
+        if not all(isinstance(side, int) and side > 0 for side in self.image_size):
+            raise ValueError(f"The image size must be a height and a width in pixels, got {self.image_size}.")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ValueError(
+                f"data.interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {self.interpolation!r}."
+            )
+        if not _is_number(self.crop_pct) or not _LEAST_CROP <= self.crop_pct <= _LARGEST_CROP:
+            raise ValueError(
+                f"data.crop_pct must be from {_LEAST_CROP} to {_LARGEST_CROP}, as images are resized to image_size "
+                f"divided by it, got {self.crop_pct!r}."
+            )
+        if self.crop_mode not in _CROP_MODES:
+            raise ValueError(f"The crop mode must be one of {', '.join(_CROP_MODES)}, got {self.crop_mode!r}.")
 
     @classmethod
     def from_model(cls, backbone: nn.Module, section: DataSection | None = None) -> Self:
@@ -97,66 +113,6 @@ class InputConfig:
         return {"input_size": (config.pop("channels"), *config.pop("image_size")), **config}
 
 
-def read(value: Any) -> bytes:
-    """Return the encoded bytes of a stored image, none if it is missing.
-
-    Args:
-        value: What `datasets` stores, {"bytes", "path"} or None, or the encoded bytes.
-
-    Raises:
-        Exception: Of any kind, if the file or the address cannot be read.
-    """
-    if isinstance(value, dict):
-        if value["bytes"] is None and value["path"] is not None:
-            opener = open if is_local_path(value["path"]) else xopen
-            with opener(value["path"], "rb") as file:
-                return bytes(file.read())
-        value = value["bytes"]
-    return b"" if value is None else bytes(value)
-
-
-def decode(data: bytes, mode: str) -> Image.Image:
-    """Return an encoded image, upright and in the given mode.
-
-    An alpha channel that the mode lacks is dropped; 16-bit greys keep their upper 8 bits.
-
-    Args:
-        data: The encoded bytes.
-        mode: "L", "RGB" or "RGBA".
-
-    Raises:
-        ValueError: If there is no image in the bytes.
-        Exception: Of any kind, from Pillow and the libraries of the formats, if the image is damaged or, by Pillow's
-            limit, too large.
-    """
-    if not data:
-        raise ValueError("it is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image: Image.Image = datasets.Image().decode_example({"bytes": data, "path": None})
-        except UnidentifiedImageError as error:  # its message tells an address in memory
-            raise ValueError("it has no known image format") from error
-    if max(image.size) > _MAX_ASPECT * min(image.size):
-        raise ValueError(
-            f"it is {image.width} x {image.height} pixels, one side more than {_MAX_ASPECT} times the other"
-        )
-    if image.mode.startswith("I;16"):  # Pillow would clip the values at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:  # Pillow warns on every other way
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
-
-
-def check_pillow() -> None:
-    """Raise ValueError if some code of this process told Pillow to make up what is missing of a truncated image."""
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ValueError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so that truncated images would be filled with grey and trained "
-            "on: set it to False."
-        )
-
-
 def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:
     """Build the random transform for training: PIL image -> float tensor [C, H, W].
 
@@ -181,6 +137,8 @@ def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:
         )
     height, width = config.image_size
     policy = _POLICIES.get(augment.auto_augment or "")
+    if augment.auto_augment is not None and policy is None:
+        _check_policy(augment.auto_augment)
     geometric, colours, to_tensor = create_transform(
         config.image_size,
         is_training=True,
@@ -266,6 +224,22 @@ def _input_channels(backbone: nn.Module) -> int:
         return convolution.in_channels
     pretrained_cfg: Any = backbone.pretrained_cfg
     return int(pretrained_cfg["input_size"][0])
+
+
+def _check_policy(policy: str) -> None:
+    """Refuse a policy that timm does not know, or a setting of one."""
+    try:
+        create_transform(_POLICY_SIZE, is_training=True, auto_augment=policy)
+    except Exception as error:  # timm checks by assertions, conversions and look-ups
+        raise ValueError(
+            f"augment.auto_augment: {policy!r} is no policy of timm's ({str(error) or repr(error)}); allowed are its "
+            "rand-m9-mstd0.5-inc1, augmix-m3-w3, original, originalr, v0, v0r and 3a with their settings, and "
+            f"{', '.join(_POLICIES)}."
+        ) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _per_channel(given: tuple[float, ...] | None, own: tuple[float, ...], channels: int) -> tuple[float, ...]:

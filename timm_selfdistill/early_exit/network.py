@@ -142,7 +142,7 @@ class _Journey:
     def arrive(self, logits: Tensor) -> None:
         """Answer for the images that no exit was sure of, from the backbone's own logits [P, num_classes]."""
         if self._sum is not None:
-            logits = (self._sum + logits) / (self._model.num_exits + 1)
+            logits = self._sum + self._model.ensemble.weights[-1] * logits
         self._answer(self._model.num_exits, self._waiting, logits)
 
     def output(self) -> EarlyExitOutput:
@@ -158,7 +158,8 @@ class _Journey:
         assert isinstance(head, ExitHead)
         logits = head.classify(*taps)
         if self._config.fallback == "ensemble":
-            self._sum = logits if self._sum is None else self._sum + logits
+            weighted = self._model.ensemble.weights[exit] * logits
+            self._sum = weighted if self._sum is None else self._sum + weighted
         confidence, self._state = self._config.confidence(logits, exit, self._state)
         # NaN is never sure.
         sure = (confidence >= self._config.thresholds[exit]) & self._waiting
@@ -172,7 +173,7 @@ class _Journey:
 @torch.no_grad()
 def _try_to_shrink(model: SelfDistillModel) -> tuple[bool, ...]:
     """Return, for each exit, whether the backbone gives the same answers on a part of the batch behind it."""
-    images = random_images(model.backbone, model.config.image_size, 4)
+    images = random_images(model.backbone, model.wrap_config.image_size, 4)
     with untouched(model):
         expected = model(images)
         shrinks = tuple(_shrinks(model, images, expected, exit) for exit in range(model.num_exits))

@@ -62,6 +62,8 @@ RULES: Final[dict[str, Rule]] = {
     "entropy": _entropy,
     "patience": _patience,
 }
+# By how much a confidence, and so a threshold that was chosen among them, may be beside 0 to 1.
+_ROUNDING: Final = 1e-4
 FALLBACKS: Final = ("last", "ensemble")
 
 
@@ -70,13 +72,14 @@ class EarlyExitConfig:
     """When an image leaves a network; it leaves at the first exit whose confidence is at least the exit's threshold.
 
     Args:
-        thresholds: One for each added exit, shallow to deep; infinity lets no image leave there.
+        thresholds: One for each added exit, shallow to deep, 0 to 1, of "patience" 0 or more; infinity lets no image
+            leave there.
         rule: What confidence is: "max-softmax", the largest probability; "margin", the largest minus the second;
             "entropy", 1 minus the entropy's share of the largest possible; "patience", how many exits in a row agreed
             with the one before (0 at the first).
         temperatures: What each exit's logits are divided by first; 1 by default.
         fallback: Who answers for images that no exit was sure of: "last", the backbone's own classifier, or
-            "ensemble", the mean of the logits of all exits and the backbone.
+            "ensemble", all of them together: the model's `ensemble`.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -89,17 +92,24 @@ class EarlyExitConfig:
 
     def __post_init__(self) -> None:
         if self.rule not in list(RULES):
-            raise ValueError(f"rule is {self.rule!r}; allowed are {', '.join(RULES)}.")
+            raise ValueError(f"rule is {self.rule!r:.100}; allowed are {', '.join(RULES)}.")
         if self.fallback not in FALLBACKS:
-            raise ValueError(f"fallback is {self.fallback!r}; allowed are {', '.join(FALLBACKS)}.")
+            raise ValueError(f"fallback is {self.fallback!r:.100}; allowed are {', '.join(FALLBACKS)}.")
         if not all(_is_number(value) and value > -math.inf for value in self.thresholds):
-            raise ValueError(f"thresholds are {list(self.thresholds)}; allowed are numbers, infinity for never.")
+            raise ValueError(f"thresholds are {list(self.thresholds)!r:.300}; allowed are numbers, infinity for never.")
+        most = math.inf if self.rule == "patience" else 1 + _ROUNDING
+        if any(value < -_ROUNDING or most < value < math.inf for value in self.thresholds):
+            counted = "0 or more" if self.rule == "patience" else "from 0, always, to 1"
+            raise ValueError(
+                f"thresholds are {list(self.thresholds)!r:.300}; with the rule {self.rule} allowed are numbers "
+                f"{counted}, and infinity for never."
+            )
         if self.temperatures is None:
             return
         if len(self.temperatures) != len(self.thresholds):
             raise ValueError(f"{len(self.thresholds)} thresholds, but {len(self.temperatures)} temperatures.")
         if not all(_is_number(value) and 0 < value < math.inf for value in self.temperatures):
-            raise ValueError(f"temperatures are {list(self.temperatures)}; allowed are finite numbers above 0.")
+            raise ValueError(f"temperatures are {list(self.temperatures)!r:.300}; allowed are finite numbers above 0.")
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "EarlyExitConfig":
@@ -110,12 +120,12 @@ class EarlyExitConfig:
         """
         names = {field.name for field in fields(cls)}
         if not isinstance(saved, Mapping) or set(saved) != names:
-            raise ValueError(f"it is {saved!r}; it must be an object with the keys {', '.join(sorted(names))}.")
+            raise ValueError(f"it is {saved!r:.300}; it must be an object with the keys {', '.join(sorted(names))}.")
         thresholds, temperatures = saved["thresholds"], saved["temperatures"]
         if not isinstance(thresholds, list) or not isinstance(temperatures, list | None):
             raise ValueError(
-                f"thresholds are {thresholds!r} and temperatures {temperatures!r}; allowed are lists of numbers, for "
-                "temperatures also null."
+                f"thresholds are {thresholds!r:.300} and temperatures {temperatures!r:.300}; allowed are lists "
+                "of numbers, for temperatures also null."
             )
         return cls(
             thresholds=tuple(math.inf if value is None else value for value in thresholds),

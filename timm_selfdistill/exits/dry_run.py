@@ -11,6 +11,7 @@ from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from timm_selfdistill.exits.candidates import Backbone, Classifier
+from timm_selfdistill.failures import is_out_of_memory
 from timm_selfdistill.flops import MacCounter
 
 
@@ -59,13 +60,16 @@ def dry_run(
     """
     channels, height, width = _input_size(backbone, image_size)
     parameter = next(backbone.parameters())
-    zeros = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
+    shape = (1, channels, height, width)
     try:
+        zeros = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)
         records, inputs, output, macs = _forward(backbone, zeros, taps, classifier.modules)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(
-            f"{type(backbone).__name__} fails on an input of shape {tuple(zeros.shape)}: {error}. "
-            "Give image_size if it needs another one."
+            f"{type(backbone).__name__} fails on an input of shape {shape}: {str(error).rstrip('.')}. "
+            f"{_advice(backbone, image_size)}"
         ) from error
     if not isinstance(output, Tensor) or output.ndim != 2:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
@@ -108,6 +112,23 @@ def _input_size(backbone: Backbone, image_size: int | tuple[int, int] | None) ->
     if image_size is not None:
         size = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
     return channels, size[0], size[1]
+
+
+def _advice(backbone: Backbone, image_size: int | tuple[int, int] | None) -> str:
+    """Return what to do about a backbone that cannot take images of a size."""
+    if image_size is None:
+        return "Give image_size if it needs another one."
+    height, width = _input_size(backbone, None)[1:]
+    size = image_size if isinstance(image_size, int) or image_size[0] != image_size[1] else image_size[0]
+    return (
+        f"Its own image_size is {height} x {width}. A backbone of one size, as most transformers are, is built for "
+        f"another by img_size={_without_spaces(size)} of timm.create_model (in a recipe: "
+        f"model.kwargs.img_size={_without_spaces(size)}), or for any by dynamic_img_size=true where it knows that."
+    )
+
+
+def _without_spaces(size: int | tuple[int, int]) -> str:
+    return str(size if isinstance(size, int) else list(size)).replace(" ", "")
 
 
 def _forward(

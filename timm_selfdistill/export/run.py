@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_selfdistill.data import InputConfig
 from timm_selfdistill.export.errors import ExportError, first_line, name_of
 from timm_selfdistill.export.graphs import write_onnx, write_torch_export
-from timm_selfdistill.hub import class_names, from_pretrained, is_exported, save_exported
+from timm_selfdistill.hub import check_finite, class_names, complete_names, from_pretrained, is_exported, save_exported
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.truncation import truncate
 
@@ -48,22 +48,23 @@ def export_model(
         format: "safetensors" (weights and how to build the network, for `load_exported`), "torch-export" or "onnx".
         dynamic_batch: Whether the graph takes batches of any size; else it takes one image.
         image_size: Height and width in pixels that the graph takes; by default that of the model's preprocessing.
-        label_names: Class names, in the order of the logits; those that were saved with the model by default.
+        label_names: Class names, in the order of the logits; those that were saved with the model by default; classes
+            behind the last are named by their index.
         overwrite: Whether to replace what an earlier export wrote to the path.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If an argument is not allowed, the path is taken, or a package that the format needs is missing.
+        ValueError: If an argument is not allowed, the path is taken, a package that the format needs is missing, or a
+            weight is no finite number.
         ExportError: If torch or ONNX cannot write the network, or what was written gives other logits.
     """
     path = Path(path)
     _check_format(format, dynamic_batch)
     _check_path(path, format, overwrite)
-    names = class_names(model) if label_names is None else tuple(label_names)
-    if names is not None and len(names) != model.num_classes:
-        raise ValueError(f"{len(names)} label_names for {model.num_classes} classes: give one for each.")
+    names = class_names(model) if label_names is None else complete_names(label_names, model.num_classes)
+    check_finite(model)
     input = InputConfig.from_model(model.backbone)
     if image_size is not None:
         input = replace(input, image_size=(image_size, image_size) if isinstance(image_size, int) else image_size)
@@ -94,6 +95,7 @@ def export_folder(
     dynamic_batch: bool = False,
     image_size: int | tuple[int, int] | None = None,
     overwrite: bool = False,
+    default_folder: str | Path | None = None,
 ) -> Path:
     """Write a saved model, cut off behind an exit, as `export_model` does.
 
@@ -105,6 +107,7 @@ def export_folder(
         dynamic_batch: As in `export_model`.
         image_size: As in `export_model`.
         overwrite: As in `export_model`.
+        default_folder: What stands for `source` in the default of `output`.
 
     Returns:
         The path that was written.
@@ -119,11 +122,12 @@ def export_folder(
     model = from_pretrained(folder / "model" if (folder / "model").is_dir() else source)
     exit = model.num_exits if exit is None else exit
     if output is None:
-        output = (folder if folder.is_dir() else Path()) / f"exit-{exit}{FORMATS[format]}"
+        beside = folder if default_folder is None else Path(default_folder)
+        output = (beside if beside.is_dir() else Path()) / f"exit-{exit}{FORMATS[format]}"
     return export_model(
         model,
         exit,
-        output,
+        output.expanduser(),
         format=format,
         dynamic_batch=dynamic_batch,
         image_size=image_size,

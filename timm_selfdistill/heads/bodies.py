@@ -94,6 +94,8 @@ class SepConvAttention(nn.Module):
 
     def __init__(self, tap: Tap, feature_dim: int, attention: bool = True) -> None:
         super().__init__()
+        if not isinstance(attention, bool):
+            raise ValueError(f"attention of a head must be true or false, got {attention!r}.")
         self.tap = tap
         links = _halvings(tap)
         growth = (feature_dim / tap.channels) ** (1 / links)

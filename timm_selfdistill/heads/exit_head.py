@@ -1,9 +1,11 @@
 """An exit's network: a registered body for each tapped tensor, and a linear classifier."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -85,4 +87,24 @@ def _build_body(head: str, tap: Tap, feature_dim: int, head_kwargs: Mapping[str,
         raise ValueError(
             f"Head {head!r} takes no argument {', '.join(unknown)}; allowed are {', '.join(allowed) or 'none'}."
         )
-    return cls(tap, feature_dim, **head_kwargs)
+    build = partial(cls, tap, feature_dim, **head_kwargs)
+    if head_kwargs:
+        _check_memory(build, f"head_kwargs {dict(head_kwargs)}: head {head!r} at {tap.name!r}")
+    return build()
+
+
+def _check_memory(build: Callable[[], nn.Module], what: str) -> None:
+    """Refuse a body that this machine's memory cannot hold, before any of it is taken."""
+    available = psutil.virtual_memory().total
+    try:
+        with torch.device("meta"):
+            needed = sum(parameter.nbytes for parameter in build().parameters())
+    except (RuntimeError, TypeError, OverflowError) as error:
+        if "overflow" not in str(error).lower():
+            return  # some third-party bodies compute numbers while they are built
+        raise ValueError(f"{what} would have more parameters than can be counted; give smaller numbers.") from error
+    if needed > available:
+        raise ValueError(
+            f"{what} would have parameters of {needed / 2**30:,.0f} GiB, and this machine has {available / 2**30:,.0f} "
+            "GiB of memory; give smaller numbers."
+        )

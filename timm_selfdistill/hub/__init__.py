@@ -7,10 +7,11 @@ from timm_selfdistill.hub.folder import (
     CARD,
     EXITS,
     read_early_exit,
+    read_run,
     save_early_exit,
     save_pretrained,
 )
-from timm_selfdistill.hub.labels import class_names
+from timm_selfdistill.hub.labels import class_names, complete_names
 from timm_selfdistill.hub.remote import (
     HubError,
     from_pretrained,
@@ -20,7 +21,7 @@ from timm_selfdistill.hub.remote import (
     push_folder,
     push_to_hub,
 )
-from timm_selfdistill.hub.saved import CONFIG
+from timm_selfdistill.hub.saved import CONFIG, check_finite
 
 __all__ = [
     "BACKBONE",
@@ -29,7 +30,9 @@ __all__ = [
     "EXITS",
     "HubError",
     "Training",
+    "check_finite",
     "class_names",
+    "complete_names",
     "from_pretrained",
     "is_exported",
     "load_early_exit",
@@ -40,6 +43,7 @@ __all__ = [
     "push_folder",
     "push_to_hub",
     "read_early_exit",
+    "read_run",
     "save_early_exit",
     "save_exported",
     "save_pretrained",

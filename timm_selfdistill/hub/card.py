@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_selfdistill.backbones import default_cfgs
 from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.escape import markdown_block, markdown_code, markdown_link, markdown_text, printable
 from timm_selfdistill.model import SelfDistillModel
 
 # Where a run's picture is, seen from the model's folder; a repository has both in one place.
@@ -52,18 +53,18 @@ def model_card(
         license: Licence of the weights, by its identifier on the Hub.
         early_exit: The early-exit settings that are saved with the model, if any.
     """
-    names = ", ".join(f"`{name}`" for name in model.exit_names)
+    names = ", ".join(map(markdown_code, model.exit_names))
     text = (
         f"---\n{_metadata(model, training, license)}\n---\n\n"
-        f"# {_architecture(model)}, self-distilled\n\n"
-        f"A timm `{_architecture(model)}` with {model.num_classes} classes and exits at {names}, trained as its own "
-        f"teacher{_origin(training)}. {_licence(license)}\n\n{_usage(model, None, early_exit)}"
+        f"# {markdown_text(_architecture(model))}, self-distilled\n\n"
+        f"A timm {markdown_code(_architecture(model))} with {model.num_classes} classes and exits at {names}, "
+        f"trained as its own teacher{_origin(training)}. {_licence(license)}\n\n{_usage(model, None, early_exit)}"
     )
     if training is None:
         return text
     if training.report is not None:
         text += f"\n{training.table}\n![Accuracy of every exit over its compute]({_PICTURE})\n"
-    return f"{text}\n## Recipe\n\n```yaml\n{training.recipe.rstrip()}\n```\n"
+    return f"{text}\n## Recipe\n\n{markdown_block(training.recipe, 'yaml')}"
 
 
 def card_with_early_exit(card: str, model: SelfDistillModel, early_exit: EarlyExitConfig) -> str:
@@ -115,7 +116,7 @@ def _metadata(model: SelfDistillModel, training: Training | None, license: str |
         tags=["image-classification", "timm", "timm_selfdistill"],
         datasets=[training.dataset] if training is not None and on_hub else None,
         base_model=training.base_model if training is not None else None,
-        model_name=f"{_architecture(model)}, self-distilled" if results else None,
+        model_name=f"{printable(_architecture(model))}, self-distilled" if results else None,
         metrics=["accuracy"] if results else None,
         eval_results=results or None,
     )
@@ -127,13 +128,15 @@ def _origin(training: Training | None) -> str:
     if training is None:
         return ""
     name = training.dataset
-    data = f"[{name}](https://huggingface.co/datasets/{name})" if training.on_hub else f"`{name}`"
+    data = markdown_link(name, f"https://huggingface.co/datasets/{name}") if training.on_hub else markdown_code(name)
     base = training.base_model
-    return f" on {data}" + (f", from the weights of [{base}](https://huggingface.co/{base})" if base else "")
+    return f" on {data}" + (
+        f", from the weights of {markdown_link(base, f'https://huggingface.co/{base}')}" if base else ""
+    )
 
 
 def _licence(license: str | None) -> str:
-    return _NO_LICENSE if license is None else f"Licence: {license}."
+    return _NO_LICENSE if license is None else f"Licence: {markdown_text(license)}."
 
 
 def _results(training: Training, report: Mapping[str, Any]) -> list[EvalResult]:
@@ -143,9 +146,9 @@ def _results(training: Training, report: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="image-classification",
             dataset_type=re.sub(r"[^\w./-]+", "-", training.dataset),
-            dataset_name=report["dataset"],
+            dataset_name=printable(report["dataset"]),
             metric_type="accuracy",
-            metric_name=f"top-1 accuracy in percent ({name})",
+            metric_name=f"top-1 accuracy in percent ({printable(name)})",
             metric_value=round(top1, 2),
         )
         for name, top1 in rows
@@ -178,7 +181,7 @@ def _timm_snippet(model: SelfDistillModel, repo_id: str | None) -> str:
             "import timm\nimport timm_selfdistill  # timm does not have this network; the import registers it\n\n"
             f'model = timm.create_model("{source}", pretrained=True)\n'
         )
-    if not model.config.small_stem:
+    if not model.wrap_config.small_stem:
         return f'import timm\n\nmodel = timm.create_model("{source}", pretrained=True)\n'
     stem = model.backbone.conv1
     if repo_id is None:

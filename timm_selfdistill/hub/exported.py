@@ -14,8 +14,10 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from timm_selfdistill.hub.folder import BACKBONE, build, load_weights, truthful_config, unshare
-from timm_selfdistill.hub.saved import CONFIG, KEY, describe, read_config, read_weights, sha256_of
+from timm_selfdistill.hub.build import build
+from timm_selfdistill.hub.folder import BACKBONE, load_weights, truthful_config, unshare
+from timm_selfdistill.hub.limits import check_config
+from timm_selfdistill.hub.saved import CONFIG, KEY, check_finite, describe, read_config, read_weights, sha256_of
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.truncation import truncate
 
@@ -45,6 +47,7 @@ def save_exported(
     """
     if not hasattr(model.backbone, "pretrained_cfg"):
         raise ValueError(f"A saved network must be of a backbone of timm's, got {type(model.backbone).__name__}.")
+    check_finite(model)
     small = truncate(model, exit).cpu().to(memory_format=torch.contiguous_format)
     small.register_state_dict_post_hook(unshare)  # type: ignore[no-untyped-call]
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +62,7 @@ def save_exported(
         )
         config = json.loads((staged / CONFIG).read_text())
         config[KEY] = asdict(describe(model, {BACKBONE: sha256_of((staged / BACKBONE).read_bytes())}, exit=exit))
+        check_config(config)
         (staged / CONFIG).write_text(json.dumps(config, indent=2))
         for name in (BACKBONE, CONFIG):
             # safetensors makes files that only their owner can read, whatever the umask.
@@ -85,10 +89,7 @@ def load_exported(folder: str | Path) -> nn.Module:
     if saved.exit is None:
         raise ValueError(f"{folder} holds a whole model: load it by sd.from_pretrained.")
     weights = read_weights(folder / BACKBONE, saved.sha256.get(BACKBONE))
-    try:
-        small = truncate(build(folder, saved), saved.exit)
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} does not describe a network that can be built: {error}") from error
+    small = truncate(build(folder, saved, {BACKBONE: weights}), saved.exit)
     load_weights(small, weights, folder / BACKBONE)
     return small.eval()
 

@@ -17,9 +17,12 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.hub.build import build
 from timm_selfdistill.hub.card import card_with_early_exit, model_card
-from timm_selfdistill.hub.saved import CONFIG, KEY, Saved, describe, read_config, read_weights, sha256_of
-from timm_selfdistill.model import SelfDistillModel, wrap
+from timm_selfdistill.hub.labels import complete_names
+from timm_selfdistill.hub.limits import check_config
+from timm_selfdistill.hub.saved import CONFIG, KEY, check_finite, describe, read_config, read_weights, sha256_of
+from timm_selfdistill.model import Ensemble, SelfDistillModel
 
 BACKBONE, EXITS, CARD = "model.safetensors", "exits.safetensors", "README.md"
 
@@ -32,6 +35,7 @@ def save_pretrained(
     data_config: Mapping[str, Any] | None = None,
     early_exit: EarlyExitConfig | None = None,
     card: str | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a model to a folder that `from_pretrained` and, for the backbone, plain timm load.
 
@@ -45,22 +49,26 @@ def save_pretrained(
     Args:
         model: The wrapped model; what it is wrapped in (DDP, compile) must be removed first.
         folder: Where to write; made if it does not exist.
-        label_names: Class names, in the order of the logits.
+        label_names: Class names, in the order of the logits; classes behind the last are named by their index.
         data_config: Preprocessing of the training run (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
         early_exit: When images leave early, for `load_early_exit`; the `config` of an `EarlyExit`.
         card: Text of the model card; a short one by default.
+        run: What a training run says of itself, as JSON can hold it.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the backbone is not a timm model, or not one that `data_config` fits; if `early_exit` has not one
-            threshold for each exit.
+        ValueError: If the backbone is not a timm model, or not one that `data_config` fits, or has other weights than
+            timm would build it with; if `early_exit` has not one threshold for each exit, there are more names than
+            classes, or a weight is no finite number.
     """
     if not hasattr(model.backbone, "pretrained_cfg"):
         raise ValueError(f"A saved model must have a backbone of timm's, got {type(model.backbone).__name__}.")
     if early_exit is not None:
         early_exit.check_exits(model.exit_names[:-1])
+    check_finite(model)
+    names = None if label_names is None else complete_names(label_names, model.num_classes)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Saved as stored on disk by plain timm: on the CPU and in the default memory format.
@@ -72,16 +80,18 @@ def save_pretrained(
         save_for_hf(
             backbone,
             str(staged),
-            model_config=truthful_config(label_names),
+            model_config=truthful_config(names),
             safe_serialization=True,
             data_config=dict(data_config or {}),
         )
+        _check_can_be_built(staged, backbone)
         safetensors.torch.save_file(exits, staged / EXITS)
         config = json.loads((staged / CONFIG).read_text())
         sha256 = {name: sha256_of((staged / name).read_bytes()) for name in (BACKBONE, EXITS)}
         # It stands beside `model_args` too: transformers' wrapper of timm hands over both, and then fails.
         config["model_args"].pop("num_classes", None)
-        config[KEY] = asdict(describe(model, sha256, early_exit=early_exit))
+        config[KEY] = asdict(describe(model, sha256, early_exit=early_exit, run=run))
+        check_config(config)
         (staged / CONFIG).write_text(json.dumps(config, indent=2))
         (staged / CARD).write_text(card if card is not None else model_card(model, early_exit=early_exit))
         for name in (BACKBONE, EXITS, CARD, CONFIG):
@@ -89,6 +99,26 @@ def save_pretrained(
             shutil.copymode(staged / CONFIG, staged / name)
             os.replace(staged / name, folder / name)
     return folder
+
+
+def _check_can_be_built(folder: Path, backbone: nn.Module) -> None:
+    """Refuse a backbone that timm would not build from a folder with the names of its weights.
+
+    Raises:
+        ValueError: Naming one of them.
+    """
+    try:
+        with torch.device("meta"):
+            built = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except Exception:  # of whatever kind: some networks cannot be built without memory
+        return
+    differing = sorted(set(built.state_dict()) ^ set(backbone.state_dict()))
+    if differing:
+        raise ValueError(
+            f"{type(backbone).__name__} could not be loaded again: {len(differing)} of its weights, such as "
+            f"{differing[0]!r}, have other names than in the network that timm builds. It was fused or changed: save "
+            "it before that."
+        )
 
 
 def load_folder(folder: str | Path) -> SelfDistillModel:
@@ -112,30 +142,23 @@ def load_folder(folder: str | Path) -> SelfDistillModel:
             f"{folder} holds a network that ends at exit {saved.exit}, not a whole model: sd.load_exported."
         )
     weights = {name: read_weights(folder / name, saved.sha256.get(name)) for name in (BACKBONE, EXITS)}
-    model = build(folder, saved)
+    model = build(folder, saved, weights)
     for name, module in ((BACKBONE, model.backbone), (EXITS, model.heads)):
         load_weights(module, weights[name], folder / name)
+    if saved.ensemble is not None:
+        model.ensemble = _ensemble(folder, saved.ensemble, model.num_exits + 1)
     return model.eval()
 
 
-def build(folder: Path, saved: Saved) -> SelfDistillModel:
-    """Build the model that a folder's configuration describes, with random weights.
-
-    Raises:
-        ValueError: If it cannot be built.
-    """
+def _ensemble(folder: Path, value: Any, outputs: int) -> Ensemble:
+    """Return the ensemble that was saved with a model of so many outputs."""
     try:
-        return wrap(
-            timm.create_model(f"local-dir:{folder}", pretrained=False),
-            exits=saved.exits,
-            head=saved.head,
-            head_kwargs=saved.head_kwargs,
-            hint_adapter=saved.hint_adapter,
-            small_stem=saved.small_stem,
-            image_size=(saved.image_size[0], saved.image_size[1]),
-        )
-    except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
-        raise ValueError(f"The model that {folder / CONFIG} describes cannot be built: {error!r}") from error
+        ensemble = Ensemble.from_json(value)
+        if len(ensemble.weights) != outputs:
+            raise ValueError(f"it has {len(ensemble.weights)} weights for {outputs} outputs")
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} holds an ensemble that is not allowed: {error}") from error
+    return ensemble
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -148,6 +171,15 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path
         module.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the model that {CONFIG} describes: {error}") from error
+
+
+def read_run(folder: str | Path) -> Any:
+    """Return what the training run that saved a model said of itself, or None if no run did.
+
+    Raises:
+        ValueError: If the folder holds no model.
+    """
+    return read_config(Path(folder)).run
 
 
 def read_early_exit(folder: str | Path) -> EarlyExitConfig | None:

@@ -1,12 +1,13 @@
 """Models on the Hugging Face Hub: push one, load one."""
 
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -19,8 +20,11 @@ from timm_selfdistill.hub.card import card_for_repository
 from timm_selfdistill.hub.folder import BACKBONE, CARD, EXITS, load_folder, read_early_exit, save_pretrained
 from timm_selfdistill.hub.saved import CONFIG
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.recipe import LICENSE, REPO_ID
+from timm_selfdistill.recipe import LICENSE, REPO_ID, RecipeError, load_recipe
+from timm_selfdistill.redaction import redact, without_places
 
+_RECIPE = "recipe.yaml"
+_TEXTS = (".md", ".yaml", ".json")
 # What a training run writes beside its model.
 _OF_A_RUN = ("report.json", "report.md", "report.png", "recipe.yaml")
 # What `calibrate` writes there: it tells of the early-exit settings, and goes with them only.
@@ -209,11 +213,16 @@ def push_folder(
     if (saved / CARD).is_file():
         card = (saved / CARD).read_text()
         files[CARD] = card_for_repository(card, model, repo_id, license=license, early_exit=early_exit).encode()
+    files |= _shareable({name: file for name, file in files.items() if name.endswith(_TEXTS)}, folder)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     make_repository(repo_id, private=private, token=token)
-    api = HfApi(token=token, library_name="timm_selfdistill")
-    with _explained(f"Pushing to {repo_id}", revision):
+    api = HfApi(token=_bare(token), library_name="timm_selfdistill")
+    with _explained(f"Pushing to {repo_id}", revision, token):
         parent = api.repo_info(repo_id, revision=revision).sha
+        for operation in operations:
+            # One file at a time: for several, the client starts threads, whose end a signal would have to wait for.
+            if operation.path_in_repo in (BACKBONE, EXITS):
+                api.preupload_lfs_files(repo_id, [operation], revision=revision, create_pr=create_pr)
         commit = api.create_commit(
             repo_id,
             operations,
@@ -238,19 +247,19 @@ def make_repository(repo_id: str, *, private: bool = False, token: str | None = 
         HubError: If the Hub cannot be reached, or does not let the token do this.
     """
     _check_repo_id(repo_id)
-    with _explained(f"Pushing to {repo_id}", None):
-        HfApi(token=token, library_name="timm_selfdistill").create_repo(repo_id, private=private, exist_ok=True)
+    with _explained(f"Pushing to {repo_id}", None, token):
+        HfApi(token=_bare(token), library_name="timm_selfdistill").create_repo(repo_id, private=private, exist_ok=True)
 
 
 def _fetch(source: str | Path, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Path:
     """Return the folder of a saved model, downloaded first where it is a repository on the Hub."""
     if not Path(source).is_dir() and REPO_ID.fullmatch(str(source)):
-        with _explained(f"Loading {source}", revision):
+        with _explained(f"Loading {source}", revision, token):
             return Path(
                 snapshot_download(
                     str(source),
                     revision=revision,
-                    token=token,
+                    token=_bare(token),
                     cache_dir=cache_dir,
                     allow_patterns=[CONFIG, BACKBONE, EXITS],
                     library_name="timm_selfdistill",
@@ -261,18 +270,57 @@ def _fetch(source: str | Path, revision: str | None, token: str | None, cache_di
     return Path(source)
 
 
+def _shareable(files: Mapping[str, Path | bytes], folder: Path) -> dict[str, bytes]:
+    """Return texts without what tells of this machine: where the run, its data and its models are, and tokens.
+
+    Runs of earlier versions have it in their recipe and card.
+    """
+    texts = {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
+    places = {str(path): folder.resolve().name for path in (folder.resolve(), folder) if path.is_absolute()}
+    try:
+        recipe = load_recipe(folder / _RECIPE)
+    except RecipeError:  # none, or that of another version
+        recipe = None
+    if recipe is not None:
+        shared = recipe.without_local_paths()
+        names = ((recipe.data.path, shared.data.path), (recipe.model.name, shared.model.name))
+        places |= {full: short for full, short in names if full != short}
+        if recipe.output_dir is not None and Path(recipe.output_dir).is_absolute():
+            places[recipe.output_dir] = Path(recipe.output_dir).name
+        if _RECIPE in texts:
+            texts[_RECIPE] = shared.to_yaml().encode()
+    return {
+        # What cannot be decoded is no text of this library's, and is kept byte by byte.
+        name: redact(without_places(text.decode(errors="surrogateescape"), places)).encode(errors="surrogateescape")
+        for name, text in texts.items()
+    }
+
+
 def _check_repo_id(repo_id: str) -> None:
     if not REPO_ID.fullmatch(repo_id):
         raise ValueError(f"A repository on the Hub is named namespace/name, such as me/my-net, not {repo_id!r}.")
 
 
+def _bare(token: str | None) -> str | None:
+    """Return a token without the line break that it was read with, which no header takes."""
+    return token.strip() if isinstance(token, str) else token
+
+
 @contextmanager
-def _explained(doing: str, revision: str | None) -> Iterator[None]:
-    """Say what the Hub's errors mean."""
+def _explained(doing: str, revision: str | None, token: str | None) -> Iterator[None]:
+    """Say what the Hub's errors mean, and no token."""
     try:
         yield
     except Exception as error:  # the client's, its HTTP library's and the system's errors have no common base
-        raise HubError(f"{doing} failed: {_explain(error, revision)}.") from error
+        tokens = [text for text in (token, get_token()) if isinstance(text, str)]
+        failure = HubError(redact(f"{doing} failed: {_explain(error, revision)}.", tokens))
+        trace = "".join(traceback.format_exception(error))
+        if redact(trace, tokens) == trace:
+            raise failure from error
+    else:
+        return
+    # Without what caused it, which holds a token.
+    raise failure from None
 
 
 def _explain(error: Exception, revision: str | None) -> str:

@@ -180,14 +180,19 @@ def standardize(logits: Tensor) -> Tensor:
     """Return each sample's logits [..., C] minus their mean, divided by their standard deviation plus 1e-7.
 
     Paper: "Logit Standardization in Knowledge Distillation", https://arxiv.org/abs/2403.01427. As in its code, the
-    variance is the sum of squares divided by C - 1.
+    variance is the sum of squares divided by C - 1. Logits that are all equal become 0, with a gradient of 0.
 
     Raises:
         ValueError: If there is one class only.
     """
     if logits.shape[-1] < 2:
         raise ValueError("standardize_logits needs two classes or more, but there is one only.")
-    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
+    centred = logits - logits.mean(-1, keepdim=True)
+    # Unlike that of std, the gradient of this is finite where all logits are equal.
+    std: Tensor = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(logits.shape[-1] - 1)
+    constant = logits.amax(-1, keepdim=True) == logits.amin(-1, keepdim=True)
+    # What is left of equal logits is rounding; divided by 1e-7, its gradient would be infinite in float16.
+    return (centred / (std + 1e-7)).masked_fill(constant, 0)
 
 
 def _is_target(target: Tensor, logits: Tensor) -> Tensor:

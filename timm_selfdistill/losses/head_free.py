@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_selfdistill.losses.divergences import kl
-from timm_selfdistill.losses.inputs import check_entries, check_target, cross_entropy, stack
+from timm_selfdistill.losses.inputs import TEMPERATURES, check_entries, check_target, cross_entropy, stack
 from timm_selfdistill.losses.needs import Needs, TrainingTime
 from timm_selfdistill.losses.self_distillation import register_loss
 from timm_selfdistill.model import ExitOutput
@@ -39,7 +39,7 @@ class CSKD(nn.Module):
     def __init__(self, weight: float = 1.0, temperature: float = 4.0) -> None:
         super().__init__()
         self.weight = _checked("weight", weight)
-        self.temperature = _checked("temperature", temperature, 1e-6, 1e6)
+        self.temperature = _checked("temperature", temperature, *TEMPERATURES)
 
     def forward(self, out: ExitOutput, target: Tensor, *, partners: ExitOutput) -> dict[str, Tensor]:
         """Compute the loss.
@@ -91,7 +91,7 @@ class DLB(nn.Module):
     def __init__(self, weight: float = 1.0, temperature: float = 3.0) -> None:
         super().__init__()
         self.weight = _checked("weight", weight)
-        self.temperature = _checked("temperature", temperature, 1e-6, 1e6)
+        self.temperature = _checked("temperature", temperature, *TEMPERATURES)
         self._before: Tensor | None = None
 
     def forward(self, out: ExitOutput, target: Tensor) -> dict[str, Tensor]:

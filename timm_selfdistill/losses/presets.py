@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from timm_selfdistill.losses.divergences import HINT_DISTANCES
+from timm_selfdistill.losses.inputs import TEMPERATURES
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class SelfDistillationConfig:
         deepest_ce_weight: Weight of the backbone's own cross-entropy with the target.
         kd_weight: Weight of each exit's divergence from its teacher.
         hint_weight: Weight of each exit's distance from the backbone's feature.
-        temperature: Softmax temperature of both sides of the divergence; not used by "mse".
+        temperature: Softmax temperature of both sides of the divergence, from 1e-6 to 1,000; not used by "mse".
         t_squared: Multiply what is computed at the temperature T by T^2, which keeps its gradient independent of T.
         divergence: Name of a registered divergence.
         teacher: Name of a registered teacher.
@@ -58,8 +59,7 @@ class SelfDistillationConfig:
             self._check_number(name, 0.0, math.inf)
         if not any(getattr(self, name) for name in weights):
             raise ValueError(f"All weights are 0; at least one of {', '.join(weights)} must be positive.")
-        # Limits far from any useful value, within which no logits can overflow float32.
-        self._check_number("temperature", 1e-6, 1e6)
+        self._check_number("temperature", *TEMPERATURES)
         self._check_number("label_smoothing", 0.0, 1.0)
         self._check_number("kd_warmup_epochs", 0.0, math.inf)
         for name in ("t_squared", "standardize_logits"):

@@ -116,8 +116,9 @@ class SelfDistillationLoss(nn.Module):
             "kd/0" to "kd/K-1" and "hint/0" to "hint/K-1", shallow to deep; "ce/K" is the backbone's.
 
         Raises:
-            ValueError: If a shape or dtype is not as above, or `ema` or `time` is needed and missing. Values are not
-                looked at, as that would stall a GPU.
+            ValueError: If a shape or dtype is not as above, or `ema` or `time` is needed and missing. Values are looked
+                at on the CPU only, as that would stall a GPU: there, a target must hold indices of classes, or
+                probabilities that are not negative and sum to 1.
         """
         config = self.config
         if not self.needs_exits:

@@ -44,6 +44,11 @@ class Ensemble:
         except (LookupError, TypeError) as error:
             raise ValueError(f"An ensemble is a mapping with a list 'weights'; got {value!r:.200}.") from error
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the mean of the logits."""
+        return self == Ensemble.mean(len(self.weights))
+
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON holds it."""
         return asdict(self)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,10 @@ from torch import Tensor, nn
 from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, find_exit_points, pool_feature
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model.ensemble import Ensemble
-from timm_selfdistill.tape import Reached, Tape, Visit, is_bound_to, record_feature, record_tap
+from timm_selfdistill.model.hooks import Hooks, Visit
+
+# The keys of a backbone's `pretrained_cfg` that describe classes.
+_CLASS_NAMES = ("label_names", "label_descriptions")
 
 
 class ExitOutput(NamedTuple):
@@ -48,6 +50,10 @@ class SelfDistillModel(nn.Module):
         backbone: The timm model.
         taps: Where the exits hang and where the teacher's feature is read.
         config: How the backbone was wrapped.
+
+    Attributes:
+        ensemble: How the logits of all exits become one answer; the mean until `fit_ensemble` fits it. Saved with the
+            model, and the mean again after `reset_classifier`.
     """
 
     backbone: Backbone
@@ -57,16 +63,11 @@ class SelfDistillModel(nn.Module):
         self.training = backbone.training
         self.backbone = backbone
         self.taps = taps
-        self.config = config
+        self.wrap_config = config
         self.backbone_frozen = False
         self.ensemble = Ensemble.mean(len(taps.points) + 1)
         self.heads = self._build_heads(self.num_classes)
-        self._tape = Tape()
-        for index, point in enumerate(taps.points):
-            module = backbone.get_submodule(point.module)
-            members = tuple(tap.member for tap in point.taps)
-            module.register_forward_hook(partial(record_tap, self._tape, index, members))
-        self._read_classifiers()
+        self._hooks = Hooks(backbone, taps.points, taps.classifier.modules)
 
     def train(self, mode: bool = True) -> "SelfDistillModel":
         """Set the mode; where `backbone_frozen` is set, the backbone stays in eval mode: its batch statistics rest."""
@@ -86,17 +87,16 @@ class SelfDistillModel(nn.Module):
             The backbone's logits [B, num_classes]; with `return_exits` an `ExitOutput` instead.
         """
         if not return_exits:
-            return self._run_backbone(x)
-        tape = self._tape
-        tape.start()
-        try:
-            logits = self._run_backbone(x)
-            taps = [tape.taps[index] for index in range(self.num_exits)]
-            feature = self._teacher_feature(tape.features)
-        finally:
-            # Recomputation under gradient checkpointing calls the hooks again: by then they record nothing.
-            tape.stop()
-        outputs = [head(*tapped) for head, tapped in zip(self.heads, taps, strict=True)]
+            return _mean_logits(self._hooks.run_unread(self.backbone, x))
+        call = self._hooks.run(self.backbone, x)
+        logits = _mean_logits(call.output)
+        feature = self._teacher_feature(call.features)
+        outputs = [head(*call.taps[index]) for index, head in enumerate(self.heads)]
+        if any((out[0].shape[1], out[1].shape[1]) != (logits.shape[1], feature.shape[1]) for out in outputs):
+            raise RuntimeError(
+                "The backbone's classifier is not the one that was wrapped: replace it by model.reset_classifier, "
+                "not by model.backbone's."
+            )
         return ExitOutput((*(out[0] for out in outputs), logits), (*(out[1] for out in outputs), feature))
 
     def forward_exit(self, x: Tensor, exit: int) -> Tensor:
@@ -115,18 +115,11 @@ class SelfDistillModel(nn.Module):
         if not 0 <= exit <= self.num_exits:
             raise ValueError(f"There is no exit {exit}; allowed are 0 to {self.num_exits} (the backbone's own).")
         if exit == self.num_exits:
-            return self._run_backbone(x)
-        tape = self._tape
-        tape.start(stop_at=exit)
-        try:
-            self.backbone(x)
-        except Reached:
-            tapped = tape.taps[exit]
-        finally:
-            tape.stop()
+            return _mean_logits(self._hooks.run_unread(self.backbone, x))
+        call = self._hooks.run(self.backbone, x, stop_at=exit)
         head = self.heads[exit]
         assert isinstance(head, ExitHead)
-        return head.classify(*tapped)
+        return head.classify(*call.taps[exit])
 
     def forward_while(self, x: Tensor, visit: Visit) -> Tensor | None:
         """Run the backbone, letting images leave the batch at the exits.
@@ -139,14 +132,8 @@ class SelfDistillModel(nn.Module):
         Returns:
             The backbone's logits [B', num_classes] of the images that went on to the end; None if none did.
         """
-        tape = self._tape
-        tape.start(visit=visit)
-        try:
-            return self._run_backbone(x)
-        except Reached:
-            return None
-        finally:
-            tape.stop()
+        call = self._hooks.run(self.backbone, x, visit=visit)
+        return None if call.output is None else _mean_logits(call.output)
 
     @property
     def points(self) -> tuple[ExitPoint, ...]:
@@ -207,7 +194,7 @@ class SelfDistillModel(nn.Module):
         """Replace the classifier of the backbone and of every exit.
 
         Args:
-            num_classes: Number of logits, at least 1.
+            num_classes: Number of logits, at least 1. Where it changes, names of the old classes are dropped.
             global_pool: The backbone's pooling; unchanged by default. Where it changes the width of the teacher's
                 feature, the exits are built anew.
 
@@ -221,12 +208,15 @@ class SelfDistillModel(nn.Module):
             )
         parameter = next(self.backbone.parameters())
         pool = {} if global_pool is None else {"global_pool": global_pool}
+        if num_classes != self.num_classes:
+            self._forget_class_names()
         self.backbone.reset_classifier(num_classes, **pool)
         self.backbone.to(device=parameter.device, dtype=parameter.dtype)
-        found = find_exit_points(self.backbone, [point.name for point in self.points], self.config.image_size)
+        found = find_exit_points(self.backbone, [point.name for point in self.points], self.wrap_config.image_size)
         width_changed = found.feature_dim != self.taps.feature_dim
         self.taps = replace(found, points=self.points)
-        self._read_classifiers()
+        self._hooks.read_classifiers(self.backbone, found.classifier.modules)
+        self.ensemble = Ensemble.mean(self.num_exits + 1)
         if width_changed:
             self.heads = self._build_heads(num_classes)
             return
@@ -263,8 +253,16 @@ class SelfDistillModel(nn.Module):
         output: Tensor = self.backbone.forward_head(x, pre_logits=pre_logits)
         return output
 
+    def _forget_class_names(self) -> None:
+        """Remove what timm keeps of the classes' names."""
+        for attribute in ("pretrained_cfg", "default_cfg"):
+            config = getattr(self.backbone, attribute, None)
+            if config is not None and any(key in config for key in _CLASS_NAMES):
+                kept = {key: value for key, value in config.items() if key not in _CLASS_NAMES}
+                setattr(self.backbone, attribute, kept)
+
     def _build_heads(self, num_classes: int) -> nn.ModuleList:
-        config = self.config
+        config = self.wrap_config
         heads = nn.ModuleList(
             ExitHead(point, self.taps.feature_dim, num_classes, config.head, config.head_kwargs, config.hint_adapter)
             for point in self.points
@@ -272,29 +270,15 @@ class SelfDistillModel(nn.Module):
         parameter = next(self.backbone.parameters())
         return heads.to(device=parameter.device, dtype=parameter.dtype).train(self.training)
 
-    def _run_backbone(self, x: Tensor) -> Tensor:
-        logits: Tensor | tuple[Tensor, Tensor] = self.backbone(x)
-        if isinstance(logits, tuple):
-            # timm's distilled models with distilled_training: what they return in eval mode.
-            return (logits[0] + logits[1]) / 2
-        return logits
-
     def _teacher_feature(self, recorded: Mapping[str, Tensor]) -> Tensor:
         """Return the teacher's feature [B, D] from what entered each module of the classifier."""
         groups = self.taps.classifier.groups
-        if any(name not in recorded for group in groups for name in group):
-            raise RuntimeError(
-                "The backbone's classifier is not the one that was wrapped: replace it by model.reset_classifier, "
-                "not by model.backbone's."
-            )
         axes = self.taps.feature_axes
         parts = [[pool_feature(recorded[name], axes[name]) for name in group] for group in groups]
         features = [torch.cat(part, 1) if len(part) > 1 else part[0] for part in parts]
         return torch.stack(features).mean(0) if len(features) > 1 else features[0]
 
-    def _read_classifiers(self) -> None:
-        """Record what enters the backbone's classifier: the teacher's feature."""
-        for name in self.taps.classifier.modules:
-            module = self.backbone.get_submodule(name)
-            if not any(is_bound_to(hook, self._tape) for hook in module._forward_pre_hooks.values()):
-                module.register_forward_pre_hook(partial(record_feature, self._tape, name))
+
+def _mean_logits(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Return the backbone's logits; of a pair, as timm's distilled models return it in training, the mean."""
+    return (output[0] + output[1]) / 2 if isinstance(output, tuple) else output

@@ -5,12 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 import timm_selfdistill.backbones  # noqa: F401  # registers networks with timm, so that recipes can name them
 from timm_selfdistill.exits import Backbone, Exits, find_exit_points
+from timm_selfdistill.failures import failure_of_machine
 from timm_selfdistill.model.network import SelfDistillModel, WrapConfig
+from timm_selfdistill.model.size import check_size
 from timm_selfdistill.stem import use_small_stem
+
+# What timm takes in front of a model's name: where its configuration is.
+_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def wrap(
@@ -46,13 +53,14 @@ def wrap(
         The wrapped model.
 
     Raises:
-        ValueError: If the backbone cannot be wrapped, or if an exit, head or option is unknown; the message lists
-            what is allowed.
+        ValueError: If the backbone cannot be wrapped or is larger than the memory, or if an exit, head or option is
+            unknown; the message lists what is allowed.
     """
     if isinstance(backbone, SelfDistillModel):
         raise ValueError("The model is wrapped already; wrap its .backbone to choose other exits.")
     if isinstance(backbone, str):
         kwargs = dict(model_kwargs or {}) | ({} if num_classes is None else {"num_classes": num_classes})
+        check_size(backbone, kwargs)
         backbone = create_backbone(backbone, pretrained, kwargs)
     elif num_classes is not None or pretrained or model_kwargs:
         raise ValueError(
@@ -79,8 +87,52 @@ def create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Back
     """
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
+        if failure_of_machine(error) is not None:
+            raise
+        if name.startswith(_SOURCES) and not isinstance(error, RuntimeError | TypeError):
+            raise ValueError(_unknown_source(name, error)) from error
+        if pretrained and _is_of_download(error):
+            raise ValueError(
+                f"The pretrained weights of {name!r} cannot be downloaded ({_reason(error)}): connect this machine to "
+                "the network, or put them into the cache (run the same once where there is a network, and copy "
+                f"{constants.HF_HUB_CACHE}), or start without them, by model.pretrained=false (pretrained=False)."
+            ) from error
         architecture = name.split(".")[0]
         close = [] if timm.is_model(architecture) else difflib.get_close_matches(architecture, timm.list_models(), n=5)
         hint = f" Similar names: {', '.join(close)}." if close else ""
-        raise ValueError(f"timm cannot create {name!r} with {kwargs}: {error}.{hint}") from error
+        raise ValueError(f"timm cannot create {name!r} with {kwargs}: {_reason(error)}.{hint}") from error
+
+
+def _unknown_source(name: str, error: Exception) -> str:
+    """Return what is wrong with a model that is named by where its configuration is."""
+    source, _, place = name.partition(":")
+    if source == "local-dir":
+        return (
+            f"The model {name!r} cannot be created ({_reason(error)}): {place} must be a folder with the config.json "
+            "of a timm model."
+        )
+    return (
+        f"The model {name!r} cannot be created ({_reason(error)}): there must be such a repository of a timm model on "
+        "the Hub, as NAMESPACE/NAME, and a network or a copy in the cache."
+    )
+
+
+def _is_of_download(error: Exception) -> bool:
+    """Whether an error is one of the network, the Hub, its client or the client's HTTP library."""
+    if isinstance(error, FileNotFoundError):
+        return isinstance(error, LocalEntryNotFoundError)
+    if isinstance(error, OSError):
+        # Others have the number of what went wrong with a file here.
+        return error.errno is None or isinstance(error, ConnectionError | TimeoutError)
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub")
+
+
+def _reason(error: Exception) -> str:
+    """Return what an error says in a line, with its kind where that tells more than its message."""
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"{constants.ENDPOINT} cannot be reached, and there is no copy in the cache"
+    lines = str(error).strip().splitlines()
+    if isinstance(error, RuntimeError | TypeError | ValueError | OSError) and lines:
+        return lines[0].rstrip(".")
+    return repr(error)

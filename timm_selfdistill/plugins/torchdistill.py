@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_selfdistill.data import ImageSplit, open_dataset
-from timm_selfdistill.data.transforms import MODES, decode, read
+from timm_selfdistill.data.decode import decode, read
+from timm_selfdistill.data.transforms import MODES
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.losses import Needs, SelfDistillationLoss, get_loss, needs_of
 from timm_selfdistill.model import ExitOutput, wrap
@@ -41,6 +42,8 @@ _IMAGE_KEYS = (
     "eval_split",
     "validation",
     "eval_fraction",
+    "allow_empty_classes",
+    "check_duplicates",
     "max_train",
     "max_eval",
 )
@@ -59,17 +62,7 @@ def forward_exits(
         targets: Not used.
         supp_dict: Not used.
         **kwargs: Not used.
-
-    Raises:
-        ValueError: If DataParallel replicates the model.
     """
-    # An accelerator's DDP may hide what the configuration's `wrapper` added.
-    inner = (model, getattr(model, "module", None))
-    if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in inner):
-        raise ValueError(
-            "DataParallel runs copies of the model in threads, which would mix up what the exits read; use one device, "
-            "DistributedDataParallel with distributed=True, or an accelerator without `wrapper`."
-        )
     output: ExitOutput = model(sample_batch, return_exits=True)
     return output
 

@@ -6,26 +6,24 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 import torch
 from tqdm.auto import tqdm
 
+from timm_selfdistill.data import image_endings
 from timm_selfdistill.early_exit import EarlyExit
+from timm_selfdistill.escape import printable
 from timm_selfdistill.hub import load_with_early_exit
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.predict.images import BATCH_SIZE, predict_images
-
-# What is taken for an image in a folder; a file that is named is read whatever its name is.
-SUFFIXES: Final = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def find_images(arguments: Sequence[str], lines: Iterable[str]) -> list[str]:
     """Return the image files that a command line names.
 
     Args:
-        arguments: Files; folders, of which all images are taken, those in folders inside too, in the order of their
-            names; and "-", which stands for `lines`.
+        arguments: Files, whatever their names are; folders, of which all images are taken, those in folders inside
+            too, in the order of their names; and "-", which stands for `lines`.
         lines: Files and folders, one a line; what does not exist there is returned too, and fails when it is read.
 
     Raises:
@@ -45,7 +43,8 @@ def find_images(arguments: Sequence[str], lines: Iterable[str]) -> list[str]:
             raise ValueError(f"There is no file or folder {argument}.")
     if not files:
         raise ValueError(
-            f"There is no image in {', '.join(arguments)}; in a folder, files that end with {' '.join(SUFFIXES)} are."
+            f"There is no image in {', '.join(arguments)}; in a folder, files with the ending of an image are, such as "
+            ".png, .jpg and .avif."
         )
     return files
 
@@ -92,7 +91,7 @@ def print_predictions(
         for prediction in predictions:
             if prediction.error is not None:
                 failed += 1
-                tqdm.write(f"{prediction.path}: {prediction.error}", file=sys.stderr)
+                tqdm.write(printable(f"{prediction.path}: {prediction.error}"), file=sys.stderr)
             else:
                 tqdm.write(json.dumps(prediction.to_json()) if as_json else prediction.to_text())
             bar.update()
@@ -102,11 +101,12 @@ def print_predictions(
 
 
 def _in_folder(folder: str) -> list[str]:
+    endings = image_endings()
     return sorted(
         os.path.join(root, name)
         for root, _, names in os.walk(folder)
         for name in names
-        if os.path.splitext(name)[1].lower() in SUFFIXES
+        if os.path.splitext(name)[1].lower() in endings
     )
 
 

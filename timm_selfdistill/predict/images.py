@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import MODES, InputConfig, Transform, check_pillow, decode, eval_transform
+from timm_selfdistill.data import (
+    MODES,
+    InputConfig,
+    Transform,
+    check_pillow,
+    decode,
+    eval_transform,
+    read_file,
+    worker_options,
+)
 from timm_selfdistill.early_exit import EarlyExit
+from timm_selfdistill.escape import printable
 from timm_selfdistill.hub import class_names
 from timm_selfdistill.model import SelfDistillModel
 
@@ -54,11 +63,12 @@ class Prediction:
         return {"path": self.path, **tops[0], "exit": self.exit, "exit_name": self.exit_name, **top}
 
     def to_text(self) -> str:
-        """Return an answer as lines of path, class, probability and exit, separated by tabs; one line a class."""
-        # A name that is no UTF-8 is shown by its bytes.
-        path = self.path.encode(errors="backslashreplace").decode()
+        """Return an answer as lines of path, class, probability and exit, separated by tabs; one line a class.
+
+        Line breaks, tabs and control characters in names are shown escaped, as "\\n".
+        """
         return "\n".join(
-            f"{path}\t{name}\t{probability:.4f}\t{self.exit}: {self.exit_name}"
+            f"{printable(self.path)}\t{printable(name)}\t{probability:.4f}\t{self.exit}: {printable(self.exit_name)}"
             for name, probability in zip(self.classes, self.probabilities, strict=True)
         )
 
@@ -110,7 +120,7 @@ def predict_images(
     loader: DataLoader[list[tuple[str, Tensor | str]]] = DataLoader(
         files,  # type: ignore[arg-type]  # a list is a dataset
         batch_size=batch_size,
-        num_workers=workers,
+        **worker_options(workers),
         collate_fn=partial(_load_all, mode=MODES[input.channels], transform=eval_transform(input)),
         # Its own, because starting a loader draws a number.
         generator=torch.Generator(),
@@ -127,9 +137,13 @@ def _load_all(paths: list[str], mode: str, transform: Transform) -> list[tuple[s
 
 def _load_image(path: str, mode: str, transform: Transform) -> Tensor | str:
     try:
-        image: Image.Image = decode(Path(path).read_bytes(), mode)
+        data = read_file(path)
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
+    except ValueError as error:  # it is no file, or too large
+        return str(error)
+    try:
+        image = decode(data, mode)
     except Exception as error:  # Pillow's decoders raise whatever their format's library does
         return f"it cannot be decoded: {str(error) or repr(error)}"
     return transform(image)

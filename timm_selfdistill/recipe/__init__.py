@@ -1,7 +1,15 @@
 """Recipes: everything a training run depends on, as one typed and validated YAML file."""
 
 from timm_selfdistill.recipe.images import AugmentSection, DataSection
-from timm_selfdistill.recipe.load import RecipeError, list_recipes, load_recipe, read_settings
+from timm_selfdistill.recipe.load import (
+    RecipeError,
+    dump_local,
+    is_local,
+    list_recipes,
+    load_recipe,
+    read_settings,
+)
+from timm_selfdistill.recipe.local_paths import LOCAL, RECIPE
 from timm_selfdistill.recipe.network import ExitsSection, LossSection, ModelSection
 from timm_selfdistill.recipe.recipe import Recipe
 from timm_selfdistill.recipe.training import (
@@ -16,6 +24,8 @@ from timm_selfdistill.recipe.training import (
 
 __all__ = [
     "LICENSE",
+    "LOCAL",
+    "RECIPE",
     "REPO_ID",
     "AugmentSection",
     "CheckpointSection",
@@ -29,6 +39,8 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ScheduleSection",
+    "dump_local",
+    "is_local",
     "list_recipes",
     "load_recipe",
     "read_settings",

@@ -25,6 +25,8 @@ def _arguments(*reserved: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
             raise ValueError(f"must not set {', '.join(taken)}, which this library passes itself")
         if not _all_finite(arguments):
             raise ValueError("must hold finite numbers only")
+        if _sum_of_whole(arguments) > _MAX_SUM:
+            raise ValueError(f"must hold whole numbers that add up to at most {_MAX_SUM:,}")
         return arguments
 
     return check
@@ -38,8 +40,20 @@ def _all_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def _sum_of_whole(value: Any) -> int:
+    """Return the sum of the whole numbers: as long is what is listed by widths, depths and sizes, at most."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return sum(map(_sum_of_whole, value))
+    return abs(value) if isinstance(value, int) else 0
+
+
+_MAX_SUM = 2**24
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+# A saved model takes no larger image either.
+ImageSide = Annotated[int, Field(ge=1, le=4096)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]

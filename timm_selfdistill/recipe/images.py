@@ -7,6 +7,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from timm_selfdistill.recipe.fields import (
     Channels,
     Count,
+    ImageSide,
+    Names,
     NotNegative,
     Positive,
     Probability,
@@ -15,24 +17,32 @@ from timm_selfdistill.recipe.fields import (
     Text,
     is_integer,
 )
+from timm_selfdistill.recipe.local_paths import LocalPath
 
 
 class DataSection(Section):
     """Where images and labels come from, and how images become tensors.
 
     Args:
-        path: Dataset on the Hugging Face Hub, folder of images, parquet or arrow files, or "digits" (embedded).
+        path: Dataset on the Hugging Face Hub, folder of images, parquet or arrow files, a table of paths, WebDataset
+            shards, or "digits" (embedded).
         name: Configuration of a Hub dataset.
         image: Column of the images.
         target: Column of the class labels.
+        root: Folder that the paths in a table are relative to; null takes the table's own.
+        split_column: Column of a table that names the split of each row; "split" need not be there, null for none.
+        classes: Names of the classes, or their number; null takes them from the data, which a stream of plain integers
+            or strings cannot tell.
         train_split: Split to train on.
         eval_split: Split to report on; nothing is ever chosen by it.
         validation: Share of the training images held out (0..1, stratified; 0 for none), or the name of a split.
         eval_fraction: Share of the training images (0..1, stratified) held out as the split to report on, for
             datasets without one.
+        allow_empty_classes: Train although some classes have no training image.
+        check_duplicates: In image folders, refuse images that are in two splits with the same bytes.
         on_error: Stop at an image that cannot be decoded (raise), or go on without it and list it (skip).
         workers: Loader processes per training process; with `cache`, to decode.
-        image_size: Height and width in pixels; null takes the model's own.
+        image_size: Height and width in pixels, at most 4096; null takes the model's own.
         mean: Mean per channel on the scale 0..1; null takes the model's own.
         std: Standard deviation per channel on the scale 0..1; null takes the model's own.
         interpolation: How images are resized; null takes the model's own.
@@ -46,17 +56,22 @@ class DataSection(Section):
         max_eval: Report on so many images only, for trials.
     """
 
-    path: Text
+    path: LocalPath
     name: Text | None = None
     image: Text = "image"
     target: Text = "label"
+    root: LocalPath | None = None
+    split_column: Text | None = "split"
+    classes: int | Names | None = None
     train_split: Text = "train"
     eval_split: Text = "test"
     validation: float | str = 0.1
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    allow_empty_classes: bool = False
+    check_duplicates: bool = True
     on_error: Literal["raise", "skip"] = "raise"
     workers: Annotated[int, Field(ge=0)] = 4
-    image_size: Count | None = None
+    image_size: ImageSide | None = None
     mean: Channels | None = None
     std: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None
@@ -67,6 +82,23 @@ class DataSection(Section):
     cache: Literal["device"] | None = None
     max_train: Count | None = None
     max_eval: Count | None = None
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _check_classes(cls, value: Any) -> Any:
+        if value is None or (is_integer(value) and value > 1):
+            return value
+        names = value if isinstance(value, list | tuple) else ()
+        if len(names) < 2 or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("must be the number of the classes, at least 2, or the list of their names, each a text")
+        if len(set(names)) < len(names):
+            raise ValueError("must not name a class twice")
+        return value
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes that the recipe tells, if it does; those of a mere number are the indices."""
+        return tuple(map(str, range(self.classes))) if isinstance(self.classes, int) else self.classes
 
     @field_validator("eval_split")
     @classmethod

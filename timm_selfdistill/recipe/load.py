@@ -11,9 +11,15 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from timm_selfdistill.recipe.plain_yaml import parse, unplain
+from timm_selfdistill.recipe.local_paths import LOCAL, RECIPE, expand_home, merge
+from timm_selfdistill.recipe.plain_yaml import MAX_BYTES, dump, parse, unplain
 from timm_selfdistill.recipe.recipe import Recipe
 
+# Of the problems of a recipe, and of what is said of each.
+_MOST_PROBLEMS = 40
+_MOST_CHARACTERS = 400
+
+_LOCAL_HEADER = "# Paths of this machine that belong to the run in this folder; timm_selfdistill never pushes them."
 _OVERRIDE_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 # How each of pydantic's error types is said in a RecipeError; the braces are filled from the error's context.
@@ -55,11 +61,17 @@ class RecipeError(ValueError):
 
     def __str__(self) -> str:
         count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "a problem"
-        return "\n  ".join((f"Recipe {self.source} has {count}:", *self.problems))
+        shown = [_shorten(problem, _MOST_CHARACTERS) for problem in self.problems[:_MOST_PROBLEMS]]
+        if len(self.problems) > len(shown):
+            shown.append(f"and {len(self.problems) - len(shown):,} more")
+        return "\n  ".join((f"Recipe {_shorten(self.source, _MOST_CHARACTERS)} has {count}:", *shown))
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe.
+
+    The `recipe.yaml` of a run holds no paths of the machine; they are taken from the `local.yaml` beside it, and
+    `output_dir` is the run's folder.
 
     Args:
         source: Path of a YAML file, or the name of a shipped recipe ("./name" for a file of that name), or what such a
@@ -78,18 +90,39 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             raise RecipeError(path.stem, problems)
         mapping = copy.deepcopy(dict(source))
     else:
-        path = _shipped().get(str(source), Path(source))
+        path = _shipped().get(str(source), Path(expand_home(str(source))))
         mapping = _read(path)
+        beside = path.with_name(LOCAL)
+        if path.name == RECIPE and is_local(beside):
+            mapping = merge(mapping, _read(beside))
+            mapping["output_dir"] = mapping.get("output_dir") or str(path.parent)
     problems = [problem for override in overrides for problem in _override(mapping, override)]
     if mapping.get("output_dir") is None:
         mapping["output_dir"] = f"runs/{path.stem}"
     try:
         recipe = Recipe.model_validate(mapping)
     except ValidationError as error:
-        problems += map(_sentence, error.errors(include_url=False))
+        errors = error.errors(include_url=False)
+        problems += map(_sentence, errors[:_MOST_PROBLEMS])
+        # Counted, but not put into words, which takes long.
+        problems += (f"{_path(item['loc'])}: is wrong" for item in errors[_MOST_PROBLEMS:])
     if problems:
         raise RecipeError(path.stem if isinstance(source, Mapping) else str(source), list(dict.fromkeys(problems)))
     return recipe
+
+
+def dump_local(recipe: Recipe) -> str:
+    """Return the content of a run's `local.yaml`: the paths of this machine in its recipe."""
+    return f"{_LOCAL_HEADER}\n{dump(recipe.local_paths())}"
+
+
+def is_local(path: Path) -> bool:
+    """Whether a file is one that `dump_local` made, and not somebody else's of the same name."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline().rstrip() == _LOCAL_HEADER
+    except OSError:
+        return False
 
 
 def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
@@ -126,7 +159,11 @@ def _shipped() -> dict[str, Path]:
 def _read(path: Path) -> dict[str, Any]:
     """Return the file's mapping, or raise RecipeError."""
     try:
-        value, problems = parse(path.read_bytes().decode("utf-8-sig"))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise RecipeError(str(path), [f"has more than {MAX_BYTES:,} bytes, the most that is allowed"])
+        value, problems = parse(data.decode("utf-8-sig"))
     except FileNotFoundError:
         shipped = list_recipes()
         hint = _did_you_mean(path.stem, shipped)
@@ -136,6 +173,8 @@ def _read(path: Path) -> dict[str, Any]:
         )
     except UnicodeDecodeError as error:
         value, problems = None, [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
+    except RecipeError:
+        raise
     except (OSError, ValueError) as error:
         value, problems = None, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
     if not problems and not isinstance(value, dict):
@@ -149,7 +188,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _override(mapping: dict[str, Any], override: str) -> Iterator[str]:
     """Write one "section.key=value" into `mapping`, or yield what is wrong with it."""
     key, equals, text = override.partition("=")
-    where = f"override {override!r}: "
+    where = f"override {_shorten(repr(override), 200)}: "
     if not equals or not _OVERRIDE_KEY.fullmatch(key):
         yield f"{where}must have the form section.key=value"
         return
@@ -217,4 +256,8 @@ def _show(value: Any) -> str:
         if value is None or isinstance(value, bool)
         else repr(list(value) if isinstance(value, tuple) else value)
     )
-    return text if len(text) <= 80 else text[:77] + "..."
+    return _shorten(text, 80)
+
+
+def _shorten(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

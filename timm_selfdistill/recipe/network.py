@@ -15,6 +15,7 @@ from timm_selfdistill.recipe.fields import (
     Text,
     is_integer,
 )
+from timm_selfdistill.recipe.local_paths import LOCAL_MODEL, expand_home
 
 
 class ModelSection(Section):
@@ -35,6 +36,13 @@ class ModelSection(Section):
     small_stem: bool = False
     channels_last: bool = True
     kwargs: ModelArguments = {}
+
+    @field_validator("name")
+    @classmethod
+    def _expand_name(cls, value: str) -> str:
+        if not value.startswith(LOCAL_MODEL):
+            return value
+        return LOCAL_MODEL + expand_home(value.removeprefix(LOCAL_MODEL))
 
 
 class ExitsSection(Section):

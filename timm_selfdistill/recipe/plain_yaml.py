@@ -3,12 +3,16 @@
 import io
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import MappingEndEvent, MappingStartEvent, NodeEvent, SequenceEndEvent, SequenceStartEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+# Ten times the longest recipe one would write, and what is read within a second or two.
+MAX_BYTES: Final = 64 * 2**10
+_MAX_VALUES: Final = 10_000
 _MAX_DEPTH = 20
 _MAX_DIGITS = 25
 _PREFIX = "tag:yaml.org,2002:"
@@ -27,6 +31,8 @@ def parse(text: str, depth: int = 0) -> tuple[Any, list[str]]:
         The value (None for an empty document, or where there are problems) and a sentence for each problem.
     """
     try:
+        if problem := _excess(text, depth):
+            return None, [problem]
         root = _yaml().compose(text)
         problems = list(dict.fromkeys(_problems(root, depth))) if root is not None else []
         if re.search(r"^%", text, flags=re.MULTILINE):
@@ -43,6 +49,25 @@ def parse(text: str, depth: int = 0) -> tuple[Any, list[str]]:
         return None, [f"not valid YAML: {error}"]
     except LookupError:  # the same, such as `!!bool x` or an empty `!!float`
         return None, ["not valid YAML: a value does not fit its explicit tag"]
+
+
+def _excess(text: str, depth: int) -> str | None:
+    """Return in what a document is too large to be composed: reading its events alone costs little up to there."""
+    if len(text) > MAX_BYTES:
+        return f"has {len(text):,} characters; allowed are {MAX_BYTES:,}"
+    values = 0
+    for event in _yaml().parse(text):
+        if isinstance(event, MappingStartEvent | SequenceStartEvent):
+            depth += 1
+        elif isinstance(event, MappingEndEvent | SequenceEndEvent):
+            depth -= 1
+        values += isinstance(event, NodeEvent)
+        # One level more is what `_problems` names.
+        if depth > _MAX_DEPTH + 1:
+            return f"line {event.start_mark.line + 1}: {_TOO_DEEP}"
+        if values > _MAX_VALUES:
+            return f"holds more than {_MAX_VALUES:,} values"
+    return None
 
 
 def unplain(value: Any, path: str = "", depth: int = 0) -> Iterator[str]:

@@ -1,12 +1,13 @@
 """Everything a training run depends on; every default of a run is in this folder, once."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from timm_selfdistill.recipe.fields import Count, Names, Section, Text
+from timm_selfdistill.recipe.fields import Count, Names, Section
 from timm_selfdistill.recipe.images import AugmentSection, DataSection
+from timm_selfdistill.recipe.local_paths import LocalPath, complete_path, different, shorten_paths
 from timm_selfdistill.recipe.network import ExitsSection, LossSection, ModelSection
 from timm_selfdistill.recipe.plain_yaml import dump
 from timm_selfdistill.recipe.training import (
@@ -37,7 +38,8 @@ class Recipe(Section):
         ema: Average the weights; null for no average.
         baseline: Also train the plain backbone on the same budget and report it beside.
         seed: Seed of weights, order and augmentation.
-        output_dir: Folder of the run; `load_recipe` replaces null by runs/<recipe name>.
+        output_dir: Folder of the run; `load_recipe` replaces null by runs/<recipe name>. Here and in all other paths,
+            a leading ~ is the home folder.
         resume: Continue from the newest checkpoint if there is one (auto), start afresh (never), or the path of a
             checkpoint.
         checkpoint: When checkpoints are written, and how many are kept.
@@ -60,8 +62,8 @@ class Recipe(Section):
     ema: EmaSection | None = None
     baseline: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    output_dir: Text | None = None
-    resume: Text = "auto"
+    output_dir: LocalPath | None = None
+    resume: LocalPath = "auto"
     checkpoint: CheckpointSection = CheckpointSection()
     trackers: Names = ()
     push_to_hub: PushSection | None = None
@@ -69,6 +71,22 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
         return dump(self.model_dump(mode="json"))
+
+    def without_local_paths(self) -> "Recipe":
+        """Return the recipe as it may be shared: paths of this machine cut down to their last name, no `output_dir`."""
+        mapping = shorten_paths(self.model_dump(mode="json"))
+        resume = self.resume if self.resume == "never" else "auto"
+        return Recipe.model_validate(mapping | {"output_dir": None, "resume": resume})
+
+    def local_paths(self) -> dict[str, Any]:
+        """Return what `without_local_paths` leaves out and another call on this machine needs, by section and key."""
+        shared = self.without_local_paths().model_dump(mode="json")
+        full = self.model_dump(mode="json") | {key: shared[key] for key in ("output_dir", "resume")}
+        # Complete, as another call may run in another folder.
+        for key in ("path", "root"):
+            if full["data"][key] is not None:
+                full["data"][key] = complete_path(full["data"][key])
+        return different(full, shared)
 
     @field_validator("schedule")
     @classmethod

@@ -14,6 +14,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox, BboxBase
 
+from timm_selfdistill.escape import each_text, plot_text
 from timm_selfdistill.palette import BLUE, GREY, GRID, INK, ORANGE
 from timm_selfdistill.report.build import Report
 
@@ -40,6 +41,7 @@ def draw_report(report: Report) -> Figure:
     Returns:
         A figure that belongs to no window and to no global state of matplotlib; save it with its `savefig`.
     """
+    report = each_text(report, plot_text)
     figure = Figure(figsize=(8.4, 5.4), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
     renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm_selfdistill.escape import each_text, markdown_text, printable
 from timm_selfdistill.files import write_results
 from timm_selfdistill.report.build import AccuracyRow, EnsembleRow, ExitRow, Report
 from timm_selfdistill.report.picture import draw_report
@@ -21,6 +22,7 @@ def format_table(report: Report) -> str:
     Returns:
         Lines of text, without a line break at the end.
     """
+    report = each_text(report, printable)
     return "\n".join([*align(_rows(report)), "", *_notes(report)])
 
 
@@ -33,6 +35,7 @@ def format_markdown(report: Report) -> str:
     Returns:
         Heading, table and what it says about the figures, ending with a line break.
     """
+    report = each_text(report, markdown_text)
     return "\n".join(
         [f"## Scalable depth: {report['backbone']}", "", *markdown(_rows(report)), "", *_notes(report), ""]
     )

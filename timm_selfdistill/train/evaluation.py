@@ -14,7 +14,9 @@ from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
 from timm_selfdistill.model import ExitOutput
 from timm_selfdistill.recipe import AugmentSection
 from timm_selfdistill.report import Report, build_report, write_report
-from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders
+from timm_selfdistill.train.from_checkpoint import opened_run
+from timm_selfdistill.train.launch import fresh_accelerate
+from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
 
 
 @torch.no_grad()
@@ -51,7 +53,12 @@ def evaluate_model(
 
 
 def evaluate_folder(
-    folder: Path, data_path: str | None = None, overrides: Sequence[str] = (), output: Path | None = None
+    folder: Path,
+    data_path: str | None = None,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    *,
+    from_checkpoint: bool = False,
 ) -> Report:
     """Report every exit of a saved model on a data set.
 
@@ -61,6 +68,7 @@ def evaluate_folder(
             `eval_split` is read.
         overrides: Fields of the recipe's data section, as "key=value".
         output: Folder for the report's files and the list of skipped images; none are written by default.
+        from_checkpoint: Take the run's newest checkpoint instead of its model, such as of a run that was stopped.
 
     Returns:
         The report.
@@ -68,11 +76,18 @@ def evaluate_folder(
     Raises:
         ValueError: If the model or the data cannot be read, or the data has other classes than the model.
     """
-    saved = SavedRun.find(folder)
+    with opened_run(folder, from_checkpoint) as saved, fresh_accelerate():
+        return _evaluate(saved, data_path, overrides, None if output is None else output.expanduser())
+
+
+def _evaluate(saved: SavedRun, data_path: str | None, overrides: Sequence[str], output: Path | None) -> Report:
+    """Report every exit of a saved model."""
     model = from_pretrained(saved.model_folder)
     recipe = saved.evaluation_recipe(model, data_path, overrides)
     data = open_dataset(recipe.data, recipe.seed)
     check_classes(saved.model_folder, data)
+    if data_path is None:
+        warn_of_other_data(saved, recipe, data)
     input = InputConfig.from_model(model.backbone, recipe.data)
     loaders = evaluation_loaders(data, recipe, AugmentSection(), input, SkipList(output))
     accelerator = Accelerator(mixed_precision=recipe.precision)

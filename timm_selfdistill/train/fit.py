@@ -3,13 +3,14 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from timm_selfdistill.checkpoint import CheckpointError
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
@@ -24,6 +25,8 @@ from timm_selfdistill.train.parallel import Parallelism
 from timm_selfdistill.train.phases import Phase
 from timm_selfdistill.train.progress import Progress
 from timm_selfdistill.train.resume import find_checkpoint
+from timm_selfdistill.train.run_folder import CHECKPOINTS
+from timm_selfdistill.train.run_record import ENTRY, RunRecord
 from timm_selfdistill.train.running import RunningTerms
 from timm_selfdistill.train.state import PhaseState
 from timm_selfdistill.train.stop import StopSignals
@@ -68,6 +71,7 @@ class Fit:
         recipe: The recipe.
         parallelism: How the network is spread over the processes.
         folder: The run's folder; checkpoints go to `checkpoints/<name>` in it.
+        record: What the run is, which each checkpoint tells.
         signals: Tells when to stop.
         on_epoch: Called after every epoch with the model as it would be evaluated, the number of epochs done and that
             of all; given to all processes or to none.
@@ -82,6 +86,7 @@ class Fit:
         recipe: Recipe,
         parallelism: Parallelism,
         folder: Path,
+        record: RunRecord,
         signals: StopSignals,
         on_epoch: Callable[[SelfDistillModel, int, int], None] | None = None,
     ) -> None:
@@ -93,9 +98,10 @@ class Fit:
         self.parallelism = parallelism
         self.accelerator = accelerator = parallelism.accelerator
         self.folder = folder
+        self.record = record
         self.signals = signals
         self.on_epoch = on_epoch
-        self.checkpoints = folder / "checkpoints" / name
+        self.checkpoints = folder / CHECKPOINTS / name
         self.progress = Progress()
         self.agreement = Agreement(accelerator, at_once=recipe.optimizer.on_nonfinite == "skip")
         self.guard = LossGuard(name, feed, recipe, folder, accelerator.process_index)
@@ -116,7 +122,7 @@ class Fit:
             Interrupted: If a signal stops it; what was trained is saved.
             NonFiniteLossError: If the loss is no number and the recipe does not skip such steps.
             CheckpointError: If a checkpoint cannot be used.
-            OSError: If the last checkpoint cannot be written.
+            OSError: If a signal stops it and the last checkpoint cannot be written.
         """
         saved = find_checkpoint(self.recipe.resume, self.checkpoints, self.accelerator)
         if saved is not None:
@@ -130,7 +136,11 @@ class Fit:
                     result = self._run_phase(index, phase, saved)
                     saved = None
         finally:
-            self.writer.close()
+            try:
+                self.writer.close()
+            except OSError as error:
+                # What was trained is in memory, and the model needs less room than a checkpoint.
+                _logger.warning("%s. If training is done, the model is saved all the same.", error)
         if self.progress.best_weights:
             result.load_state_dict(self.progress.best_weights)
         return result.eval()
@@ -150,7 +160,7 @@ class Fit:
         state = PhaseState(self.model, task, optimizer, scheduler, self.parallelism)
         training = _Training(prepared, task, accelerator.prepare(optimizer), scheduler, state, epochs)
         if saved is not None:
-            state.restore(saved)
+            self._restore(state, saved)
         else:
             progress.phase, progress.first_epoch, progress.first_step = index, progress.epoch, progress.step
         while progress.epoch - progress.first_epoch < epochs:
@@ -176,6 +186,17 @@ class Fit:
                 self._save(state)
             self._stop_if_asked(False)
         return self._trained(task)
+
+    def _restore(self, state: PhaseState, saved: dict[str, Any]) -> None:
+        """Load what was saved of a phase."""
+        try:
+            state.restore(saved)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise CheckpointError(
+                f"The checkpoint of step {self.progress.step} in {self.checkpoints} is not one of this network "
+                f"({'; '.join(lines[:2])})."
+            ) from error
 
     def _trained(self, task: SelfDistillationTask) -> SelfDistillModel:
         """Return the model or its average, with all its weights."""
@@ -307,7 +328,10 @@ class Fit:
         if (progress.epoch, progress.step) == (self._saved_epoch, self._saved_step):
             return
         self._saved_epoch, self._saved_step = progress.epoch, progress.step
-        captured = {"progress": vars(progress), **state.capture()}
+        # Behind the last step of an epoch, whose validation is still to come.
+        is_last = progress.micro >= self.updates_per_epoch * self.recipe.optimizer.accumulate
+        record = replace(self.record, epochs_done=progress.epoch + is_last, epochs=self.total_epochs)
+        captured = {ENTRY: record.to_json(), "progress": vars(progress), **state.capture()}
         if self.accelerator.is_main_process:
             self.writer.save(captured, progress.step)
 
@@ -333,10 +357,10 @@ class Fit:
             )
 
     def _log(self, kind: str, values: dict[str, float]) -> None:
-        """Give the trackers the values of the present epoch."""
+        """Give the trackers the values of the present epoch, under names that no other network has."""
         progress = self.progress
-        named = {f"{kind}/{name}": value for name, value in values.items()}
-        self.accelerator.log({"network": self.name, "epoch": progress.epoch + 1, **named}, step=progress.step)
+        named = {f"{self.name}/{kind}/{name}": value for name, value in values.items()}
+        self.accelerator.log({f"{self.name}/epoch": progress.epoch + 1, **named}, step=progress.step)
         progress.logged += 1
 
 

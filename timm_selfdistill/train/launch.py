@@ -3,11 +3,14 @@
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
 from accelerate.utils import DistributedType, DynamoBackend, patch_environment
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
@@ -50,10 +53,18 @@ class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
 
     @on_main_process  # type: ignore[untyped-decorator]
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        """Append one line."""
+        """Append one line, which tells the network and the epoch under keys of their own too.
+
+        Args:
+            values: Values by "NETWORK/NAME", "NETWORK/epoch" among them.
+            step: Optimizer steps that the network has taken.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        network = next(iter(values)).partition("/")[0]
+        epoch = values[f"{network}/epoch"]
+        others = {name: value for name, value in values.items() if name != f"{network}/epoch"}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, "network": network, "epoch": epoch, **others}) + "\n")
 
     @on_main_process  # type: ignore[untyped-decorator]
     def keep(self, network: str, count: int) -> None:
@@ -133,6 +144,28 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             "processes on the CPU; allowed there is false."
         )
     return accelerator
+
+
+@contextmanager
+def fresh_accelerate() -> Iterator[None]:
+    """Let the body start Accelerate as if nothing in this process had done so, and put the former state back.
+
+    Accelerate keeps precision and device for all of a process, and refuses others: each run in a notebook has its own.
+    Processes that were launched together stay together.
+    """
+    states: list[Any] = [AcceleratorState, GradientState]
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.distributed.is_initialized():
+        states.append(PartialState)
+    former = [dict(state._shared_state) for state in states]
+    for state in states:
+        state._shared_state.clear()
+    try:
+        yield
+    finally:
+        for state, values in zip(states, former, strict=True):
+            if values:
+                state._shared_state.clear()
+                state._shared_state.update(values)
 
 
 def refuse_sharding_loader(loader: object) -> None:

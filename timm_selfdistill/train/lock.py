@@ -4,12 +4,18 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _logger = logging.getLogger(__name__)
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is one that `locked` wrote, and not somebody else's of the same name."""
+    return path.is_file() and re.fullmatch(r"(process \d+ on .*)?", path.read_text(errors="replace")) is not None
 
 
 @contextmanager

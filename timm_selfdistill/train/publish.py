@@ -3,12 +3,16 @@
 import logging
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from timm_selfdistill.background import in_background
 from timm_selfdistill.data import ImageData, InputConfig, is_on_hub
+from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.hub import (
     HubError,
@@ -22,7 +26,9 @@ from timm_selfdistill.hub import (
 )
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import PushSection, Recipe
+from timm_selfdistill.redaction import redact
 from timm_selfdistill.report import Report, format_markdown
+from timm_selfdistill.train.run_record import RunRecord
 
 _logger = logging.getLogger(__name__)
 
@@ -38,10 +44,23 @@ class ModelWriter:
 
     def __init__(self, recipe: Recipe, data: ImageData, input: InputConfig) -> None:
         self._recipe = recipe
+        self._record = RunRecord(recipe.without_local_paths(), fingerprint(data, recipe.data))
         self._class_names = data.class_names
         self._data_config = input.to_timm()
 
-    def save(self, model: SelfDistillModel, folder: Path, report: Report | None = None, note: str = "") -> None:
+    @property
+    def shared_recipe(self) -> str:
+        """The recipe as it may be shared, as YAML: without paths of this machine."""
+        return redact(self._recipe.without_local_paths().to_yaml())
+
+    def save(
+        self,
+        model: SelfDistillModel,
+        folder: Path,
+        report: Report | None = None,
+        note: str = "",
+        epochs: tuple[int, int] | None = None,
+    ) -> None:
         """Write the model; early-exit settings that were chosen for the very same weights stay with it.
 
         Args:
@@ -49,15 +68,17 @@ class ModelWriter:
             folder: Where to.
             report: What came out of the run, for the card.
             note: The card's last words.
+            epochs: How many epochs of the run are done, and of how many; all by default.
         """
         recipe = self._recipe
+        done, total = epochs or (recipe.epochs, recipe.epochs)
         # The weights that training started from are under a licence of their own, which what is made of them inherits.
         origin = model.pretrained_cfg if recipe.model.pretrained else {}
         training = Training(
-            dataset=recipe.data.path,
+            dataset=recipe.without_local_paths().data.path,
             on_hub=is_on_hub(recipe.data.path),
             base_model=origin.get("hf_hub_id"),
-            recipe=recipe.to_yaml(),
+            recipe=self.shared_recipe,
             report=report,
             table="" if report is None else format_markdown(report),
         )
@@ -71,6 +92,7 @@ class ModelWriter:
             data_config=self._data_config,
             early_exit=early_exit,
             card=f"{card}{note}",
+            run=replace(self._record, epochs_done=done, epochs=total).to_json(),
         )
 
 
@@ -91,6 +113,8 @@ def _settings_for(model: SelfDistillModel, folder: Path) -> EarlyExitConfig | No
 class Publisher:
     """Pushes a run's model to the Hub: in the background while it trains, and when it is done.
 
+    A push that stalls does not keep a run from being stopped: it is given up, and what is stored here is as it was.
+
     Making one makes the repository, and so proves the token, before training.
 
     Args:
@@ -106,7 +130,6 @@ class Publisher:
         make_repository(push.repo, private=push.private)
         self._push, self._folder, self._writer = push, folder, writer
         self._snapshot = folder / ".pushing"
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push-to-hub")
         self._running: Future[bool] | None = None
 
     def after_epoch(self, model: SelfDistillModel, epoch: int, total: int) -> None:
@@ -124,8 +147,9 @@ class Publisher:
             return
         done = f"epoch {epoch} of {total}"
         # Saved on this thread, as training goes on to change the weights.
-        if self._succeeds(lambda: self._save_snapshot(model, done)):
-            self._running = self._worker.submit(self._succeeds, lambda: self._push_snapshot(done))
+        if self._succeeds(lambda: self._save_snapshot(model, done, (epoch, total))):
+            push = partial(self._succeeds, lambda: self._push_snapshot(done))
+            self._running = in_background(push, "push-to-hub")
 
     def finish(self) -> None:
         """Push the complete run.
@@ -133,18 +157,20 @@ class Publisher:
         Raises:
             HubError: If that fails; the run's folder is complete, and the message names the command that pushes it.
         """
-        self._worker.shutdown(wait=True)
+        if self._running is not None:
+            self._running.result()
         shutil.rmtree(self._snapshot, ignore_errors=True)
         try:
-            push_folder(self._folder, self._push.repo, private=self._push.private)
+            push = partial(push_folder, self._folder, self._push.repo, private=self._push.private)
+            in_background(push, "push-to-hub").result()
         except HubError as error:
             again = f"timm-selfdistill push {self._folder} {self._push.repo}"
             raise HubError(f"{error} The run is complete in {self._folder}; push it again by: {again}") from error
 
-    def _save_snapshot(self, model: SelfDistillModel, done: str) -> None:
+    def _save_snapshot(self, model: SelfDistillModel, done: str, epochs: tuple[int, int]) -> None:
         note = f"\nTraining goes on: this is the model after {done}.\n"
-        self._writer.save(model, self._snapshot / "model", note=note)
-        shutil.copyfile(self._folder / "recipe.yaml", self._snapshot / "recipe.yaml")
+        self._writer.save(model, self._snapshot / "model", note=note, epochs=epochs)
+        (self._snapshot / "recipe.yaml").write_text(self._writer.shared_recipe)
 
     def _push_snapshot(self, done: str) -> None:
         message = f"Add the model after {done}"

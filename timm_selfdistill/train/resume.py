@@ -25,7 +25,10 @@ def find_checkpoint(resume: str, checkpoints: Path, accelerator: Accelerator) ->
         ValueError: If the recipe names a checkpoint that is not the newest, or the processes see different ones.
         CheckpointError: If the checkpoint cannot be used.
     """
+    tracker = accelerator.get_tracker("jsonl")
+    keep = tracker.keep if isinstance(tracker, JsonLinesTracker) else _keep_nothing
     if resume == "never":
+        keep(checkpoints.name, 0)
         return None
     # A checkpoint that is named belongs to one of the run's networks; the others go on from their newest.
     named = None if resume == "auto" else Path(resume)
@@ -43,11 +46,14 @@ def find_checkpoint(resume: str, checkpoints: Path, accelerator: Accelerator) ->
             "be on storage that all machines share."
         )
     if path is None:
+        keep(checkpoints.name, 0)
         return None
     saved: dict[str, Any] = load_checkpoint(path)
     if accelerator.is_main_process:
         _logger.warning("Resuming %s from %s.", checkpoints.name, path)
-    tracker = accelerator.get_tracker("jsonl")
-    if isinstance(tracker, JsonLinesTracker):
-        tracker.keep(checkpoints.name, saved["progress"]["logged"])
+    keep(checkpoints.name, saved["progress"]["logged"])
     return saved
+
+
+def _keep_nothing(network: str, count: int) -> None:
+    """What a run without the log does."""

@@ -1,20 +1,32 @@
 """What ends a run before its end: signals, which let it save first, and losses that are no numbers."""
 
+import atexit
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Final
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Final, NoReturn
 
 EXIT_PREEMPTED: Final = 75  # EX_TEMPFAIL: run the same command again
 EXIT_INTERRUPTED: Final = 130
 
 _PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
+# A launcher hands Ctrl-C and SIGTERM on to processes that a terminal or scheduler has signalled too.
+_ECHO_SECONDS = 1.0
+# What is still under way when everything is saved, such as a download, may take so long to end.
+_PATIENCE_SECONDS = 10.0
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """A run was stopped by a signal; what it had done by then is saved.
+
+    It is no `Exception`, as `KeyboardInterrupt` is none: a signal that comes while a model is tried or an image is
+    decoded must not be taken for a fault of the model or of the image. What calls `train` and is to go on after a
+    signal names it.
 
     Args:
         signal_name: Which one, such as "SIGTERM".
@@ -36,13 +48,19 @@ class StopSignals:
     While training steps are taken (`deferred`), a signal is only noted, to be asked for after the step; anywhere else
     nothing is lost by stopping, and it raises `Interrupted` at once. A second Ctrl-C always stops at once.
 
-    Use it in a `with` block, which puts the former handlers back. Outside the main thread, where Python handles no
-    signals, it does nothing.
+    Use it in a `with` block, which puts the former handlers back, and raises `Interrupted` once more at its end if it
+    stopped nobody: what is raised in a destructor, Python only prints. Outside the main thread, where Python handles no
+    signals, it does nothing, and neither in processes that are forked in the block.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._deferring = False
+        self._ctrl_c = False
+        self._raised = False
+        self._last = -_ECHO_SECONDS
+        self._owner = os.getpid()
+        self._launched = "TORCHELASTIC_RUN_ID" in os.environ
         self._former: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -51,10 +69,14 @@ class StopSignals:
                 self._former[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *args: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
         self._former = {}
+        if error is None and self._raised:
+            raise self.interruption()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -73,11 +95,55 @@ class StopSignals:
         """
         if self.received is None:
             return Interrupted(signal_name or "a signal to another process", EXIT_PREEMPTED)
-        status = EXIT_INTERRUPTED if self.received == signal.SIGINT else EXIT_PREEMPTED
-        return Interrupted(self.received.name, status)
+        return _interruption(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self.received == signal.SIGINT and number == signal.SIGINT
-        self.received = signal.Signals(number)
-        if again or not self._deferring:
+        if os.getpid() != self._owner:
+            return
+        now = time.monotonic()
+        echo = self._launched and now - self._last < _ECHO_SECONDS
+        again = self._ctrl_c and number == signal.SIGINT
+        self._last = now
+        self._ctrl_c |= number == signal.SIGINT
+        if self.received is None:
+            self.received = signal.Signals(number)
+        if not echo and (again or not self._deferring):
+            self._raised = True
             raise self.interruption()
+
+
+def end_program(status: int) -> NoReturn:
+    """End a command that is the whole program, whose exit status is known.
+
+    What is to be done at exit is done, and then the process ends at once: while Python takes itself down, which lasts
+    seconds with torch, a signal would end it with a status that says nothing. A signal that comes before ends it with
+    its own status. A stopped run does not wait for threads that hang, such as those of a stalled download.
+
+    Args:
+        status: The exit status.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in (*_PREEMPTIONS, signal.SIGINT):
+            signal.signal(number, _leave)
+    if status in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
+        timer = threading.Timer(_PATIENCE_SECONDS, os._exit, [status])
+        timer.daemon = True
+        timer.start()
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):  # nobody reads the output any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    interruption = _interruption(signal.Signals(number))
+    os.write(2, f"{interruption}\n".encode())
+    os._exit(interruption.exit_status)
+
+
+def _interruption(number: signal.Signals) -> Interrupted:
+    return Interrupted(number.name, EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)

@@ -1,0 +1,96 @@
+"""Loader processes and signals."""
+
+import multiprocessing
+import os
+import signal
+import time
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from timm_selfdistill.data import worker_options
+from timm_selfdistill.data.workers import _CONTEXTS
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Numbers:
+    """Numbers, each of which takes a while."""
+
+    def __init__(self, seconds: float = 0.02) -> None:
+        self.seconds = seconds
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(self.seconds)
+        return index
+
+
+def mask_of_this_process(answers: Any) -> None:
+    answers.put(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["fork", pytest.param("spawn", marks=pytest.mark.slow), pytest.param("forkserver", marks=pytest.mark.slow)],
+)
+def test_a_signal_to_loader_processes_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: method)
+    loader = DataLoader(Numbers(), batch_size=4, **worker_options(2))
+    batches = iter(loader)
+    answers = [next(batches)]
+    sender = os.fork()  # not their parent, which may end them
+    if sender == 0:
+        for worker in batches._workers:
+            for number in SIGNALS:
+                os.kill(worker.pid, number)
+        os._exit(0)
+    os.waitpid(sender, 0)
+    answers += batches
+    assert torch.cat(answers).tolist() == list(range(40))
+
+
+def test_the_signals_are_blocked_from_the_first_moment_on() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    context = _CONTEXTS["fork"]()
+    answers = context.SimpleQueue()
+    process = context.Process(target=mask_of_this_process, args=(answers,))
+    process.start()
+    assert set(SIGNALS) <= answers.get()
+    process.join()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_a_loader_process_that_hangs_is_ended_by_its_parent() -> None:
+    batches = iter(DataLoader(Numbers(seconds=600), **worker_options(1)))
+    (worker,) = batches._workers
+    time.sleep(0.5)
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
+def test_loader_processes_end_when_their_parent_is_killed() -> None:
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        batches = iter(DataLoader(Numbers(), **worker_options(2)))
+        next(batches)
+        os.write(writer, " ".join(str(worker.pid) for worker in batches._workers).encode())
+        time.sleep(60)
+    workers = [psutil.Process(int(pid)) for pid in os.read(reader, 100).split()]
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    assert (len(gone), alive) == (2, [])
+
+
+def test_asking_for_options_does_not_choose_how_processes_start() -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    assert worker_options(0)["multiprocessing_context"] is None
+    assert multiprocessing.get_start_method(allow_none=True) == before

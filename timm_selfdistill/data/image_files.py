@@ -1,0 +1,256 @@
+"""Which files of a folder are images: by their endings, by their content where the ending says nothing."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import Final, Literal
+
+from PIL import Image
+
+from timm_selfdistill.data.decode import FORMATS
+
+# Images that Pillow decodes with a plug-in only: without it, they are images that cannot be decoded.
+_BY_PLUGIN = (".heic", ".heif", ".jxl")
+_VECTOR = (".ai", ".emf", ".eps", ".epsf", ".epsi", ".pdf", ".ps", ".svg", ".svgz", ".wmf")
+# What stands beside images; files with other unknown endings are looked into.
+_NO_IMAGE = (
+    *(".cfg", ".csv", ".db", ".h5", ".hdf", ".hdf5", ".htm", ".html", ".ini", ".ipynb", ".json", ".jsonl", ".log"),
+    *(".mat", ".md", ".npy", ".npz", ".parquet", ".pkl", ".pt", ".pth", ".py", ".rst", ".rtf", ".toml", ".tsv"),
+    *(".txt", ".xlsx", ".xml", ".yaml", ".yml"),
+)
+# Formats that begin with bytes which nothing else begins with by chance.
+_TOLD_BY_CONTENT = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+# Made by systems and programs; so are all names that begin with a dot.
+_HIDDEN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
+_NAMED = 3
+
+Kind = Literal["image", "vector format", "not an image"]
+Reason = Literal[Kind, "unknown", "hidden", "not a file", "read already", "beside the splits"]
+
+# What is normal beside images; anything else that is left out is warned about.
+_EXPECTED: Final[tuple[Reason, ...]] = ("not an image", "hidden")
+
+
+class FolderScan:
+    """What a scan leaves out: the count of each reason and its first paths; and whether it met links.
+
+    The reasons: "vector format" (another program would have to draw it), "not an image" (by its ending), "unknown" (no
+    image by its content, with an ending that says nothing), "hidden", "not a file" (a pipe, device, socket or broken
+    link), "read already" (a link to a folder that is read anyway, or to one around it) and "beside the splits" (an
+    image that is in no split).
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[Reason] = Counter()
+        self.first: dict[Reason, list[str]] = {}
+        self.links = False
+
+    def leave_out(self, reason: Reason, path: str) -> None:
+        """Count a path."""
+        self.counts[reason] += 1
+        first = self.first.setdefault(reason, [])
+        if len(first) < _NAMED:
+            first.append(path)
+
+    def update(self, other: "FolderScan") -> None:
+        """Add what another scan met."""
+        self.counts.update(other.counts)
+        for reason, paths in other.first.items():
+            self.first[reason] = (self.first.get(reason, []) + paths)[:_NAMED]
+        self.links |= other.links
+
+    def describe(self, root: str, *, expected: bool | None = None) -> str:
+        """Return, for example, "2 unknown ('cat/a.bin', 'cat/b.bin'), 1 hidden ('.DS_Store')"; "" if there is nothing.
+
+        Args:
+            root: What the paths are relative to.
+            expected: Whether to tell what is normal beside images, or all else; by default both.
+        """
+        parts = []
+        for reason, count in sorted(self.counts.items()):
+            if expected is None or expected == (reason in _EXPECTED):
+                names = ", ".join(repr(os.path.relpath(path, root)) for path in self.first[reason])
+                parts.append(f"{count} {reason} ({names}{', ...' if count > len(self.first[reason]) else ''})")
+        return ", ".join(parts)
+
+
+def find_images(folder: str, scan: FolderScan) -> list[str]:
+    """Return the images of a folder and of all folders in it, in the order of their names; links are followed.
+
+    A file is opened only if its ending is unknown, and then only if it is a regular file.
+
+    Args:
+        folder: Where to look.
+        scan: What is left out is added to it.
+
+    Raises:
+        ValueError: If a folder cannot be read, or a name is no UTF-8.
+    """
+    # A link to one of these would lead out of the folder and into it again.
+    seen = _ancestors(folder)
+    found: list[str] = []
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        if not _first_visit(path, seen):
+            scan.leave_out("read already", path)
+            continue
+        folders, images = read_level(path, scan)
+        prefix = os.path.join(path, "")
+        found += [prefix + name for name in images]
+        waiting += [prefix + name for name in reversed(folders)]
+    return found
+
+
+def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and images that stand in a folder itself, sorted; as `find_images`."""
+    folders: list[str] = []
+    files: list[str] = []
+    others: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                # What an entry is the system tells with its name; only of a link is its target asked.
+                if entry.is_file(follow_symlinks=False):
+                    files.append(entry.name)
+                elif entry.is_dir():
+                    folders.append(entry.name)
+                    scan.links |= entry.is_symlink()
+                elif entry.is_file():
+                    files.append(entry.name)
+                    scan.links = True
+                else:
+                    others.append(entry.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    prefix = os.path.join(folder, "")
+    usual = _usual_endings()
+    images = [name for name in files if name[-4:] in usual and name[0] != "."]
+    if len(images) < len(files):
+        for name in sorted(set(files).difference(images)):
+            if (kind := _kind(prefix, name)) == "image":
+                images.append(name)
+            else:
+                scan.leave_out(kind, prefix + name)
+    for name in sorted(others):
+        scan.leave_out("hidden" if _is_hidden(name) else "not a file", prefix + name)
+    if hidden := sorted(filter(_is_hidden, folders)):
+        folders = [name for name in folders if not _is_hidden(name)]
+        for name in hidden:
+            scan.leave_out("hidden", prefix + name)
+    folders.sort()
+    images.sort()
+    _check_names(prefix, (*folders, *images))
+    return folders, images
+
+
+def holds_image(folder: str) -> bool:
+    """Whether there is an image in a folder or in one inside it; looks no further than the first one.
+
+    Raises:
+        ValueError: If a folder cannot be read.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        if not _first_visit(path, seen):
+            continue
+        prefix = os.path.join(path, "")
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        waiting += [] if _is_hidden(entry.name) else [prefix + entry.name]
+                    elif entry.is_file() and _kind(prefix, entry.name) == "image":
+                        return True
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    return False
+
+
+def is_image(path: str) -> bool:
+    """Whether a file's content is that of an image; the pixels are not decoded."""
+    Image.init()
+    formats = [name for name in _TOLD_BY_CONTENT if name in Image.OPEN]
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=formats):
+            return True
+    except Image.DecompressionBombError:  # an image, too large to be decoded
+        return True
+    except Exception:  # of the file system, or of whatever format the file resembles
+        return False
+
+
+@cache
+def image_endings() -> frozenset[str]:
+    """Return the endings that tell an image, in lower case and with their dot."""
+    return frozenset(ending for ending, kind in kinds_by_ending().items() if kind == "image")
+
+
+@cache
+def kinds_by_ending() -> dict[str, Kind]:
+    """Return what files are by their ending, in lower case and with its dot."""
+    readable = {
+        ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN and name in FORMATS
+    }
+    kinds: dict[str, Kind] = dict.fromkeys(_NO_IMAGE, "not an image")
+    kinds |= dict.fromkeys((*readable, *_BY_PLUGIN), "image")
+    return kinds | dict.fromkeys(_VECTOR, "vector format")
+
+
+def _first_visit(folder: str, seen: set[tuple[int, int]]) -> bool:
+    """Note that a folder is visited, by device and inode; False if it was before, by a link."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    visited = len(seen)
+    seen.add((status.st_dev, status.st_ino))
+    return len(seen) > visited
+
+
+def _unreadable(folder: str, error: OSError) -> ValueError:
+    return ValueError(f"The folder {folder!r} cannot be read: {error.strerror or error}.")
+
+
+def _kind(prefix: str, name: str) -> Kind | Literal["hidden", "unknown"]:
+    """Return what a regular file is, looking into it if its ending does not tell."""
+    if _is_hidden(name):
+        return "hidden"
+    ending = os.path.splitext(name)[1].lower()
+    if (kind := kinds_by_ending().get(ending)) is not None:
+        return kind
+    return "image" if is_image(prefix + name) else "unknown"
+
+
+def _is_hidden(name: str) -> bool:
+    return name[0] == "." or name in _HIDDEN
+
+
+@cache
+def _usual_endings() -> set[str]:
+    """Return the endings of three letters that images have, in lower and in upper case: told in one step."""
+    usual = {ending for ending in image_endings() if len(ending) == 4}
+    return usual | {ending.upper() for ending in usual}
+
+
+def _ancestors(folder: str) -> set[tuple[int, int]]:
+    """Return device and inode of all folders above one, by its own path and by that which it is a link to."""
+    found = set()
+    for path in (os.path.abspath(folder), os.path.realpath(folder)):
+        while (above := os.path.dirname(path)) != path:
+            path = above
+            status = os.stat(path)
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def _check_names(prefix: str, names: Sequence[str]) -> None:
+    """Refuse names that no table can hold."""
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError:
+        wrong = next(name for name in names if any("\ud800" <= letter <= "\udfff" for letter in name))
+        raise ValueError(f"The name {os.fsencode(prefix + wrong)!r} is no UTF-8: rename it.") from None

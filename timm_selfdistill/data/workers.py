@@ -1,0 +1,100 @@
+"""Loader processes that leave the signals that stop a run to the process that started them.
+
+Ctrl-C in a terminal and many schedulers signal the whole process group. A loader process that took part would raise in
+the middle of an image, or die and take the run with it, before the main process has saved anything.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import context, resource_tracker
+from typing import Any, Final
+
+# Those that `train` handles.
+_LEFT_TO_MAIN: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def worker_options(workers: int, init: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Return the arguments of a `DataLoader` whose processes leave signals to this one.
+
+    Such a process ends when this one ends it or is gone, as any loader process does.
+
+    Args:
+        workers: How many processes; 0 loads in this one.
+        init: Called in each process with its index.
+    """
+    # Asked for in a way that does not choose it for the rest of the program.
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    return {
+        "num_workers": workers,
+        "worker_init_fn": partial(_begin, init=init),
+        # torch refuses one for a loader without processes.
+        "multiprocessing_context": _CONTEXTS[method]() if workers else None,
+    }
+
+
+def _begin(worker: int, *, init: Callable[[int], None] | None) -> None:
+    """Take up a loader process."""
+    # Of a fork server that ran before, processes do not inherit the blocking.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_MAIN)
+    threading.Thread(target=_end_if_told, daemon=True, name="signals").start()
+    if init is not None:
+        init(worker)
+
+
+def _end_if_told() -> None:
+    """Take the blocked signals; end the process if its parent terminates it, as torch does with one that hangs."""
+    parent = multiprocessing.parent_process()
+    while True:
+        received = signal.sigwaitinfo(_LEFT_TO_MAIN)
+        if received.si_signo == signal.SIGTERM and parent is not None and received.si_pid == parent.pid:
+            os._exit(0)
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """Start processes that have the signals blocked from their first moment on; here they come after the body."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_MAIN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _ForkProcess(context.ForkProcess):
+    def start(self) -> None:
+        with _blocked():
+            super().start()
+
+
+class _SpawnProcess(context.SpawnProcess):
+    def start(self) -> None:
+        resource_tracker.ensure_running()  # else started in the body, where it would unblock the signals
+        with _blocked():
+            super().start()
+
+
+class _ForkServerProcess(context.ForkServerProcess):
+    def start(self) -> None:
+        resource_tracker.ensure_running()
+        with _blocked():
+            super().start()
+
+
+class _ForkContext(context.ForkContext):
+    Process = _ForkProcess
+
+
+class _SpawnContext(context.SpawnContext):
+    Process = _SpawnProcess
+
+
+class _ForkServerContext(context.ForkServerContext):
+    Process = _ForkServerProcess
+
+
+_CONTEXTS: Final = {"fork": _ForkContext, "spawn": _SpawnContext, "forkserver": _ForkServerContext}

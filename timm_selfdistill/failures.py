@@ -1,0 +1,91 @@
+"""What the machine, and neither the code nor what it was given, is to blame for: recognised, and said in a sentence."""
+
+import errno
+import re
+from collections.abc import Iterator
+
+import torch
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+# How Python and Rust write the number of an error of the system, where only the message is left of it.
+_ERRNO = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
+# torch raises a plain RuntimeError for all of these.
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory: you tried to allocate|out of memory|_ALLOC_FAILED")
+_NO_SHARED_MEMORY = re.compile(r"out of shared memory|shared memory\(shm\)|(file|object) </torch_|/dev/shm")
+_MANY_FILES = re.compile(r"Too many open files|received 0 items of ancdata")
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (.*?)(?:\. |\.?$)")
+_LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed", re.IGNORECASE)
+
+_AGAIN = "run the same command again to go on"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the machine or of a GPU is at its end."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
+
+
+def failure_of_machine(error: BaseException) -> str | None:
+    """Return what happened and what to do, if the machine is to blame for an error; None if it is not.
+
+    Args:
+        error: The error; what it was raised from is looked at too.
+    """
+    said = (_failure(link) for link in _chain(error))
+    return next((sentence for sentence in said if sentence is not None), None)
+
+
+def message_of(error: BaseException) -> str:
+    """Return an error's message; of one from a loader process, whose message is its whole traceback, the last line."""
+    text = str(error).strip() or repr(error)
+    return text.splitlines()[-1].strip() if "Traceback (most recent call last)" in text else text
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _failure(error: BaseException) -> str | None:
+    # torch's messages go on with frames of C++ and advice for other programs.
+    text, reason = str(error), message_of(error).splitlines()[0].rstrip(".")
+    number = _errno_of(error)
+    from_torch = isinstance(error, RuntimeError) and type(error).__module__.startswith(("builtins", "torch"))
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"The GPU's memory is full: {reason}. A smaller batch_size, a larger optimizer.accumulate or "
+            "precision=bf16 need less."
+        )
+    if number in _TOO_MANY_FILES or (from_torch and _MANY_FILES.search(text)):
+        return f"Too many files are open: {reason}. Raise the limit (ulimit -n) or lower data.workers, and {_AGAIN}."
+    if (from_torch or number is not None) and _NO_SHARED_MEMORY.search(text):
+        return (
+            f"The shared memory (/dev/shm) in which loader processes hand over images is full: {reason}. Make it "
+            f"larger (docker run --shm-size), or set data.workers=0, and {_AGAIN}."
+        )
+    if is_out_of_memory(error):
+        return f"The memory is full: {reason}. A smaller batch_size, fewer data.workers or a smaller model need less."
+    if from_torch and (lost := _LOST_WORKER.search(text)):
+        return (
+            f"A loader process {lost[1].replace('is killed', 'was killed')}. Where the system killed it for want of "
+            f"memory, fewer data.workers need less; {_AGAIN}."
+        )
+    if number in _FULL:
+        return f"The disk is full: {reason}. Make room, and {_AGAIN}."
+    if from_torch and (isinstance(error, torch.distributed.DistError) or _LOST_PROCESS.search(text)):
+        return f"Another process of the run is gone: {reason}. What it said tells why; {_AGAIN}."
+    return None
+
+
+def _errno_of(error: BaseException) -> int | None:
+    """Return the number of an error of the system."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    match = None if isinstance(error, ValueError) else _ERRNO.search(message_of(error))
+    return None if match is None else int(match[1] or match[2])

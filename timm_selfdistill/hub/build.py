@@ -1,0 +1,146 @@
+"""Build the model that a stranger's configuration describes, once it is known to be that of the weights beside it."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import timm
+import torch
+from timm.data.model_config import resolve_input_data_config
+from torch import Tensor, nn
+
+from timm_selfdistill.build_limit import BuildLimit, TooLargeError
+from timm_selfdistill.heads import HEADS
+from timm_selfdistill.hub.limits import check_image
+from timm_selfdistill.hub.saved import CONFIG, Saved
+from timm_selfdistill.model import SelfDistillModel, wrap
+from timm_selfdistill.stem import use_small_stem
+from timm_selfdistill.truncation import truncate
+
+# timm's models have up to 1.1 parameters and 3.1 modules for each tensor that is saved; a network that was cut off at
+# an exit is described as a whole, and the largest has 2,500 tensors.
+_PARAMETERS: Final = (2, 3_000)
+_MODULES: Final = (8, 9_000)
+# Calls of functions while a model is built and run on no memory: 15 million at most for all but one of timm's models,
+# 41 million for tiny_vit_21m_512, which lists the offsets of its attention in Python.
+_CALLS: Final = 60_000_000
+# Tensors that are computed and not saved, such as positions and masks; and the layers behind an exit.
+_UNSAVED_BYTES: Final = 2**30
+_UNSAVED_SHARE: Final = 32
+
+
+def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]]) -> SelfDistillModel:
+    """Build the model that a folder's configuration describes, with random weights.
+
+    It is built on the meta device first, which takes no memory, with a limit for its parts, and compared with the
+    weights: only a model that they fit is given memory.
+
+    Args:
+        folder: The folder.
+        saved: What `read_config` read there.
+        weights: By its name, what is in each file of weights: those of the backbone and the exits, or, with
+            `saved.exit`, those of the network that ends there.
+
+    Raises:
+        ValueError: If it cannot be built, or the weights do not fit it.
+    """
+    where = f"The model that {folder / CONFIG} describes cannot be built"
+    tensors = sum(map(len, weights.values()))
+    limit = BuildLimit(_PARAMETERS[0] * tensors + _PARAMETERS[1], _MODULES[0] * tensors + _MODULES[1], _CALLS)
+    with _explained(where, tensors), torch.device("meta"), limit:
+        check_image("image_size", saved.image_size)
+        backbone = _create(folder)
+    first = next(iter(weights))
+    if saved.exit is None and backbone.state_dict().keys() != weights[first].keys():
+        # Another one, which need not be run to be told so.
+        _check_shapes(folder / first, backbone, weights[first])
+    with _explained(where, tensors), torch.device("meta"), limit:
+        ours = _is_ours(saved.head)
+        # A body of another package may compute numbers while it is built, which the meta device has none of.
+        blank = _wrap(backbone, saved if ours else replace(saved, head="linear", head_kwargs={}))
+        check_image("input_size", resolve_input_data_config(blank.backbone, _STATISTICS)["input_size"][1:])
+        parts = _parts(blank, saved, list(weights))
+    for name, module in parts.items():
+        # What is behind another package's head is compared when it is loaded.
+        if ours or module is blank.backbone:
+            _check_shapes(folder / name, module, weights[name])
+    in_file = sum(map(_size, itertools.chain.from_iterable(held.values() for held in weights.values())))
+    in_memory = sum(map(_size, itertools.chain(blank.parameters(), blank.buffers())))
+    if in_memory > _UNSAVED_BYTES + _UNSAVED_SHARE * in_file:
+        raise ValueError(f"{where}: it takes {in_memory:,} bytes, and the weights beside it only {in_file:,}.")
+    with _explained(where, tensors):
+        backbone = _create(folder)
+        if saved.small_stem:
+            use_small_stem(backbone)
+        # Exits are where the dry run on the meta device found them: the same dry run would find them here again.
+        config = replace(blank.wrap_config, head=saved.head, head_kwargs=saved.head_kwargs)
+        model = SelfDistillModel(backbone, blank.taps, config)
+    if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
+        raise ValueError(f"{where}: it would have no memory for its weights.")
+    return model
+
+
+_STATISTICS: Final = {"mean": 0.5, "std": 0.5}
+
+
+def _create(folder: Path) -> Any:
+    return timm.create_model(f"local-dir:{folder}", pretrained=False)
+
+
+def _is_ours(head: str) -> bool:
+    """Whether a head is one of this package's own."""
+    return head == "auto" or HEADS.get(head).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _wrap(backbone: Any, saved: Saved) -> SelfDistillModel:
+    return wrap(
+        backbone,
+        exits=saved.exits,
+        head=saved.head,
+        head_kwargs=saved.head_kwargs,
+        hint_adapter=saved.hint_adapter,
+        small_stem=saved.small_stem,
+        image_size=(saved.image_size[0], saved.image_size[1]),
+    )
+
+
+def _parts(model: SelfDistillModel, saved: Saved, files: list[str]) -> dict[str, nn.Module]:
+    """Return the module whose weights are in each of the files."""
+    if saved.exit is not None:
+        return dict(zip(files, [truncate(model, saved.exit)], strict=True))
+    return dict(zip(files, [model.backbone, model.heads], strict=True))
+
+
+@contextmanager
+def _explained(where: str, tensors: int) -> Iterator[None]:
+    """Say of which model something is wrong."""
+    try:
+        yield
+    except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
+        raise ValueError(f"{where}: {error!r:.1000}") from error
+    except TooLargeError as error:
+        raise ValueError(f"{where}: it has more {error} than a network of the {tensors} tensors beside it.") from None
+
+
+def _check_shapes(path: Path, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless weights have the names and shapes of a module's."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found == expected:
+        return
+    faults = [f"{name} is missing" for name in expected if name not in found]
+    faults += [f"{name} is unknown" for name in found if name not in expected]
+    faults += [
+        f"{name} has the shape {list(shape)} instead of {list(expected[name])}"
+        for name, shape in found.items()
+        if name in expected and shape != expected[name]
+    ]
+    shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+    raise ValueError(f"{path} does not fit the model that {CONFIG} describes: {shown:.1000}.")
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
