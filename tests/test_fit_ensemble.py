@@ -1,11 +1,18 @@
 """The fitted ensemble: what is minimised, what few images give, and what is refused."""
 
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import timm_selfdistill as sd
+from timm_selfdistill.calibration.logits import collect_logits, replay
 from timm_selfdistill.fit_ensemble import _PULL
 
 CLASSES = 7
@@ -117,3 +124,45 @@ def test_an_ensemble_survives_json_and_says_what_is_none() -> None:
     for wrong in ({}, {"weights": 3}, {"weights": ["x"]}, []):
         with pytest.raises(ValueError, match=r"weights|could not convert"):
             sd.Ensemble.from_json(wrong)  # type: ignore[arg-type]
+
+
+def test_a_fitted_ensemble_is_saved_with_the_model_and_the_mean_is_not(tmp_path: Path) -> None:
+    model = sd.wrap("test_resnet", num_classes=CLASSES, image_size=64).eval()
+    sd.save_pretrained(model, tmp_path / "mean")
+    assert json.loads((tmp_path / "mean/config.json").read_text())["timm_selfdistill"]["ensemble"] is None
+    assert sd.from_pretrained(tmp_path / "mean").ensemble.is_mean
+    model.ensemble = sd.Ensemble((0.25,) + (0.5,) * model.num_exits)
+    sd.save_pretrained(model, tmp_path / "fitted")
+    assert sd.from_pretrained(tmp_path / "fitted").ensemble == model.ensemble
+    assert copy.deepcopy(model).ensemble == model.ensemble
+    model.reset_classifier(CLASSES)
+    assert model.ensemble.is_mean
+
+
+@pytest.mark.parametrize("saved", [{"weights": [1.0]}, {"weights": [0, 0, 0, 0]}, {"weights": ["x"] * 4}, 7])
+def test_a_saved_ensemble_that_does_not_fit_is_refused(saved: Any, tmp_path: Path) -> None:
+    sd.save_pretrained(sd.wrap("test_resnet", num_classes=CLASSES, image_size=64).eval(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["timm_selfdistill"]["ensemble"] = saved
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json holds an ensemble that is not allowed"):
+        sd.from_pretrained(tmp_path)
+
+
+@torch.no_grad()
+def test_early_exit_answers_with_it_where_no_exit_is_sure() -> None:
+    torch.manual_seed(0)
+    model = sd.wrap("test_resnet", num_classes=CLASSES, image_size=64).eval()
+    model.ensemble = sd.Ensemble((0.0, *(0.1 * index for index in range(1, model.num_exits + 1))))
+    images = torch.randn(6, 3, 64, 64)
+    members = torch.stack(model(images, return_exits=True).logits)
+    fast = sd.EarlyExit(model, [math.inf] * model.num_exits, fallback="ensemble")
+    out = fast(images)
+    weights = torch.tensor(model.ensemble.weights)
+    torch.testing.assert_close(out.logits, torch.einsum("k,kbc->bc", weights, members))
+    assert out.exit_index.tolist() == [model.num_exits] * 6
+    target = members[0].argmax(-1)
+    stored = collect_logits(model, [(images, target)])
+    torch.testing.assert_close(replay(fast.config, stored.logits, stored.ensemble).logits, out.logits)
+    assert stored.ensemble_correct.tolist() == (out.logits.argmax(-1) == target).tolist()
+    assert stored.select(torch.tensor([1, 2])).ensemble == model.ensemble
