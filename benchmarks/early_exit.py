@@ -156,7 +156,7 @@ def early_exit_ways(
     for name, drop in goals:
         goal = Goal(max_accuracy_drop=drop)
         config = choose_settings(validation, costs, goal, rule=arguments.rule, fallback=arguments.fallback).config
-        answers = replay(config, evaluation.logits)
+        answers = replay(config, evaluation.logits, evaluation.ensemble)
         top1 = 100 * float((answers.logits.argmax(-1) == evaluation.targets).double().mean())
         ways.append(Way(name, sd.EarlyExit.from_config(model, config), top1, macs.mean(config, answers.exit_index)))
     return ways

@@ -3,6 +3,7 @@
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig, EarlyExitOutput
 from timm_selfdistill.exits import ExitPoint, Tap
 from timm_selfdistill.export import ExportError, export_model
+from timm_selfdistill.fit_ensemble import fit_ensemble
 from timm_selfdistill.heads import list_heads, register_head
 from timm_selfdistill.hub import HubError, from_pretrained, load_early_exit, load_exported, push_to_hub, save_pretrained
 from timm_selfdistill.losses import (
@@ -16,7 +17,7 @@ from timm_selfdistill.losses import (
     register_loss,
     register_teacher,
 )
-from timm_selfdistill.model import ExitOutput, SelfDistillModel, wrap
+from timm_selfdistill.model import Ensemble, ExitOutput, SelfDistillModel, wrap
 from timm_selfdistill.predict import Prediction, predict_images
 from timm_selfdistill.recipe import list_recipes, load_recipe
 from timm_selfdistill.task import SelfDistillationTask
@@ -28,6 +29,7 @@ __all__ = [
     "EarlyExit",
     "EarlyExitConfig",
     "EarlyExitOutput",
+    "Ensemble",
     "ExitOutput",
     "ExitPoint",
     "ExportError",
@@ -40,6 +42,7 @@ __all__ = [
     "Tap",
     "TruncatedModel",
     "export_model",
+    "fit_ensemble",
     "from_pretrained",
     "list_divergences",
     "list_heads",

@@ -127,7 +127,7 @@ def choose_settings(
 
 def excess_errors(config: EarlyExitConfig, stored: ExitLogits) -> Tensor:
     """Whether each image [N] is answered wrong that the backbone's own classifier gets right."""
-    answers = replay(config, stored.logits).logits
+    answers = replay(config, stored.logits, stored.ensemble).logits
     return stored.correct[-1] & (answers.argmax(-1) != stored.targets)
 
 

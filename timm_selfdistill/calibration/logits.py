@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from timm_selfdistill.early_exit import EarlyExitConfig, EarlyExitOutput
 from timm_selfdistill.early_exit.settings import State
 from timm_selfdistill.metrics import IGNORED
-from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.model import Ensemble, SelfDistillModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +21,7 @@ class ExitLogits:
         logits: Logits [K + 1, N, C], shallow to deep, the last the backbone's own.
         targets: Class indices [N].
         num_skipped: How many images more there are that could not be decoded.
+        ensemble: How the logits become one answer; their mean by default.
 
     Raises:
         ValueError: If there are no images, no exits or less than two classes, shapes do not fit, or a target is no
@@ -30,6 +31,7 @@ class ExitLogits:
     logits: Tensor
     targets: Tensor
     num_skipped: int = 0
+    ensemble: Ensemble | None = None
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 3 or self.targets.shape != self.logits.shape[1:2]:
@@ -64,11 +66,11 @@ class ExitLogits:
     @property
     def ensemble_correct(self) -> Tensor:
         """Whether the ensemble is right [N]."""
-        return _right(_ensemble(self.logits), self.targets)
+        return _right(_together(self.logits, self.ensemble), self.targets)
 
     def select(self, rows: Tensor) -> "ExitLogits":
         """Return the images at these places."""
-        return ExitLogits(self.logits[:, rows], self.targets[rows])
+        return ExitLogits(self.logits[:, rows], self.targets[rows], ensemble=self.ensemble)
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def collect_logits(model: SelfDistillModel, loader: Iterable[tuple[Tensor, Tenso
         logits.append(out[:, known])
         targets.append(labels.cpu()[known].long())
         num_skipped += int((~known).sum())
-    return ExitLogits(torch.cat(logits[1:] or logits, 1), torch.cat(targets), num_skipped)
+    return ExitLogits(torch.cat(logits[1:] or logits, 1), torch.cat(targets), num_skipped, model.ensemble)
 
 
 def confidences(logits: Tensor, config: EarlyExitConfig) -> Tensor:
@@ -127,12 +129,13 @@ def first_sure(confidence: Tensor, thresholds: Sequence[float]) -> Tensor:
     return torch.cat([sure, torch.ones_like(sure[:1])]).to(torch.uint8).argmax(0)
 
 
-def replay(config: EarlyExitConfig, logits: Tensor) -> EarlyExitOutput:
+def replay(config: EarlyExitConfig, logits: Tensor, ensemble: Ensemble | None = None) -> EarlyExitOutput:
     """Return what `EarlyExit` with these settings answers for images whose logits are known.
 
     Args:
         config: The settings.
         logits: Logits [K + 1, N, C] of all exits.
+        ensemble: The model's; the mean by default.
 
     Returns:
         Logits [N, C] and the exits that gave them [N]: those of `EarlyExit`, to rounding.
@@ -142,13 +145,13 @@ def replay(config: EarlyExitConfig, logits: Tensor) -> EarlyExitOutput:
     """
     config.check_exits([str(exit) for exit in range(len(logits) - 1)])
     index = first_sure(confidences(logits, config), config.thresholds)
-    last = _ensemble(logits) if config.fallback == "ensemble" else logits[-1]
+    last = _together(logits, ensemble) if config.fallback == "ensemble" else logits[-1]
     answers = torch.cat([logits[:-1], last.unsqueeze(0)])
     return EarlyExitOutput(answers[index, torch.arange(len(index))], index)
 
 
-def _ensemble(logits: Tensor) -> Tensor:
-    return logits.sum(0) / len(logits)
+def _together(logits: Tensor, ensemble: Ensemble | None) -> Tensor:
+    return (ensemble or Ensemble.mean(len(logits)))(logits)
 
 
 def _right(logits: Tensor, targets: Tensor) -> Tensor:

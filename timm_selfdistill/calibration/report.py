@@ -165,7 +165,7 @@ def build_calibration_report(
 
 
 def _early_exit(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:
-    answers = replay(config, stored.logits)
+    answers = replay(config, stored.logits, stored.ensemble)
     right = answers.logits.argmax(-1) == stored.targets
     return {
         **_point(_percent(right), macs.mean(config, answers.exit_index), macs),

@@ -142,7 +142,7 @@ class _Journey:
     def arrive(self, logits: Tensor) -> None:
         """Answer for the images that no exit was sure of, from the backbone's own logits [P, num_classes]."""
         if self._sum is not None:
-            logits = (self._sum + logits) / (self._model.num_exits + 1)
+            logits = self._sum + self._model.ensemble.weights[-1] * logits
         self._answer(self._model.num_exits, self._waiting, logits)
 
     def output(self) -> EarlyExitOutput:
@@ -158,7 +158,8 @@ class _Journey:
         assert isinstance(head, ExitHead)
         logits = head.classify(*taps)
         if self._config.fallback == "ensemble":
-            self._sum = logits if self._sum is None else self._sum + logits
+            weighted = self._model.ensemble.weights[exit] * logits
+            self._sum = weighted if self._sum is None else self._sum + weighted
         confidence, self._state = self._config.confidence(logits, exit, self._state)
         # NaN is never sure.
         sure = (confidence >= self._config.thresholds[exit]) & self._waiting

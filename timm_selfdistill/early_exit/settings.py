@@ -79,7 +79,7 @@ class EarlyExitConfig:
             with the one before (0 at the first).
         temperatures: What each exit's logits are divided by first; 1 by default.
         fallback: Who answers for images that no exit was sure of: "last", the backbone's own classifier, or
-            "ensemble", the mean of the logits of all exits and the backbone.
+            "ensemble", all of them together: the model's `ensemble`.
 
     Raises:
         ValueError: If a value is not allowed.

@@ -22,7 +22,7 @@ from timm_selfdistill.hub.card import card_with_early_exit, model_card
 from timm_selfdistill.hub.labels import complete_names
 from timm_selfdistill.hub.limits import check_config
 from timm_selfdistill.hub.saved import CONFIG, KEY, check_finite, describe, read_config, read_weights, sha256_of
-from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.model import Ensemble, SelfDistillModel
 
 BACKBONE, EXITS, CARD = "model.safetensors", "exits.safetensors", "README.md"
 
@@ -145,7 +145,20 @@ def load_folder(folder: str | Path) -> SelfDistillModel:
     model = build(folder, saved, weights)
     for name, module in ((BACKBONE, model.backbone), (EXITS, model.heads)):
         load_weights(module, weights[name], folder / name)
+    if saved.ensemble is not None:
+        model.ensemble = _ensemble(folder, saved.ensemble, model.num_exits + 1)
     return model.eval()
+
+
+def _ensemble(folder: Path, value: Any, outputs: int) -> Ensemble:
+    """Return the ensemble that was saved with a model of so many outputs."""
+    try:
+        ensemble = Ensemble.from_json(value)
+        if len(ensemble.weights) != outputs:
+            raise ValueError(f"it has {len(ensemble.weights)} weights for {outputs} outputs")
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} holds an ensemble that is not allowed: {error}") from error
+    return ensemble
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:

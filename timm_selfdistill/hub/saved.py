@@ -30,7 +30,7 @@ class Saved:
     """Our key of the configuration: how to wrap the backbone, and the weights' checksums.
 
     With `exit`, the weights are those of a network that ends there, instead of the backbone's and the exits'. With
-    `run`, a training run wrote it: what it says of itself there is its own matter.
+    `run`, a training run wrote it: what it says of itself there is its own matter. Without `ensemble`, it is the mean.
     """
 
     format_version: int
@@ -44,6 +44,7 @@ class Saved:
     early_exit: Any = None
     exit: int | None = None
     run: Any = None
+    ensemble: Any = None
 
 
 def describe(
@@ -80,6 +81,7 @@ def describe(
         early_exit=None if early_exit is None else early_exit.to_json(),
         exit=exit,
         run=None if run is None else dict(run),
+        ensemble=None if exit is not None or model.ensemble.is_mean else model.ensemble.to_json(),
     )
 
 
@@ -109,7 +111,7 @@ def read_config(folder: Path) -> Saved:
     except ValueError as error:
         raise ValueError(f"{path} asks for what is not allowed: {error}") from error
     expected = [field.name for field in fields(Saved)]
-    if not set(expected) - {"early_exit", "exit", "run"} <= set(ours) <= set(expected):
+    if not set(expected) - {"early_exit", "exit", "run", "ensemble"} <= set(ours) <= set(expected):
         raise ValueError(
             f"{path} is damaged: {KEY!r} holds {', '.join(ours):.500}; it must hold {', '.join(expected)}."
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, find_exit_points, pool_feature
 from timm_selfdistill.heads import ExitHead
+from timm_selfdistill.model.ensemble import Ensemble
 from timm_selfdistill.model.hooks import Hooks, Visit
 
 # The keys of a backbone's `pretrained_cfg` that describe classes.
@@ -49,6 +50,10 @@ class SelfDistillModel(nn.Module):
         backbone: The timm model.
         taps: Where the exits hang and where the teacher's feature is read.
         config: How the backbone was wrapped.
+
+    Attributes:
+        ensemble: How the logits of all exits become one answer; the mean until `fit_ensemble` fits it. Saved with the
+            model, and the mean again after `reset_classifier`.
     """
 
     backbone: Backbone
@@ -60,6 +65,7 @@ class SelfDistillModel(nn.Module):
         self.taps = taps
         self.wrap_config = config
         self.backbone_frozen = False
+        self.ensemble = Ensemble.mean(len(taps.points) + 1)
         self.heads = self._build_heads(self.num_classes)
         self._hooks = Hooks(backbone, taps.points, taps.classifier.modules)
 
@@ -210,6 +216,7 @@ class SelfDistillModel(nn.Module):
         width_changed = found.feature_dim != self.taps.feature_dim
         self.taps = replace(found, points=self.points)
         self._hooks.read_classifiers(self.backbone, found.classifier.modules)
+        self.ensemble = Ensemble.mean(self.num_exits + 1)
         if width_changed:
             self.heads = self._build_heads(num_classes)
             return
