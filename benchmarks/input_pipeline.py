@@ -25,7 +25,7 @@ from timm_selfdistill import SelfDistillationTask
 from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import synchronize
-from timm_selfdistill.train.build import build_model
+from timm_selfdistill.train.builders import build_model
 from timm_selfdistill.train.phases import build_loss, label_smoothing
 
 WARM_UP_STEPS = 3

@@ -12,7 +12,7 @@ from torch import nn
 
 import timm_selfdistill as sd
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.train.build import build_model
+from timm_selfdistill.train.builders import build_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
 COMMANDS = [

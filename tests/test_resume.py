@@ -21,15 +21,16 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.checkpoint import load_checkpoint, store
+from timm_selfdistill import checkpoint
+from timm_selfdistill.checkpoint import load_checkpoint
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.losses.self_distillation import _LOSSES
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.train import finished_report, fit, train
-from timm_selfdistill.train.optim import build_optimizer
-from timm_selfdistill.train.parallel import Replicated
-from timm_selfdistill.train.state import PhaseState
+from timm_selfdistill.train import builders, finished_report, train, trainer
+from timm_selfdistill.train.builders import build_optimizer
+from timm_selfdistill.train.parallelism import Replicated
 from timm_selfdistill.train.stop import EXIT_INTERRUPTED, Interrupted, NonFiniteLossError, StopSignals
+from timm_selfdistill.train.train_state import PhaseState
 
 # Four steps an epoch, of a network that draws random numbers itself, on images that are drawn at random. (In bf16,
 # images of 16 px are too small: oneDNN leaves the gradient of weights that only meet padding undefined.)
@@ -93,7 +94,7 @@ def _without(value: Any, keys: set[str]) -> Any:
 def after_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
     """A function that lets something happen in the middle of the step that is so many steps from now."""
 
-    step = fit.Fit._step
+    step = trainer.Trainer._step
 
     def at(count: int, what: Callable[[], None]) -> None:
         left = [count]
@@ -104,7 +105,7 @@ def after_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], 
                 what()
             return step(*args)
 
-        monkeypatch.setattr(fit.Fit, "_step", wrapped)
+        monkeypatch.setattr(trainer.Trainer, "_step", wrapped)
 
     return at
 
@@ -247,16 +248,16 @@ def test_checkpoints_between_epochs_change_nothing(tmp_path: Path) -> None:
 
 def test_a_signal_while_nothing_trains_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(recipe(tmp_path / "whole"))
-    validate = fit.Fit._validate
+    validate = trainer.Trainer._validate
 
     def interrupted(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("the validation went on")
 
-    monkeypatch.setattr(fit.Fit, "_validate", interrupted)
+    monkeypatch.setattr(trainer.Trainer, "_validate", interrupted)
     with pytest.raises(Interrupted):
         train(recipe(tmp_path / "cut"))
-    monkeypatch.setattr(fit.Fit, "_validate", validate)
+    monkeypatch.setattr(trainer.Trainer, "_validate", validate)
     train(recipe(tmp_path / "cut"))
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
 
@@ -305,7 +306,7 @@ def test_the_former_handlers_come_back() -> None:
 def test_a_full_disk_does_not_stop_training_and_the_next_checkpoint_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write, calls = store._write, []
+    write, calls = checkpoint.write_files, []
 
     def full_once(folder: Path, *args: Any) -> None:
         calls.append(folder.name)
@@ -315,7 +316,7 @@ def test_a_full_disk_does_not_stop_training_and_the_next_checkpoint_is_tried(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(folder, *args)
 
-    monkeypatch.setattr(store, "_write", full_once)
+    monkeypatch.setattr(checkpoint, "write_files", full_once)
     train(recipe(tmp_path))
     assert calls == [".checkpoint-4", ".checkpoint-8", ".checkpoint-12", ".checkpoint-12"]
     assert "The checkpoint of step 8 cannot be written" in caplog.text
@@ -330,21 +331,21 @@ def test_a_disk_without_room_for_the_last_checkpoint_still_gets_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(recipe(tmp_path / "whole"))
-    write = store._write
+    write = checkpoint.write_files
 
     def full(folder: Path, *args: Any) -> None:
         if folder.name != ".checkpoint-4":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(folder, *args)
 
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(checkpoint, "write_files", full)
     train(recipe(tmp_path / "cut"))
     assert "No space left on device; those before it are kept. If training is done, the model is saved" in caplog.text
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
     assert [path.name for path in (tmp_path / "cut" / "checkpoints" / "self-distilled").iterdir()] == ["checkpoint-4"]
     # It is done, though its newest checkpoint is not.
     assert finished_report(recipe(tmp_path / "cut")) is not None
-    monkeypatch.setattr(store, "_write", write)
+    monkeypatch.setattr(checkpoint, "write_files", write)
     train(recipe(tmp_path / "cut"))
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
 
@@ -355,7 +356,7 @@ def test_a_disk_that_is_full_when_a_signal_stops_the_run_is_an_error(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(checkpoint, "write_files", full)
     after_steps(2, send(signal.SIGTERM))
     with pytest.raises(OSError, match="No space left on device; those before it are kept"):
         train(recipe(tmp_path))
@@ -388,15 +389,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(capsys: pyte
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
     """A function that makes the images of some steps NaN."""
-    step = fit.Fit._step
+    step = trainer.Trainer._step
 
     def poison(steps: set[int]) -> None:
-        def wrapped(self: fit.Fit, training: Any, running: Any, batches: Any) -> bool:
+        def wrapped(self: trainer.Trainer, stepper: Any, running: Any, batches: Any) -> bool:
             if self.progress.step + 1 in steps:
                 batches = ((images * torch.nan, targets) for images, targets in batches)
-            return step(self, training, running, batches)
+            return step(self, stepper, running, batches)
 
-        monkeypatch.setattr(fit.Fit, "_step", wrapped)
+        monkeypatch.setattr(trainer.Trainer, "_step", wrapped)
 
     return poison
 
@@ -436,21 +437,24 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_if_asked(
 
 def test_the_rows_that_are_told_are_those_of_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One image of the training split is made NaN wherever it appears; its row is in every batch that is told."""
-    step, bad = fit.Fit._step, []
+    step, bad = trainer.Trainer._step, []
 
-    def wrapped(self: fit.Fit, training: Any, running: Any, batches: Any) -> bool:
+    def wrapped(self: trainer.Trainer, stepper: Any, running: Any, batches: Any) -> bool:
         position = self.progress.micro // 1
         if self.progress.step in (1, 6):
-            bad.append(self.feed.rows(self.progress.epoch, position))
+            bad.append(self.context.feed.rows(self.progress.epoch, position))
             images, targets = next(batches)
             rows = bad[-1]
-            expected = [self.feed.split.targets[np.flatnonzero(self.feed.split.indices == row)[0]] for row in rows]
+            expected = [
+                self.context.feed.split.targets[np.flatnonzero(self.context.feed.split.indices == row)[0]]
+                for row in rows
+            ]
             assert targets.tolist() == expected
             batches = iter([(images * torch.nan, targets)])
-        return step(self, training, running, batches)
+        return step(self, stepper, running, batches)
 
-    monkeypatch.setattr(fit.Fit, "_step", wrapped)
-    monkeypatch.setattr(fit.Feed, "batches", _one_by_one(fit.Feed.batches))
+    monkeypatch.setattr(trainer.Trainer, "_step", wrapped)
+    monkeypatch.setattr(builders.Feed, "batches", _one_by_one(builders.Feed.batches))
     train(recipe(tmp_path, "optimizer.on_nonfinite=skip"))
     told = [json.loads(line)["rows"] for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
     assert told == bad

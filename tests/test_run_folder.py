@@ -13,11 +13,11 @@ import torch
 from accelerate.state import AcceleratorState
 from test_resume import SMALL, after_steps, outcome, recipe, send
 
-from timm_selfdistill.checkpoint import store
+from timm_selfdistill.checkpoint_format import build_manifest
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.hub import CONFIG
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.train import evaluate_folder, finished_report, fit, train
+from timm_selfdistill.train import evaluate_folder, finished_report, train, trainer
 from timm_selfdistill.train.run_folder import check_folder
 from timm_selfdistill.train.stop import Interrupted
 
@@ -84,7 +84,7 @@ def rewrite(run: Path, record: Any) -> None:
         state = json.loads((folder / "state.json").read_text())
         state["dict"] = [pair for pair in state["dict"] if pair[0] != "run"]
         (folder / "state.json").write_text(json.dumps(state))
-        (folder / "manifest.json").write_text(json.dumps(store._manifest(folder)))
+        (folder / "manifest.json").write_text(json.dumps(build_manifest(folder)))
 
 
 def test_a_finished_run_keeps_its_class_names(
@@ -161,7 +161,7 @@ def test_what_was_never_saved_does_not_block_changed_keys(tmp_path: Path, monkey
         raise RuntimeError("before the first checkpoint")
 
     with monkeypatch.context() as patched:
-        patched.setattr(fit.Fit, "_save", fail)
+        patched.setattr(trainer.Trainer, "_save", fail)
         with pytest.raises(RuntimeError):
             train(recipe(tmp_path))
     assert (tmp_path / "metrics.jsonl").read_text()
@@ -300,13 +300,13 @@ def test_each_run_of_a_process_has_its_own_precision_folder_and_trackers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    step = fit.Fit._step
+    step = trainer.Trainer._step
 
-    def note(self: fit.Fit, *args: Any) -> bool:
-        seen.append(self.accelerator.mixed_precision)
+    def note(self: trainer.Trainer, *args: Any) -> bool:
+        seen.append(self.context.accelerator.mixed_precision)
         return step(self, *args)
 
-    monkeypatch.setattr(fit.Fit, "_step", note)
+    monkeypatch.setattr(trainer.Trainer, "_step", note)
     train(recipe(tmp_path / "one", "epochs=1", "precision=bf16", "data.image_size=64"))
     train(recipe(tmp_path / "two", "epochs=1", "data.max_train=32"))
     train(recipe(tmp_path / "three", "epochs=1", "precision=bf16", "data.image_size=64"))

@@ -19,7 +19,8 @@ from torch import nn
 import timm_selfdistill as sd
 from timm_selfdistill.checkpoint import load_checkpoint
 from timm_selfdistill.losses import CSKD, PSKD
-from timm_selfdistill.train.sharding import OPTIMIZERS, find_units, refuse_loss
+from timm_selfdistill.train.launch import OPTIMIZERS, refuse_loss
+from timm_selfdistill.train.parallelism import find_units
 
 ON_TWO_CPUS = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
@@ -107,7 +108,7 @@ def test_a_run_goes_on_with_whole_networks_and_the_reverse(tmp_path):
     for name in ("to-whole", "from-whole", "to-parts", "to-one"):
         # The terms that are logged are those of the main process's images.
         assert_same(tmp_path / "undisturbed", tmp_path / name, same_processes=False)
-    said = "self-distilled was trained by 2 process(es){} and goes on with 2{}, behind step 3, with the images"
+    said = "self-distilled was trained by 2 process(es){} and goes on with 2{}, after step 3, with the images"
     assert said.format(" in parts", "") in errors
     assert said.format("", " in parts") in errors
 

@@ -19,8 +19,8 @@ from timm_selfdistill.data import InputConfig
 from timm_selfdistill.losses.self_distillation import _LOSSES
 from timm_selfdistill.recipe import Recipe, list_recipes, load_recipe
 from timm_selfdistill.report import format_markdown
-from timm_selfdistill.train import fit, train
-from timm_selfdistill.train.batch_norm import check_one_image
+from timm_selfdistill.train import train, trainer
+from timm_selfdistill.train.builders import check_one_image
 from timm_selfdistill.train.launch import per_process_batch
 from timm_selfdistill.train.phases import build_loss, self_distillation_phases
 
@@ -105,13 +105,13 @@ def test_the_loss_falls_and_the_same_seed_gives_the_same_weights(tmp_path):
 
 def test_baseline_and_self_distilled_network_start_from_the_same_weights(tmp_path, monkeypatch):
     starts = {}
-    run = fit.Fit.run
+    run = trainer.Trainer.run
 
     def remember(self):
         starts[self.name] = {name: value.clone() for name, value in self.model.state_dict().items()}
         return run(self)
 
-    monkeypatch.setattr(fit.Fit, "run", remember)
+    monkeypatch.setattr(trainer.Trainer, "run", remember)
     train(small_recipe(tmp_path, "baseline=true"))
     assert set(starts) == {"baseline", "self-distilled"}
     assert all(torch.equal(starts["baseline"][name], value) for name, value in starts["self-distilled"].items())
@@ -120,7 +120,7 @@ def test_baseline_and_self_distilled_network_start_from_the_same_weights(tmp_pat
 def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(tmp_path, monkeypatch):
     train(small_recipe(tmp_path))
     before = weights(tmp_path)
-    monkeypatch.setattr(fit.Fit, "_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(trainer.Trainer, "_step", lambda *args: pytest.fail("trained again"))
     train(small_recipe(tmp_path))
     assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
     with pytest.raises(ValueError, match=r"another recipe: optimizer\.lr \(0\.05, now 0\.01\)"):
@@ -133,9 +133,9 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(tmp_p
 
 def test_frozen_trains_the_exits_only(tmp_path, monkeypatch):
     starts = []
-    run = fit.Fit.run
+    run = trainer.Trainer.run
     monkeypatch.setattr(
-        fit.Fit,
+        trainer.Trainer,
         "run",
         lambda self: (starts.append({k: v.clone() for k, v in self.model.state_dict().items()}), run(self))[1],
     )
@@ -236,7 +236,7 @@ def test_label_smoothing_is_applied_once(tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch, override, message):
-    monkeypatch.setattr(fit.Fit, "_train_epoch", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(trainer.Trainer, "_train_epoch", lambda *args: pytest.fail("training began"))
     extra = ["batch_size=24", "data.max_train=20", "data.validation=0"] if "accumulate" in override else []
     with pytest.raises(ValueError, match=message):
         train(small_recipe(tmp_path, override, *extra))

@@ -8,7 +8,7 @@ from timm_selfdistill.data import InputConfig
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
-from timm_selfdistill.train.saved import SavedRun
+from timm_selfdistill.train.saved_run import SavedRun
 
 
 def open_baseline(

@@ -21,8 +21,7 @@ from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
 from timm_selfdistill.report import device_name
-from timm_selfdistill.train.from_checkpoint import opened_run
-from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
+from timm_selfdistill.train.saved_run import SavedRun, check_classes, evaluation_loaders, opened_run, warn_of_other_data
 
 # What decides which rows a run trained on, and which it held out.
 _FIXED = ("path", "name", "target", "train_split", "eval_fraction", "validation")

@@ -25,32 +25,26 @@ from timm_selfdistill.hub import (
     save_pretrained,
 )
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.recipe import PushSection, Recipe
+from timm_selfdistill.recipe import RECIPE, PushSection, Recipe
 from timm_selfdistill.redaction import redact
 from timm_selfdistill.report import Report, format_markdown
-from timm_selfdistill.train.run_record import RunRecord
+from timm_selfdistill.train.run_folder import MODEL, RunRecord
 
 _logger = logging.getLogger(__name__)
 
 
 class ModelWriter:
-    """Saves a run's model, with what plain timm needs to know of its input and a card that tells how it was trained.
+    """Saves a run's model, with what plain timm needs to know of its input and a card that tells how it was trained."""
 
-    Args:
-        recipe: The recipe.
-        data: The data set.
-        input: What the model takes.
-    """
-
-    def __init__(self, recipe: Recipe, data: ImageData, input: InputConfig) -> None:
+    def __init__(self, recipe: Recipe, data: ImageData, input_config: InputConfig) -> None:
         self._recipe = recipe
         self._record = RunRecord(recipe.without_local_paths(), fingerprint(data, recipe.data))
         self._class_names = data.class_names
-        self._data_config = input.to_timm()
+        self._data_config = input_config.to_timm()
 
     @property
     def shared_recipe(self) -> str:
-        """The recipe as it may be shared, as YAML: without paths of this machine."""
+        """The recipe in a form that may be shared, as YAML: without paths of this machine."""
         return redact(self._recipe.without_local_paths().to_yaml())
 
     def save(
@@ -65,8 +59,8 @@ class ModelWriter:
 
         Args:
             model: The model.
-            folder: Where to.
-            report: What came out of the run, for the card.
+            folder: Where to write it.
+            report: The run's results, for the card.
             note: The card's last words.
             epochs: How many epochs of the run are done, and of how many; all by default.
         """
@@ -96,29 +90,14 @@ class ModelWriter:
         )
 
 
-def _settings_for(model: SelfDistillModel, folder: Path) -> EarlyExitConfig | None:
-    """Return the early-exit settings that are saved in a folder beside the weights of this model, if there are any."""
-    try:
-        settings = read_early_exit(folder)
-        before = None if settings is None else from_pretrained(folder).state_dict()
-    except ValueError:  # no model there, or a damaged one
-        return None
-    now = model.state_dict()
-    if before is None or before.keys() != now.keys():
-        return None
-    same = all(torch.equal(tensor.cpu(), before[name]) for name, tensor in now.items())
-    return settings if same else None
-
-
 class Publisher:
     """Pushes a run's model to the Hub: in the background while it trains, and when it is done.
 
-    A push that stalls does not keep a run from being stopped: it is given up, and what is stored here is as it was.
-
+    A push that stalls does not keep a run from being stopped: it is given up, and what is stored here is unchanged.
     Making one makes the repository, and so proves the token, before training.
 
     Args:
-        push: Where to, and how often.
+        push: Where to push, and how often.
         folder: The run's folder.
         writer: Saves the model.
 
@@ -133,10 +112,10 @@ class Publisher:
         self._running: Future[bool] | None = None
 
     def after_epoch(self, model: SelfDistillModel, epoch: int, total: int) -> None:
-        """Start to push the model as it is after an epoch, if it is due and the push before is done.
+        """Start to push the model, which may change afterwards, if it is due and the push before is done.
 
         Args:
-            model: The model; it may change as soon as this returns.
+            model: The model.
             epoch: Epochs done.
             total: Epochs of the whole run.
         """
@@ -169,8 +148,8 @@ class Publisher:
 
     def _save_snapshot(self, model: SelfDistillModel, done: str, epochs: tuple[int, int]) -> None:
         note = f"\nTraining goes on: this is the model after {done}.\n"
-        self._writer.save(model, self._snapshot / "model", note=note, epochs=epochs)
-        (self._snapshot / "recipe.yaml").write_text(self._writer.shared_recipe)
+        self._writer.save(model, self._snapshot / MODEL, note=note, epochs=epochs)
+        (self._snapshot / RECIPE).write_text(self._writer.shared_recipe)
 
     def _push_snapshot(self, done: str) -> None:
         message = f"Add the model after {done}"
@@ -184,3 +163,17 @@ class Publisher:
             _logger.warning("%s Training goes on.", error)
             return False
         return True
+
+
+def _settings_for(model: SelfDistillModel, folder: Path) -> EarlyExitConfig | None:
+    """Return the early-exit settings that are saved in a folder beside the weights of this model, if there are any."""
+    try:
+        settings = read_early_exit(folder)
+        before = None if settings is None else from_pretrained(folder).state_dict()
+    except ValueError:  # no model there, or a damaged one
+        return None
+    now = model.state_dict()
+    if before is None or before.keys() != now.keys():
+        return None
+    same = all(torch.equal(tensor.cpu(), before[name]) for name, tensor in now.items())
+    return settings if same else None

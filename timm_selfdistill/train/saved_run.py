@@ -1,8 +1,10 @@
-"""A saved model and its run: where they are, the data that they were trained on, and the weights of the baseline."""
+"""A saved model and its run: where they are, the data they were trained on, and the networks in the checkpoints."""
 
 import json
 import logging
-from collections.abc import Mapping, Sequence, Sized
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
+from timm_selfdistill.checkpoint_format import CheckpointError
 from timm_selfdistill.data import ImageData, InputConfig, Loaders, SkipList, build_loaders, open_dataset
 from timm_selfdistill.data.fingerprint import fingerprint
-from timm_selfdistill.hub import CONFIG, complete_names, read_run
+from timm_selfdistill.hub import CONFIG, complete_names, read_run, save_pretrained
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
-from timm_selfdistill.train.run_record import RunRecord
+from timm_selfdistill.recipe import RECIPE, AugmentSection, DataSection, Recipe, load_recipe
+from timm_selfdistill.train.builders import build_model
+from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, RECORD_KEY, RunRecord
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +38,7 @@ class SavedRun:
     """Where a saved model is, and its run.
 
     Args:
-        folder: The run's folder, or what holds the model's where there is no run.
+        folder: The run's folder, or the parent of the model's if there is no run.
         model_folder: The model's folder.
     """
 
@@ -45,17 +49,17 @@ class SavedRun:
     def find(cls, folder: Path) -> "SavedRun":
         """Take a run's folder, or the model folder in it."""
         folder = folder.expanduser()
-        return cls(folder, folder / "model") if (folder / "model").is_dir() else cls(folder.parent, folder)
+        return cls(folder, folder / MODEL) if (folder / MODEL).is_dir() else cls(folder.parent, folder)
 
     @property
     def recipe_path(self) -> Path | None:
-        """The run's recipe, or None where there is no run."""
-        path = self.folder / "recipe.yaml"
+        """The run's recipe, or None if there is no run."""
+        path = self.folder / RECIPE
         return path if path.is_file() else None
 
     @property
     def output(self) -> Path:
-        """Where to put what is found out about the model: the run's folder, or the model's where there is no run."""
+        """Where to put what is found out about the model: the run's folder, or the model's if there is no run."""
         return self.model_folder if self.recipe_path is None else self.folder
 
     def evaluation_recipe(
@@ -75,8 +79,7 @@ class SavedRun:
         saved = self.recipe_path
         if data_path is None:
             if saved is None:
-                path = self.folder / "recipe.yaml"
-                raise ValueError(f"There is no {path}, so the data set must be named with --data.")
+                raise ValueError(f"There is no {self.folder / RECIPE}, so the data set must be named with --data.")
             return load_recipe(saved, changes)
         precision = "no" if saved is None else load_recipe(saved).precision
         # Nothing is trained, so the data set needs no other split: the evaluated one stands for it.
@@ -97,7 +100,7 @@ class SavedRun:
         Raises:
             ValueError: If it cannot be read, or is not from the end of the training.
         """
-        path = latest_checkpoint(self.folder / "checkpoints" / "baseline")
+        path = latest_checkpoint(self.folder / CHECKPOINTS / "baseline")
         if path is None or self.recipe_path is None:
             return None
         state = load_checkpoint(path)
@@ -106,37 +109,93 @@ class SavedRun:
             raise ValueError(
                 f"{path} was saved after {done} of {epochs} epochs: the baseline is not trained to its end."
             )
-        return path, evaluated_weights(state)
+        return path, _evaluated_weights(state)
 
 
-def evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights in the state of a checkpoint that are evaluated and saved: the best, the average or the last.
+@dataclass(frozen=True)
+class CheckpointModel:
+    """The network in a checkpoint, as it would have been evaluated and saved.
 
     Args:
-        state: What `load_checkpoint` returned.
+        model: The network, in eval mode.
+        recipe: The run's recipe, with the paths of this machine as far as they are known.
+        record: What the run is, and how far it had come.
+        step: Optimizer steps that had been taken.
+        seconds: Time that had been spent on them.
     """
-    weights = state["progress"]["best_weights"] or state.get("ema", state["model"])
-    return {_bare(name): tensor for name, tensor in weights.items()}
+
+    model: SelfDistillModel
+    recipe: Recipe
+    record: RunRecord
+    step: int
+    seconds: float
+
+
+def load_newest(folder: Path, network: str = "self-distilled") -> CheckpointModel:
+    """Load a network, "self-distilled" or "baseline", from its newest whole checkpoint in a run's folder.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or it cannot be used.
+    """
+    path = latest_checkpoint(folder / CHECKPOINTS / network)
+    if path is None:
+        raise ValueError(f"{folder} holds no checkpoint of the network {network!r}.")
+    state = load_checkpoint(path)
+    record = RunRecord.from_json(state.get(RECORD_KEY))
+    if record is None:
+        raise ValueError(
+            f"{path} was written by an earlier release, which did not keep the run's recipe and classes with it: let "
+            "the run go on with this one to its next checkpoint."
+        )
+    recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else record.recipe
+    # Its weights come from the checkpoint.
+    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})})
+    model = build_model(plain, record.data.classes, recipe.data.path)
+    try:
+        model.load_state_dict(_evaluated_weights(state))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the network of the recipe beside it: {error}") from error
+    return CheckpointModel(model.eval(), recipe, record, state["progress"]["step"], state["progress"]["seconds"])
+
+
+@contextmanager
+def opened_run(folder: Path, from_checkpoint: bool = False) -> Iterator[SavedRun]:
+    """Give the body a saved model and its run.
+
+    Args:
+        folder: A run's folder, or the model folder in it.
+        from_checkpoint: Take the network in the run's newest checkpoint, saved in a folder that lasts as long as the
+            body.
+
+    Raises:
+        ValueError: If there is no checkpoint that can be used.
+    """
+    folder = folder.expanduser()
+    if not from_checkpoint:
+        yield SavedRun.find(folder)
+        return
+    found = load_newest(folder)
+    with tempfile.TemporaryDirectory(prefix="timm-selfdistill-") as temporary:
+        save_pretrained(
+            found.model,
+            temporary,
+            label_names=found.record.data.classes,
+            data_config=InputConfig.from_model(found.model.backbone, found.recipe.data).to_timm(),
+            run=found.record.to_json(),
+        )
+        yield SavedRun(folder, Path(temporary))
 
 
 def evaluation_loaders(
-    data: ImageData, recipe: Recipe, augment: AugmentSection, input: InputConfig, skipped: SkipList
+    data: ImageData, recipe: Recipe, augment: AugmentSection, input_config: InputConfig, skipped: SkipList
 ) -> Loaders:
-    """Build the loaders for a saved model, in one process.
-
-    Args:
-        data: What `open_dataset` returned.
-        recipe: Its data section and seed count.
-        augment: How the training images are augmented.
-        input: What the model expects.
-        skipped: Lists the images that are skipped.
-    """
+    """Build the loaders for a saved model, in one process; of the recipe, its data section and seed count."""
     return build_loaders(
         data,
         # What is read once is not worth keeping.
         recipe.data.model_copy(update={"cache": None}),
         augment,
-        input,
+        input_config,
         # The training split is read little or not at all, but must have a batch.
         batch_size=min(_BATCH_SIZE, len(data.train)) if isinstance(data.train, Sized) else _BATCH_SIZE,
         accelerator_shards=(0, 1),
@@ -146,7 +205,7 @@ def evaluation_loaders(
 
 
 def check_classes(folder: Path, data: ImageData) -> None:
-    """Refuse a data set whose classes are not those the model was trained on, in its order."""
+    """Refuse a data set whose classes are not those that the model in a folder was trained on, in its order."""
     names = json.loads((folder / CONFIG).read_text()).get("label_names")
     if names is None:
         return
@@ -162,10 +221,10 @@ def check_classes(folder: Path, data: ImageData) -> None:
 
 
 def warn_of_other_data(saved: SavedRun, recipe: Recipe, data: ImageData) -> None:
-    """Say what is different in a run's data since its model was trained.
+    """Say what is different in a run's data since its model was trained; without a run, nothing is known.
 
     Args:
-        saved: The model and its run; where there is none, nothing is known.
+        saved: The model and its run.
         recipe: The run's recipe, or with other settings of the data.
         data: Its data.
     """
@@ -177,7 +236,7 @@ def warn_of_other_data(saved: SavedRun, recipe: Recipe, data: ImageData) -> None
     section = own.data.model_copy(update=where)
     kept = set(DataSection.model_fields) - _HOW_TO_READ
     if section.model_dump(include=kept) != recipe.data.model_dump(include=kept):
-        # Other images are looked at: whether the run's are still the same, only they can tell.
+        # Other images are looked at: only the run's own can tell whether they are still the same.
         data = open_dataset(section, own.seed)
     now = fingerprint(data, section)
     changes = record.data.changes(now)
@@ -190,6 +249,12 @@ def warn_of_other_data(saved: SavedRun, recipe: Recipe, data: ImageData) -> None
             "; ".join(changes),
             " Images that are held out now may have been trained on." if mixed else "",
         )
+
+
+def _evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint's state that are evaluated and saved: the best, the average or the last."""
+    weights = state["progress"]["best_weights"] or state.get("ema", state["model"])
+    return {_bare(name): tensor for name, tensor in weights.items()}
 
 
 def _bare(name: str) -> str:
