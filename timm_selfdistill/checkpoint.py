@@ -153,10 +153,6 @@ class CheckpointWriter:
 
     The caller's thread only copies the state. A checkpoint that cannot be written, as on a full disk, leaves those
     before it in place; training goes on, and the next one is tried.
-
-    Args:
-        folder: Where the checkpoints go.
-        keep: How many to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -165,7 +161,7 @@ class CheckpointWriter:
         self._running: tuple[int, Future[Path]] | None = None
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
-        """Begin to write a checkpoint, once the one before is written; raises `CheckpointError` as `finish`."""
+        """Begin to write a checkpoint, once the one before is written."""
         encoded = encode_state(state)
         try:
             self.finish()
@@ -174,12 +170,7 @@ class CheckpointWriter:
         self._running = step, self._worker.submit(save_checkpoint, self._folder, encoded, step, self._keep)
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is written.
-
-        Raises:
-            CheckpointError: If the folder belongs to another run.
-            OSError: If it could not be written; those before it are in place.
-        """
+        """Wait until the last checkpoint is written; an `OSError` says that it could not be."""
         running, self._running = self._running, None
         if running is None:
             return
@@ -192,7 +183,7 @@ class CheckpointWriter:
             ) from error
 
     def close(self) -> None:
-        """Wait until the last checkpoint is written, and end the thread; raises as `finish`."""
+        """Wait as `finish`, and end the thread."""
         try:
             self.finish()
         finally:

@@ -111,12 +111,7 @@ def write_files(folder: Path, encoded: EncodedState) -> None:
 
 
 def verify_files(path: Path) -> None:
-    """Compare the files of a checkpoint with its manifest.
-
-    Raises:
-        DamagedCheckpointError: If a file is missing or not what was written.
-        CheckpointError: If there is no such folder, it has another format version, or it cannot be read.
-    """
+    """Compare the files of a checkpoint with its manifest: `DamagedCheckpointError` means not what was written."""
     if not path.is_dir():
         raise CheckpointError(f"There is no checkpoint {path}.")
     try:

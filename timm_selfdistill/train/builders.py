@@ -36,16 +36,7 @@ _SHARDING_SAMPLERS = (DistributedSampler, OrderedDistributedSampler, RepeatAugSa
 
 
 def build_model(recipe: Recipe, class_names: Sequence[str], dataset: str) -> SelfDistillModel:
-    """Build the recipe's wrapped model.
-
-    Args:
-        recipe: The recipe.
-        class_names: The classes of the data, as many as the model's unless the recipe says how many.
-        dataset: What a message calls the data.
-
-    Raises:
-        ValueError: If timm cannot build the backbone, it cannot be wrapped, or it has fewer classes than the data.
-    """
+    """Build the recipe's wrapped model, for the classes of the data set of this name."""
     section, exits = recipe.model, recipe.exits
     num_classes = section.num_classes or len(class_names)
     if num_classes < len(class_names):
@@ -82,9 +73,6 @@ def check_one_image(
 
     Batch norm needs two values a channel: one image is enough only where its feature maps are larger than one
     position. So the network is tried, and left unchanged.
-
-    Raises:
-        ValueError: If it cannot train on one image.
     """
     alone = num_processes == 1 or not recipe.sync_batchnorm
     if recipe.batch_size != num_processes * recipe.optimizer.accumulate or not alone:
@@ -114,11 +102,7 @@ def check_one_image(
 
 
 def build_optimizer(model: SelfDistillModel, loss: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build the recipe's optimizer with timm's parameter groups, and one without weight decay for the loss's own.
-
-    Raises:
-        ValueError: If timm does not know the optimizer or one of its arguments.
-    """
+    """Build the recipe's optimizer with timm's parameter groups, and one without weight decay for the loss's own."""
     section = recipe.optimizer
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
@@ -142,20 +126,15 @@ def build_scheduler(
     optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, cooldown_epochs: int, updates_per_epoch: int
 ) -> tuple[Any, int]:
     """Build timm's scheduler, None for a constant rate; return it and the number of epochs, cool-down included."""
-    section = recipe.schedule
+    same_names = {"decay_epochs", "decay_milestones", "decay_rate", "min_lr", "warmup_lr", "warmup_epochs"}
     scheduler, total = create_scheduler_v2(
         optimizer,
-        sched=section.name,
+        sched=recipe.schedule.name,
         num_epochs=epochs,
-        decay_epochs=section.decay_epochs,
-        decay_milestones=list(section.decay_milestones),
-        decay_rate=section.decay_rate,
-        min_lr=section.min_lr,
-        warmup_lr=section.warmup_lr,
-        warmup_epochs=section.warmup_epochs,
         cooldown_epochs=cooldown_epochs,
         step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
+        **recipe.schedule.model_dump(include=same_names),
     )
     if scheduler is not None:
         scheduler.step_update(0)
@@ -164,30 +143,15 @@ def build_scheduler(
 
 @dataclass
 class Feed:
-    """The data of a run.
+    """The data of a run; loaders that shard by themselves, or that Accelerate does not shard, are a `ValueError`."""
 
-    Args:
-        train: Training batches of this process.
-        validation: Validation batches, or None.
-        steps_per_epoch: Training batches of this process in an epoch.
-        mixup: Mixes a training batch and its targets, or None.
-        split: The training split.
-        order: Draws its samples; None for a stream.
-        batch_size: Samples that a training batch of one process draws.
-        process: Index of this process.
-        processes: Number of processes.
-
-    Raises:
-        ValueError: If a loader shards by itself, or is of a kind that Accelerate does not shard.
-    """
-
-    train: Any
+    train: Any  # training batches of this process
     validation: DataLoader[Any] | None
-    steps_per_epoch: int
+    steps_per_epoch: int  # training batches of this process in an epoch
     mixup: Mixup | None
-    split: ImageSplit | StreamSplit
-    order: TrainingOrder | None
-    batch_size: int
+    split: ImageSplit | StreamSplit  # the training split
+    order: TrainingOrder | None  # None for a stream
+    batch_size: int  # of one process and micro batch
     process: int
     processes: int
 
@@ -225,8 +189,7 @@ class Feed:
         if self.order is None or not isinstance(self.split, ImageSplit):
             return None
         first = (batch * self.processes + self.process) * self.batch_size
-        positions = next(self.order.batches(epoch, first))
-        rows: list[int] = self.split.indices[positions].tolist()
+        rows: list[int] = self.split.indices[next(self.order.batches(epoch, first))].tolist()
         return rows
 
 

@@ -98,7 +98,7 @@ def evaluate_folder(
             warn_of_other_data(saved, recipe, data)
         evaluation = _Evaluation(model, data, recipe, output)
         metrics = evaluation.measure(model, model.num_exits)
-        report = evaluation.report(model, metrics, recipe=saved.folder.name)
+        report = report_run(model, metrics, recipe, data, evaluation.input_config, saved.folder.name)
         if output is not None and evaluation.accelerator.is_main_process:
             write_report(report, output)
             merge_skipped(output)
@@ -139,6 +139,7 @@ def _finish(folder: Path, found: CheckpointModel) -> Report:
             "on: put the data back as it was."
         )
     evaluation = _Evaluation(found.model, data, recipe, folder)
+    input_config = evaluation.input_config
     seconds, baseline = {}, None
     baseline_record = read_record(folder / CHECKPOINTS / "baseline") if recipe.baseline else None
     # One that was trained for longer or shorter is none to compare with.
@@ -148,19 +149,36 @@ def _finish(folder: Path, found: CheckpointModel) -> Report:
         baseline = evaluation.measure(plain.model, 0)
     metrics = evaluation.measure(found.model, found.model.num_exits)
     stopped = f"stopped after step {found.step}, {record.epochs_done} of {record.epochs} epochs"
-    report = evaluation.report(
-        found.model,
-        metrics,
-        baseline=baseline,
-        recipe=folder.name if record.is_finished else f"{folder.name} ({stopped})",
-        skipped=merge_skipped(folder),
-        train_seconds=seconds | {"self-distilled": found.seconds},
-    )
+    name = folder.name if record.is_finished else f"{folder.name} ({stopped})"
+    seconds["self-distilled"] = found.seconds
+    more = {"baseline": baseline, "skipped": merge_skipped(folder), "train_seconds": seconds}
+    report = report_run(found.model, metrics, recipe, data, input_config, name, **more)
     write_report(report, folder)
     note = "" if record.is_finished else f"\nThe training was {stopped}.\n"
     epochs = record.epochs_done, record.epochs
-    ModelWriter(recipe, data, evaluation.input_config).save(found.model, folder / MODEL, report, note, epochs)
+    ModelWriter(recipe, data, input_config).save(found.model, folder / MODEL, report, note, epochs)
     return report
+
+
+def report_run(
+    model: SelfDistillModel,
+    metrics: ExitMetricsResult,
+    recipe: Recipe,
+    data: ImageData,
+    input_config: InputConfig,
+    name: str,
+    **more: Any,
+) -> Report:
+    """Build the report of a run of this name; `more` goes to `build_report`."""
+    return build_report(
+        model,
+        metrics,
+        input_size=(input_config.channels, *input_config.image_size),
+        dataset=f"{data.name}, {recipe.data.eval_split}",
+        recipe=name,
+        seed=recipe.seed,
+        **{"baseline": None, **more},
+    )
 
 
 class _Evaluation:
@@ -179,22 +197,3 @@ class _Evaluation:
         model = model.to(self.accelerator.device)
         gather = not self.data.streaming
         return evaluate_model(model, self.loader, self.accelerator, num_exits=num_exits, gather=gather)
-
-    def report(
-        self,
-        model: SelfDistillModel,
-        metrics: ExitMetricsResult,
-        *,
-        baseline: ExitMetricsResult | None = None,
-        **more: Any,
-    ) -> Report:
-        """Build the report; `more` goes to `build_report`."""
-        return build_report(
-            model,
-            metrics,
-            input_size=(self.input_config.channels, *self.input_config.image_size),
-            baseline=baseline,
-            dataset=f"{self.data.name}, {self.recipe.data.eval_split}",
-            seed=self.recipe.seed,
-            **more,
-        )

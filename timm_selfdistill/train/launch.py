@@ -50,11 +50,7 @@ _REPLICATE = "Without FSDP, distributed_type MULTI_GPU leaves the network whole.
 
 
 def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
-    """Return the accelerator of a run, its trackers not yet started.
-
-    Raises:
-        ValueError: If the launch, precision or a tracker would not do what was asked.
-    """
+    """Return the accelerator of a run, its trackers not yet started; refuse a launch that would do something else."""
     available = sorted(str(name) for name in get_available_trackers())
     missing = [name for name in recipe.trackers if name not in available]
     if missing:
@@ -139,11 +135,7 @@ def per_process_batch(recipe: Recipe, num_processes: int) -> int:
 
 
 def asks_for_sharding() -> bool:
-    """Return whether the launch asks for FSDP2, as Accelerate's environment variables say.
-
-    Raises:
-        ValueError: If it asks for FSDP in a way that is not supported.
-    """
+    """Return whether the launch asks for FSDP2, as Accelerate's environment variables say; refuse other FSDP."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     asked = {"FSDP_VERSION": "1"} | {name: os.environ[name] for name in _FSDP_VALUES if name in os.environ}
@@ -188,11 +180,7 @@ def is_lock(path: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep runs of other processes out of a folder, made if missing, while the body runs or until this process ends.
-
-    Raises:
-        ValueError: If another process holds it, or nothing can be written there.
-    """
+    """Keep runs of other processes out of a folder, made if missing, while the body runs or until this process ends."""
     path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -29,9 +29,6 @@ class Replicated:
     """Each process has the whole network (DDP), or there is one process only.
 
     All processes call every method together; `Sharded` has the same methods.
-
-    Args:
-        accelerator: The accelerator.
     """
 
     in_parts = False
@@ -77,13 +74,7 @@ class Replicated:
 
 
 class Sharded:
-    """Each process has a part of the network; weights are gathered unit by unit, when they are computed with.
-
-    The methods are those of `Replicated`.
-
-    Args:
-        accelerator: The accelerator.
-    """
+    """Each process has a part of the network; weights are gathered unit by unit, when they are computed with."""
 
     in_parts = True
 

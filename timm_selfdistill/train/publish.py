@@ -55,14 +55,9 @@ class ModelWriter:
         note: str = "",
         epochs: tuple[int, int] | None = None,
     ) -> None:
-        """Write the model; early-exit settings that were chosen for the very same weights stay with it.
+        """Write the model and its card, which `note` ends; early-exit settings for the very same weights are kept.
 
-        Args:
-            model: The model.
-            folder: Where to write it.
-            report: The run's results, for the card.
-            note: The card's last words.
-            epochs: How many epochs of the run are done, and of how many; all by default.
+        `epochs` says how many epochs of the run are done, and of how many; all by default.
         """
         recipe = self._recipe
         done, total = epochs or (recipe.epochs, recipe.epochs)
@@ -94,15 +89,7 @@ class Publisher:
     """Pushes a run's model to the Hub: in the background while it trains, and when it is done.
 
     A push that stalls does not keep a run from being stopped: it is given up, and what is stored here is unchanged.
-    Making one makes the repository, and so proves the token, before training.
-
-    Args:
-        push: Where to push, and how often.
-        folder: The run's folder.
-        writer: Saves the model.
-
-    Raises:
-        HubError: If the Hub cannot be reached or does not let the token do this.
+    The constructor makes the repository, and so proves the token, before training; it and `finish` raise `HubError`.
     """
 
     def __init__(self, push: PushSection, folder: Path, writer: ModelWriter) -> None:
@@ -112,13 +99,7 @@ class Publisher:
         self._running: Future[bool] | None = None
 
     def after_epoch(self, model: SelfDistillModel, epoch: int, total: int) -> None:
-        """Start to push the model, which may change afterwards, if it is due and the push before is done.
-
-        Args:
-            model: The model.
-            epoch: Epochs done.
-            total: Epochs of the whole run.
-        """
+        """Start to push the model, which may change afterwards, if it is due and the push before is done."""
         if self._push.every is None or epoch % self._push.every or epoch == total:
             return
         if self._running is not None and not self._running.done():
@@ -126,16 +107,13 @@ class Publisher:
             return
         done = f"epoch {epoch} of {total}"
         # Saved on this thread, as training goes on to change the weights.
-        if self._succeeds(lambda: self._save_snapshot(model, done, (epoch, total))):
-            push = partial(self._succeeds, lambda: self._push_snapshot(done))
-            self._running = in_background(push, "push-to-hub")
+        if self._succeeds(partial(self._save_snapshot, model, done, (epoch, total))):
+            private, message = self._push.private, f"Add the model after {done}"
+            push = partial(push_folder, self._snapshot, self._push.repo, private=private, commit_message=message)
+            self._running = in_background(partial(self._succeeds, push), "push-to-hub")
 
     def finish(self) -> None:
-        """Push the complete run.
-
-        Raises:
-            HubError: If that fails; the run's folder is complete, and the message names the command that pushes it.
-        """
+        """Push the complete run; if that fails, the message names the command that pushes it."""
         if self._running is not None:
             self._running.result()
         shutil.rmtree(self._snapshot, ignore_errors=True)
@@ -151,11 +129,7 @@ class Publisher:
         self._writer.save(model, self._snapshot / MODEL, note=note, epochs=epochs)
         (self._snapshot / RECIPE).write_text(self._writer.shared_recipe)
 
-    def _push_snapshot(self, done: str) -> None:
-        message = f"Add the model after {done}"
-        push_folder(self._snapshot, self._push.repo, private=self._push.private, commit_message=message)
-
-    def _succeeds(self, work: Callable[[], None]) -> bool:
+    def _succeeds(self, work: Callable[[], object]) -> bool:
         """Do what a training must not stop for."""
         try:
             work()

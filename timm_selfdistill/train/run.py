@@ -19,10 +19,10 @@ from timm_selfdistill.files import replace_file
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, dump_local
-from timm_selfdistill.report import Report, build_report, write_report
+from timm_selfdistill.report import Report, write_report
 from timm_selfdistill.task import check_loss
 from timm_selfdistill.train.builders import build_feed, build_model, check_one_image, synchronize_batch_norm
-from timm_selfdistill.train.evaluation import evaluate_model
+from timm_selfdistill.train.evaluation import evaluate_model, report_run
 from timm_selfdistill.train.launch import (
     asks_for_sharding,
     fresh_accelerate,
@@ -183,18 +183,9 @@ def _finish(
     accelerator, folder, recipe = run.context.accelerator, run.context.folder, run.context.recipe
     accelerator.wait_for_everyone()
     with accelerator.main_process_first():
-        skipped = merge_skipped(folder)
-    report = build_report(
-        model,
-        results["self-distilled"],
-        input_size=(run.input_config.channels, *run.input_config.image_size),
-        baseline=results.get("baseline"),
-        dataset=f"{run.data.name}, {recipe.data.eval_split}",
-        recipe=folder.name,
-        seed=recipe.seed,
-        skipped=skipped,
-        train_seconds=seconds,
-    )
+        more = {"skipped": merge_skipped(folder), "baseline": results.get("baseline"), "train_seconds": seconds}
+    metrics = results["self-distilled"]
+    report = report_run(model, metrics, recipe, run.data, run.input_config, folder.name, **more)
     if accelerator.is_main_process:
         write_report(report, folder)
         run.writer.save(model, folder / MODEL, report)

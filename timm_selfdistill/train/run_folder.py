@@ -97,12 +97,7 @@ def read_record(checkpoints: Path) -> RunRecord | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that a run must not write to; nothing is written.
-
-    Raises:
-        ValueError: If it is no run's and holds something under a name that a run would write, or if it holds a link
-            that would be followed out of it.
-    """
+    """Refuse a folder that is no run's and has files with a run's names, or that has links out of it; write nothing."""
     inside = [folder / CHECKPOINTS / network for network in _NETWORKS]
     for path in (*_found(folder, _ADDED_TO), *inside):
         if path.is_symlink():
@@ -186,10 +181,7 @@ def finished_report(recipe: Recipe) -> Report | None:
 
 
 def recipe_changes(before: Recipe, now: Recipe, *, data_is_known: bool) -> list[str]:
-    """Return what keeps a run of one recipe from going on with another, each as "key (before, now ...)".
-
-    Where the data itself is compared (`data_is_known`), it may lie elsewhere.
-    """
+    """Return what keeps a run of one recipe from going on with another, each as "key (before, now ...)"."""
     # Names of files of a machine count by their last part: a run may be copied to another one.
     flats = [flat(recipe.without_local_paths()) for recipe in (before, now)]
     if not data_is_known:

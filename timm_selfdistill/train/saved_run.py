@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -30,19 +31,14 @@ _HOW_TO_READ = {
     "check_duplicates",
 }
 # What DDP, compile and timm's average of the weights put before the name of a weight.
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """Where a saved model is, and its run.
+    """Where a saved model is, and its run."""
 
-    Args:
-        folder: The run's folder, or the parent of the model's if there is no run.
-        model_folder: The model's folder.
-    """
-
-    folder: Path
+    folder: Path  # the run's, or the parent of the model's if there is no run
     model_folder: Path
 
     @classmethod
@@ -65,15 +61,9 @@ class SavedRun:
     def evaluation_recipe(
         self, model: SelfDistillModel, data_path: str | None, overrides: Sequence[str] = ()
     ) -> Recipe:
-        """Return the run's recipe, or one for another data set.
+        """Return the run's recipe, or one for another data set, with fields of the data section as "key=value".
 
-        Args:
-            model: The saved model.
-            data_path: Hub name or path of another data set, of which only the split `eval_split` is to be read.
-            overrides: Fields of the data section, as "key=value".
-
-        Raises:
-            ValueError: If there is neither a run nor a data set.
+        Of another data set only the split `eval_split` is to be read. `ValueError`: there is no run and no data set.
         """
         changes = [f"data.{override}" for override in overrides]
         saved = self.recipe_path
@@ -95,11 +85,7 @@ class SavedRun:
         return recipe.model_copy(update={"data": recipe.data.model_copy(update=only)})
 
     def baseline_weights(self) -> tuple[Path, dict[str, Tensor]] | None:
-        """Return the newest checkpoint of the run's baseline and the weights in it that were evaluated, if any.
-
-        Raises:
-            ValueError: If it cannot be read, or is not from the end of the training.
-        """
+        """Return the last checkpoint of the run's baseline and the weights in it that were evaluated, if any."""
         path = latest_checkpoint(self.folder / CHECKPOINTS / "baseline")
         if path is None or self.recipe_path is None:
             return None
@@ -114,29 +100,17 @@ class SavedRun:
 
 @dataclass(frozen=True)
 class CheckpointModel:
-    """The network in a checkpoint, as it would have been evaluated and saved.
+    """The network in a checkpoint, as it would have been evaluated and saved."""
 
-    Args:
-        model: The network, in eval mode.
-        recipe: The run's recipe, with the paths of this machine as far as they are known.
-        record: What the run is, and how far it had come.
-        step: Optimizer steps that had been taken.
-        seconds: Time that had been spent on them.
-    """
-
-    model: SelfDistillModel
-    recipe: Recipe
+    model: SelfDistillModel  # in eval mode
+    recipe: Recipe  # with the paths of this machine as far as they are known
     record: RunRecord
-    step: int
-    seconds: float
+    step: int  # optimizer steps taken
+    seconds: float  # time spent on them
 
 
 def load_newest(folder: Path, network: str = "self-distilled") -> CheckpointModel:
-    """Load a network, "self-distilled" or "baseline", from its newest whole checkpoint in a run's folder.
-
-    Raises:
-        ValueError: If there is no such checkpoint, or it cannot be used.
-    """
+    """Load a network, "self-distilled" or "baseline", from its newest whole checkpoint in a run's folder."""
     path = latest_checkpoint(folder / CHECKPOINTS / network)
     if path is None:
         raise ValueError(f"{folder} holds no checkpoint of the network {network!r}.")
@@ -160,15 +134,9 @@ def load_newest(folder: Path, network: str = "self-distilled") -> CheckpointMode
 
 @contextmanager
 def opened_run(folder: Path, from_checkpoint: bool = False) -> Iterator[SavedRun]:
-    """Give the body a saved model and its run.
+    """Give the body a saved model and its run, from the run's folder or the model folder in it.
 
-    Args:
-        folder: A run's folder, or the model folder in it.
-        from_checkpoint: Take the network in the run's newest checkpoint, saved in a folder that lasts as long as the
-            body.
-
-    Raises:
-        ValueError: If there is no checkpoint that can be used.
+    With `from_checkpoint` the model is the network in the run's newest checkpoint, saved in a temporary folder.
     """
     folder = folder.expanduser()
     if not from_checkpoint:
@@ -221,13 +189,7 @@ def check_classes(folder: Path, data: ImageData) -> None:
 
 
 def warn_of_other_data(saved: SavedRun, recipe: Recipe, data: ImageData) -> None:
-    """Say what is different in a run's data since its model was trained; without a run, nothing is known.
-
-    Args:
-        saved: The model and its run.
-        recipe: The run's recipe, or with other settings of the data.
-        data: Its data.
-    """
+    """Say what is different in a run's data since its model was trained; without a run, nothing is known."""
     record = RunRecord.from_json(read_run(saved.model_folder))
     if record is None or saved.recipe_path is None:
         return
@@ -254,11 +216,4 @@ def warn_of_other_data(saved: SavedRun, recipe: Recipe, data: ImageData) -> None
 def _evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the weights in a checkpoint's state that are evaluated and saved: the best, the average or the last."""
     weights = state["progress"]["best_weights"] or state.get("ema", state["model"])
-    return {_bare(name): tensor for name, tensor in weights.items()}
-
-
-def _bare(name: str) -> str:
-    """Return the name of a weight without those of wrappers."""
-    while name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}

@@ -30,20 +30,11 @@ _MAX_SKIPS = 20  # after so many steps in a row, skipping cannot help
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the networks of a run share.
-
-    Args:
-        recipe: The recipe.
-        folder: The run's folder.
-        record: What the run is; each checkpoint holds it.
-        feed: The data.
-        parallelism: How a network is spread over the processes.
-        signals: Tells when to stop.
-    """
+    """What the networks of a run share."""
 
     recipe: Recipe
     folder: Path
-    record: RunRecord
+    record: RunRecord  # each checkpoint holds it
     feed: Feed
     parallelism: Parallelism
     signals: StopSignals
@@ -55,15 +46,7 @@ class RunContext:
 
 
 class PhaseStepper:
-    """Takes the optimizer steps of a phase.
-
-    Args:
-        model: The network, whole and on the device.
-        phase: The phase.
-        context: What the networks of a run share.
-        cooldown_epochs: Epochs at the lowest rate at the end.
-        updates_per_epoch: Optimizer steps in an epoch.
-    """
+    """Takes the optimizer steps of a phase; the model it is given is whole and on the device."""
 
     def __init__(
         self, model: SelfDistillModel, phase: Phase, context: RunContext, cooldown_epochs: int, updates_per_epoch: int
@@ -126,19 +109,12 @@ class PhaseStepper:
 
 @dataclass(frozen=True)
 class StepFlags:
-    """What counts for all processes if it is so in one of them.
-
-    Args:
-        step: Which step it is about.
-        stop: Whether any process is to stop.
-        nonfinite: Whether the loss of any process was not finite.
-        nonfinite_here: Whether this process's was not.
-    """
+    """What counts for all processes if it is so in one of them."""
 
     step: int
-    stop: bool
-    nonfinite: bool
-    nonfinite_here: bool
+    stop: bool  # whether a process is to stop
+    nonfinite: bool  # whether the loss of a process was not finite
+    nonfinite_here: bool  # whether the loss of this process was not finite
 
 
 class FlagExchange:
@@ -186,11 +162,7 @@ class NonFiniteGuard:
         self.skips = context.recipe.optimizer.on_nonfinite == "skip"
 
     def must_skip(self, flags: StepFlags | None, progress: Progress) -> bool:
-        """Return whether to skip the step that the flags are about; `progress` includes that step.
-
-        Raises:
-            NonFiniteLossError: If the recipe does not skip such steps, or there were too many in a row.
-        """
+        """Return whether to skip the step that the flags are about, or raise `NonFiniteLossError`."""
         if flags is None:
             return False
         if not flags.nonfinite:

@@ -29,7 +29,7 @@ class Interrupted(BaseException):
     catches it by name.
 
     Args:
-        signal_name: Which one, such as "SIGTERM".
+        signal_name: Such as "SIGTERM".
         exit_status: What a command ends with.
     """
 

@@ -25,36 +25,19 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """How far a network's training has come; saved with each checkpoint.
+    """How far a network's training has come, over all phases; saved with each checkpoint."""
 
-    Epochs and steps are counted over all phases.
-
-    Args:
-        phase: Index of the present phase.
-        epoch: Epochs done.
-        micro: Micro batches done in the present epoch.
-        step: Optimizer steps done; those that were skipped count.
-        first_epoch: Epochs done before the present phase.
-        first_step: Steps done before it.
-        seconds: Time spent on training steps.
-        skipped: Steps in a row, up to the last, whose loss was not finite.
-        logged: Lines of metrics.jsonl written.
-        running: Means of the terms since the last of these lines, as `RunningTerms` saves them.
-        best_top1: Best top-1 on the validation images, in percent.
-        best_weights: The weights that had it.
-    """
-
-    phase: int = 0
-    epoch: int = 0
-    micro: int = 0
-    step: int = 0
-    first_epoch: int = 0
-    first_step: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    logged: int = 0
-    running: dict[str, Any] | None = None
-    best_top1: float = -1.0
+    phase: int = 0  # index of the present phase
+    epoch: int = 0  # epochs done
+    micro: int = 0  # micro batches done in the present epoch
+    step: int = 0  # optimizer steps done, skipped ones included
+    first_epoch: int = 0  # epochs done before the present phase
+    first_step: int = 0  # steps done before it
+    seconds: float = 0.0  # time spent on training steps
+    skipped: int = 0  # steps in a row, up to the last, whose loss was not finite
+    logged: int = 0  # lines of metrics.jsonl written
+    running: dict[str, Any] | None = None  # sums of the terms since the last of these lines
+    best_top1: float = -1.0  # on the validation images, in percent
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
     def leave_epoch(self, updates: int, accumulate: int) -> None:
@@ -123,16 +106,7 @@ class PhaseState:
 def find_checkpoint(resume: str, checkpoints: Path, accelerator: Accelerator) -> dict[str, Any] | None:
     """Return the state of the checkpoint to go on from, or None to start afresh; drop what was logged after it.
 
-    All processes call it together.
-
-    Args:
-        resume: The recipe's `resume`.
-        checkpoints: The network's folder of checkpoints, which has its name.
-        accelerator: The accelerator.
-
-    Raises:
-        ValueError: If the recipe names a checkpoint that is not the newest, or the processes see different ones.
-        CheckpointError: If the checkpoint cannot be used.
+    All processes call it together. The network's folder of checkpoints has its name.
     """
     path = None if resume == "never" else _choose(resume, checkpoints, accelerator)
     saved = None if path is None else load_checkpoint(path)
@@ -145,11 +119,7 @@ def find_checkpoint(resume: str, checkpoints: Path, accelerator: Accelerator) ->
 
 
 class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
-    """Appends each set of logged values to a file, as one JSON object a line.
-
-    Args:
-        path: The file; its folder is made when the first line is written.
-    """
+    """Appends each set of logged values to a file, as one JSON object a line."""
 
     name = "jsonl"
     requires_logging_directory = False
@@ -169,12 +139,7 @@ class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
 
     @on_main_process  # type: ignore[untyped-decorator]
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        """Append one line, with the network and the epoch under keys of their own.
-
-        Args:
-            values: Values by "NETWORK/NAME", "NETWORK/epoch" among them.
-            step: Optimizer steps that the network has taken.
-        """
+        """Append values named "NETWORK/NAME", "NETWORK/epoch" among them; network and epoch get their own keys."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         network = next(iter(values)).partition("/")[0]
         epoch = values[f"{network}/epoch"]

@@ -29,13 +29,8 @@ _LOG_INTERVAL = 20  # optimizer steps between two lines of metrics.jsonl
 class Trainer:
     """Trains one network through its phases, saving checkpoints from which a run goes on as if nothing had happened.
 
-    Args:
-        context: What the networks of a run share.
-        name: Name of the network in logs and checkpoints, such as "self-distilled".
-        model: The wrapped model, on the accelerator's device.
-        phases: What to train, in order.
-        on_epoch: Called after every epoch with the model that would be evaluated, the number of epochs done and that of
-            all; given to all processes or to none.
+    `on_epoch` is called after every epoch with the model that would be evaluated, the number of epochs done and that of
+    all; it is given to all processes or to none.
     """
 
     def __init__(
@@ -63,14 +58,7 @@ class Trainer:
             )
 
     def run(self) -> SelfDistillModel:
-        """Train to the end, from the newest checkpoint if there is one, and return the trained model.
-
-        Raises:
-            Interrupted: If a signal stops it; what was trained is saved.
-            NonFiniteLossError: If the loss is not finite and the recipe does not skip such steps.
-            CheckpointError: If a checkpoint cannot be used.
-            OSError: If a signal stops it and the last checkpoint cannot be written.
-        """
+        """Train to the end, from the newest checkpoint if there is one, and return the trained model."""
         saved = find_checkpoint(self.context.recipe.resume, self.checkpoints, self.context.accelerator)
         if saved is not None:
             self.progress = Progress(**saved["progress"])
