@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from once import once
 from torch import nn
 
 import timm_selfdistill as sd
@@ -88,6 +89,12 @@ def _without(value: Any, keys: set[str]) -> Any:
     if isinstance(value, dict):
         return {key: _without(item, keys) for key, item in value.items() if key not in keys}
     return [_without(item, keys) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run of the recipe; only to be read."""
+    return once(tmp_path_factory, "whole", lambda folder: train(recipe(folder)))
 
 
 @pytest.fixture
@@ -180,14 +187,16 @@ def run_in_pieces(recipe: Recipe, steps: int, after_steps: Any) -> int:
     ],
 )
 def test_a_run_that_is_stopped_ends_as_an_undisturbed_one(
-    tmp_path: Path, after_steps: Any, steps: int, overrides: tuple[str, ...]
+    tmp_path: Path, whole: Path, after_steps: Any, steps: int, overrides: tuple[str, ...]
 ) -> None:
-    train(recipe(tmp_path / "whole", *overrides))
+    if overrides:
+        whole = tmp_path / "whole"
+        train(recipe(whole, *overrides))
     stops = run_in_pieces(recipe(tmp_path / "cut", *overrides), steps, after_steps)
     assert stops > 3
-    whole, cut = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
-    assert [name for name in whole["weights"] if whole["weights"][name] != cut["weights"][name]] == []
-    assert whole == cut
+    expected, cut = outcome(whole), outcome(tmp_path / "cut")
+    assert [name for name in expected["weights"] if expected["weights"][name] != cut["weights"][name]] == []
+    assert expected == cut
 
 
 def test_the_parameters_of_a_loss_train_along_without_decay(tmp_path: Path) -> None:
@@ -217,13 +226,12 @@ def test_the_parameters_of_a_loss_outlive_another_number_of_processes(make_backb
     assert loss.log_variances.tolist() == [0.5] * 4
 
 
-def test_a_run_goes_on_with_other_loader_processes(tmp_path: Path, after_steps: Any) -> None:
-    train(recipe(tmp_path / "whole"))
+def test_a_run_goes_on_with_other_loader_processes(tmp_path: Path, whole: Path, after_steps: Any) -> None:
     after_steps(6, send(signal.SIGUSR1))
     with pytest.raises(Interrupted, match=r"Stopped by SIGUSR1\. Run the same command again to go on"):
         train(recipe(tmp_path / "cut"))
     train(recipe(tmp_path / "cut", "data.workers=2"))
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
 
 
 def test_a_stream_is_entered_again_where_it_was_left(tmp_path: Path, after_steps: Any) -> None:
@@ -234,20 +242,21 @@ def test_a_stream_is_entered_again_where_it_was_left(tmp_path: Path, after_steps
         assert outcome(tmp_path / f"whole {workers}") == outcome(tmp_path / f"cut {workers}")
 
 
-def test_checkpoints_between_epochs_change_nothing(tmp_path: Path) -> None:
-    train(recipe(tmp_path / "whole"))
-    train(recipe(tmp_path / "often", "checkpoint.every_steps=1", "checkpoint.keep=5"))
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "often")
-    for name, kept in (("whole", [8, 12]), ("often", [8, 9, 10, 11, 12])):
-        folders = (tmp_path / name / "checkpoints" / "self-distilled").iterdir()
+def test_checkpoints_between_epochs_change_nothing(tmp_path: Path, whole: Path) -> None:
+    often = tmp_path / "often"
+    train(recipe(often, "checkpoint.every_steps=1", "checkpoint.keep=5"))
+    assert outcome(whole) == outcome(often)
+    for run, kept in ((whole, [8, 12]), (often, [8, 9, 10, 11, 12])):
+        folders = (run / "checkpoints" / "self-distilled").iterdir()
         assert sorted(int(folder.name.removeprefix("checkpoint-")) for folder in folders) == kept
 
 
 # Signals.
 
 
-def test_a_signal_while_nothing_trains_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(recipe(tmp_path / "whole"))
+def test_a_signal_while_nothing_trains_stops_at_once(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     validate = trainer.Trainer._validate
 
     def interrupted(*args: Any) -> Any:
@@ -259,7 +268,7 @@ def test_a_signal_while_nothing_trains_stops_at_once(tmp_path: Path, monkeypatch
         train(recipe(tmp_path / "cut"))
     monkeypatch.setattr(trainer.Trainer, "_validate", validate)
     train(recipe(tmp_path / "cut"))
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
 
 
 def test_one_ctrl_c_saves_and_a_second_stops_at_once(tmp_path: Path, after_steps: Any) -> None:
@@ -328,9 +337,8 @@ def test_a_full_disk_does_not_stop_training_and_the_next_checkpoint_is_tried(
 
 
 def test_a_disk_without_room_for_the_last_checkpoint_still_gets_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(recipe(tmp_path / "whole"))
     write = checkpoint.write_files
 
     def full(folder: Path, *args: Any) -> None:
@@ -341,13 +349,13 @@ def test_a_disk_without_room_for_the_last_checkpoint_still_gets_the_model(
     monkeypatch.setattr(checkpoint, "write_files", full)
     train(recipe(tmp_path / "cut"))
     assert "No space left on device; those before it are kept. If training is done, the model is saved" in caplog.text
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
     assert [path.name for path in (tmp_path / "cut" / "checkpoints" / "self-distilled").iterdir()] == ["checkpoint-4"]
     # It is done, though its newest checkpoint is not.
     assert finished_report(recipe(tmp_path / "cut")) is not None
     monkeypatch.setattr(checkpoint, "write_files", write)
     train(recipe(tmp_path / "cut"))
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
 
 
 def test_a_disk_that_is_full_when_a_signal_stops_the_run_is_an_error(
@@ -362,10 +370,9 @@ def test_a_disk_that_is_full_when_a_signal_stops_the_run_is_an_error(
         train(recipe(tmp_path))
 
 
-def test_a_truncated_newest_checkpoint_is_passed_over(
-    tmp_path: Path, after_steps: Any, caplog: pytest.LogCaptureFixture
+def test_a_truncated_newest_checkpoint_is_skipped(
+    tmp_path: Path, whole: Path, after_steps: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(recipe(tmp_path / "whole"))
     after_steps(7, send(signal.SIGTERM))
     with pytest.raises(Interrupted):
         train(recipe(tmp_path / "cut"))
@@ -375,7 +382,7 @@ def test_a_truncated_newest_checkpoint_is_passed_over(
     train(recipe(tmp_path / "cut"))
     assert "checkpoint-7 is damaged" in caplog.text
     assert "Resuming self-distilled from" in caplog.text
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(capsys: pytest.CaptureFixture[str]) -> None:
@@ -475,10 +482,8 @@ def test_too_many_skips_in_a_row_stop_the_run(tmp_path: Path, poisoned: Any) -> 
 
 
 def test_a_loader_process_that_is_killed_is_an_error_and_the_run_goes_on_later(
-    tmp_path: Path, after_steps: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, whole: Path, after_steps: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(recipe(tmp_path / "whole"))
-
     def kill() -> None:
         import torch.multiprocessing
 
@@ -493,12 +498,13 @@ def test_a_loader_process_that_is_killed_is_an_error_and_the_run_goes_on_later(
     AcceleratorState._reset_state(True)
     after_steps(1000, kill)
     assert cli(arguments) == 0
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
 
 
-def test_clocks_that_go_backwards_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_steps: Any) -> None:
+def test_clocks_that_go_backwards_do_no_harm(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, after_steps: Any
+) -> None:
     """Nothing is decided by the time of day: not which checkpoint is the newest either."""
-    train(recipe(tmp_path / "whole"))
     after_steps(6, send(signal.SIGTERM))
     with pytest.raises(Interrupted):
         train(recipe(tmp_path / "cut"))
@@ -509,5 +515,5 @@ def test_clocks_that_go_backwards_do_no_harm(tmp_path: Path, monkeypatch: pytest
     AcceleratorState._reset_state(True)
     monkeypatch.setattr("time.time", lambda: 0.0)
     train(recipe(tmp_path / "cut"))
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
     shutil.rmtree(tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_resume import SMALL, after_steps, outcome, recipe, send
+from test_resume import SMALL, after_steps, outcome, recipe, send, whole
 
 from timm_selfdistill.checkpoint_format import build_manifest
 from timm_selfdistill.cli import main as cli
@@ -21,7 +21,7 @@ from timm_selfdistill.train import evaluate_folder, finished_report, train, trai
 from timm_selfdistill.train.run_folder import check_folder
 from timm_selfdistill.train.stop import Interrupted
 
-__all__ = ["after_steps"]  # a fixture
+__all__ = ["after_steps", "whole"]  # fixtures
 
 
 def of_images(folder: Path, output: Path, *overrides: str) -> Recipe:
@@ -134,15 +134,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, after_steps: Any
     assert {line["epoch"] for line in lines} == {1}
 
 
-def test_a_run_whose_recipe_was_lost_goes_on_with_its_own_only(tmp_path: Path, after_steps: Any) -> None:
+def test_a_run_whose_recipe_was_lost_goes_on_with_its_own_only(tmp_path: Path, whole: Path, after_steps: Any) -> None:
     stop(recipe(tmp_path / "run"), after_steps, steps=5)
     for name in ("recipe.yaml", "local.yaml"):
         (tmp_path / "run" / name).unlink()
     with pytest.raises(ValueError, match=r"holds a run of another recipe: optimizer\.lr \(0\.05, now 0\.2\)"):
         train(recipe(tmp_path / "run", "optimizer.lr=0.2"))
     train(recipe(tmp_path / "run"))
-    train(recipe(tmp_path / "whole"))
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(whole)
 
 
 def test_a_checkpoint_of_an_earlier_release_goes_on_with_a_warning(

@@ -1,6 +1,7 @@
 """Training from recipes, in this process."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import safetensors.torch
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from once import once
 from PIL import Image
 
 import timm_selfdistill as sd
@@ -38,6 +40,12 @@ SMALL = (
 
 def small_recipe(folder: Path, *overrides: str) -> Recipe:
     return load_recipe("digits", [*SMALL, f"output_dir={folder}", *overrides])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a run of the small recipe; only to be read."""
+    return once(tmp_path_factory, "trained", lambda folder: train(small_recipe(folder)))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -79,10 +87,9 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     assert [entry["epoch"] for entry in validated] == [1, 2]
 
 
-def test_the_saved_model_is_the_evaluated_one_and_plain_timm_reads_it(tmp_path):
-    train(small_recipe(tmp_path))
-    ours = sd.from_pretrained(tmp_path / "model")
-    plain = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+def test_the_saved_model_is_the_evaluated_one_and_plain_timm_reads_it(trained):
+    ours = sd.from_pretrained(trained / "model")
+    plain = timm.create_model(f"local-dir:{trained / 'model'}", pretrained=True).eval()
     x = torch.randn(3, 1, 16, 16)
     with torch.no_grad():
         assert torch.equal(plain(x), ours(x))
@@ -117,8 +124,8 @@ def test_baseline_and_self_distilled_network_start_from_the_same_weights(tmp_pat
     assert all(torch.equal(starts["baseline"][name], value) for name, value in starts["self-distilled"].items())
 
 
-def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(tmp_path, monkeypatch):
-    train(small_recipe(tmp_path))
+def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(tmp_path, trained, monkeypatch):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     before = weights(tmp_path)
     monkeypatch.setattr(trainer.Trainer, "_step", lambda *args: pytest.fail("trained again"))
     train(small_recipe(tmp_path))
@@ -399,9 +406,7 @@ def test_the_command_line_evaluates_lists_and_explains(tmp_path, capsys):
     assert capsys.readouterr().out.split() == list_recipes()
 
 
-def test_evaluation_refuses_other_classes(tmp_path, colour_images, capsys):
-    run = tmp_path / "run"
-    train(small_recipe(run))
-    assert cli(["evaluate", str(run), "--data", str(colour_images / "folder"), "eval_split=validation"]) == 2
+def test_evaluation_refuses_other_classes(trained, colour_images, capsys):
+    assert cli(["evaluate", str(trained), "--data", str(colour_images / "folder"), "eval_split=validation"]) == 2
     assert "they must be the same" in capsys.readouterr().err
-    assert cli(["evaluate", str(run), "--data", "digits", "eval_split=train", "max_eval=20"]) == 0
+    assert cli(["evaluate", str(trained), "--data", "digits", "eval_split=train", "max_eval=20"]) == 0
