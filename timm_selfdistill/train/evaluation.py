@@ -130,7 +130,6 @@ def finish_folder(folder: Path) -> Report:
 
 
 def _finish(folder: Path, found: CheckpointModel) -> Report:
-    """Write report and model of a run in a folder that no other process uses."""
     recipe, record = found.recipe, found.record
     data = open_dataset(recipe.data, recipe.seed)
     if changes := record.data.changes(fingerprint(data, recipe.data)):

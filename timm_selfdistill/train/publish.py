@@ -41,11 +41,7 @@ class ModelWriter:
         self._record = RunRecord(recipe.without_local_paths(), fingerprint(data, recipe.data))
         self._class_names = data.class_names
         self._data_config = input_config.to_timm()
-
-    @property
-    def shared_recipe(self) -> str:
-        """The recipe in a form that may be shared, as YAML: without paths of this machine."""
-        return redact(self._recipe.without_local_paths().to_yaml())
+        self.shared_recipe = redact(self._recipe.without_local_paths().to_yaml())  # without paths of this machine
 
     def save(
         self,

@@ -2,7 +2,7 @@
 
 import atexit
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -154,7 +154,11 @@ def _train_networks(run: _Run) -> tuple[SelfDistillModel, dict[str, ExitMetricsR
             model = synchronize_batch_norm(model)
         set_seed(recipe.seed, device_specific=True)
         is_distilled = name == "self-distilled"
-        trainer = Trainer(context, name, model, phases, _on_epoch(run) if is_distilled else None)
+        push = recipe.push_to_hub if is_distilled else None
+        on_epoch = None
+        if push is not None and push.every is not None:
+            on_epoch = _push_nothing if run.publisher is None else run.publisher.after_epoch
+        trainer = Trainer(context, name, model, phases, on_epoch)
         model = trainer.run()
         seconds[name] = trainer.progress.seconds
         results[name] = evaluate_model(
@@ -168,12 +172,8 @@ def _train_networks(run: _Run) -> tuple[SelfDistillModel, dict[str, ExitMetricsR
     return model, results, seconds
 
 
-def _on_epoch(run: _Run) -> Callable[[SelfDistillModel, int, int], None] | None:
-    """Return what all processes do after an epoch, if the model is pushed while it trains."""
-    push = run.context.recipe.push_to_hub
-    if push is None or push.every is None:
-        return None
-    return (lambda model, epoch, total: None) if run.publisher is None else run.publisher.after_epoch
+def _push_nothing(model: SelfDistillModel, epoch: int, total: int) -> None:
+    """What the other processes do after an epoch."""
 
 
 def _finish(

@@ -40,11 +40,6 @@ class Progress:
     best_top1: float = -1.0  # on the validation images, in percent
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
-    def leave_epoch(self, updates: int, accumulate: int) -> None:
-        """Go to the end of the present epoch of `updates` steps, each of `accumulate` micro batches."""
-        self.step += updates - self.micro // accumulate
-        self.micro = updates * accumulate
-
 
 class PhaseState:
     """What a checkpoint holds of a phase beside the progress: weights, loss, optimizer, schedule, random states."""
@@ -71,7 +66,13 @@ class PhaseState:
         A loss may have seen other images in each process. All processes call it together; only the main process may
         use what is returned.
         """
-        of_processes = {"random": gather_object([_random_state()])}
+        random_state = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(legacy=False),
+            "torch": torch.get_rng_state(),
+            **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}),
+        }
+        of_processes = {"random": gather_object([random_state])}
         if state := self.loss.state_dict():
             on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
             of_processes["loss"] = gather_object([on_cpu])
@@ -179,18 +180,6 @@ def _choose(resume: str, checkpoints: Path, accelerator: Accelerator) -> Path | 
             "be on storage that all machines share."
         )
     return path
-
-
-def _random_state() -> dict[str, Any]:
-    """Return the state of every generator that training draws from."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
 
 
 def _network_of(line: str) -> str | None:

@@ -145,9 +145,9 @@ class Trainer:
         stepper.prepared.train()
         title = f"{self.name} {progress.epoch + 1}/{self.total_epochs}"
         done = progress.micro // self.accumulate
-        running = RunningTerms(title, self.updates_per_epoch, done, context.recipe.batch_size, context.accelerator)
-        if progress.running is not None:
-            running.load_state_dict(progress.running)
+        running = RunningTerms(
+            title, self.updates_per_epoch, done, progress.running, context.recipe.batch_size, context.accelerator
+        )
         left = self.updates_per_epoch - done
         batches = context.feed.batches(progress.epoch, progress.micro) if left else iter(())
         if saved is not None:
@@ -161,7 +161,7 @@ class Trainer:
 
     def _step(self, stepper: PhaseStepper, running: RunningTerms, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
         """Take one optimizer step; return whether all processes are to stop after it."""
-        progress, recipe = self.progress, self.context.recipe
+        progress = self.progress
         buffers = [buffer.clone() for buffer in self.model.buffers()] if self.guard.skips else []
         done = progress.micro / (self.updates_per_epoch * self.accumulate)
         stepper.task.set_time(progress.epoch - progress.first_epoch + done, stepper.epochs)
@@ -182,7 +182,7 @@ class Trainer:
         is_last = running.updates == self.updates_per_epoch
         if progress.step % _LOG_INTERVAL == 0 or is_last:
             self._log("train", running.read() | {"lr": stepper.rate})
-        every = recipe.checkpoint.every_steps
+        every = self.context.recipe.checkpoint.every_steps
         if every is not None and progress.step % every == 0 and not is_last:
             stop |= self._receive_flags()
             progress.running = running.state_dict()
@@ -234,18 +234,14 @@ class Trainer:
             return
         where = f"after step {self.progress.step}, with the images that are left of the epoch"
         if self.context.feed.streaming and before != now:
-            self.progress.leave_epoch(self.updates_per_epoch, self.accumulate)
+            self.progress.step += self.updates_per_epoch - self.progress.micro // self.accumulate
+            self.progress.micro = self.updates_per_epoch * self.accumulate
             where = f"at the end of epoch {self.progress.epoch + 1}, as the shares of the stream are others"
         if self.context.accelerator.is_main_process:
             _logger.warning(
-                "%s was trained by %d process(es)%s and goes on with %d%s, %s. It will not end in the same bits as an "
-                "undisturbed run: dropout, Mixup, batch statistics and the order of sums depend on the processes.",
-                self.name,
-                before,
-                " in parts" * were_in_parts,
-                now,
-                " in parts" * are_in_parts,
-                where,
+                f"{self.name} was trained by {before} process(es){' in parts' * were_in_parts} and goes on with "
+                f"{now}{' in parts' * are_in_parts}, {where}. It will not end in the same bits as an undisturbed run: "
+                "dropout, Mixup, batch statistics and the order of sums depend on the processes."
             )
 
     def _log(self, kind: str, values: dict[str, float]) -> None:
