@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,19 +116,22 @@ def test_one_process_has_nothing_to_share(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(tmp_path, monkeypatch):
-    holder = "import sys; from pathlib import Path; from timm_selfdistill.train.launch import locked\n"
-    holder += "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    # Its child, such as a loader process, may outlive it.
+    holder = "import os, sys, time; from pathlib import Path; from timm_selfdistill.train.launch import locked\n"
+    holder += "with locked(Path(sys.argv[1])):\n"
+    holder += "    child = os.fork() or time.sleep(600)\n"
+    holder += "    print(child, flush=True); sys.stdin.read()"
     monkeypatch.setattr(trainer.Trainer, "_train_epoch", lambda *args: pytest.fail("training began"))
     with subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout.readline() == "locked\n"
+        child = int(process.stdout.readline())
         with pytest.raises(ValueError, match=f"another run is under way in .* .process {process.pid} on "):
             train(load_recipe("digits", [f"output_dir={tmp_path}"]))
         process.kill()
     assert not (tmp_path / "recipe.yaml").exists()
     with locked(tmp_path):
-        pass
+        os.kill(child, signal.SIGKILL)
 
 
 def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
