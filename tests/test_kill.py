@@ -243,7 +243,7 @@ def run_in_a_terminal(folder: Path, when: str, stop: Callable[[int, int], None],
             if not stopped and re.search(when, said):
                 stop(pid, terminal)
                 stopped = True
-    except OSError:  # how a terminal ends that nobody writes to any more
+    except OSError:  # how reading a terminal ends once no process writes to it
         pass
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 

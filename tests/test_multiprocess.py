@@ -138,7 +138,7 @@ TWO_PROCESSES = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 
 
 def accelerate(*options: str) -> list[str]:
-    """Return `accelerate launch` with options, as what stands behind `python -m`."""
+    """Return `accelerate launch` with options, for `python -m`."""
     port = () if "--main_process_port" in options else ("--main_process_port", str(free_port()))
     return ["accelerate.commands.launch", *options, *port, "--dynamo_backend", "no"]
 

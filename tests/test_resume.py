@@ -99,7 +99,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def after_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
-    """A function that lets something happen in the middle of the step that is so many steps from now."""
+    """A function that lets something happen in the middle of the step that is `count` steps from now."""
 
     step = trainer.Trainer._step
 
@@ -122,7 +122,7 @@ def send(number: signal.Signals) -> Callable[[], None]:
 
 
 def run_in_pieces(recipe: Recipe, steps: int, after_steps: Any) -> int:
-    """Run a recipe, stopping it after every so many steps; return how often it was stopped."""
+    """Run a recipe, stopping it each time after this many steps; return how often it was stopped."""
     for stops in range(100):
         AcceleratorState._reset_state(True)
         after_steps(steps, send(signal.SIGTERM))
@@ -443,7 +443,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_if_asked(
 
 
 def test_the_rows_that_are_told_are_those_of_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One image of the training split is made NaN wherever it appears; its row is in every batch that is told."""
+    """One image of the training split is made NaN wherever it appears; its row is in every batch that is logged."""
     step, bad = trainer.Trainer._step, []
 
     def wrapped(self: trainer.Trainer, stepper: Any, running: Any, batches: Any) -> bool:
@@ -463,9 +463,9 @@ def test_the_rows_that_are_told_are_those_of_the_batch(tmp_path: Path, monkeypat
     monkeypatch.setattr(trainer.Trainer, "_step", wrapped)
     monkeypatch.setattr(builders.Feed, "batches", _one_by_one(builders.Feed.batches))
     train(recipe(tmp_path, "optimizer.on_nonfinite=skip"))
-    told = [json.loads(line)["rows"] for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
-    assert told == bad
-    assert len(told) == 2
+    logged = [json.loads(line)["rows"] for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert logged == bad
+    assert len(logged) == 2
 
 
 def _one_by_one(batches: Any) -> Any:

@@ -98,7 +98,7 @@ def write_files(folder: Path, encoded: EncodedState) -> None:
     (folder / STATE).write_bytes(text)
     try:
         save_file(tensors, folder / TENSORS)
-        shutil.copymode(folder / STATE, folder / TENSORS)  # safetensors lets nobody but the owner read
+        shutil.copymode(folder / STATE, folder / TENSORS)  # safetensors lets only the owner read
         (folder / MANIFEST).write_text(json.dumps(build_manifest(folder), indent=2), encoding="utf-8")
         for name in (TENSORS, STATE, MANIFEST, "."):
             flush_to_disk(folder / name)
@@ -160,7 +160,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """Turn a part of a state into JSON, each object with one key that tells its kind; tensors are copied apart."""
+    """Turn a part of a state into JSON, each object with one key, its kind; tensors are copied apart."""
     kind = type(value)
     if kind is float and not math.isfinite(value):
         return {"float": repr(value)}

@@ -135,7 +135,7 @@ def _finish(folder: Path, found: CheckpointModel) -> Report:
     if changes := record.data.changes(fingerprint(data, recipe.data)):
         raise ValueError(
             f"{folder} holds a run of other data: {'; '.join(changes)}. Images that were trained on could be reported "
-            "on: put the data back as it was."
+            "on: restore the data."
         )
     evaluation = _Evaluation(found.model, data, recipe, folder)
     input_config = evaluation.input_config

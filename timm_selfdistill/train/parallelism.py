@@ -1,7 +1,7 @@
 """How a network is spread over the processes: whole in each of them (DDP), or a part in each (FSDP2).
 
-torch's `fully_shard` makes the parts, on CPUs and GPUs alike. Accelerate is told nothing of it: it would shard on GPUs
-only, and does not know what the layers of timm's networks are.
+torch's `fully_shard` makes the parts, on CPUs and GPUs alike, without Accelerate: it would shard on GPUs only, and does
+not know the layers of timm's networks.
 """
 
 import copy

@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ModelWriter:
-    """Saves a run's model, with what plain timm needs to know of its input and a card that tells how it was trained."""
+    """Saves a run's model, with what plain timm needs to know of its input and a card that says how it was trained."""
 
     def __init__(self, recipe: Recipe, data: ImageData, input_config: InputConfig) -> None:
         self._recipe = recipe

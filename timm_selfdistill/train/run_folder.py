@@ -242,7 +242,7 @@ def _is_run(folder: Path) -> bool:
     if is_local(folder / LOCAL) or any(map(is_checkpoint, _checkpoints(folder))) or next(_records(folder), None):
         return True
     try:
-        # An earlier release wrote every field, which nobody does by hand.
+        # An earlier release wrote every field, which no person does.
         text = (folder / RECIPE).read_text()
         load_recipe(folder / RECIPE)
     except (OSError, ValueError):
@@ -277,7 +277,7 @@ def _compare(record: RunRecord, recipe: Recipe, data: Fingerprint, what: str) ->
     if changes := record.data.changes(data):
         raise ValueError(
             f"{what} a run of other data: {'; '.join(changes)}. Images that were trained on could be reported on, and "
-            "labels mean something else: put the data back as it was, or choose another output_dir."
+            "labels mean something else: restore the data, or choose another output_dir."
         )
 
 

@@ -25,7 +25,7 @@ from timm_selfdistill.train.train_state import PhaseState, Progress
 
 _logger = logging.getLogger(__name__)
 
-_MAX_SKIPS = 20  # after so many steps in a row, skipping cannot help
+_MAX_SKIPS = 20  # in a row; skipping more cannot help
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class StepFlags:
 class FlagExchange:
     """Exchanges the flags of each step between the processes.
 
-    On a CPU the answer is about the step itself. Elsewhere it is about the step before, so that nobody waits for the
-    device, unless `at_once`.
+    On a CPU the answer is about the step itself. On other devices it is about the step before, so that no process waits
+    for the device, unless `at_once`.
     """
 
     def __init__(self, accelerator: Accelerator, at_once: bool = False) -> None:
@@ -174,14 +174,14 @@ class NonFiniteGuard:
         at = f"{self._network}, epoch {progress.epoch + 1}, step {flags.step}"
         if not self.skips:
             raise NonFiniteLossError(
-                f"The loss is not finite ({at}); {self._path} tells the rows of the batch. A smaller optimizer.lr, "
+                f"The loss is not finite ({at}); {self._path} lists the rows of the batch. A smaller optimizer.lr, "
                 "optimizer.clip_grad or precision=no may help; optimizer.on_nonfinite=skip leaves such steps out. The "
                 "checkpoints before it are kept."
             )
         if progress.skipped == _MAX_SKIPS:
             raise NonFiniteLossError(
                 f"The loss was not finite in {progress.skipped} steps in a row ({at}), which skipping does not mend; "
-                f"{self._path} tells the rows of the batches. The checkpoints before them are kept."
+                f"{self._path} lists the rows of the batches. The checkpoints before them are kept."
             )
         _logger.warning("Skipped a step, as the loss is not finite (%s).", at)
         return True
