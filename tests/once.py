@@ -1,6 +1,7 @@
 """Do slow work once for all tests that only read what it leaves, in whichever worker of pytest-xdist they run."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def once(factory: pytest.TempPathFactory, name: str, work: Callable[[Path], obje
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             temporary = folder.with_name(f"{name}.unfinished")
+            shutil.rmtree(temporary, ignore_errors=True)  # what a failed attempt left
             work(temporary)
             temporary.rename(folder)
     return folder
