@@ -324,14 +324,13 @@ the plain network. MB are 10^6 bytes, GMACs 10^9 multiply-accumulates.
 {paper}
 
 A backward costs about twice its forward, with and without heads, so that the heads' share of the multiply-accumulates
-is that of the step. As far as the time of a step is made of what is computed and what is sent, overlapped or not, the
-heads' share of it lies between the two columns of shares: near that of the GMACs where the network is fast, near that
-of the bytes where it is slow. That is an estimate: it leaves out what multiply-accumulates do not count
-([performance.md](performance.md) has measured steps of one process), and no machine with several GPUs was at hand to
-measure.
+is that of the step. If the time of a step is that of computing and sending, overlapped or not, the heads' share of it
+lies between the two columns of shares: near that of the GMACs if the network is fast, near that of the bytes if it is
+slow. That is an estimate: it leaves out what multiply-accumulates do not count ([performance.md](performance.md) has
+measured steps of one process), and no machine with several GPUs was available to measure.
 
 So a ViT pays little for its exits on any number of GPUs. The default heads of a ResNet-50 have more parameters than
-the backbone; where the network between machines is slow, `exits.head: linear` or `sepconv_attention` sends less.
+the backbone; if the network between machines is slow, `exits.head: linear` or `sepconv_attention` sends less.
 
 ## Measured
 

@@ -20,10 +20,10 @@ from unittest.mock import patch
 import torch
 from accelerate.state import AcceleratorState
 
+from timm_selfdistill.checkpoint import CheckpointWriter
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import train
-from timm_selfdistill.train.launch import JsonLinesTracker
-from timm_selfdistill.train.writer import CheckpointWriter
+from timm_selfdistill.train.train_state import JsonLinesTracker
 
 SETTINGS = (
     "model.kwargs={channels: [16, 32, 64, 128]}",

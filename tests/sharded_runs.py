@@ -1,4 +1,4 @@
-"""Runs of two processes, one after the other, as told by a JSON list in a file; started by torchrun in test_sharding.
+"""Runs of two processes, one after the other, as listed in a JSON file; started by torchrun in test_sharding.
 
 Each entry is `{"folder", "overrides", "fsdp", "stop_at", "poison"}`: whether FSDP2 is asked for, the step in which the
 last process gets a SIGTERM, and the steps whose images are NaN. What each process holds in the last step of a run is
@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
 from timm_selfdistill.recipe import load_recipe
-from timm_selfdistill.train import fit, publish, train
+from timm_selfdistill.train import publish, train, trainer
 from timm_selfdistill.train.stop import Interrupted
 
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -58,31 +58,30 @@ def run(
         os.environ.pop(name, None)
         if fsdp:
             os.environ[name] = value
-    step, update = fit.Fit._step, fit.Fit._update
+    step = trainer.Trainer._step
 
-    def stepping(self: fit.Fit, training: Any, running: Any, batches: Any) -> bool:
-        if self.progress.step + 1 == stop_at and self.accelerator.is_last_process:
+    def stepping(self: trainer.Trainer, stepper: Any, running: Any, batches: Any) -> bool:
+        context = self.context
+        if self.progress.step + 1 == stop_at and context.accelerator.is_last_process:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.progress.step + 1 in poison:
             batches = ((images * torch.nan, targets) for images, targets in batches)
-        return step(self, training, running, batches)
-
-    def updating(self: fit.Fit, training: Any) -> None:
-        update(self, training)
+        stop = step(self, stepper, running, batches)
         held = {
-            "weights": held_bytes(training.task.trainable_module.state_dict()),
-            "optimizer": held_bytes(training.optimizer.state),
-            "average": held_bytes(training.task.trainable_module_ema.state_dict()) if self.recipe.ema else [0, 0],
+            "weights": held_bytes(stepper.task.trainable_module.state_dict()),
+            "optimizer": held_bytes(stepper.optimizer.state),
+            "average": held_bytes(stepper.task.trainable_module_ema.state_dict()) if context.recipe.ema else [0, 0],
         }
-        (self.folder / f"held-{self.name}-{self.accelerator.process_index}.json").write_text(json.dumps(held))
+        (context.folder / f"held-{self.name}-{context.accelerator.process_index}.json").write_text(json.dumps(held))
+        return stop
 
-    fit.Fit._step, fit.Fit._update = stepping, updating
+    trainer.Trainer._step = stepping
     try:
         train(load_recipe("digits", [*SMALL, *overrides, f"output_dir={folder}"]))
     except Interrupted:
         assert stop_at is not None
     finally:
-        fit.Fit._step, fit.Fit._update = step, update
+        trainer.Trainer._step = step
 
 
 def held_bytes(state: Any) -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import timm_selfdistill as sd
-from timm_selfdistill.train.sharding import Sharded
+from timm_selfdistill.train.parallelism import Sharded
 
 LABELS = torch.tensor([1, 2])
 

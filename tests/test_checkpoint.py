@@ -20,14 +20,13 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
+from timm_selfdistill import checkpoint, checkpoint_format
 from timm_selfdistill.checkpoint import (
     CheckpointError,
     DamagedCheckpointError,
-    codec,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    store,
 )
 
 FILES = ("tensors.safetensors", "state.json", "manifest.json")
@@ -56,7 +55,7 @@ def assert_same(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-DTYPES = sorted(codec._DTYPES, key=str)
+DTYPES = sorted(checkpoint_format._DTYPES, key=str)
 CHANNELS_LAST = torch.arange(48.0).reshape(2, 3, 4, 2).to(memory_format=torch.channels_last)
 
 
@@ -396,7 +395,7 @@ def test_another_version_is_neither_read_nor_skipped_nor_removed(tmp_path: Path)
 def test_forged_content_with_right_hashes_is_a_clear_error(tmp_path: Path, tree: str) -> None:
     path = save_checkpoint(tmp_path, {"a": torch.ones(2)}, step=1)
     (path / "state.json").write_text(tree)
-    (path / "manifest.json").write_text(json.dumps(store._manifest(path)))
+    (path / "manifest.json").write_text(json.dumps(checkpoint_format.build_manifest(path)))
     with pytest.raises(CheckpointError, match="checkpoint-1"):
         load_checkpoint(path)
 
@@ -416,13 +415,13 @@ def test_a_failed_write_leaves_the_older_checkpoint_alone(tmp_path: Path, monkey
 
 def test_a_disk_that_returns_other_bytes_is_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     older = save_checkpoint(tmp_path, {"tensor": torch.zeros(9)}, step=1, keep=1)
-    save_file = store.save_file
+    save_file = checkpoint_format.save_file
 
     def faulty(tensors: Any, path: Path) -> None:
         save_file(tensors, path)
         flip_a_bit(path)
 
-    monkeypatch.setattr(store, "save_file", faulty)
+    monkeypatch.setattr(checkpoint_format, "save_file", faulty)
     with pytest.raises(OSError, match="does not read back"):
         save_checkpoint(tmp_path, {"tensor": torch.zeros(9)}, step=2, keep=1)
     assert names(tmp_path) == ["checkpoint-1"]
@@ -454,7 +453,7 @@ def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
 
 
 def test_nothing_is_pickled() -> None:
-    source = "".join(path.read_text() for path in Path(store.__file__).parent.glob("*.py"))
+    source = "".join(Path(module.__file__).read_text() for module in (checkpoint, checkpoint_format))
     assert "pickle" not in source.replace("nothing in them is unpickled", "")
     assert "torch.load" not in source
     assert "torch.save" not in source

@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,11 +27,9 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import timm_selfdistill as sd
 from timm_selfdistill.recipe import list_recipes, load_recipe
-from timm_selfdistill.train import fit, launch, train
-from timm_selfdistill.train.batch_norm import synchronize_batch_norm
-from timm_selfdistill.train.feed import Feed
-from timm_selfdistill.train.lock import locked
-from timm_selfdistill.train.sharding import asks_for_sharding, refuse_optimizer
+from timm_selfdistill.train import launch, train, trainer
+from timm_selfdistill.train.builders import Feed, synchronize_batch_norm
+from timm_selfdistill.train.launch import asks_for_sharding, locked, refuse_optimizer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -42,7 +41,7 @@ TINY += ["data.validation=0", "precision='no'", "baseline=false"]
 @pytest.fixture
 def refused(tmp_path, monkeypatch) -> Callable[..., None]:
     """A function that starts a run and asserts that it is refused with a message, before anything is written."""
-    monkeypatch.setattr(fit.Fit, "_train_epoch", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(trainer.Trainer, "_train_epoch", lambda *args: pytest.fail("training began"))
 
     def refused(message: str, *overrides: str) -> None:
         with pytest.raises(ValueError, match=message):
@@ -117,26 +116,29 @@ def test_one_process_has_nothing_to_share(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(tmp_path, monkeypatch):
-    holder = "import sys; from pathlib import Path; from timm_selfdistill.train.lock import locked\n"
-    holder += "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
-    monkeypatch.setattr(fit.Fit, "_train_epoch", lambda *args: pytest.fail("training began"))
+    # Its child, such as a loader process, may outlive it.
+    holder = "import os, sys, time; from pathlib import Path; from timm_selfdistill.train.launch import locked\n"
+    holder += "with locked(Path(sys.argv[1])):\n"
+    holder += "    child = os.fork() or time.sleep(600)\n"
+    holder += "    print(child, flush=True); sys.stdin.read()"
+    monkeypatch.setattr(trainer.Trainer, "_train_epoch", lambda *args: pytest.fail("training began"))
     with subprocess.Popen(
         [sys.executable, "-c", holder, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout.readline() == "locked\n"
+        child = int(process.stdout.readline())
         with pytest.raises(ValueError, match=f"another run is under way in .* .process {process.pid} on "):
             train(load_recipe("digits", [f"output_dir={tmp_path}"]))
         process.kill()
     assert not (tmp_path / "recipe.yaml").exists()
     with locked(tmp_path):
-        pass
+        os.kill(child, signal.SIGKILL)
 
 
 def test_a_folder_that_cannot_be_locked_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
     def unsupported(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
     with locked(tmp_path):
         pass
     assert "nothing prevents a second run into it" in caplog.text

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
+from once import once
 from PIL import Image
 
 from timm_selfdistill.recipe import load_recipe
@@ -45,10 +46,10 @@ RECIPE = [
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The folder of the recipe's run in one process."""
-    folder = tmp_path_factory.mktemp("alone")
     AcceleratorState._reset_state(True)
-    train(load_recipe(RECIPE[0], [*RECIPE[1:], f"output_dir={folder}"]))
-    return folder
+    return once(
+        tmp_path_factory, "alone", lambda folder: train(load_recipe(RECIPE[0], [*RECIPE[1:], f"output_dir={folder}"]))
+    )
 
 
 def test_two_processes_train_the_same_network_as_one(alone, tmp_path):
@@ -137,7 +138,7 @@ TWO_PROCESSES = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1")
 
 
 def accelerate(*options: str) -> list[str]:
-    """Return `accelerate launch` with options, as what stands behind `python -m`."""
+    """Return `accelerate launch` with options, for `python -m`."""
     port = () if "--main_process_port" in options else ("--main_process_port", str(free_port()))
     return ["accelerate.commands.launch", *options, *port, "--dynamo_backend", "no"]
 

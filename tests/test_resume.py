@@ -18,18 +18,20 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from once import once
 from torch import nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.checkpoint import load_checkpoint, store
+from timm_selfdistill import checkpoint
+from timm_selfdistill.checkpoint import load_checkpoint
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.losses.self_distillation import _LOSSES
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.train import finished_report, fit, train
-from timm_selfdistill.train.optim import build_optimizer
-from timm_selfdistill.train.parallel import Replicated
-from timm_selfdistill.train.state import PhaseState
+from timm_selfdistill.train import builders, finished_report, train, trainer
+from timm_selfdistill.train.builders import build_optimizer
+from timm_selfdistill.train.parallelism import Replicated
 from timm_selfdistill.train.stop import EXIT_INTERRUPTED, Interrupted, NonFiniteLossError, StopSignals
+from timm_selfdistill.train.train_state import PhaseState
 
 # Four steps an epoch, of a network that draws random numbers itself, on images that are drawn at random. (In bf16,
 # images of 16 px are too small: oneDNN leaves the gradient of weights that only meet padding undefined.)
@@ -89,11 +91,17 @@ def _without(value: Any, keys: set[str]) -> Any:
     return [_without(item, keys) for item in value] if isinstance(value, list) else value
 
 
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run of the recipe; only to be read."""
+    return once(tmp_path_factory, "whole", lambda folder: train(recipe(folder)))
+
+
 @pytest.fixture
 def after_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
-    """A function that lets something happen in the middle of the step that is so many steps from now."""
+    """A function that lets something happen in the middle of the step that is `count` steps from now."""
 
-    step = fit.Fit._step
+    step = trainer.Trainer._step
 
     def at(count: int, what: Callable[[], None]) -> None:
         left = [count]
@@ -104,7 +112,7 @@ def after_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], 
                 what()
             return step(*args)
 
-        monkeypatch.setattr(fit.Fit, "_step", wrapped)
+        monkeypatch.setattr(trainer.Trainer, "_step", wrapped)
 
     return at
 
@@ -114,7 +122,7 @@ def send(number: signal.Signals) -> Callable[[], None]:
 
 
 def run_in_pieces(recipe: Recipe, steps: int, after_steps: Any) -> int:
-    """Run a recipe, stopping it after every so many steps; return how often it was stopped."""
+    """Run a recipe, stopping it each time after this many steps; return how often it was stopped."""
     for stops in range(100):
         AcceleratorState._reset_state(True)
         after_steps(steps, send(signal.SIGTERM))
@@ -179,14 +187,16 @@ def run_in_pieces(recipe: Recipe, steps: int, after_steps: Any) -> int:
     ],
 )
 def test_a_run_that_is_stopped_ends_as_an_undisturbed_one(
-    tmp_path: Path, after_steps: Any, steps: int, overrides: tuple[str, ...]
+    tmp_path: Path, whole: Path, after_steps: Any, steps: int, overrides: tuple[str, ...]
 ) -> None:
-    train(recipe(tmp_path / "whole", *overrides))
+    if overrides:
+        whole = tmp_path / "whole"
+        train(recipe(whole, *overrides))
     stops = run_in_pieces(recipe(tmp_path / "cut", *overrides), steps, after_steps)
     assert stops > 3
-    whole, cut = outcome(tmp_path / "whole"), outcome(tmp_path / "cut")
-    assert [name for name in whole["weights"] if whole["weights"][name] != cut["weights"][name]] == []
-    assert whole == cut
+    expected, cut = outcome(whole), outcome(tmp_path / "cut")
+    assert [name for name in expected["weights"] if expected["weights"][name] != cut["weights"][name]] == []
+    assert expected == cut
 
 
 def test_the_parameters_of_a_loss_train_along_without_decay(tmp_path: Path) -> None:
@@ -216,13 +226,12 @@ def test_the_parameters_of_a_loss_outlive_another_number_of_processes(make_backb
     assert loss.log_variances.tolist() == [0.5] * 4
 
 
-def test_a_run_goes_on_with_other_loader_processes(tmp_path: Path, after_steps: Any) -> None:
-    train(recipe(tmp_path / "whole"))
+def test_a_run_goes_on_with_other_loader_processes(tmp_path: Path, whole: Path, after_steps: Any) -> None:
     after_steps(6, send(signal.SIGUSR1))
     with pytest.raises(Interrupted, match=r"Stopped by SIGUSR1\. Run the same command again to go on"):
         train(recipe(tmp_path / "cut"))
     train(recipe(tmp_path / "cut", "data.workers=2"))
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
 
 
 def test_a_stream_is_entered_again_where_it_was_left(tmp_path: Path, after_steps: Any) -> None:
@@ -233,32 +242,33 @@ def test_a_stream_is_entered_again_where_it_was_left(tmp_path: Path, after_steps
         assert outcome(tmp_path / f"whole {workers}") == outcome(tmp_path / f"cut {workers}")
 
 
-def test_checkpoints_between_epochs_change_nothing(tmp_path: Path) -> None:
-    train(recipe(tmp_path / "whole"))
-    train(recipe(tmp_path / "often", "checkpoint.every_steps=1", "checkpoint.keep=5"))
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "often")
-    for name, kept in (("whole", [8, 12]), ("often", [8, 9, 10, 11, 12])):
-        folders = (tmp_path / name / "checkpoints" / "self-distilled").iterdir()
+def test_checkpoints_between_epochs_change_nothing(tmp_path: Path, whole: Path) -> None:
+    often = tmp_path / "often"
+    train(recipe(often, "checkpoint.every_steps=1", "checkpoint.keep=5"))
+    assert outcome(whole) == outcome(often)
+    for run, kept in ((whole, [8, 12]), (often, [8, 9, 10, 11, 12])):
+        folders = (run / "checkpoints" / "self-distilled").iterdir()
         assert sorted(int(folder.name.removeprefix("checkpoint-")) for folder in folders) == kept
 
 
 # Signals.
 
 
-def test_a_signal_while_nothing_trains_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(recipe(tmp_path / "whole"))
-    validate = fit.Fit._validate
+def test_a_signal_while_nothing_trains_stops_at_once(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = trainer.Trainer._validate
 
     def interrupted(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("the validation went on")
 
-    monkeypatch.setattr(fit.Fit, "_validate", interrupted)
+    monkeypatch.setattr(trainer.Trainer, "_validate", interrupted)
     with pytest.raises(Interrupted):
         train(recipe(tmp_path / "cut"))
-    monkeypatch.setattr(fit.Fit, "_validate", validate)
+    monkeypatch.setattr(trainer.Trainer, "_validate", validate)
     train(recipe(tmp_path / "cut"))
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
 
 
 def test_one_ctrl_c_saves_and_a_second_stops_at_once(tmp_path: Path, after_steps: Any) -> None:
@@ -305,7 +315,7 @@ def test_the_former_handlers_come_back() -> None:
 def test_a_full_disk_does_not_stop_training_and_the_next_checkpoint_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write, calls = store._write, []
+    write, calls = checkpoint.write_files, []
 
     def full_once(folder: Path, *args: Any) -> None:
         calls.append(folder.name)
@@ -315,7 +325,7 @@ def test_a_full_disk_does_not_stop_training_and_the_next_checkpoint_is_tried(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(folder, *args)
 
-    monkeypatch.setattr(store, "_write", full_once)
+    monkeypatch.setattr(checkpoint, "write_files", full_once)
     train(recipe(tmp_path))
     assert calls == [".checkpoint-4", ".checkpoint-8", ".checkpoint-12", ".checkpoint-12"]
     assert "The checkpoint of step 8 cannot be written" in caplog.text
@@ -327,26 +337,25 @@ def test_a_full_disk_does_not_stop_training_and_the_next_checkpoint_is_tried(
 
 
 def test_a_disk_without_room_for_the_last_checkpoint_still_gets_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(recipe(tmp_path / "whole"))
-    write = store._write
+    write = checkpoint.write_files
 
     def full(folder: Path, *args: Any) -> None:
         if folder.name != ".checkpoint-4":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(folder, *args)
 
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(checkpoint, "write_files", full)
     train(recipe(tmp_path / "cut"))
     assert "No space left on device; those before it are kept. If training is done, the model is saved" in caplog.text
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
     assert [path.name for path in (tmp_path / "cut" / "checkpoints" / "self-distilled").iterdir()] == ["checkpoint-4"]
     # It is done, though its newest checkpoint is not.
     assert finished_report(recipe(tmp_path / "cut")) is not None
-    monkeypatch.setattr(store, "_write", write)
+    monkeypatch.setattr(checkpoint, "write_files", write)
     train(recipe(tmp_path / "cut"))
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
 
 
 def test_a_disk_that_is_full_when_a_signal_stops_the_run_is_an_error(
@@ -355,16 +364,15 @@ def test_a_disk_that_is_full_when_a_signal_stops_the_run_is_an_error(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(checkpoint, "write_files", full)
     after_steps(2, send(signal.SIGTERM))
     with pytest.raises(OSError, match="No space left on device; those before it are kept"):
         train(recipe(tmp_path))
 
 
-def test_a_truncated_newest_checkpoint_is_passed_over(
-    tmp_path: Path, after_steps: Any, caplog: pytest.LogCaptureFixture
+def test_a_truncated_newest_checkpoint_is_skipped(
+    tmp_path: Path, whole: Path, after_steps: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(recipe(tmp_path / "whole"))
     after_steps(7, send(signal.SIGTERM))
     with pytest.raises(Interrupted):
         train(recipe(tmp_path / "cut"))
@@ -374,7 +382,7 @@ def test_a_truncated_newest_checkpoint_is_passed_over(
     train(recipe(tmp_path / "cut"))
     assert "checkpoint-7 is damaged" in caplog.text
     assert "Resuming self-distilled from" in caplog.text
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,15 +396,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(capsys: pyte
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
     """A function that makes the images of some steps NaN."""
-    step = fit.Fit._step
+    step = trainer.Trainer._step
 
     def poison(steps: set[int]) -> None:
-        def wrapped(self: fit.Fit, training: Any, running: Any, batches: Any) -> bool:
+        def wrapped(self: trainer.Trainer, stepper: Any, running: Any, batches: Any) -> bool:
             if self.progress.step + 1 in steps:
                 batches = ((images * torch.nan, targets) for images, targets in batches)
-            return step(self, training, running, batches)
+            return step(self, stepper, running, batches)
 
-        monkeypatch.setattr(fit.Fit, "_step", wrapped)
+        monkeypatch.setattr(trainer.Trainer, "_step", wrapped)
 
     return poison
 
@@ -435,26 +443,29 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_if_asked(
 
 
 def test_the_rows_that_are_told_are_those_of_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One image of the training split is made NaN wherever it appears; its row is in every batch that is told."""
-    step, bad = fit.Fit._step, []
+    """One image of the training split is made NaN wherever it appears; its row is in every batch that is logged."""
+    step, bad = trainer.Trainer._step, []
 
-    def wrapped(self: fit.Fit, training: Any, running: Any, batches: Any) -> bool:
+    def wrapped(self: trainer.Trainer, stepper: Any, running: Any, batches: Any) -> bool:
         position = self.progress.micro // 1
         if self.progress.step in (1, 6):
-            bad.append(self.feed.rows(self.progress.epoch, position))
+            bad.append(self.context.feed.rows(self.progress.epoch, position))
             images, targets = next(batches)
             rows = bad[-1]
-            expected = [self.feed.split.targets[np.flatnonzero(self.feed.split.indices == row)[0]] for row in rows]
+            expected = [
+                self.context.feed.split.targets[np.flatnonzero(self.context.feed.split.indices == row)[0]]
+                for row in rows
+            ]
             assert targets.tolist() == expected
             batches = iter([(images * torch.nan, targets)])
-        return step(self, training, running, batches)
+        return step(self, stepper, running, batches)
 
-    monkeypatch.setattr(fit.Fit, "_step", wrapped)
-    monkeypatch.setattr(fit.Feed, "batches", _one_by_one(fit.Feed.batches))
+    monkeypatch.setattr(trainer.Trainer, "_step", wrapped)
+    monkeypatch.setattr(builders.Feed, "batches", _one_by_one(builders.Feed.batches))
     train(recipe(tmp_path, "optimizer.on_nonfinite=skip"))
-    told = [json.loads(line)["rows"] for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
-    assert told == bad
-    assert len(told) == 2
+    logged = [json.loads(line)["rows"] for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert logged == bad
+    assert len(logged) == 2
 
 
 def _one_by_one(batches: Any) -> Any:
@@ -471,10 +482,8 @@ def test_too_many_skips_in_a_row_stop_the_run(tmp_path: Path, poisoned: Any) -> 
 
 
 def test_a_loader_process_that_is_killed_is_an_error_and_the_run_goes_on_later(
-    tmp_path: Path, after_steps: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, whole: Path, after_steps: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(recipe(tmp_path / "whole"))
-
     def kill() -> None:
         import torch.multiprocessing
 
@@ -489,12 +498,13 @@ def test_a_loader_process_that_is_killed_is_an_error_and_the_run_goes_on_later(
     AcceleratorState._reset_state(True)
     after_steps(1000, kill)
     assert cli(arguments) == 0
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
 
 
-def test_clocks_that_go_backwards_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after_steps: Any) -> None:
+def test_clocks_that_go_backwards_do_no_harm(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, after_steps: Any
+) -> None:
     """Nothing is decided by the time of day: not which checkpoint is the newest either."""
-    train(recipe(tmp_path / "whole"))
     after_steps(6, send(signal.SIGTERM))
     with pytest.raises(Interrupted):
         train(recipe(tmp_path / "cut"))
@@ -505,5 +515,5 @@ def test_clocks_that_go_backwards_do_no_harm(tmp_path: Path, monkeypatch: pytest
     AcceleratorState._reset_state(True)
     monkeypatch.setattr("time.time", lambda: 0.0)
     train(recipe(tmp_path / "cut"))
-    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+    assert outcome(whole) == outcome(tmp_path / "cut")
     shutil.rmtree(tmp_path)

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from test_resume import SMALL, after_steps, outcome, recipe, send
+from test_resume import SMALL, after_steps, outcome, recipe, send, whole
 
-from timm_selfdistill.checkpoint import store
+from timm_selfdistill.checkpoint_format import build_manifest
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.hub import CONFIG
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.train import evaluate_folder, finished_report, fit, train
+from timm_selfdistill.train import evaluate_folder, finished_report, train, trainer
 from timm_selfdistill.train.run_folder import check_folder
 from timm_selfdistill.train.stop import Interrupted
 
-__all__ = ["after_steps"]  # a fixture
+__all__ = ["after_steps", "whole"]  # fixtures
 
 
 def of_images(folder: Path, output: Path, *overrides: str) -> Recipe:
@@ -84,7 +84,7 @@ def rewrite(run: Path, record: Any) -> None:
         state = json.loads((folder / "state.json").read_text())
         state["dict"] = [pair for pair in state["dict"] if pair[0] != "run"]
         (folder / "state.json").write_text(json.dumps(state))
-        (folder / "manifest.json").write_text(json.dumps(store._manifest(folder)))
+        (folder / "manifest.json").write_text(json.dumps(build_manifest(folder)))
 
 
 def test_a_finished_run_keeps_its_class_names(
@@ -134,15 +134,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, after_steps: Any
     assert {line["epoch"] for line in lines} == {1}
 
 
-def test_a_run_whose_recipe_was_lost_goes_on_with_its_own_only(tmp_path: Path, after_steps: Any) -> None:
+def test_a_run_whose_recipe_was_lost_goes_on_with_its_own_only(tmp_path: Path, whole: Path, after_steps: Any) -> None:
     stop(recipe(tmp_path / "run"), after_steps, steps=5)
     for name in ("recipe.yaml", "local.yaml"):
         (tmp_path / "run" / name).unlink()
     with pytest.raises(ValueError, match=r"holds a run of another recipe: optimizer\.lr \(0\.05, now 0\.2\)"):
         train(recipe(tmp_path / "run", "optimizer.lr=0.2"))
     train(recipe(tmp_path / "run"))
-    train(recipe(tmp_path / "whole"))
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(whole)
 
 
 def test_a_checkpoint_of_an_earlier_release_goes_on_with_a_warning(
@@ -161,7 +160,7 @@ def test_what_was_never_saved_does_not_block_changed_keys(tmp_path: Path, monkey
         raise RuntimeError("before the first checkpoint")
 
     with monkeypatch.context() as patched:
-        patched.setattr(fit.Fit, "_save", fail)
+        patched.setattr(trainer.Trainer, "_save", fail)
         with pytest.raises(RuntimeError):
             train(recipe(tmp_path))
     assert (tmp_path / "metrics.jsonl").read_text()
@@ -300,13 +299,13 @@ def test_each_run_of_a_process_has_its_own_precision_folder_and_trackers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    step = fit.Fit._step
+    step = trainer.Trainer._step
 
-    def note(self: fit.Fit, *args: Any) -> bool:
-        seen.append(self.accelerator.mixed_precision)
+    def note(self: trainer.Trainer, *args: Any) -> bool:
+        seen.append(self.context.accelerator.mixed_precision)
         return step(self, *args)
 
-    monkeypatch.setattr(fit.Fit, "_step", note)
+    monkeypatch.setattr(trainer.Trainer, "_step", note)
     train(recipe(tmp_path / "one", "epochs=1", "precision=bf16", "data.image_size=64"))
     train(recipe(tmp_path / "two", "epochs=1", "data.max_train=32"))
     train(recipe(tmp_path / "three", "epochs=1", "precision=bf16", "data.image_size=64"))

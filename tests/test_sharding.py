@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from once import once
 from sharded_runs import run
 from test_multiprocess import CONFIGS, accelerate, launch
 from test_resume import outcome
@@ -19,7 +20,8 @@ from torch import nn
 import timm_selfdistill as sd
 from timm_selfdistill.checkpoint import load_checkpoint
 from timm_selfdistill.losses import CSKD, PSKD
-from timm_selfdistill.train.sharding import OPTIMIZERS, find_units, refuse_loss
+from timm_selfdistill.train.launch import OPTIMIZERS, refuse_loss
+from timm_selfdistill.train.parallelism import find_units
 
 ON_TWO_CPUS = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
@@ -57,13 +59,46 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """The folder of all runs of two processes, which one launch does one after the other; only to be read."""
+    return once(tmp_path_factory, "sharded", do_runs)
+
+
+def do_runs(folder: Path) -> None:
+    folder.mkdir()
+    entries = []
+    for name, overrides in OPTIONS.items():
+        # One step of the first is not finite.
+        entry = {"overrides": overrides, "poison": [2] if name == "joint" else []}
+        entries += [{"folder": f"{name} whole", "fsdp": False, **entry}, {"folder": f"{name} parts", **entry}]
+    entry = {"overrides": [*OPTIONS["joint"], "optimizer.name=adamw", "optimizer.lr=1e-3"], "poison": [2]}
+    cut = {"folder": "cut", **entry}
+    entries += [{"folder": "uncut", **entry}, {**cut, "stop_at": 3}, {**cut, "stop_at": 6}, cut]
+
+    def started(name: str, fsdp: bool) -> dict[str, Any]:
+        return {"folder": name, "overrides": SAME, "fsdp": fsdp, "stop_at": 3}
+
+    alone = [{"folder": str(folder / name), "overrides": SAME, "fsdp": False} for name in ("undisturbed", "to-parts")]
+    run(**alone[0])
+    run(**alone[1], stop_at=3)
+    entries += [
+        started("to-whole", True),
+        {**started("to-whole", False), "stop_at": None},
+        started("from-whole", False),
+        {**started("from-whole", True), "stop_at": None},
+        {**started("to-parts", True), "stop_at": None},
+        started("to-one", True),
+        {"folder": "pushing", "overrides": [*SAME, "push_to_hub={repo: me/net, every: 1}"]},
+    ]
+    (folder / "errors.txt").write_text(run_two(folder, *entries))
+    run(str(folder / "to-one"), SAME, fsdp=False)
+
+
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_numbers_are_those_of_whole_networks(tmp_path, options):
-    # One step of the first is not finite.
-    entry = {"overrides": OPTIONS[options], "poison": [2] if options == "joint" else []}
-    run_two(tmp_path, {"folder": "whole", "fsdp": False, **entry}, {"folder": "parts", **entry})
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+def test_the_numbers_are_those_of_whole_networks(runs, options):
+    whole, parts = runs / f"{options} whole", runs / f"{options} parts"
     assert_same(whole, parts)
     held = {path.name: json.loads(path.read_text()) for path in parts.glob("held-*")}
     assert len(held) == 2 * (1 + ("baseline=true" in OPTIONS[options]))
@@ -76,49 +111,30 @@ def test_the_numbers_are_those_of_whole_networks(tmp_path, options):
 
 
 @pytest.mark.multiprocess
-def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
-    entry = {"overrides": [*OPTIONS["joint"], "optimizer.name=adamw", "optimizer.lr=1e-3"], "poison": [2]}
-    cut = {"folder": "cut", **entry}
-    run_two(tmp_path, {"folder": "whole", **entry}, {**cut, "stop_at": 3}, {**cut, "stop_at": 6}, cut)
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
-    for path in tmp_path.glob("cut/held-*"):
+def test_a_stopped_run_ends_with_the_same_bits(runs):
+    assert outcome(runs / "cut") == outcome(runs / "uncut")
+    for path in runs.glob("cut/held-*"):
         # What was loaded does not keep the whole alive.
-        assert json.loads(path.read_text()) == json.loads((tmp_path / "whole" / path.name).read_text())
+        assert json.loads(path.read_text()) == json.loads((runs / "uncut" / path.name).read_text())
 
 
 @pytest.mark.multiprocess
-def test_a_run_goes_on_with_whole_networks_and_the_reverse(tmp_path):
-    def started(name: str, fsdp: bool) -> dict[str, Any]:
-        return {"folder": name, "overrides": SAME, "fsdp": fsdp, "stop_at": 3}
-
-    alone = [{"folder": str(tmp_path / name), "overrides": SAME, "fsdp": False} for name in ("undisturbed", "to-parts")]
-    run(**alone[0])
-    run(**alone[1], stop_at=3)
-    errors = run_two(
-        tmp_path,
-        started("to-whole", True),
-        {**started("to-whole", False), "stop_at": None},
-        started("from-whole", False),
-        {**started("from-whole", True), "stop_at": None},
-        {**started("to-parts", True), "stop_at": None},
-        started("to-one", True),
-    )
-    run(str(tmp_path / "to-one"), SAME, fsdp=False)
+def test_a_run_goes_on_with_whole_networks_and_the_reverse(runs):
     for name in ("to-whole", "from-whole", "to-parts", "to-one"):
         # The terms that are logged are those of the main process's images.
-        assert_same(tmp_path / "undisturbed", tmp_path / name, same_processes=False)
-    said = "self-distilled was trained by 2 process(es){} and goes on with 2{}, behind step 3, with the images"
+        assert_same(runs / "undisturbed", runs / name, same_processes=False)
+    errors = (runs / "errors.txt").read_text()
+    said = "self-distilled was trained by 2 process(es){} and goes on with 2{}, after step 3, with the images"
     assert said.format(" in parts", "") in errors
     assert said.format("", " in parts") in errors
 
 
 @pytest.mark.multiprocess
-def test_what_is_pushed_after_an_epoch_is_whole(tmp_path):
-    run_two(tmp_path, {"folder": "run", "overrides": [*SAME, "push_to_hub={repo: me/net, every: 1}"]})
+def test_what_is_pushed_after_an_epoch_is_whole(runs):
     (state,) = [
-        load_checkpoint(path) for path in (tmp_path / "run" / "checkpoints" / "self-distilled").glob("checkpoint-4")
+        load_checkpoint(path) for path in (runs / "pushing" / "checkpoints" / "self-distilled").glob("checkpoint-4")
     ]
-    pushed = sd.from_pretrained(tmp_path / "run" / "pushed-1").state_dict()
+    pushed = sd.from_pretrained(runs / "pushing" / "pushed-1").state_dict()
     assert pushed
     for name, value in pushed.items():
         assert torch.equal(value, state["ema"][f"module.{name}"])
@@ -221,7 +237,7 @@ def run_two(folder: Path, *entries: dict[str, Any]) -> str:
         env=ON_TWO_CPUS,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     return done.stderr

@@ -91,7 +91,7 @@ def test_a_signal_while_an_image_is_predicted_is_no_fault_of_the_image(
         list(sd.predict_images(model, [tmp_path / "a.png"]))
 
 
-def test_a_signal_that_nobody_was_stopped_by_stops_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_whose_exception_was_swallowed_stops_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     class Swallows:
         def __del__(self) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)

@@ -1,6 +1,7 @@
 """Training from recipes, in this process."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import safetensors.torch
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from once import once
 from PIL import Image
 
 import timm_selfdistill as sd
@@ -19,8 +21,8 @@ from timm_selfdistill.data import InputConfig
 from timm_selfdistill.losses.self_distillation import _LOSSES
 from timm_selfdistill.recipe import Recipe, list_recipes, load_recipe
 from timm_selfdistill.report import format_markdown
-from timm_selfdistill.train import fit, train
-from timm_selfdistill.train.batch_norm import check_one_image
+from timm_selfdistill.train import train, trainer
+from timm_selfdistill.train.builders import check_one_image
 from timm_selfdistill.train.launch import per_process_batch
 from timm_selfdistill.train.phases import build_loss, self_distillation_phases
 
@@ -38,6 +40,12 @@ SMALL = (
 
 def small_recipe(folder: Path, *overrides: str) -> Recipe:
     return load_recipe("digits", [*SMALL, f"output_dir={folder}", *overrides])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a run of the small recipe; only to be read."""
+    return once(tmp_path_factory, "trained", lambda folder: train(small_recipe(folder)))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -79,10 +87,9 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     assert [entry["epoch"] for entry in validated] == [1, 2]
 
 
-def test_the_saved_model_is_the_evaluated_one_and_plain_timm_reads_it(tmp_path):
-    train(small_recipe(tmp_path))
-    ours = sd.from_pretrained(tmp_path / "model")
-    plain = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+def test_the_saved_model_is_the_evaluated_one_and_plain_timm_reads_it(trained):
+    ours = sd.from_pretrained(trained / "model")
+    plain = timm.create_model(f"local-dir:{trained / 'model'}", pretrained=True).eval()
     x = torch.randn(3, 1, 16, 16)
     with torch.no_grad():
         assert torch.equal(plain(x), ours(x))
@@ -105,22 +112,22 @@ def test_the_loss_falls_and_the_same_seed_gives_the_same_weights(tmp_path):
 
 def test_baseline_and_self_distilled_network_start_from_the_same_weights(tmp_path, monkeypatch):
     starts = {}
-    run = fit.Fit.run
+    run = trainer.Trainer.run
 
     def remember(self):
         starts[self.name] = {name: value.clone() for name, value in self.model.state_dict().items()}
         return run(self)
 
-    monkeypatch.setattr(fit.Fit, "run", remember)
+    monkeypatch.setattr(trainer.Trainer, "run", remember)
     train(small_recipe(tmp_path, "baseline=true"))
     assert set(starts) == {"baseline", "self-distilled"}
     assert all(torch.equal(starts["baseline"][name], value) for name, value in starts["self-distilled"].items())
 
 
-def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(tmp_path, monkeypatch):
-    train(small_recipe(tmp_path))
+def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(tmp_path, trained, monkeypatch):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     before = weights(tmp_path)
-    monkeypatch.setattr(fit.Fit, "_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(trainer.Trainer, "_step", lambda *args: pytest.fail("trained again"))
     train(small_recipe(tmp_path))
     assert all(torch.equal(before[name], value) for name, value in weights(tmp_path).items())
     with pytest.raises(ValueError, match=r"another recipe: optimizer\.lr \(0\.05, now 0\.01\)"):
@@ -133,9 +140,9 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(tmp_p
 
 def test_frozen_trains_the_exits_only(tmp_path, monkeypatch):
     starts = []
-    run = fit.Fit.run
+    run = trainer.Trainer.run
     monkeypatch.setattr(
-        fit.Fit,
+        trainer.Trainer,
         "run",
         lambda self: (starts.append({k: v.clone() for k, v in self.model.state_dict().items()}), run(self))[1],
     )
@@ -236,7 +243,7 @@ def test_label_smoothing_is_applied_once(tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch, override, message):
-    monkeypatch.setattr(fit.Fit, "_train_epoch", lambda *args: pytest.fail("training began"))
+    monkeypatch.setattr(trainer.Trainer, "_train_epoch", lambda *args: pytest.fail("training began"))
     extra = ["batch_size=24", "data.max_train=20", "data.validation=0"] if "accumulate" in override else []
     with pytest.raises(ValueError, match=message):
         train(small_recipe(tmp_path, override, *extra))
@@ -399,9 +406,7 @@ def test_the_command_line_evaluates_lists_and_explains(tmp_path, capsys):
     assert capsys.readouterr().out.split() == list_recipes()
 
 
-def test_evaluation_refuses_other_classes(tmp_path, colour_images, capsys):
-    run = tmp_path / "run"
-    train(small_recipe(run))
-    assert cli(["evaluate", str(run), "--data", str(colour_images / "folder"), "eval_split=validation"]) == 2
+def test_evaluation_refuses_other_classes(trained, colour_images, capsys):
+    assert cli(["evaluate", str(trained), "--data", str(colour_images / "folder"), "eval_split=validation"]) == 2
     assert "they must be the same" in capsys.readouterr().err
-    assert cli(["evaluate", str(run), "--data", "digits", "eval_split=train", "max_eval=20"]) == 0
+    assert cli(["evaluate", str(trained), "--data", "digits", "eval_split=train", "max_eval=20"]) == 0

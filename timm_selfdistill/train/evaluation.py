@@ -1,22 +1,34 @@
-"""Evaluate every exit of a model, over a loader or from a saved folder."""
+"""Evaluate every exit of a model: over a loader, from a saved folder, or of a run that was stopped."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from timm_selfdistill.data import InputConfig, SkipList, merge_skipped, open_dataset
+from timm_selfdistill.data import ImageData, InputConfig, SkipList, merge_skipped, open_dataset
+from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
-from timm_selfdistill.model import ExitOutput
-from timm_selfdistill.recipe import AugmentSection
+from timm_selfdistill.model import ExitOutput, SelfDistillModel
+from timm_selfdistill.recipe import AugmentSection, Recipe
 from timm_selfdistill.report import Report, build_report, write_report
-from timm_selfdistill.train.from_checkpoint import opened_run
-from timm_selfdistill.train.launch import fresh_accelerate
-from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
+from timm_selfdistill.train.launch import fresh_accelerate, locked
+from timm_selfdistill.train.publish import ModelWriter
+from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, check_folder, read_record
+from timm_selfdistill.train.saved_run import (
+    CheckpointModel,
+    check_classes,
+    evaluation_loaders,
+    load_newest,
+    opened_run,
+    warn_of_other_data,
+)
+from timm_selfdistill.train.stop import StopSignals
 
 
 @torch.no_grad()
@@ -36,7 +48,7 @@ def evaluate_model(
         loader: Batches (images [B, C, H, W], targets [B]).
         accelerator: Places the batches, sets the precision and gathers the metrics.
         num_exits: Number K of exits to run; 0 runs the backbone alone.
-        gather: Whether each process sees its own share of the data; else every process sees all of it.
+        gather: Whether each process sees its own share of the data; otherwise every process sees all of it.
         title: Shown by the progress bar.
 
     Returns:
@@ -76,34 +88,111 @@ def evaluate_folder(
     Raises:
         ValueError: If the model or the data cannot be read, or the data has other classes than the model.
     """
+    output = None if output is None else output.expanduser()
     with opened_run(folder, from_checkpoint) as saved, fresh_accelerate():
-        return _evaluate(saved, data_path, overrides, None if output is None else output.expanduser())
+        model = from_pretrained(saved.model_folder)
+        recipe = saved.evaluation_recipe(model, data_path, overrides)
+        data = open_dataset(recipe.data, recipe.seed)
+        check_classes(saved.model_folder, data)
+        if data_path is None:
+            warn_of_other_data(saved, recipe, data)
+        evaluation = _Evaluation(model, data, recipe, output)
+        metrics = evaluation.measure(model, model.num_exits)
+        report = report_run(model, metrics, recipe, data, evaluation.input_config, saved.folder.name)
+        if output is not None and evaluation.accelerator.is_main_process:
+            write_report(report, output)
+            merge_skipped(output)
+        return report
 
 
-def _evaluate(saved: SavedRun, data_path: str | None, overrides: Sequence[str], output: Path | None) -> Report:
-    """Report every exit of a saved model."""
-    model = from_pretrained(saved.model_folder)
-    recipe = saved.evaluation_recipe(model, data_path, overrides)
+def finish_folder(folder: Path) -> Report:
+    """Evaluate what a run has trained so far, and write its report and its model as if it had ended there.
+
+    The checkpoints stay, so that the run can still go on.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The report, which says after how many epochs the run was stopped.
+
+    Raises:
+        ValueError: If there is no checkpoint that can be used, another process writes to the folder, or the data
+            cannot be read or is no longer the run's.
+        OSError: If the disk is full.
+    """
+    folder = folder.expanduser()
+    if not (folder / CHECKPOINTS).is_dir():
+        raise ValueError(f"{folder} is no run's folder with checkpoints.")
+    check_folder(folder)
+    with StopSignals(), fresh_accelerate(), locked(folder):
+        return _finish(folder, load_newest(folder))
+
+
+def _finish(folder: Path, found: CheckpointModel) -> Report:
+    recipe, record = found.recipe, found.record
     data = open_dataset(recipe.data, recipe.seed)
-    check_classes(saved.model_folder, data)
-    if data_path is None:
-        warn_of_other_data(saved, recipe, data)
-    input = InputConfig.from_model(model.backbone, recipe.data)
-    loaders = evaluation_loaders(data, recipe, AugmentSection(), input, SkipList(output))
-    accelerator = Accelerator(mixed_precision=recipe.precision)
-    loader = loaders.eval if data.streaming else accelerator.prepare(loaders.eval)
-    model = model.to(accelerator.device)
-    metrics = evaluate_model(model, loader, accelerator, num_exits=model.num_exits, gather=not data.streaming)
-    report = build_report(
+    if changes := record.data.changes(fingerprint(data, recipe.data)):
+        raise ValueError(
+            f"{folder} holds a run of other data: {'; '.join(changes)}. Images that were trained on could be reported "
+            "on: restore the data."
+        )
+    evaluation = _Evaluation(found.model, data, recipe, folder)
+    input_config = evaluation.input_config
+    seconds, baseline = {}, None
+    baseline_record = read_record(folder / CHECKPOINTS / "baseline") if recipe.baseline else None
+    # One that was trained for longer or shorter is none to compare with.
+    if baseline_record is not None and baseline_record.epochs_done == record.epochs_done:
+        plain = load_newest(folder, "baseline")
+        seconds["baseline"] = plain.seconds
+        baseline = evaluation.measure(plain.model, 0)
+    metrics = evaluation.measure(found.model, found.model.num_exits)
+    stopped = f"stopped after step {found.step}, {record.epochs_done} of {record.epochs} epochs"
+    name = folder.name if record.is_finished else f"{folder.name} ({stopped})"
+    seconds["self-distilled"] = found.seconds
+    more = {"baseline": baseline, "skipped": merge_skipped(folder), "train_seconds": seconds}
+    report = report_run(found.model, metrics, recipe, data, input_config, name, **more)
+    write_report(report, folder)
+    note = "" if record.is_finished else f"\nThe training was {stopped}.\n"
+    epochs = record.epochs_done, record.epochs
+    ModelWriter(recipe, data, input_config).save(found.model, folder / MODEL, report, note, epochs)
+    return report
+
+
+def report_run(
+    model: SelfDistillModel,
+    metrics: ExitMetricsResult,
+    recipe: Recipe,
+    data: ImageData,
+    input_config: InputConfig,
+    name: str,
+    **more: Any,
+) -> Report:
+    """Build the report of a run of this name; `more` goes to `build_report`."""
+    return build_report(
         model,
         metrics,
-        input_size=(input.channels, *input.image_size),
-        baseline=None,
+        input_size=(input_config.channels, *input_config.image_size),
         dataset=f"{data.name}, {recipe.data.eval_split}",
-        recipe=saved.folder.name,
+        recipe=name,
         seed=recipe.seed,
+        **{"baseline": None, **more},
     )
-    if output is not None and accelerator.is_main_process:
-        write_report(report, output)
-        merge_skipped(output)
-    return report
+
+
+class _Evaluation:
+    """Measures saved networks on a recipe's data, in one process; skipped images are listed in `output`."""
+
+    def __init__(self, model: SelfDistillModel, data: ImageData, recipe: Recipe, output: Path | None) -> None:
+        self.input_config = InputConfig.from_model(model.backbone, recipe.data)
+        loaders = evaluation_loaders(data, recipe, AugmentSection(), self.input_config, SkipList(output))
+        self.accelerator = Accelerator(mixed_precision=recipe.precision)
+        prepared = loaders.eval if data.streaming else self.accelerator.prepare(loaders.eval)
+        self.loader: DataLoader[Any] = prepared
+        self.data, self.recipe = data, recipe
+
+    def measure(self, model: SelfDistillModel, num_exits: int) -> ExitMetricsResult:
+        """Return the metrics of a network."""
+        model = model.to(self.accelerator.device)
+        gather = not self.data.streaming
+        return evaluate_model(model, self.loader, self.accelerator, num_exits=num_exits, gather=gather)

@@ -1,100 +1,56 @@
-"""Start Accelerate for a recipe, and refuse launches that would silently do something else."""
+"""Start a run: Accelerate and the lock of the folder; refuse launches that would do something else."""
 
-import json
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers, on_main_process
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend, patch_environment
-from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
-from torch.utils.data import DataLoader, DistributedSampler
+from filelock import FileLock, Timeout
+from torch import nn
 
-from timm_selfdistill.files import replace_file
+from timm_selfdistill.compat import accelerate_states
+from timm_selfdistill.losses import needs_of
 from timm_selfdistill.recipe import Recipe
-from timm_selfdistill.train.sharding import asks_for_sharding, refuse_optimizer
+from timm_selfdistill.train.train_state import JsonLinesTracker
 
 _logger = logging.getLogger(__name__)
 
-# What hands each process its share of the data, which Accelerate does already.
-_SHARDING_SAMPLERS = (DistributedSampler, OrderedDistributedSampler, RepeatAugSampler)
 # What leaves each process with a part of the network, in ways that the loop does not know.
 _UNKNOWN_PARTS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
+# What `accelerate launch` sets for a configuration with distributed_type FSDP, and which values work here.
+_FSDP_VALUES = {
+    "FSDP_VERSION": ("2",),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "full_shard"),
+    "FSDP_OFFLOAD_PARAMS": ("false",),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false",),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": ("false",),
+    "FSDP_AUTO_WRAP_POLICY": ("no_wrap",),
+    "FSDP_IGNORED_MODULES": (),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false",),
+}
 
-class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
-    """Appends each set of logged values to a file, as one JSON object a line.
+# timm's optimizers that step weights in parts as they step whole ones (the slow tests of test_sharding compare them).
+# Others raise an error, or, as muon, do something else.
+OPTIMIZERS = (
+    *("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamw", "adamwlegacy", "adan", "adanw"),
+    *("adopt", "adoptw", "lamb", "lambc", "lambw", "laprop", "larc", "lars", "lion", "madgrad", "madgradw", "momentum"),
+    *("nadam", "nadamlegacy", "nadamw", "nesterov", "nesterovw", "radam", "radamw", "rmsprop"),
+    *("rmsproptf", "rmsproptfw", "sgd", "sgdw"),
+)
 
-    Args:
-        path: The file; its folder is made when the first line is written.
-    """
-
-    name = "jsonl"
-    requires_logging_directory = False
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-
-    @property
-    def tracker(self) -> Path:
-        """The file."""
-        return self.path
-
-    @on_main_process  # type: ignore[untyped-decorator]
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Do nothing: the recipe is saved beside the file."""
-
-    @on_main_process  # type: ignore[untyped-decorator]
-    def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        """Append one line, which tells the network and the epoch under keys of their own too.
-
-        Args:
-            values: Values by "NETWORK/NAME", "NETWORK/epoch" among them.
-            step: Optimizer steps that the network has taken.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        network = next(iter(values)).partition("/")[0]
-        epoch = values[f"{network}/epoch"]
-        others = {name: value for name, value in values.items() if name != f"{network}/epoch"}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "network": network, "epoch": epoch, **others}) + "\n")
-
-    @on_main_process  # type: ignore[untyped-decorator]
-    def keep(self, network: str, count: int) -> None:
-        """Keep the first lines of a network only: those behind a checkpoint, a resumed run will write again.
-
-        Args:
-            network: Name of the network.
-            count: How many lines it had written at the checkpoint.
-        """
-        if not self.path.is_file():
-            return
-        lines, seen = [], 0
-        for line in self.path.read_text().splitlines():
-            owner = _network_of(line)
-            seen += owner == network
-            if owner is not None and not (owner == network and seen > count):
-                lines.append(line)
-        replace_file(self.path, "".join(f"{line}\n" for line in lines).encode())
+_REPLICATE = "Without FSDP, distributed_type MULTI_GPU leaves the network whole."
 
 
 def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
-    """Return the accelerator of a run, its trackers not yet started.
-
-    Args:
-        recipe: The recipe.
-        folder: The run's folder.
-
-    Raises:
-        ValueError: If the launch, precision or a tracker would not do what was asked.
-    """
+    """Return the accelerator of a run, its trackers not yet started; refuse a launch that would do something else."""
     available = sorted(str(name) for name in get_available_trackers())
     missing = [name for name in recipe.trackers if name not in available]
     if missing:
@@ -106,26 +62,26 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         )
     sharding = asks_for_sharding()
     _join_again()
-    # Sharding is not Accelerate's: see `sharding`.
+    # `Sharded` shards, not Accelerate.
     with patch_environment(accelerate_use_fsdp="false"):
         accelerator = Accelerator(
             mixed_precision=recipe.precision,
             log_with=[JsonLinesTracker(folder / "metrics.jsonl"), *recipe.trackers],
             project_dir=str(folder),
         )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
+    launched, processes, device = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes, accelerator.device
+    if launched != processes:
         raise ValueError(
-            f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}: each would train "
-            "alone and write over the others. On CPU, launch with ACCELERATE_USE_CPU=true accelerate launch "
-            "--multi_gpu --num_processes N."
+            f"{launched} processes were launched, but Accelerate joined {processes}: each would train alone and write "
+            "over the others. On CPU, launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            "--num_processes N."
         )
     if accelerator.distributed_type in _UNKNOWN_PARTS:
         raise ValueError(
             f"Accelerate was told to use {accelerator.distributed_type.value}, which leaves each process with a part "
             "of the network; allowed are distributed_type MULTI_GPU, NO for one process, and FSDP with fsdp_version 2."
         )
-    if sharding and accelerator.num_processes > 1:
+    if sharding and processes > 1:
         refuse_optimizer(recipe.optimizer.name)
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
@@ -134,14 +90,14 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError("Accelerate was told to compile (dynamo_backend): leave that to the recipe's compile: true.")
-    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+    if recipe.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision: fp16 does nothing on a CPU; allowed there are no and bf16.")
-    if recipe.precision == "bf16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if recipe.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError("precision: this GPU cannot compute in bf16; allowed are no and fp16.")
-    if recipe.sync_batchnorm and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+    if recipe.sync_batchnorm and processes > 1 and device.type == "cpu":
         raise ValueError(
-            f"sync_batchnorm: torch synchronises batch norm on GPUs only, received {accelerator.num_processes} "
-            "processes on the CPU; allowed there is false."
+            f"sync_batchnorm: torch synchronises batch norm on GPUs only, received {processes} processes on the CPU; "
+            "allowed there is false."
         )
     return accelerator
 
@@ -150,51 +106,25 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
 def fresh_accelerate() -> Iterator[None]:
     """Let the body start Accelerate as if nothing in this process had done so, and put the former state back.
 
-    Accelerate keeps precision and device for all of a process, and refuses others: each run in a notebook has its own.
-    Processes that were launched together stay together.
+    Accelerate keeps precision and device for the whole program, and refuses others: each run in a notebook has its
+    own. Processes that were launched together stay together.
     """
-    states: list[Any] = [AcceleratorState, GradientState]
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.distributed.is_initialized():
-        states.append(PartialState)
-    former = [dict(state._shared_state) for state in states]
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.distributed.is_initialized()
+    states = accelerate_states(of_processes=alone)
+    former = [dict(state) for state in states]
     for state in states:
-        state._shared_state.clear()
+        state.clear()
     try:
         yield
     finally:
         for state, values in zip(states, former, strict=True):
             if values:
-                state._shared_state.clear()
-                state._shared_state.update(values)
-
-
-def refuse_sharding_loader(loader: object) -> None:
-    """Refuse a loader that Accelerate would pass on as it is, or that is sharded already.
-
-    Raises:
-        ValueError: If processes would all see all data, or each a share of its share.
-    """
-    if not isinstance(loader, DataLoader):
-        raise ValueError(
-            f"Accelerate shards a torch.utils.data.DataLoader only, received {type(loader).__name__}, of which every "
-            "process would see all data (timm's create_loader(use_prefetcher=True) makes such a one)."
-        )
-    sampler: Any = loader
-    while sampler is not None:
-        sampler = getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))
-        if isinstance(sampler, _SHARDING_SAMPLERS):
-            raise ValueError(
-                f"The loader's {type(sampler).__name__} gives each process its share, of which Accelerate would give "
-                "it a share again; allowed is a loader of all samples (timm's create_loader(distributed=False))."
-            )
+                state.clear()
+                state.update(values)
 
 
 def per_process_batch(recipe: Recipe, num_processes: int) -> int:
-    """Return how many samples each process takes in a micro step.
-
-    Raises:
-        ValueError: If the global batch does not divide evenly.
-    """
+    """Return how many samples each process takes in a micro step; raises `ValueError` if they cannot be divided."""
     parts = num_processes * recipe.optimizer.accumulate
     if recipe.batch_size % parts:
         raise ValueError(
@@ -202,6 +132,84 @@ def per_process_batch(recipe: Recipe, num_processes: int) -> int:
             f"optimizer.accumulate={recipe.optimizer.accumulate}; allowed are multiples of {parts}."
         )
     return recipe.batch_size // parts
+
+
+def asks_for_sharding() -> bool:
+    """Return whether the launch asks for FSDP2, as Accelerate's environment variables say; refuse other FSDP."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    asked = {"FSDP_VERSION": "1"} | {name: os.environ[name] for name in _FSDP_VALUES if name in os.environ}
+    for name, value in asked.items():
+        if value.lower() not in _FSDP_VALUES[name]:
+            allowed = " or ".join(_FSDP_VALUES[name]) or "nothing: leave it out"
+            raise ValueError(
+                f"Accelerate was told to use FSDP with {name}={value}; allowed is {allowed}, as in "
+                f"recipes/accelerate/fsdp2.yaml. {_REPLICATE}"
+            )
+    return True
+
+
+def refuse_optimizer(name: str) -> None:
+    """Refuse an optimizer that is not known to step weights in parts as it would step whole ones."""
+    if name.lower() not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer.name: {name} is not known to work where each process has a part of the network (FSDP2); "
+            f"allowed there are {', '.join(OPTIMIZERS)}."
+        )
+
+
+def refuse_loss(loss: nn.Module) -> None:
+    """Refuse, for FSDP2, a loss that has parameters, or for which another network or the network again is run."""
+    needs = needs_of(loss)
+    if any(True for _ in loss.parameters()):
+        raise ValueError(
+            f"The loss {type(loss).__name__} has parameters of its own, which are not trained where each process has a "
+            f"part of the network (FSDP2). {_REPLICATE}"
+        )
+    if needs.ema or needs.past or needs.batches == "paired":
+        raise ValueError(
+            f"The loss {type(loss).__name__} has {needs}, which is not done where each process has a part of the "
+            f"network (FSDP2); allowed there are losses without ema, past and paired batches. {_REPLICATE}"
+        )
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is one that `locked` wrote, and not another program's of the same name."""
+    return path.is_file() and re.fullmatch(r"(process \d+ on .*)?", path.read_text(errors="replace")) is not None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep runs of other processes out of a folder, made if missing, while the body runs or until this process ends."""
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ValueError(f"output_dir: nothing can be written to {folder} ({error}): choose another one.") from error
+
+    def write_owner(descriptor: int) -> None:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    # Forked loader processes, which may outlive a killed training, do not inherit it.
+    lock = FileLock(path, blocking=False, on_acquired=write_owner)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        owner = ""
+        with suppress(OSError):  # on Windows, a locked file cannot be read
+            owner = path.read_text()
+        raise ValueError(
+            f"output_dir: another run is under way in {folder} ({owner or 'unknown'}): wait for it, or choose another "
+            "one."
+        ) from error
+    except OSError as error:
+        _logger.warning("%s cannot be locked (%s): nothing prevents a second run into it.", folder, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _join_again() -> None:
@@ -222,11 +230,3 @@ def _join_again() -> None:
         rank=rank,
         world_size=world_size,
     )
-
-
-def _network_of(line: str) -> str | None:
-    """Return whose line it is, or None if it was torn by a kill in the middle of writing."""
-    try:
-        return str(json.loads(line)["network"])
-    except (json.JSONDecodeError, LookupError, TypeError):
-        return None

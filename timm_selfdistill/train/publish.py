@@ -25,33 +25,23 @@ from timm_selfdistill.hub import (
     save_pretrained,
 )
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.recipe import PushSection, Recipe
+from timm_selfdistill.recipe import RECIPE, PushSection, Recipe
 from timm_selfdistill.redaction import redact
 from timm_selfdistill.report import Report, format_markdown
-from timm_selfdistill.train.run_record import RunRecord
+from timm_selfdistill.train.run_folder import MODEL, RunRecord
 
 _logger = logging.getLogger(__name__)
 
 
 class ModelWriter:
-    """Saves a run's model, with what plain timm needs to know of its input and a card that tells how it was trained.
+    """Saves a run's model, with what plain timm needs to know of its input and a card that says how it was trained."""
 
-    Args:
-        recipe: The recipe.
-        data: The data set.
-        input: What the model takes.
-    """
-
-    def __init__(self, recipe: Recipe, data: ImageData, input: InputConfig) -> None:
+    def __init__(self, recipe: Recipe, data: ImageData, input_config: InputConfig) -> None:
         self._recipe = recipe
         self._record = RunRecord(recipe.without_local_paths(), fingerprint(data, recipe.data))
         self._class_names = data.class_names
-        self._data_config = input.to_timm()
-
-    @property
-    def shared_recipe(self) -> str:
-        """The recipe as it may be shared, as YAML: without paths of this machine."""
-        return redact(self._recipe.without_local_paths().to_yaml())
+        self._data_config = input_config.to_timm()
+        self.shared_recipe = redact(self._recipe.without_local_paths().to_yaml())  # without paths of this machine
 
     def save(
         self,
@@ -61,14 +51,9 @@ class ModelWriter:
         note: str = "",
         epochs: tuple[int, int] | None = None,
     ) -> None:
-        """Write the model; early-exit settings that were chosen for the very same weights stay with it.
+        """Write the model and its card, which `note` ends; early-exit settings for the very same weights are kept.
 
-        Args:
-            model: The model.
-            folder: Where to.
-            report: What came out of the run, for the card.
-            note: The card's last words.
-            epochs: How many epochs of the run are done, and of how many; all by default.
+        `epochs` says how many epochs of the run are done, and of how many; all by default.
         """
         recipe = self._recipe
         done, total = epochs or (recipe.epochs, recipe.epochs)
@@ -96,34 +81,11 @@ class ModelWriter:
         )
 
 
-def _settings_for(model: SelfDistillModel, folder: Path) -> EarlyExitConfig | None:
-    """Return the early-exit settings that are saved in a folder beside the weights of this model, if there are any."""
-    try:
-        settings = read_early_exit(folder)
-        before = None if settings is None else from_pretrained(folder).state_dict()
-    except ValueError:  # no model there, or a damaged one
-        return None
-    now = model.state_dict()
-    if before is None or before.keys() != now.keys():
-        return None
-    same = all(torch.equal(tensor.cpu(), before[name]) for name, tensor in now.items())
-    return settings if same else None
-
-
 class Publisher:
     """Pushes a run's model to the Hub: in the background while it trains, and when it is done.
 
-    A push that stalls does not keep a run from being stopped: it is given up, and what is stored here is as it was.
-
-    Making one makes the repository, and so proves the token, before training.
-
-    Args:
-        push: Where to, and how often.
-        folder: The run's folder.
-        writer: Saves the model.
-
-    Raises:
-        HubError: If the Hub cannot be reached or does not let the token do this.
+    A push that stalls does not keep a run from being stopped: it is given up, and what is stored here is unchanged.
+    The constructor makes the repository, and so proves the token, before training; it and `finish` raise `HubError`.
     """
 
     def __init__(self, push: PushSection, folder: Path, writer: ModelWriter) -> None:
@@ -133,13 +95,7 @@ class Publisher:
         self._running: Future[bool] | None = None
 
     def after_epoch(self, model: SelfDistillModel, epoch: int, total: int) -> None:
-        """Start to push the model as it is after an epoch, if it is due and the push before is done.
-
-        Args:
-            model: The model; it may change as soon as this returns.
-            epoch: Epochs done.
-            total: Epochs of the whole run.
-        """
+        """Start to push the model, which may change afterwards, if it is due and the push before is done."""
         if self._push.every is None or epoch % self._push.every or epoch == total:
             return
         if self._running is not None and not self._running.done():
@@ -147,16 +103,13 @@ class Publisher:
             return
         done = f"epoch {epoch} of {total}"
         # Saved on this thread, as training goes on to change the weights.
-        if self._succeeds(lambda: self._save_snapshot(model, done, (epoch, total))):
-            push = partial(self._succeeds, lambda: self._push_snapshot(done))
-            self._running = in_background(push, "push-to-hub")
+        if self._succeeds(partial(self._save_snapshot, model, done, (epoch, total))):
+            private, message = self._push.private, f"Add the model after {done}"
+            push = partial(push_folder, self._snapshot, self._push.repo, private=private, commit_message=message)
+            self._running = in_background(partial(self._succeeds, push), "push-to-hub")
 
     def finish(self) -> None:
-        """Push the complete run.
-
-        Raises:
-            HubError: If that fails; the run's folder is complete, and the message names the command that pushes it.
-        """
+        """Push the complete run; if that fails, the message names the command that pushes it."""
         if self._running is not None:
             self._running.result()
         shutil.rmtree(self._snapshot, ignore_errors=True)
@@ -169,14 +122,10 @@ class Publisher:
 
     def _save_snapshot(self, model: SelfDistillModel, done: str, epochs: tuple[int, int]) -> None:
         note = f"\nTraining goes on: this is the model after {done}.\n"
-        self._writer.save(model, self._snapshot / "model", note=note, epochs=epochs)
-        (self._snapshot / "recipe.yaml").write_text(self._writer.shared_recipe)
+        self._writer.save(model, self._snapshot / MODEL, note=note, epochs=epochs)
+        (self._snapshot / RECIPE).write_text(self._writer.shared_recipe)
 
-    def _push_snapshot(self, done: str) -> None:
-        message = f"Add the model after {done}"
-        push_folder(self._snapshot, self._push.repo, private=self._push.private, commit_message=message)
-
-    def _succeeds(self, work: Callable[[], None]) -> bool:
+    def _succeeds(self, work: Callable[[], object]) -> bool:
         """Do what a training must not stop for."""
         try:
             work()
@@ -184,3 +133,17 @@ class Publisher:
             _logger.warning("%s Training goes on.", error)
             return False
         return True
+
+
+def _settings_for(model: SelfDistillModel, folder: Path) -> EarlyExitConfig | None:
+    """Return the early-exit settings that are saved in a folder beside the weights of this model, if there are any."""
+    try:
+        settings = read_early_exit(folder)
+        before = None if settings is None else from_pretrained(folder).state_dict()
+    except ValueError:  # no model there, or a damaged one
+        return None
+    now = model.state_dict()
+    if before is None or before.keys() != now.keys():
+        return None
+    same = all(torch.equal(tensor.cpu(), before[name]) for name, tensor in now.items())
+    return settings if same else None

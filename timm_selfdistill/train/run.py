@@ -2,7 +2,9 @@
 
 import atexit
 import logging
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,36 +13,31 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import (
-    ImageData,
-    InputConfig,
-    Loaders,
-    SkipList,
-    build_loaders,
-    build_mixup,
-    merge_skipped,
-    open_dataset,
-)
+from timm_selfdistill.data import ImageData, InputConfig, SkipList, build_loaders, merge_skipped, open_dataset
 from timm_selfdistill.data.fingerprint import fingerprint
+from timm_selfdistill.files import replace_file
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.recipe import Recipe
-from timm_selfdistill.report import Report, build_report, write_report
+from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, dump_local
+from timm_selfdistill.report import Report, write_report
 from timm_selfdistill.task import check_loss
-from timm_selfdistill.train.batch_norm import check_one_image, synchronize_batch_norm
-from timm_selfdistill.train.build import build_model
-from timm_selfdistill.train.evaluation import evaluate_model
-from timm_selfdistill.train.feed import Feed
-from timm_selfdistill.train.fit import Fit
-from timm_selfdistill.train.launch import fresh_accelerate, per_process_batch, start_accelerator
-from timm_selfdistill.train.lock import locked
-from timm_selfdistill.train.parallel import Replicated
-from timm_selfdistill.train.phases import baseline_phases, label_smoothing, self_distillation_phases
+from timm_selfdistill.train.builders import build_feed, build_model, check_one_image, synchronize_batch_norm
+from timm_selfdistill.train.evaluation import evaluate_model, report_run
+from timm_selfdistill.train.launch import (
+    asks_for_sharding,
+    fresh_accelerate,
+    locked,
+    per_process_batch,
+    refuse_loss,
+    start_accelerator,
+)
+from timm_selfdistill.train.parallelism import Replicated, Sharded
+from timm_selfdistill.train.phases import Phase, baseline_phases, self_distillation_phases
 from timm_selfdistill.train.publish import ModelWriter, Publisher
-from timm_selfdistill.train.run_folder import MODEL, check_folder, check_run, remove_leftovers, write_recipe
-from timm_selfdistill.train.run_record import RunRecord, flat
-from timm_selfdistill.train.sharding import Sharded, asks_for_sharding, refuse_loss
+from timm_selfdistill.train.run_folder import MODEL, RunRecord, check_folder, check_run, flat, remove_leftovers
+from timm_selfdistill.train.steps import RunContext
 from timm_selfdistill.train.stop import StopSignals
+from timm_selfdistill.train.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 
@@ -71,11 +68,25 @@ def train(recipe: Recipe) -> Report:
         if accelerator.is_main_process:
             check_folder(folder)
         with locked(folder) if accelerator.is_main_process else nullcontext():
-            return _train(recipe, folder, accelerator, signals)
+            run = _prepare(recipe, folder, accelerator, signals)
+            return _finish(run, *_train_networks(run))
 
 
-def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: StopSignals) -> Report:
-    """Run a recipe in a folder that nobody else uses."""
+@dataclass(frozen=True)
+class _Run:
+    """A run that is ready to train."""
+
+    context: RunContext
+    data: ImageData
+    networks: Mapping[str, Sequence[Phase]]
+    input_config: InputConfig
+    eval_loader: DataLoader[Any]
+    writer: ModelWriter
+    publisher: Publisher | None
+
+
+def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: StopSignals) -> _Run:
+    """Open the data, refuse what cannot work, and then write the recipe to the folder."""
     batch_size = per_process_batch(recipe, accelerator.num_processes)
     set_seed(recipe.seed)
     with accelerator.main_process_first():
@@ -102,13 +113,13 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         check_loss(model, phase.loss, phase.regime)
         if in_parts:
             refuse_loss(phase.loss)
-    input = InputConfig.from_model(model.backbone, recipe.data)
-    check_one_image(model, input, chain.from_iterable(networks.values()), recipe, accelerator.num_processes)
+    input_config = InputConfig.from_model(model.backbone, recipe.data)
+    check_one_image(model, input_config, chain.from_iterable(networks.values()), recipe, accelerator.num_processes)
     loaders = build_loaders(
         data,
         recipe.data,
         recipe.augment,
-        input,
+        input_config,
         batch_size=batch_size,
         accelerator_shards=(accelerator.process_index, accelerator.num_processes),
         seed=recipe.seed,
@@ -116,85 +127,80 @@ def _train(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: Stop
         skipped=SkipList(folder, accelerator.process_index),
         device=accelerator.device,
     )
-    feed, eval_loader = _prepare(loaders, data, recipe, accelerator, batch_size)
-    writer = ModelWriter(recipe, data, input)
+    feed, eval_loader = build_feed(loaders, data, recipe, accelerator, batch_size)
+    writer = ModelWriter(recipe, data, input_config)
     publisher = None
     with accelerator.main_process_first():
         if recipe.push_to_hub is not None and accelerator.is_main_process:
             publisher = Publisher(recipe.push_to_hub, folder, writer)
         if accelerator.is_main_process:
-            write_recipe(folder, recipe)
+            _write_recipe(folder, recipe)
     accelerator.init_trackers(folder.name, config=flat(record.recipe))
-
     parallelism = Sharded(accelerator) if in_parts else Replicated(accelerator)
+    context = RunContext(recipe, folder, record, feed, parallelism, signals)
+    return _Run(context, data, networks, input_config, eval_loader, writer, publisher)
+
+
+def _train_networks(run: _Run) -> tuple[SelfDistillModel, dict[str, ExitMetricsResult], dict[str, float]]:
+    """Train and evaluate every network, the self-distilled one last; return it, and metrics and seconds by name."""
+    context, recipe, accelerator = run.context, run.context.recipe, run.context.accelerator
     results: dict[str, ExitMetricsResult] = {}
     seconds: dict[str, float] = {}
-    for name, phases in networks.items():
+    for name, phases in run.networks.items():
         # Built anew from the same seed: every network starts from the same weights and sees the same images.
         set_seed(recipe.seed)
-        network = build_model(recipe, data.class_names, data.name).to(accelerator.device)
+        model = build_model(recipe, run.data.class_names, run.data.name).to(accelerator.device)
         if recipe.sync_batchnorm and accelerator.num_processes > 1:
-            network = synchronize_batch_norm(network)
+            model = synchronize_batch_norm(model)
         set_seed(recipe.seed, device_specific=True)
+        is_distilled = name == "self-distilled"
+        push = recipe.push_to_hub if is_distilled else None
         on_epoch = None
-        if recipe.push_to_hub is not None and recipe.push_to_hub.every is not None and name == "self-distilled":
-            on_epoch = _push_nothing if publisher is None else publisher.after_epoch
-        fit = Fit(name, network, phases, feed, recipe, parallelism, folder, record, signals, on_epoch)
-        model = fit.run()
-        seconds[name] = fit.progress.seconds
-        num_exits = model.num_exits if name == "self-distilled" else 0
+        if push is not None and push.every is not None:
+            on_epoch = _push_nothing if run.publisher is None else run.publisher.after_epoch
+        trainer = Trainer(context, name, model, phases, on_epoch)
+        model = trainer.run()
+        seconds[name] = trainer.progress.seconds
         results[name] = evaluate_model(
-            model, eval_loader, accelerator, num_exits=num_exits, gather=not feed.streaming, title=f"evaluate {name}"
+            model,
+            run.eval_loader,
+            accelerator,
+            num_exits=model.num_exits if is_distilled else 0,
+            gather=not context.feed.streaming,
+            title=f"evaluate {name}",
         )
+    return model, results, seconds
+
+
+def _push_nothing(model: SelfDistillModel, epoch: int, total: int) -> None:
+    """What the other processes do after an epoch."""
+
+
+def _finish(
+    run: _Run, model: SelfDistillModel, results: Mapping[str, ExitMetricsResult], seconds: Mapping[str, float]
+) -> Report:
+    """Write the report and the model, and push them if asked."""
+    accelerator, folder, recipe = run.context.accelerator, run.context.folder, run.context.recipe
     accelerator.wait_for_everyone()
     with accelerator.main_process_first():
-        skipped = merge_skipped(folder)
-    report = build_report(
-        model,
-        results["self-distilled"],
-        input_size=(input.channels, *input.image_size),
-        baseline=results.get("baseline"),
-        dataset=f"{data.name}, {recipe.data.eval_split}",
-        recipe=folder.name,
-        seed=recipe.seed,
-        skipped=skipped,
-        train_seconds=seconds,
-    )
+        more = {"skipped": merge_skipped(folder), "baseline": results.get("baseline"), "train_seconds": seconds}
+    metrics = results["self-distilled"]
+    report = report_run(model, metrics, recipe, run.data, run.input_config, folder.name, **more)
     if accelerator.is_main_process:
         write_report(report, folder)
-        writer.save(model, folder / MODEL, report)
+        run.writer.save(model, folder / MODEL, report)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
     # Not before: a comparison trains several runs in the same processes.
     atexit.register(accelerator.state.destroy_process_group)
-    if publisher is not None:
-        publisher.finish()
+    if run.publisher is not None:
+        run.publisher.finish()
     return report
 
 
-def _prepare(
-    loaders: Loaders, data: ImageData, recipe: Recipe, accelerator: Accelerator, batch_size: int
-) -> tuple[Feed, DataLoader[Any]]:
-    """Shard the loaders over the processes where they are not sharded yet, and add the mixing of batches."""
-    train, evaluation, validation = loaders.train, loaders.eval, loaders.validation
-    if not data.streaming:
-        train, evaluation = accelerator.prepare(train, evaluation)
-        validation = None if validation is None else accelerator.prepare(validation)
-    num_classes = recipe.model.num_classes or len(data.class_names)
-    feed = Feed(
-        train=train,
-        validation=validation,
-        steps_per_epoch=loaders.steps_per_epoch,
-        mixup=build_mixup(recipe.augment, num_classes, label_smoothing(recipe.loss)),
-        split=data.train,
-        order=loaders.order,
-        batch_size=batch_size,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
-    return feed, evaluation
-
-
-def _push_nothing(model: SelfDistillModel, epoch: int, total: int) -> None:
-    """What the other processes do after an epoch."""
+def _write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe to the run's folder: one that may be shared, and beside it the paths of this machine."""
+    # First what shows that the folder is a run's.
+    replace_file(folder / LOCAL, dump_local(recipe).encode())
+    replace_file(folder / RECIPE, recipe.without_local_paths().to_yaml().encode())

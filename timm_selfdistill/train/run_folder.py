@@ -1,43 +1,103 @@
-"""A run's folder belongs to one run: what may be written there, what may be continued, and what is done already."""
+"""A run's folder belongs to one run: what may be written there, which run may go on there, and what is done already.
+
+What a run is, its recipe and its data, is kept with each checkpoint and with the model, and compared before it goes on.
+"""
 
 import json
 import logging
 import os
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from timm_selfdistill.checkpoint import CheckpointError, is_checkpoint, list_checkpoints, read_entry
+from timm_selfdistill.checkpoint import is_checkpoint, list_checkpoints, read_entry
+from timm_selfdistill.checkpoint_format import CheckpointError, DamagedCheckpointError
 from timm_selfdistill.data import SKIPPED
 from timm_selfdistill.data.fingerprint import Fingerprint
-from timm_selfdistill.files import replace_file
 from timm_selfdistill.hub import CONFIG, read_run
-from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, dump_local, is_local, load_recipe
+from timm_selfdistill.losses import SelfDistillationLoss, needs_of
+from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, is_local, load_recipe
 from timm_selfdistill.report import Report
-from timm_selfdistill.train.lock import is_lock
-from timm_selfdistill.train.run_record import ENTRY, RunRecord, read_record, recipe_changes
+from timm_selfdistill.train.launch import is_lock
+from timm_selfdistill.train.phases import build_loss
 
 _logger = logging.getLogger(__name__)
 
-METRICS: Final = "metrics.jsonl"
 NONFINITE: Final = "nonfinite.jsonl"
 CHECKPOINTS: Final = "checkpoints"
 MODEL: Final = "model"
+RECORD_KEY: Final = "run"  # of a checkpoint's state
 # What a run writes, or others write of it. Those in the first line are replaced, the others are added to.
 _REPLACED = (RECIPE, LOCAL, "report.json", "report.md", "report.png")
-_ADDED_TO = (METRICS, SKIPPED, "skipped-*.jsonl", NONFINITE, CHECKPOINTS, MODEL, ".pushing", ".lock")
+_LOGS = ("metrics.jsonl", SKIPPED, "skipped-*.jsonl", NONFINITE)
+_ADDED_TO = (*_LOGS, CHECKPOINTS, MODEL, ".pushing", ".lock")
 _NETWORKS = ("baseline", "self-distilled")
+# What may differ between a run and its continuation: sections that do not change the numbers, and fields that change
+# them only where the run would have stopped.
+_FREE_SECTIONS = ("output_dir", "resume", "trackers", "checkpoint", "push_to_hub")
+_FREE_FIELDS = ("data.on_error", "data.workers", "data.check_duplicates")
+# Where the data lies may differ as long as it is the same data.
+_LOCATIONS = ("data.path", "data.root")
+# Schedules that do not look at the end of the training.
+_WITHOUT_END = ("constant", "multistep", "none", "step")
+_UNKNOWN_DATA = (
+    "%s was written by an earlier release, which kept no record of the run's data: whether it has changed since is not "
+    "known."
+)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run is, and how many of its epochs are done."""
+
+    recipe: Recipe  # without the paths of a machine
+    data: Fingerprint
+    epochs_done: int = 0
+    epochs: int = 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epochs_done >= self.epochs
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it in the form that JSON and checkpoints can hold."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json", exclude={"output_dir", "resume"}),
+            "data": self.data.to_json(),
+            "epochs_done": self.epochs_done,
+            "epochs": self.epochs,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> "RunRecord | None":
+        """Return what `to_json` was called on, or None for None, as earlier releases kept no record."""
+        if value is None:
+            return None
+        try:
+            recipe, data, done, epochs = (value[key] for key in ("recipe", "data", "epochs_done", "epochs"))
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"The record of the run is damaged: {error!r}.") from error
+        return cls(load_recipe(recipe).without_local_paths(), Fingerprint.from_json(data), int(done), int(epochs))
+
+
+def read_record(checkpoints: Path) -> RunRecord | None:
+    """Return the record in the newest checkpoint of a network's folder that has one, or None."""
+    for path in reversed(list_checkpoints(checkpoints)):
+        try:
+            record = RunRecord.from_json(read_entry(path, RECORD_KEY))
+        except DamagedCheckpointError:  # skipped, with a warning, when it is to be loaded
+            continue
+        if record is not None:
+            return record
+    return None
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that a run must not write to; nothing is written.
-
-    Raises:
-        ValueError: If it is no run's and holds something under a name that a run would write, or if it holds a link
-            that would be followed out of it.
-    """
+    """Refuse a folder that is no run's and has files with a run's names, or that has links out of it; write nothing."""
     inside = [folder / CHECKPOINTS / network for network in _NETWORKS]
     for path in (*_found(folder, _ADDED_TO), *inside):
         if path.is_symlink():
@@ -59,14 +119,7 @@ def check_folder(folder: Path) -> None:
 def check_run(folder: Path, recipe: Recipe, data: Fingerprint, networks: Collection[str]) -> None:
     """Refuse to go on with a run of another recipe or other data; what has no checkpoint yet may change.
 
-    Args:
-        folder: The run's folder.
-        recipe: The recipe.
-        data: What the recipe's data is now.
-        networks: The names of the run's networks.
-
-    Raises:
-        ValueError: If the folder, or the checkpoint that `resume` names, holds a run that this one does not continue.
+    The run is the one in the folder, or the one of the checkpoint that the recipe's `resume` names.
     """
     if recipe.resume == "never":
         if _has_results(folder):
@@ -81,7 +134,7 @@ def check_run(folder: Path, recipe: Recipe, data: Fingerprint, networks: Collect
                 f"resume: {recipe.resume} is no checkpoint of this run; allowed are auto, never, or a folder "
                 f"checkpoints/NAME/checkpoint-STEP with NAME {' or '.join(networks)}."
             )
-        record = RunRecord.from_json(read_entry(path, ENTRY))
+        record = RunRecord.from_json(read_entry(path, RECORD_KEY))
         if record is None:
             _logger.warning(_UNKNOWN_DATA, path)
         else:
@@ -92,30 +145,18 @@ def check_run(folder: Path, recipe: Recipe, data: Fingerprint, networks: Collect
     if not records and _has_results(folder):
         _logger.warning(_UNKNOWN_DATA, folder)
         if (folder / RECIPE).is_file():
-            changes = recipe_changes(load_recipe(folder / RECIPE), recipe, data_is_known=False)
-            _refuse(changes, f"{folder} holds")
+            _refuse(recipe_changes(load_recipe(folder / RECIPE), recipe, data_is_known=False), f"{folder} holds")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what runs logged that came to nothing, so that it is not taken for this one's."""
+    """Remove the logs of runs that failed before their first checkpoint, so that they are not taken for this one's."""
     if not _has_results(folder):
-        for path in _found(folder, (METRICS, SKIPPED, "skipped-*.jsonl", NONFINITE)):
+        for path in _found(folder, _LOGS):
             path.unlink()
 
 
-def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe to the run's folder: one that may be shared, and beside it the paths of this machine."""
-    # First what shows that the folder is a run's.
-    replace_file(folder / LOCAL, dump_local(recipe).encode())
-    replace_file(folder / RECIPE, recipe.without_local_paths().to_yaml().encode())
-
-
 def finished_report(recipe: Recipe) -> Report | None:
-    """Return the report of a run that is complete, or None if it is still to be trained.
-
-    Raises:
-        ValueError: If the run's folder holds a run of another recipe, or a damaged report.
-    """
+    """Return the report of a run that is complete, or None; another recipe or a damaged report is a `ValueError`."""
     folder = Path(recipe.output_dir or ".")
     check_folder(folder)
     path, config = folder / "report.json", folder / MODEL / CONFIG
@@ -124,7 +165,7 @@ def finished_report(recipe: Recipe) -> Report | None:
     if not before and _has_results(folder) and (folder / RECIPE).is_file():
         before = [load_recipe(folder / RECIPE)]
     for one in before:
-        # Its data is not opened: that it is the same is checked where it goes on.
+        # Its data is not opened: that it is the same is checked when it goes on.
         _refuse(recipe_changes(one, recipe, data_is_known=bool(records)), f"{folder} holds")
     # The model is written last.
     if not path.is_file() or not config.is_file() or any(one.epochs != recipe.epochs for one in before):
@@ -139,10 +180,50 @@ def finished_report(recipe: Recipe) -> Report | None:
     return report
 
 
-_UNKNOWN_DATA = (
-    "%s was written by an earlier release, which kept no record of the run's data: whether it has changed since is not "
-    "known."
-)
+def recipe_changes(before: Recipe, now: Recipe, *, data_is_known: bool) -> list[str]:
+    """Return what keeps a run of one recipe from going on with another, each as "key (before, now ...)"."""
+    # Names of files of a machine count by their last part: a run may be copied to another one.
+    flats = [flat(recipe.without_local_paths()) for recipe in (before, now)]
+    if not data_is_known:
+        for values, recipe in zip(flats, (before, now), strict=True):
+            values |= {key: flat(recipe).get(key, "None") for key in _LOCATIONS}
+    changes = []
+    for key in sorted(flats[0] | flats[1]):
+        one, other = (values.get(key) for values in flats)
+        if one == other or key.split(".")[0] in _FREE_SECTIONS or (data_is_known and key in _LOCATIONS):
+            continue
+        note = _why_not(key, before, now)
+        if note is not None:
+            changes.append(f"{key} ({one}, now {other}{note})")
+    return changes
+
+
+def flat(recipe: Recipe) -> dict[str, str]:
+    """Return the recipe under dotted keys, as trackers take hyperparameters."""
+    flat: dict[str, str] = {}
+    for key, value in recipe.model_dump(mode="json").items():
+        items = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{key}.{name}": str(item) for name, item in items} or {key: str(value)}
+    return flat
+
+
+def _why_not(key: str, before: Recipe, now: Recipe) -> str | None:
+    """Return why a changed key keeps a run from going on, as the end of a sentence; None if it does not."""
+    if key == "data.workers" and now.data.streaming:
+        return ": the order of a stream depends on its loader processes"
+    if key != "epochs":
+        return None if key in _FREE_FIELDS else ""
+    if now.epochs < before.epochs:
+        return ": a run can be made longer, not shorter"
+    if now.schedule.name not in _WITHOUT_END:
+        return (
+            f": with schedule.name={now.schedule.name} the learning rate of every step depends on epochs; a run can be "
+            f"made longer with {', '.join(_WITHOUT_END)}"
+        )
+    loss = build_loss(now)
+    if needs_of(loss).time and not isinstance(loss, SelfDistillationLoss):
+        return f": the loss {now.loss.name} counts the share of the training that is done"
+    return None
 
 
 def _found(folder: Path, patterns: Collection[str]) -> list[Path]:
@@ -151,13 +232,17 @@ def _found(folder: Path, patterns: Collection[str]) -> list[Path]:
     return [folder / name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of all networks of a run."""
+    return [path for network in _NETWORKS for path in list_checkpoints(folder / CHECKPOINTS / network)]
+
+
 def _is_run(folder: Path) -> bool:
     """Whether a folder is a run's, or holds nothing but what an unfinished start of one left."""
-    checkpoints = [path for network in _NETWORKS for path in list_checkpoints(folder / CHECKPOINTS / network)]
-    if is_local(folder / LOCAL) or any(map(is_checkpoint, checkpoints)) or next(_records(folder), None) is not None:
+    if is_local(folder / LOCAL) or any(map(is_checkpoint, _checkpoints(folder))) or next(_records(folder), None):
         return True
     try:
-        # An earlier release wrote every field, which nobody does by hand.
+        # An earlier release wrote every field, which no person does.
         text = (folder / RECIPE).read_text()
         load_recipe(folder / RECIPE)
     except (OSError, ValueError):
@@ -167,8 +252,7 @@ def _is_run(folder: Path) -> bool:
 
 def _has_results(folder: Path) -> bool:
     """Whether a run has come so far that something would be lost: a checkpoint, or a model."""
-    checkpoints = [path for network in _NETWORKS for path in list_checkpoints(folder / CHECKPOINTS / network)]
-    return bool(checkpoints) or (folder / MODEL / CONFIG).is_file()
+    return bool(_checkpoints(folder)) or (folder / MODEL / CONFIG).is_file()
 
 
 def _records(folder: Path) -> Iterator[RunRecord]:
@@ -188,19 +272,12 @@ def _records(folder: Path) -> Iterator[RunRecord]:
 
 
 def _compare(record: RunRecord, recipe: Recipe, data: Fingerprint, what: str) -> None:
-    """Refuse a run of another recipe or other data.
-
-    Args:
-        record: What it is.
-        recipe: The recipe.
-        data: The recipe's data.
-        what: What it is, as the beginning of a sentence that "a run of another recipe" ends.
-    """
+    """Refuse a run of another recipe or other data; `what` begins the sentence that "a run of ..." ends."""
     _refuse(recipe_changes(record.recipe, recipe, data_is_known=True), what)
     if changes := record.data.changes(data):
         raise ValueError(
             f"{what} a run of other data: {'; '.join(changes)}. Images that were trained on could be reported on, and "
-            "labels mean something else: put the data back as it was, or choose another output_dir."
+            "labels mean something else: restore the data, or choose another output_dir."
         )
 
 

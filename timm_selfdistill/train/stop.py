@@ -1,4 +1,4 @@
-"""What ends a run before its end: signals, which let it save first, and losses that are no numbers."""
+"""What ends a run early: signals, which let it save first, and losses that are not finite."""
 
 import atexit
 import os
@@ -17,19 +17,19 @@ EXIT_INTERRUPTED: Final = 130
 _PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 # A launcher hands Ctrl-C and SIGTERM on to processes that a terminal or scheduler has signalled too.
 _ECHO_SECONDS = 1.0
-# What is still under way when everything is saved, such as a download, may take so long to end.
+# How long to wait for what still runs when everything is saved, such as a download.
 _PATIENCE_SECONDS = 10.0
 
 
 class Interrupted(BaseException):
     """A run was stopped by a signal; what it had done by then is saved.
 
-    It is no `Exception`, as `KeyboardInterrupt` is none: a signal that comes while a model is tried or an image is
-    decoded must not be taken for a fault of the model or of the image. What calls `train` and is to go on after a
-    signal names it.
+    Like `KeyboardInterrupt` it is no `Exception`: a signal that comes while a model is tried or an image is decoded
+    must not be taken for a fault of the model or of the image. A caller of `train` that is to go on after a signal
+    catches it by name.
 
     Args:
-        signal_name: Which one, such as "SIGTERM".
+        signal_name: Such as "SIGTERM".
         exit_status: What a command ends with.
     """
 
@@ -45,12 +45,13 @@ class NonFiniteLossError(RuntimeError):
 class StopSignals:
     """Turns SIGTERM, SIGUSR1 and Ctrl-C into a stop at a place where everything is saved.
 
-    While training steps are taken (`deferred`), a signal is only noted, to be asked for after the step; anywhere else
-    nothing is lost by stopping, and it raises `Interrupted` at once. A second Ctrl-C always stops at once.
+    While training steps are taken (`deferred`), a signal is only noted in `received`, which is read after the step; at
+    any other time nothing is lost by stopping, and it raises `Interrupted` at once. A second Ctrl-C always stops at
+    once.
 
-    Use it in a `with` block, which puts the former handlers back, and raises `Interrupted` once more at its end if it
-    stopped nobody: what is raised in a destructor, Python only prints. Outside the main thread, where Python handles no
-    signals, it does nothing, and neither in processes that are forked in the block.
+    Use it in a `with` block, which puts the former handlers back, and raises `Interrupted` once more at its end if that
+    stopped nothing: what is raised in a destructor, Python only prints. It does nothing outside the main thread, where
+    Python handles no signals, and in processes that are forked in the block.
     """
 
     def __init__(self) -> None:
@@ -87,14 +88,10 @@ class StopSignals:
         finally:
             self._deferring = False
 
-    def interruption(self, signal_name: str | None = None) -> Interrupted:
-        """Return the exception that ends the run.
-
-        Args:
-            signal_name: Which signal, where this process got none but another one did.
-        """
+    def interruption(self) -> Interrupted:
+        """Return the exception that ends the run; without a signal here, another process got one."""
         if self.received is None:
-            return Interrupted(signal_name or "a signal to another process", EXIT_PREEMPTED)
+            return Interrupted("a signal to another process", EXIT_PREEMPTED)
         return _interruption(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -113,14 +110,11 @@ class StopSignals:
 
 
 def end_program(status: int) -> NoReturn:
-    """End a command that is the whole program, whose exit status is known.
+    """End a command that is the whole program with its exit status.
 
-    What is to be done at exit is done, and then the process ends at once: while Python takes itself down, which lasts
-    seconds with torch, a signal would end it with a status that says nothing. A signal that comes before ends it with
-    its own status. A stopped run does not wait for threads that hang, such as those of a stalled download.
-
-    Args:
-        status: The exit status.
+    The functions registered with `atexit` run, and then the process ends at once: Python's own shutdown takes seconds
+    with torch, and a signal in that time would end it with a status that says nothing. A signal that comes before ends
+    it with its own status. A stopped run does not wait for threads that hang, such as those of a stalled download.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (*_PREEMPTIONS, signal.SIGINT):
@@ -133,7 +127,7 @@ def end_program(status: int) -> NoReturn:
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     atexit._run_exitfuncs()
-    with suppress(OSError, ValueError):  # nobody reads the output any more
+    with suppress(OSError, ValueError):  # the output is no longer read
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)

@@ -1,14 +1,13 @@
-"""A network in parts: each process keeps its share of every weight, gradient and optimizer state (FSDP2).
+"""How a network is spread over the processes: whole in each of them (DDP), or a part in each (FSDP2).
 
-torch's `fully_shard` does it, on CPUs and GPUs alike. Accelerate is told nothing of it: it would shard on GPUs only,
-and does not know what the layers of timm's networks are.
+torch's `fully_shard` makes the parts, on CPUs and GPUs alike, without Accelerate: it would shard on GPUs only, and does
+not know the layers of timm's networks.
 """
 
 import copy
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,95 +18,63 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from torch.utils._pytree import tree_map_only
 
-from timm_selfdistill.losses import needs_of
+from timm_selfdistill.compat import is_view, tree_map_only
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import EmaSection
 from timm_selfdistill.task import SelfDistillationTask, unwrapped_model
-from timm_selfdistill.train.batch_norm import share_buffers
-from timm_selfdistill.train.parallel import average_weights
-
-# What `accelerate launch` hands on of a configuration with distributed_type FSDP, and which values are done.
-_DONE = {
-    "FSDP_VERSION": ("2",),
-    "FSDP_RESHARD_AFTER_FORWARD": ("true", "full_shard"),
-    "FSDP_OFFLOAD_PARAMS": ("false",),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("false",),
-    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": ("false",),
-    "FSDP_AUTO_WRAP_POLICY": ("no_wrap",),
-    "FSDP_IGNORED_MODULES": (),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false",),
-}
-
-# timm's optimizers that step weights in parts as they step whole ones (the slow tests of test_sharding compare them).
-# Others raise an error, or, as muon, do something else.
-OPTIMIZERS = (
-    *("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamw", "adamwlegacy", "adan", "adanw"),
-    *("adopt", "adoptw", "lamb", "lambc", "lambw", "laprop", "larc", "lars", "lion", "madgrad", "madgradw", "momentum"),
-    *("nadam", "nadamlegacy", "nadamw", "nesterov", "nesterovw", "radam", "radamw", "rmsprop"),
-    *("rmsproptf", "rmsproptfw", "sgd", "sgdw"),
-)
 
 
-def asks_for_sharding() -> bool:
-    """Return whether the launch asks for FSDP2, as Accelerate's environment variables say.
+class Replicated:
+    """Each process has the whole network (DDP), or there is one process only.
 
-    Raises:
-        ValueError: If it asks for FSDP in a way that is not done.
+    All processes call every method together; `Sharded` has the same methods.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return False
-    asked = {"FSDP_VERSION": "1"} | {name: os.environ[name] for name in _DONE if name in os.environ}
-    for name, value in asked.items():
-        if value.lower() not in _DONE[name]:
-            allowed = " or ".join(_DONE[name]) or "nothing: leave it out"
-            raise ValueError(
-                f"Accelerate was told to use FSDP with {name}={value}; allowed is {allowed}, as in "
-                "recipes/accelerate/fsdp2.yaml. Without FSDP, distributed_type MULTI_GPU leaves the network whole."
-            )
-    return True
 
+    in_parts = False
 
-def refuse_optimizer(name: str) -> None:
-    """Refuse an optimizer that does not step weights in parts as it would step whole ones.
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
 
-    Raises:
-        ValueError: If it is not known to.
-    """
-    if name.lower() not in OPTIMIZERS:
-        raise ValueError(
-            f"optimizer.name: {name} is not known to work where each process has a part of the network (FSDP2); "
-            f"allowed there are {', '.join(OPTIMIZERS)}."
-        )
+    def prepare(self, task: SelfDistillationTask, ema: EmaSection | None) -> nn.Module:
+        """Spread a task's network, average its weights if asked, and return what takes the task's place in a step.
 
+        The network is whole and on the device; the optimizer is built afterwards.
+        """
+        prepared: nn.Module = self.accelerator.prepare(task)
+        # After DDP, which would count the average as part of the task.
+        _average_weights(task, ema)
+        return prepared
 
-def refuse_loss(loss: nn.Module) -> None:
-    """Refuse a loss that trains along, or for which another network, or the network again, runs beside its step.
+    @contextmanager
+    def micro_step(self, prepared: nn.Module, *, first: bool, last: bool) -> Iterator[None]:
+        """Surround forward and backward of one micro batch, the first or last of its optimizer step.
 
-    Raises:
-        ValueError: If it does.
-    """
-    needs = needs_of(loss)
-    if any(True for _ in loss.parameters()):
-        raise ValueError(
-            f"The loss {type(loss).__name__} has parameters of its own, which are not trained where each process has a "
-            "part of the network (FSDP2). Without FSDP, distributed_type MULTI_GPU leaves the network whole."
-        )
-    if needs.ema or needs.past or needs.batches == "paired":
-        raise ValueError(
-            f"The loss {type(loss).__name__} has {needs}, which is not done where each process has a part of the "
-            "network (FSDP2); allowed there are losses without ema, past and paired batches. Without FSDP, "
-            "distributed_type MULTI_GPU leaves the network whole."
-        )
+        Gradients are averaged over the processes after the last.
+        """
+        with nullcontext() if last else self.accelerator.no_sync(prepared):
+            yield
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float, mode: str) -> None:
+        """Clip the gradients of parameters as timm does; the mode is "norm", "value" or "agc"."""
+        dispatch_clip_grad(parameters, limit, mode)
+
+    def state_dict(self, part: Any) -> dict[str, Any]:
+        """Return the state of a network, optimizer or the like as one process would have it; for the main process."""
+        state: dict[str, Any] = part.state_dict()
+        return state
+
+    def load_state_dict(self, part: Any, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, here or in the other class, with any number of processes."""
+        part.load_state_dict(state)
+
+    def whole(self, model: SelfDistillModel) -> SelfDistillModel:
+        """Return a network with all its weights: itself if it is whole, otherwise a copy."""
+        return model
 
 
 class Sharded:
-    """Each process has a part of the network; weights are gathered unit by unit, where they are computed with.
-
-    Args:
-        accelerator: The accelerator.
-    """
+    """Each process has a part of the network; weights are gathered unit by unit, when they are computed with."""
 
     in_parts = True
 
@@ -117,7 +84,7 @@ class Sharded:
         self._blank: SelfDistillModel | None = None
 
     def prepare(self, task: SelfDistillationTask, ema: EmaSection | None) -> nn.Module:
-        """As `Parallelism`."""
+        """As `Replicated`."""
         model = unwrapped_model(task.trainable_module)
         self._blank = copy.deepcopy(model).to("meta")
         for parameter in model.parameters():
@@ -128,7 +95,7 @@ class Sharded:
         # Only the precision, not DDP.
         prepared: nn.Module = self.accelerator.prepare_model(task, evaluation_mode=True)
         # One operation cannot average weights in parts and buffers, which are whole.
-        average_weights(task, ema, foreach=False)
+        _average_weights(task, ema, foreach=False)
         self._shard(model)
         if ema is not None:
             self._shard(unwrapped_model(task.get_trainable_module(ema=True)))
@@ -136,7 +103,7 @@ class Sharded:
 
     @contextmanager
     def micro_step(self, prepared: nn.Module, *, first: bool, last: bool) -> Iterator[None]:
-        """As `Parallelism`."""
+        """As `Replicated`."""
         assert isinstance(prepared, SelfDistillationTask)
         model: Any = unwrapped_model(prepared.trainable_module)
         if first:
@@ -146,7 +113,7 @@ class Sharded:
         yield
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float, mode: str) -> None:
-        """As `Parallelism`."""
+        """As `Replicated`."""
         if mode != "agc":
             dispatch_clip_grad(parameters, limit, mode)
             return
@@ -163,12 +130,11 @@ class Sharded:
                 gradient.copy_(_split(stand_in.grad, gradient))
 
     def state_dict(self, part: Any) -> dict[str, Any]:
-        """As `Parallelism`."""
-        state: dict[str, Any] = _gather(part.state_dict(), keep=self.accelerator.is_main_process)
-        return state
+        """As `Replicated`."""
+        return _gather(part.state_dict(), keep=self.accelerator.is_main_process)
 
     def load_state_dict(self, part: Any, state: dict[str, Any]) -> None:
-        """As `Parallelism`."""
+        """As `Replicated`."""
         if isinstance(part, nn.Module):
             state = {name: _split(state[name], value) for name, value in part.state_dict().items()}
         elif isinstance(part, torch.optim.Optimizer):
@@ -181,7 +147,7 @@ class Sharded:
         part.load_state_dict(state)
 
     def whole(self, model: SelfDistillModel) -> SelfDistillModel:
-        """As `Parallelism`."""
+        """As `Replicated`."""
         if not isinstance(model, FSDPModule):
             return model
         assert self._blank is not None
@@ -195,18 +161,33 @@ class Sharded:
     def _shard(self, model: SelfDistillModel) -> None:
         """Let each process keep its part of a network, in place."""
         for unit in [*find_units(model), model]:
-            # First of all, for what the taps record too.
+            # Before all other hooks: those that record features must see the copy.
             unit.register_forward_hook(_copy_views, prepend=True)
             fully_shard(unit, mesh=self._mesh)
+
+
+Parallelism = Replicated | Sharded
+
+
+def share_buffers(model: SelfDistillModel, accelerator: Accelerator) -> None:
+    """Give every process the main process's buffers: otherwise batch statistics differ after a step."""
+    if accelerator.num_processes == 1:
+        return
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in model.buffers():
+        by_type.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_type.values():
+        # One exchange for all of them.
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        torch.distributed.broadcast(flat, src=0)
+        for buffer, values in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
 
 def find_units(model: SelfDistillModel) -> list[nn.Module]:
     """Return the modules whose weights are gathered together: timm's layers of the backbone, and each exit's head.
 
     What belongs to none of them, such as the stem and the classifier, is gathered with the network as a whole.
-
-    Args:
-        model: The wrapped model.
     """
     backbone = model.backbone
     if not hasattr(backbone, "group_matcher"):
@@ -224,7 +205,7 @@ def find_units(model: SelfDistillModel) -> list[nn.Module]:
 
 
 def _in_one_layer(module: nn.Module, layer_of: Mapping[nn.Parameter, float | None]) -> list[nn.Module]:
-    """Return the largest modules that have weights of one layer only, but for single ones, which are too small."""
+    """Return the largest modules that have weights of one layer only, but no leaf modules, which are too small."""
     children = list(module.children())
     # A list is not called, and so gathers nothing.
     is_called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
@@ -240,34 +221,31 @@ def _uses(module: nn.Module) -> Counter[nn.Parameter]:
 
 def _copy_views(module: nn.Module, args: Any, output: Any) -> Any:
     """Copy what a unit returns as a view: changed in place, it would not tell when its weights are needed again."""
-    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor._is_view() else tensor, output)
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if is_view(tensor) else tensor, output)
 
 
-def _gather(value: Any, *, keep: bool) -> Any:
-    """Return a state with whole tensors, on the CPU, in the place of those in parts; None there unless `keep`.
+def _average_weights(task: SelfDistillationTask, ema: EmaSection | None, foreach: bool = True) -> None:
+    """Let a task average its weights, if asked; with `foreach`, all of them in a few operations."""
+    if ema is not None:
+        task.setup_ema(decay=ema.decay, use_warmup=ema.warmup, device=task.device, foreach=foreach)
 
-    All processes gather them, one by one.
-    """
-    if isinstance(value, DTensor):
-        whole: Tensor = value.full_tensor()
+
+def _gather(state: Any, *, keep: bool) -> dict[str, Any]:
+    """Replace each tensor in parts by the whole one on the CPU, or by None unless `keep`; all processes take part."""
+
+    def gather_one(tensor: DTensor) -> Tensor | None:
+        whole: Tensor = tensor.full_tensor()
         return whole.detach().cpu() if keep else None
-    if isinstance(value, Mapping):
-        return {key: _gather(item, keep=keep) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_gather(item, keep=keep) for item in value)
-    return value
+
+    gathered: dict[str, Any] = tree_map_only(DTensor, gather_one, state)
+    return gathered
 
 
 def _split(value: Any, like: Tensor) -> Any:
-    """Return this process's part of a tensor that belongs to one in parts.
-
-    Args:
-        value: Part of a state.
-        like: The parameter that it is of, or what it takes the place of.
-    """
+    """Return this process's part of a value that belongs to, or replaces, the tensor in parts `like`."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or not value.ndim:
         return value
     placements = like.placements if value.shape == like.shape else [Replicate()] * like.device_mesh.ndim
     whole = value.to(like.device).contiguous()
-    # Copied, as a part is else a view of the whole, which would stay.
+    # Copied, as a part may be a view of the whole, which would stay in memory.
     return distribute_tensor(whole, like.device_mesh, placements, src_data_rank=None).clone()
