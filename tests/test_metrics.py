@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult, ExpectedCalibrationError, TopKAccuracy
+from timm_selfdistill.evaluate_metrics import ExpectedCalibrationError, TopKAccuracy
+from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
 from timm_selfdistill.model import ExitOutput
 
 

@@ -466,7 +466,7 @@ def test_want_of_memory_is_no_fault_of_the_model(monkeypatch):
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr("timm_selfdistill.exits.dry_run._forward", fail)
+    monkeypatch.setattr("timm_selfdistill.exits.probe._forward", fail)
     with pytest.raises(MemoryError):
         wrap("test_resnet")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from timm_selfdistill.backbones import use_small_stem
 from timm_selfdistill.model import wrap
-from timm_selfdistill.stem import use_small_stem
 
 
 def test_small_stem_keeps_the_grid_of_the_image(make_backbone):

@@ -17,7 +17,7 @@ from PIL import Image
 import timm_selfdistill as sd
 from timm_selfdistill.data import SkipList, collate, image_folder, open_dataset
 from timm_selfdistill.data.collate import Collate
-from timm_selfdistill.exits import dry_run
+from timm_selfdistill.exits import probe
 from timm_selfdistill.predict import images as predict_images
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import run_safely, stop
@@ -40,7 +40,7 @@ def in_a_fork(work: Callable[[], object]) -> int:
 
 
 def test_a_signal_in_the_dry_run_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run.MacCounter, "__enter__", stopped)
+    monkeypatch.setattr(probe.MacCounter, "__enter__", stopped)
     with pytest.raises(Interrupted, match="Stopped by SIGTERM"), StopSignals():
         sd.wrap("test_resnet", num_classes=3)
 

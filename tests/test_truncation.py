@@ -126,7 +126,7 @@ def test_other_hooks_on_the_backbone_stay(model, images):
 
 def test_a_layer_behind_the_exit_that_is_called_says_that_it_is_gone(model, images):
     small = sd.truncate(model, 0)
-    with pytest.raises(RuntimeError, match="lies behind the exit"):
+    with pytest.raises(RuntimeError, match="comes after the exit"):
         small.backbone(images)
 
 

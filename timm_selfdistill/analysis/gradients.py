@@ -8,7 +8,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor
 
-from timm_selfdistill.analysis.unchanged import unchanged
+from timm_selfdistill.exits import unchanged
 from timm_selfdistill.model import SelfDistillModel
 
 BatchLoss = Callable[[Tensor, Tensor], Tensor]
@@ -69,7 +69,7 @@ def measure_gradients(
     parameters = dict(model.backbone.named_parameters())
     names = [name for stage in stages for name in stage]
     totals = dict.fromkeys(names, 0.0)
-    with unchanged(model), torch.enable_grad():
+    with unchanged(model, restore_tensors=True), torch.enable_grad():
         torch.manual_seed(seed)
         model.train()
         for images, targets in batches:

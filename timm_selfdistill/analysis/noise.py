@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_selfdistill.analysis.unchanged import unchanged
+from timm_selfdistill.exits import unchanged
 from timm_selfdistill.metrics import OutputMetrics
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.train import evaluate_model
@@ -63,7 +63,7 @@ def measure_noise(
         A point for each standard deviation.
     """
     found: list[list[OutputMetrics]] = [[] for _ in sigmas]
-    with unchanged(model):
+    with unchanged(model, restore_tensors=True):
         weights = list(model.backbone.parameters())
         before = [weight.clone() for weight in weights]
         for draw in range(draws):

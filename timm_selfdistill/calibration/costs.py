@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.exits import untouched
+from timm_selfdistill.exits import unchanged
 from timm_selfdistill.flops import MacCounter
-from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.report import synchronize
 
@@ -75,14 +74,12 @@ def measure_path_macs(model: SelfDistillModel, input_size: tuple[int, int, int])
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     backbone: list[int] = []
     heads: list[int] = []
-    with untouched(model), MacCounter() as counter:
+    with unchanged(model), MacCounter() as counter:
 
         def visit(index: int, taps: tuple[Tensor, ...]) -> None:
             before = counter.macs
             backbone.append(before - sum(heads))
-            head = model.heads[index]
-            assert isinstance(head, ExitHead)
-            head.classify(*taps)
+            model.head_of(index).classify(*taps)
             heads.append(counter.macs - before)
 
         model.forward_while(image, visit)
@@ -106,7 +103,7 @@ def measure_path_seconds(model: SelfDistillModel, input_size: tuple[int, int, in
     batch = torch.zeros(batch_size, *input_size, device=parameter.device, dtype=parameter.dtype)
     rounds: list[list[float]] = []
     deadline = float("inf")
-    with untouched(model):
+    with unchanged(model):
         while len(rounds) < _WARM_UP_ROUNDS + _MIN_ROUNDS or time.perf_counter() < deadline:
             if len(rounds) == _WARM_UP_ROUNDS:
                 deadline = time.perf_counter() + _SECONDS
@@ -126,9 +123,7 @@ def _time_parts(model: SelfDistillModel, batch: Tensor) -> list[float]:
 
     def visit(index: int, taps: tuple[Tensor, ...]) -> None:
         mark()
-        head = model.heads[index]
-        assert isinstance(head, ExitHead)
-        head.classify(*taps)
+        model.head_of(index).classify(*taps)
         mark()
 
     mark()

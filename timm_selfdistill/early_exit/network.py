@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_selfdistill.early_exit.settings import EarlyExitConfig, State
-from timm_selfdistill.exits import random_images, untouched
-from timm_selfdistill.heads import ExitHead
+from timm_selfdistill.exits import random_images, unchanged
 from timm_selfdistill.model import SelfDistillModel
 
 
@@ -154,9 +153,7 @@ class _Journey:
 
     def _ask(self, exit: int, taps: tuple[Tensor, ...]) -> None:
         """Run an exit's head, and answer for the images that it is sure of."""
-        head = self._model.heads[exit]
-        assert isinstance(head, ExitHead)
-        logits = head.classify(*taps)
+        logits = self._model.head_of(exit).classify(*taps)
         if self._config.fallback == "ensemble":
             weighted = self._model.ensemble.weights[exit] * logits
             self._sum = weighted if self._sum is None else self._sum + weighted
@@ -174,7 +171,7 @@ class _Journey:
 def _try_to_shrink(model: SelfDistillModel) -> tuple[bool, ...]:
     """Return, for each exit, whether the backbone gives the same answers on a part of the batch behind it."""
     images = random_images(model.backbone, model.wrap_config.image_size, 4)
-    with untouched(model):
+    with unchanged(model):
         expected = model(images)
         shrinks = tuple(_shrinks(model, images, expected, exit) for exit in range(model.num_exits))
     if not all(shrinks):

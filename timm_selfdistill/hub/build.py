@@ -12,12 +12,12 @@ import torch
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
+from timm_selfdistill.backbones import use_small_stem
 from timm_selfdistill.build_limit import BuildLimit, TooLargeError
 from timm_selfdistill.heads import HEADS
 from timm_selfdistill.hub.limits import check_image
 from timm_selfdistill.hub.saved import CONFIG, Saved
 from timm_selfdistill.model import SelfDistillModel, wrap
-from timm_selfdistill.stem import use_small_stem
 from timm_selfdistill.truncation import truncate
 
 # timm's models have up to 1.1 parameters and 3.1 modules for each tensor that is saved; a network that was cut off at

@@ -29,7 +29,7 @@ class Ensemble:
 
     @classmethod
     def mean(cls, outputs: int) -> Self:
-        """Return the mean of the logits of so many outputs, K + 1."""
+        """Return the mean of the logits of `outputs` outputs, K + 1 of a model."""
         return cls((1 / outputs,) * outputs)
 
     @classmethod
@@ -68,5 +68,5 @@ class Ensemble:
         if len(logits) != len(self.weights):
             raise ValueError(f"The ensemble has {len(self.weights)} weights for the logits of {len(logits)} outputs.")
         members = zip(self.weights, logits, strict=True)
-        # What weighs nothing may be no number.
+        # A member of weight 0 may be NaN.
         return sum((weight * member for weight, member in members if weight), start=logits[0].new_zeros(()))

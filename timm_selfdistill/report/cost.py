@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_selfdistill.flops import MacCounter
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.usage import watch_usage
+from timm_selfdistill.model.hooks import watch_usage
 
 LATENCY_BATCH_SIZE = 16
 

@@ -8,7 +8,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
 from timm_selfdistill.data import InputConfig
-from timm_selfdistill.exits import untouched
+from timm_selfdistill.exits import unchanged
 from timm_selfdistill.losses import needs_of
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
@@ -65,7 +65,7 @@ def check_one_image(
         if needs.batches == "paired":  # with a second image
             continue
         before = [buffer.clone() for buffer in model.buffers()]
-        with untouched(model), torch.no_grad():
+        with unchanged(model), torch.no_grad():
             model.train()
             if phase.regime == "frozen":
                 model.backbone.eval()
