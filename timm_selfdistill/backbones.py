@@ -5,7 +5,7 @@ All but PyramidNet are timm's own classes with other arguments, and take further
 """
 
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, ClassifierHead, create_classifier, create_conv2d
@@ -15,7 +15,8 @@ from timm.models.resnetv2 import ResNetV2
 from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
 
-from timm_selfdistill.exits import Backbone
+if TYPE_CHECKING:
+    from timm_selfdistill.exits import Backbone
 
 # timm's `features_only` takes five features if it is not told otherwise: stem and four stages.
 _FEATURES = {"out_indices": (0, 1, 2, 3)}
@@ -48,16 +49,11 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def use_small_stem(backbone: Backbone) -> None:
+def use_small_stem(backbone: "Backbone") -> None:
     """Replace a ResNet's 7x7 stride-2 stem and its max-pool by one 3x3 stride-1 convolution, in place.
 
-    The new convolution is freshly initialised (He, fan-out, as timm's ResNet), also in a pretrained network.
-
-    Args:
-        backbone: A ResNet-like timm model: `conv1` is one strided convolution, and `maxpool` follows it.
-
-    Raises:
-        ValueError: If the backbone has no such stem.
+    The new convolution is freshly initialised (He, fan-out, as timm's ResNet), also in a pretrained network. Raises
+    ValueError unless the backbone's `conv1` is one strided convolution that `maxpool` follows.
     """
     stem, pool = getattr(backbone, "conv1", None), getattr(backbone, "maxpool", None)
     if not isinstance(stem, nn.Conv2d) or stem.stride == (1, 1) or not isinstance(pool, nn.Module):
@@ -70,7 +66,7 @@ def use_small_stem(backbone: Backbone) -> None:
     divide_reductions(backbone, 4)
 
 
-def divide_reductions(backbone: Backbone, factor: int) -> None:
+def divide_reductions(backbone: "Backbone", factor: int) -> None:
     """Correct `feature_info` in place for a stem that leaves all grids `factor` times finer, along one side."""
     backbone.feature_info = [
         {**info, "reduction": max(1, info["reduction"] // factor)} for info in backbone.feature_info

@@ -43,9 +43,8 @@ class TopKAccuracy(_InMemoryMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Share of samples, in percent, whose label is among the k most likely classes.",
+            description=self.__doc__,
             citation="",
-            inputs_description="Predictions: k class indices per sample, most likely first. References: labels.",
             features=Features({"predictions": List(Value("int64")), "references": Value("int64")}),
         )
 
@@ -82,13 +81,11 @@ class ExpectedCalibrationError(_InMemoryMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Mean distance of confidence and accuracy over equal-width bins of confidence.",
-            citation="Guo et al., On Calibration of Modern Neural Networks, ICML 2017",
-            inputs_description="Predictions: class indices. References: labels. Confidences: probabilities.",
+            description=self.__doc__,
+            citation="Guo et al., On Calibration of Modern Neural Networks, ICML 2017, https://arxiv.org/abs/1706.04599",
             features=Features(
                 {"predictions": Value("int64"), "references": Value("int64"), "confidences": Value("float64")}
             ),
-            reference_urls=["https://arxiv.org/abs/1706.04599"],
         )
 
     def _compute(

@@ -103,8 +103,6 @@ class Exploration:
     Args:
         points: All points that an exit can be attached to, shallow to deep.
         candidates: What `feature_info` and the caller named, by name; some may be no points.
-        classifier: The backbone's own classifier.
-        run: What the dry run showed.
         without_module: Names in `feature_info` that are no modules.
     """
 

@@ -34,11 +34,7 @@ class Ensemble:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Return what `to_json` was called on.
-
-        Raises:
-            ValueError: If it is something else.
-        """
+        """Return what `to_json` was called on; raise ValueError for anything else."""
         try:
             return cls(tuple(float(weight) for weight in value["weights"]))
         except (LookupError, TypeError) as error:
