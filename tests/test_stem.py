@@ -48,7 +48,7 @@ def test_small_stem_keeps_input_channels_precision_and_all_other_weights(make_ba
     assert all(torch.equal(after[name], before[name]) for name in before if name != "conv1.weight")
 
 
-def test_wrap_hangs_the_same_exits_on_a_small_stem(make_backbone):
+def test_wrap_adds_the_same_exits_to_a_small_stem(make_backbone):
     model = wrap(make_backbone("resnet18"), small_stem=True, image_size=32).eval()
     assert [point.name for point in model.points] == ["layer1", "layer2", "layer3"]
     assert [point.taps[0].grid for point in model.points] == [(32, 32), (16, 16), (8, 8)]
