@@ -17,33 +17,21 @@ _MAX_PREFIX_TOKENS = 16
 _MAX_REDUCTION = 64
 
 
-@dataclass(frozen=True)
-class FamilyTraits:
-    """What a family's `feature_info` and shapes do not tell.
-
-    Args:
-        tapped_instead: Modules to tap instead of those that `feature_info` names, shallow to deep, `*` standing for
-            any one part of a path. Indices into `feature_info` then count these modules.
-        tokens_in_order: Whether tokens follow the image row by row, so that they can be read as a feature map.
-    """
-
-    tapped_instead: tuple[str, ...] = ()
-    tokens_in_order: bool = True
-
-
-# All the timm families that are special here, by class; the dry run tells everything about the others.
-_FAMILIES = {
+# By class, the timm families whose `feature_info` names other modules than can be tapped, with the modules to tap
+# instead, shallow to deep; `*` is any one part of a path. Indices into `feature_info` then count these modules.
+_TAPPED_INSTEAD = {
     # Names the containers of the first and the last, parallel stage only; the last one's end is that of the network.
-    "CoaT": FamilyTraits(tapped_instead=("serial_blocks*", "parallel_blocks.*")),
-    # Keeps its tokens in the order of its mask units until they are pooled.
-    "Hiera": FamilyTraits(tokens_in_order=False),
+    "CoaT": ("serial_blocks*", "parallel_blocks.*"),
     # Names a `stem` and a `stage1` that are no modules, and describes one branch of each of the others.
-    "HighResolutionNet": FamilyTraits(tapped_instead=("layer1", "stage*")),
+    "HighResolutionNet": ("layer1", "stage*"),
     # Names `block.0`, `block.1`, ... for what is `stages.0`, `stages.1`, ...
-    "MultiScaleVit": FamilyTraits(tapped_instead=("stages.*",)),
+    "MultiScaleVit": ("stages.*",),
     # Names `block.0`, `block.1`, ... for what is `blocks.0`, `blocks.1`, ...
-    "Twins": FamilyTraits(tapped_instead=("blocks.*",)),
+    "Twins": ("blocks.*",),
 }
+# Families whose tokens do not follow the image row by row, so that they cannot be read as a feature map: Hiera keeps
+# them in the order of its mask units until they are pooled.
+_UNORDERED_TOKENS = ("Hiera",)
 
 
 @dataclass(frozen=True)
@@ -91,16 +79,15 @@ class Reading:
 Ranks = list[tuple[tuple[float, ...], Reading]]
 
 
-def family_traits(backbone: Backbone) -> FamilyTraits:
-    """Return what is special about a timm backbone's family."""
-    names = [base.__name__ for base in type(backbone).__mro__ if base.__module__.startswith("timm.")]
-    return next((_FAMILIES[name] for name in names if name in _FAMILIES), FamilyTraits())
+def has_ordered_tokens(backbone: Backbone) -> bool:
+    """Whether a backbone's tokens follow the image row by row, so that they can be read as a feature map."""
+    return not any(name in _UNORDERED_TOKENS for name in _timm_classes(backbone))
 
 
 def resolve_feature_info(backbone: Backbone) -> dict[str, Candidate]:
     """Return the candidates that `feature_info` names and that are modules, in its order."""
     modules = dict(backbone.named_modules())
-    patterns = [re.escape(pattern).replace(r"\*", "[^.]*") for pattern in family_traits(backbone).tapped_instead]
+    patterns = [re.escape(pattern).replace(r"\*", "[^.]*") for pattern in _tapped_instead(backbone)]
     instead = [name for pattern in patterns for name in modules if re.fullmatch(pattern, name)]
     if instead:
         return {
@@ -126,7 +113,7 @@ def resolve_feature_info(backbone: Backbone) -> dict[str, Candidate]:
 
 def entries_without_module(backbone: Backbone, candidates: Mapping[str, Candidate]) -> tuple[str, ...]:
     """Return the names in `feature_info` that are no modules, and so no candidates."""
-    if family_traits(backbone).tapped_instead:
+    if _tapped_instead(backbone):
         return ()
     resolved = {index for candidate in candidates.values() for index in candidate.indices}
     return tuple(entry["module"] for index, entry in enumerate(backbone.feature_info) if index not in resolved)
@@ -164,6 +151,14 @@ def read_taps(
     clear = Counter(ranks[0][1].layout for taps in ranked.values() for ranks in taps if not _is_tie(ranks))
     usual = clear.most_common(1)[0][0] if clear else None
     return {name: tuple(_best_reading(ranks, usual) for ranks in taps) for name, taps in ranked.items() if taps}
+
+
+def _tapped_instead(backbone: Backbone) -> tuple[str, ...]:
+    return next((_TAPPED_INSTEAD[name] for name in _timm_classes(backbone) if name in _TAPPED_INSTEAD), ())
+
+
+def _timm_classes(backbone: Backbone) -> list[str]:
+    return [base.__name__ for base in type(backbone).__mro__ if base.__module__.startswith("timm.")]
 
 
 def _has_info(child: nn.Module, feature_info: object) -> bool:

@@ -9,7 +9,7 @@ from timm_selfdistill.exits.layout import (
     Layout,
     Reading,
     entries_without_module,
-    family_traits,
+    has_ordered_tokens,
     last_running_child,
     read_taps,
     resolve_feature_info,
@@ -168,7 +168,7 @@ def explore(backbone: Backbone, image_size: ImageSize | None = None, names: Sequ
             candidates[name] = Candidate(name, last_running_child(backbone, name, candidates))
     classifier = find_classifier(backbone)
     run = dry_run(backbone, [c.module for c in candidates.values()], classifier, image_size)
-    points = _prove(candidates, run, family_traits(backbone).tokens_in_order)
+    points = _prove(candidates, run, has_ordered_tokens(backbone))
     return Exploration(points, candidates, classifier, run, entries_without_module(backbone, candidates))
 
 
