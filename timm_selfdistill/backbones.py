@@ -18,7 +18,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from timm_selfdistill.exits import Backbone
 
-# timm's `features_only` takes five features if it is not told otherwise: stem and four stages.
+# timm's `features_only` takes five features by default: the stem and four stages.
 _FEATURES = {"out_indices": (0, 1, 2, 3)}
 _NESTED_FEATURES = {**_FEATURES, "flatten_sequential": True}
 

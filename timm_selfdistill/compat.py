@@ -3,7 +3,7 @@
 Checked with torch 2.15 and timm 1.0.31.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves  # flattens the argum
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was changed in place: autograd's counter, which nothing public tells."""
+    """Return how often a tensor was changed in place: autograd's counter, which has no public name."""
     return tensor._version
 
 
@@ -21,12 +21,16 @@ def forward_hooks(module: nn.Module, pre: bool) -> dict[int, Callable[..., Any]]
     return module._forward_pre_hooks if pre else module._forward_hooks
 
 
-def child_of(module: nn.Module, name: str) -> Any:
-    """Return a child, or what a wrapper such as torch.compile's hands on from inside; None if there is neither.
+def find_module(module: Any, path: Sequence[str]) -> Any:
+    """Return the module at a path, or None; a wrapper such as torch.compile's may hand on the names inside it.
 
-    `getattr` alone calls the wrapper's `__getattr__` for every level, on each forward.
+    `get_submodule` does the same several times slower, and this runs for every hook in every forward.
     """
-    return module._modules.get(name) or getattr(module, name, None)
+    for name in path:
+        module = module._modules.get(name) or getattr(module, name, None)
+        if module is None:
+            return None
+    return module
 
 
 def data_config_traits(backbone: nn.Module) -> dict[str, Any]:

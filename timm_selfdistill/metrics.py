@@ -208,7 +208,7 @@ def _score(logits: Tensor, target: Tensor) -> Tensor:
     """Turn logits [outputs, B, C] into [B, outputs, 7]: confidence, cross-entropy, the five most likely classes.
 
     Class indices are exact in float32 up to 2^24 classes, so that one tensor holds all. Labels outside the classes are
-    told apart later, without waiting for the device here.
+    found later, without waiting for the device here.
     """
     num_outputs, batch_size, num_classes = logits.shape
     ranked = logits.topk(min(_NUM_RANKED, num_classes)).indices

@@ -200,7 +200,7 @@ def _prove(candidates: dict[str, Candidate], run: DryRun, tokens_in_order: bool)
     points = []
     for position, (name, found) in enumerate(readings.items()):
         module = candidates[name].module
-        # Where nothing that can be counted runs, depth stands for cost.
+        # Depth is the cost where no operation runs that can be counted.
         cost = records[module].macs / run.total_macs if run.total_macs else (position + 1) / (len(fired) + 1)
         names = [name] if len(found) == 1 else [f"{name}[{reading.member}]" for reading in found]
         taps = [_tap(*pair, coarsest, tokens_in_order) for pair in zip(names, found, strict=True)]

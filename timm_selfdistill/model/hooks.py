@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.compat import TorchDispatchMode, child_of, forward_hooks, tree_leaves
+from timm_selfdistill.compat import TorchDispatchMode, find_module, forward_hooks, tree_leaves
 from timm_selfdistill.exits import Backbone, ExitPoint
 
 Visit = Callable[[int, tuple[Tensor, ...]], Tensor | None]
@@ -245,11 +245,9 @@ def _take_rows(value: Any, rows: Tensor, batch_size: int) -> Any:
 
 def _is_in_place(backbone: Backbone, hook: "partial[Any]", path: tuple[str, ...], pre: bool) -> bool:
     """Whether a hook is on the module at its path, with none but hooks of this file after it."""
-    module: Any = backbone
-    for part in path:
-        module = child_of(module, part)
-        if module is None:
-            return False
+    module = find_module(backbone, path)
+    if module is None:
+        return False
     # A copy, as another thread may add a hook meanwhile.
     for other in reversed(tuple(forward_hooks(module, pre).values())):
         if other is hook:

@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
 PREFIX: Final = "timm_selfdistill."
 
 _PARTS = ("train", "validation", "eval")
-# The keys of a recipe's data section that choose images; the others say how they are transformed and loaded.
+# The keys of a recipe's data section that choose images; the others define how they are transformed and loaded.
 _IMAGE_KEYS = (
     *("path", "name", "image", "target", "train_split", "eval_split", "validation", "eval_fraction"),
     *("allow_empty_classes", "check_duplicates", "max_train", "max_eval"),
@@ -153,7 +153,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
         if unknown := sorted(data.keys() - set(_IMAGE_KEYS)):
             raise ValueError(
                 f"data has the keys {', '.join(unknown)}; allowed are {', '.join(_IMAGE_KEYS)}. `transform` and "
-                "torchdistill's data loader say how images are transformed and loaded."
+                "torchdistill's data loader define how images are transformed and loaded."
             )
         opened = open_dataset(DataSection.model_validate(dict(data)), seed)
         split = getattr(opened, part)
