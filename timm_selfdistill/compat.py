@@ -16,21 +16,18 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
-def forward_hooks(module: nn.Module, pre: bool) -> dict[int, Callable[..., Any]]:
-    """Return a module's own ordered dict of hooks: torch has no public way to list, reorder or move hooks."""
-    return module._forward_pre_hooks if pre else module._forward_hooks
+def forward_hooks(module: Any, pre: bool, path: Sequence[str] = ()) -> dict[int, Callable[..., Any]]:
+    """Return the ordered dict of the hooks of a module, or of the one at a path in it; an empty one if there is none.
 
-
-def find_module(module: Any, path: Sequence[str]) -> Any:
-    """Return the module at a path, or None; a wrapper such as torch.compile's may hand on the names inside it.
-
-    `get_submodule` does the same several times slower, and this runs for every hook in every forward.
+    torch has no public way to list, reorder or move hooks. `get_submodule` is several times slower, and this runs for
+    every hook in every forward; a wrapper such as torch.compile's may hand on the names inside it.
     """
     for name in path:
         module = module._modules.get(name) or getattr(module, name, None)
         if module is None:
-            return None
-    return module
+            return {}
+    hooks: dict[int, Callable[..., Any]] = module._forward_pre_hooks if pre else module._forward_hooks
+    return hooks
 
 
 def data_config_traits(backbone: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.compat import TorchDispatchMode, find_module, forward_hooks, tree_leaves
+from timm_selfdistill.compat import TorchDispatchMode, forward_hooks, tree_leaves
 from timm_selfdistill.exits import Backbone, ExitPoint
 
 Visit = Callable[[int, tuple[Tensor, ...]], Tensor | None]
@@ -81,7 +81,7 @@ class Hooks:
     def run(self, backbone: Backbone, x: Tensor, *, stop_at: int | None = None, visit: Visit | None = None) -> Call:
         """Run the backbone and return what was recorded; raise RuntimeError if a module that is read did not run."""
         # A compiler could not trace it, and a compiled model sees no later change of its modules anyway.
-        if not torch.compiler.is_compiling() and not all(_is_in_place(backbone, *place) for place in self._places):
+        if not torch.compiler.is_compiling() and not all(_is_in_place(backbone, place) for place in self._places):
             self._attach(backbone)
         call = Call(self._mark, stop_at, visit)
         # There is an outer call where a user's hook runs the model again.
@@ -243,13 +243,11 @@ def _take_rows(value: Any, rows: Tensor, batch_size: int) -> Any:
     return value.reshape(batch_size, -1, *value.shape[1:])[rows].flatten(0, 1)
 
 
-def _is_in_place(backbone: Backbone, hook: "partial[Any]", path: tuple[str, ...], pre: bool) -> bool:
+def _is_in_place(backbone: Backbone, place: _Place) -> bool:
     """Whether a hook is on the module at its path, with none but hooks of this file after it."""
-    module = find_module(backbone, path)
-    if module is None:
-        return False
+    hook, path, pre = place
     # A copy, as another thread may add a hook meanwhile.
-    for other in reversed(tuple(forward_hooks(module, pre).values())):
+    for other in reversed(tuple(forward_hooks(backbone, pre, path).values())):
         if other is hook:
             return True
         if not _is_ours(other):
