@@ -81,13 +81,9 @@ class ExitPoint:
 
 @dataclass(frozen=True)
 class BackboneTaps:
-    """Where a backbone is tapped.
+    """Where a backbone is tapped: at its exits, shallow to deep, and where the teacher's feature enters its classifier.
 
-    Args:
-        points: The exits, shallow to deep.
-        classifier: The backbone's own classifier, whose input is the teacher's feature.
-        feature_dim: Width D of the teacher's feature.
-        feature_axes: For each module of the classifier, which dimension of its input holds the feature's channels.
+    `feature_dim` and `feature_axes` are those of `DryRun`.
     """
 
     points: tuple[ExitPoint, ...]
@@ -98,12 +94,10 @@ class BackboneTaps:
 
 @dataclass(frozen=True)
 class Exploration:
-    """Everything that one dry run tells about a backbone.
+    """Everything that one dry run tells about a backbone: all points that an exit can be attached to, shallow to deep.
 
-    Args:
-        points: All points that an exit can be attached to, shallow to deep.
-        candidates: What `feature_info` and the caller named, by name; some may be no points.
-        without_module: Names in `feature_info` that are no modules.
+    `candidates` are what `feature_info` and the caller named, by name, of which some may be no points;
+    `without_module` are the names in `feature_info` that are no modules.
     """
 
     points: tuple[ExitPoint, ...]

@@ -57,14 +57,10 @@ class Record:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one forward of zeros showed.
+    """What one forward of zeros showed: a record of each tapped module, by its path, and the teacher's feature.
 
-    Args:
-        records: What was seen at each tapped module, by its path.
-        image_size: Height and width of the image in pixels.
-        total_macs: Multiply-accumulates of the whole forward.
-        feature_dim: Width D of the teacher's feature.
-        feature_axes: For each module of the classifier, which dimension of its input holds the feature's channels.
+    `feature_dim` is its width D; `feature_axes` says, for each module of the classifier, which dimension of its input
+    holds the feature's channels.
     """
 
     records: dict[str, Record]

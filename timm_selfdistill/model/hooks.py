@@ -27,13 +27,10 @@ class ExitReached(Exception):
 
 
 class Call:
-    """One forward of a backbone, as the hooks saw it.
+    """One forward of a backbone, as the hooks with a mark saw it.
 
-    Args:
-        mark: Whose hooks record.
-        stop_at: Index of the exit at which the forward ends, or None.
-        visit: Called with the index and tensors of each tap. It returns the rows of the images that go on [B'], or
-            None for all of them; where it returns none, the forward ends.
+    It ends at the exit `stop_at`, or where `visit` returns no rows: that is called with the index and tensors of each
+    tap, and returns the rows of the images that go on [B'], or None for all of them.
 
     Attributes:
         taps: The tapped tensors of each exit that was reached, by its index; no tensors with `visit`.
