@@ -112,7 +112,7 @@ def test_layout_is_recognised(make_backbone, name, kwargs, layout, prefix, chann
 
 
 def test_member_of_a_tuple_is_tapped(make_backbone):
-    # PiT's stages return the feature map and the class tokens; behind its last there is nothing left to save.
+    # PiT's stages return the feature map and the class tokens; after its last there is nothing left to save.
     taps = tensors(find_exit_points(make_backbone("pit_ti_224", depth=[1, 1, 1])))
     assert [(tap.layout, tap.channels, tap.grid, tap.member) for tap in taps] == [
         ("NCHW", 64, (27, 27), 0),
@@ -163,7 +163,7 @@ def test_tokens_that_form_no_grid_can_be_tapped(tiny_net):
     assert [(tap.layout, tap.channels, tap.grid, tap.downsample) for tap in point.taps] == [("NLC", 8, None, 1)]
 
 
-def test_every_branch_that_feature_info_promises_is_tapped(make_backbone):
+def test_every_branch_that_feature_info_describes_is_tapped(make_backbone):
     points = find_exit_points(make_backbone("crossvit_tiny_240", embed_dim=[16, 32], num_heads=[2, 2])).points
     assert [point.name for point in points] == ["blocks.0", "blocks.1"]
     assert [(tap.name, tap.member, tap.channels, tap.grid, tap.num_prefix_tokens) for tap in points[0].taps] == [
@@ -179,7 +179,7 @@ def test_index_of_each_branch_means_the_same_exit(make_backbone):
         find_exit_points(backbone, [1, 4])
 
 
-def test_where_nothing_is_promised_all_tensors_are_tapped_once(tiny_net):
+def test_without_a_feature_info_entry_all_tensors_are_tapped_once(tiny_net):
     class Many(nn.Module):
         def forward(self, x):
             return [x, x, {"no": "tensor"}, x[:, :, ::2, ::2], x.flatten(2).transpose(1, 2)]

@@ -91,7 +91,7 @@ def test_return_exits_gives_logits_and_features_shallow_to_deep(make_backbone, f
 
 
 @torch.no_grad()
-def test_forward_exit_runs_nothing_behind_the_exit(make_backbone, family, images):
+def test_forward_exit_runs_nothing_after_the_exit(make_backbone, family, images):
     model = wrap(make_backbone(family), image_size=SIZE).eval()
     ran = []
     for name, module in model.named_modules():
@@ -357,7 +357,7 @@ def test_backbone_that_is_not_timms_can_be_wrapped(tiny_net):
     assert [z.shape for z in model(x, return_exits=True).logits] == [(4, 3)] * 3
 
 
-def test_model_answers_what_timm_asks_of_a_model(make_backbone, images):
+def test_model_has_what_timm_reads_from_a_model(make_backbone, images):
     model = wrap(make_backbone("resnet18"), image_size=SIZE).eval()
     backbone = model.backbone
     assert (model.num_exits, model.exit_names) == (3, ("layer1", "layer2", "layer3", "fc"))
@@ -462,11 +462,11 @@ def test_a_backbone_of_one_size_is_to_be_built_for_another(make_backbone):
     assert wrap("vit_tiny_patch16_224", num_classes=3, image_size=32, model_kwargs=kwargs).num_exits == 3
 
 
-def test_want_of_memory_is_no_fault_of_the_model(monkeypatch):
+def test_out_of_memory_is_not_blamed_on_the_model(monkeypatch):
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr("timm_selfdistill.exits.dry_run._forward", fail)
+    monkeypatch.setattr("timm_selfdistill.exits.probe._forward", fail)
     with pytest.raises(MemoryError):
         wrap("test_resnet")
 
@@ -746,12 +746,12 @@ def test_no_weight_decay_is_empty_where_timm_exempts_nothing(make_backbone):
     assert wrap(make_backbone("resnet18"), image_size=SIZE).no_weight_decay() == set()
 
 
-def test_exits_found_and_exits_hung_are_the_same(make_backbone, family):
+def test_exits_found_and_exits_added_are_the_same(make_backbone, family):
     backbone = make_backbone(family)
     assert find_exit_points(backbone, 2, SIZE).points == wrap(backbone, exits=2, image_size=SIZE).points
 
 
-def test_a_classifier_replaced_behind_the_models_back_is_told(make_backbone, images):
+def test_a_classifier_replaced_on_the_backbone_is_an_error(make_backbone, images):
     model = wrap(make_backbone("resnet18"), image_size=64)
     model.backbone.reset_classifier(3)
     with pytest.raises(RuntimeError, match=r"replace it by model\.reset_classifier"):

@@ -179,7 +179,7 @@ def test_every_model_of_timm(tmp_path):
     assert sweep(["--fresh", "--output", str(tmp_path / "models.jsonl"), "--report", str(tmp_path / "report.md")]) == 0
 
 
-def test_meta_device_gives_the_same_verdict():
+def test_meta_device_gives_the_same_result():
     subject = MEMBERS["SwinTransformer"]
     real, meta = (
         check_backbone(Subject(subject.name, device, model_kwargs=subject.model_kwargs)) for device in ("cpu", "meta")

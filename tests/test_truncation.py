@@ -1,4 +1,4 @@
-"""A network cut off behind an exit; every class of timm is in test_timm_families."""
+"""A network cut off after an exit; every class of timm is in test_timm_families."""
 
 import copy
 
@@ -124,9 +124,9 @@ def test_other_hooks_on_the_backbone_stay(model, images):
     assert sizes == [4]
 
 
-def test_a_layer_behind_the_exit_that_is_called_says_that_it_is_gone(model, images):
+def test_a_removed_layer_that_is_called_says_that_it_is_gone(model, images):
     small = sd.truncate(model, 0)
-    with pytest.raises(RuntimeError, match="lies behind the exit"):
+    with pytest.raises(RuntimeError, match="comes after the exit"):
         small.backbone(images)
 
 

@@ -82,8 +82,7 @@ class Registry(Generic[T]):
 
 
 def _is_signal(error: BaseException) -> bool:
-    """Whether an exception is that of a signal which came while an entry point was loaded."""
-    # Besides Python's own, this package's handlers of signals raise what is no Exception.
+    """Whether a signal raised this: Python's handlers, and this package's, which raise a BaseException."""
     ours = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
     return isinstance(error, KeyboardInterrupt) or (ours and not isinstance(error, Exception))
 

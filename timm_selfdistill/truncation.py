@@ -1,4 +1,4 @@
-"""A network that ends at an exit: what lies behind it is gone."""
+"""A network that ends at an exit: the layers after it are removed."""
 
 import copy
 from collections.abc import Iterator
@@ -8,24 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.exits import Backbone, ExitPoint, random_images, untouched
+from timm_selfdistill.compat import data_config_traits
+from timm_selfdistill.exits import Backbone, ExitPoint, random_images, unchanged
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.hooks import Hooks
-from timm_selfdistill.usage import Usage, watch_usage
+from timm_selfdistill.model.hooks import Hooks, Usage, watch_usage
 
-# A forward may ask for their length or run along them, so they stay, with their members removed.
+# A forward may read their length or run along them, so they stay, with their members removed.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def truncate(model: SelfDistillModel, exit: int) -> nn.Module:
-    """Cut a network off behind one of its exits.
+    """Cut a network off after one of its exits.
 
     Which modules the exit needs is seen in one forward. The others are not copied, and the result is tried in eval and
     train mode: what the backbone turns out to look at, though it does not run it, stays.
 
     Args:
-        model: The wrapped model; it stays as it is.
+        model: The wrapped model; it is not changed.
         exit: Index of the exit, 0 the shallowest; `num_exits` is the backbone's own classifier.
 
     Returns:
@@ -37,25 +37,24 @@ def truncate(model: SelfDistillModel, exit: int) -> nn.Module:
     """
     if not isinstance(model, SelfDistillModel):
         raise ValueError(f"Only a wrapped model has exits to cut at; got {type(model).__name__}: call wrap first.")
-    if not 0 <= exit <= model.num_exits:
-        raise ValueError(f"There is no exit {exit}; allowed are 0 to {model.num_exits} (the backbone's own).")
+    model.check_exit(exit)
     if exit == model.num_exits:
-        backbone: nn.Module = _copy_backbone(model, {})
+        backbone: nn.Module = model.copy_backbone({})
         return backbone
     x = random_images(model.backbone, model.wrap_config.image_size, 2)
-    with untouched(model), torch.no_grad(), watch_usage(model.backbone) as usage:
+    with unchanged(model), torch.no_grad(), watch_usage(model.backbone) as usage:
         expected = model.forward_exit(x, exit)
-    idle = list(_idle(model.backbone, usage))
-    small = _cut(model, exit, idle)
+    unused = list(_unused(model.backbone, usage))
+    small = _cut(model, exit, unused)
     if _gives(small, x, expected):
         return small
     removed: list[nn.Module] = []
-    while idle:
-        module = idle.pop()
+    while unused:
+        module = unused.pop()
         if _gives(_cut(model, exit, [*removed, module]), x, expected):
             removed.append(module)
         else:
-            idle += [child for child in module.children() if _has_tensors(child)]
+            unused += [child for child in module.children() if _has_tensors(child)]
     return _cut(model, exit, removed)
 
 
@@ -84,14 +83,7 @@ class TruncatedModel(nn.Module):
         self._hooks = Hooks(backbone, [point])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classify a batch.
-
-        Args:
-            x: Images [B, C, H, W].
-
-        Returns:
-            Logits [B, num_classes].
-        """
+        """Map images [B, C, H, W] to logits [B, num_classes]."""
         call = self._hooks.run(self.backbone, x, stop_at=0)
         return self.head.classify(*call.taps[0])
 
@@ -103,7 +95,7 @@ class TruncatedModel(nn.Module):
     @property
     def _traits(self) -> dict[str, Any]:
         """What timm's `resolve_input_data_config` reads the backbone's image size from."""
-        return dict(getattr(self.backbone, "_traits", {}))
+        return data_config_traits(self.backbone)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Switch gradient checkpointing of the backbone."""
@@ -116,22 +108,22 @@ class TruncatedModel(nn.Module):
 
 
 class _Removed(nn.Module):
-    """What stands for a module behind the exit: it holds nothing, and never runs."""
+    """Takes the place of a module after the exit; it holds nothing, and never runs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("This layer lies behind the exit that the network was truncated at; it is gone.")
+        raise RuntimeError("This layer comes after the exit that the network was truncated at; it is gone.")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Do nothing: timm's models tell all their stages."""
+        """Do nothing: timm's models call this on all their stages."""
 
 
-def _idle(module: nn.Module, usage: Usage) -> Iterator[nn.Module]:
-    """Return the largest modules below one of which nothing was used."""
+def _unused(module: nn.Module, usage: Usage) -> Iterator[nn.Module]:
+    """Return the largest modules inside another of which nothing was used."""
     for child in module.children():
         if not _has_tensors(child):
             continue
         if type(child) in _CONTAINERS or _is_used(child, usage):
-            yield from _idle(child, usage)
+            yield from _unused(child, usage)
         else:
             yield child
 
@@ -147,29 +139,19 @@ def _has_tensors(module: nn.Module) -> bool:
 
 
 def _cut(model: SelfDistillModel, exit: int, removed: list[nn.Module]) -> TruncatedModel:
-    """Return a copy of the model up to an exit, without the modules that are to be removed."""
-    head = model.heads[exit]
-    assert isinstance(head, ExitHead)
-    backbone = _copy_backbone(model, {id(module): _Removed() for module in removed})
+    """Return a copy of the model up to an exit, without the removed modules."""
+    head = model.head_of(exit)
+    backbone = model.copy_backbone({id(module): _Removed() for module in removed})
     return TruncatedModel(backbone, copy.deepcopy(head, {id(head.adapter): nn.Identity()}), model.points[exit])
-
-
-def _copy_backbone(model: SelfDistillModel, replaced: dict[int, nn.Module]) -> Backbone:
-    """Return a copy of the backbone that has no hooks of the exits, with some modules, by their id, replaced."""
-    # What is in the memo counts as copied already, so it is not copied.
-    memo: dict[int, Any] = dict(replaced)
-    backbone = copy.deepcopy(model.backbone, memo)
-    model._hooks.remove(backbone)
-    return backbone
 
 
 def _gives(small: TruncatedModel, x: Tensor, expected: Tensor) -> bool:
     """Whether a truncated model gives the expected logits in eval mode and runs in train mode."""
     trial = copy.deepcopy(small)
     try:
-        with untouched(trial), torch.no_grad():
+        with unchanged(trial), torch.no_grad():
             logits = trial(x)
             trial.train()(x)
-    except Exception:  # whatever the backbone raises, it means that it misses something
+    except Exception:  # any error of the backbone means that it misses something
         return False
     return logits.is_meta or torch.allclose(logits, expected, equal_nan=True)

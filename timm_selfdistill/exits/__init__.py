@@ -1,9 +1,17 @@
 """Where a backbone can be tapped: the points that `feature_info` names, proved by one dry run."""
 
-from timm_selfdistill.exits.candidates import Backbone, Classifier
-from timm_selfdistill.exits.choose import BackboneTaps, Exits, choose, find_exit_points, named_modules
-from timm_selfdistill.exits.dry_run import pool_feature, random_images, untouched
-from timm_selfdistill.exits.points import ExitPoint, Exploration, Tap, explore
+from timm_selfdistill.exits.points import (
+    BackboneTaps,
+    ExitPoint,
+    Exits,
+    Exploration,
+    Tap,
+    choose,
+    explore,
+    find_exit_points,
+    named_modules,
+)
+from timm_selfdistill.exits.probe import Backbone, Classifier, ImageSize, pool_feature, random_images, unchanged
 
 __all__ = [
     "Backbone",
@@ -12,6 +20,7 @@ __all__ = [
     "ExitPoint",
     "Exits",
     "Exploration",
+    "ImageSize",
     "Tap",
     "choose",
     "explore",
@@ -19,5 +28,5 @@ __all__ = [
     "named_modules",
     "pool_feature",
     "random_images",
-    "untouched",
+    "unchanged",
 ]

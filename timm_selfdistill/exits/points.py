@@ -1,22 +1,36 @@
-"""Every point of a backbone that an exit could hang on, proved by one dry run."""
+"""Every point of a backbone that an exit can be attached to, proved by one dry run, and the choice among them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from timm_selfdistill.exits.candidates import (
-    Backbone,
+from timm_selfdistill.exits.layout import (
     Candidate,
-    Classifier,
-    check_contract,
+    Layout,
+    Reading,
     entries_without_module,
-    find_classifier,
+    has_ordered_tokens,
     last_running_child,
-    oddity_of,
+    read_taps,
     resolve_feature_info,
 )
-from timm_selfdistill.exits.dry_run import DryRun, dry_run
-from timm_selfdistill.exits.layout import Layout, Reading, read_taps
+from timm_selfdistill.exits.probe import (
+    Backbone,
+    Classifier,
+    DryRun,
+    ImageSize,
+    check_contract,
+    dry_run,
+    find_classifier,
+)
+
+Exits = int | Sequence[int | float | str]
+
+_DEFAULT_EXITS = 3
+# A tap below the first share is too shallow to classify from, one above the second saves nothing.
+_MIN_COST, _MAX_COST = 0.02, 0.97
+# Finer maps than the paper's finest are stems: tapped only where a backbone has too few other points.
+_MAX_DOWNSAMPLE = 8
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,7 @@ class Tap:
 
 @dataclass(frozen=True)
 class ExitPoint:
-    """A place in a backbone that an exit hangs on, as the dry run found it.
+    """A place in a backbone that an exit is attached to, as the dry run found it.
 
     Args:
         name: Module path as `feature_info` or the caller gives it; the name that reports show.
@@ -66,15 +80,24 @@ class ExitPoint:
 
 
 @dataclass(frozen=True)
-class Exploration:
-    """Everything that one dry run tells about a backbone.
+class BackboneTaps:
+    """Where a backbone is tapped: at its exits, shallow to deep, and where the teacher's feature enters its classifier.
 
-    Args:
-        points: All points that an exit could hang on, shallow to deep.
-        candidates: What `feature_info` and the caller named, by name; some may be no points.
-        classifier: The backbone's own classifier.
-        run: What the dry run showed.
-        without_module: Names in `feature_info` that are no modules.
+    `feature_dim` and `feature_axes` are those of `DryRun`.
+    """
+
+    points: tuple[ExitPoint, ...]
+    classifier: Classifier
+    feature_dim: int
+    feature_axes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """Everything that one dry run tells about a backbone: all points that an exit can be attached to, shallow to deep.
+
+    `candidates` are what `feature_info` and the caller named, by name, of which some may be no points;
+    `without_module` are the names in `feature_info` that are no modules.
     """
 
     points: tuple[ExitPoint, ...]
@@ -84,7 +107,7 @@ class Exploration:
     without_module: tuple[str, ...]
 
     def faults(self) -> dict[str, str]:
-        """Return why exits cannot hang on the other things that `feature_info` and the caller named, by name."""
+        """Return why the other things that `feature_info` and the caller named are no points, by name."""
         points = {point.name for point in self.points}
         return {
             **dict.fromkeys(self.without_module, "is no module"),
@@ -92,7 +115,7 @@ class Exploration:
         }
 
     def fault(self, name: str) -> str:
-        """Return why the candidate of this name is no point that an exit could hang on."""
+        """Return why the candidate of this name is no point that an exit can be attached to."""
         record = self.run.records[self.candidates[name].module]
         if record.calls != 1:
             return f"runs {record.calls} times" if record.calls else "never runs"
@@ -103,18 +126,31 @@ class Exploration:
         return [self.run.records[point.module].shapes[tap.member or 0] for tap in point.taps]
 
 
-def explore(
-    backbone: Backbone, image_size: int | tuple[int, int] | None = None, names: Sequence[str] = ()
-) -> Exploration:
-    """Find every point that an exit could hang on, by one forward of zeros that leaves the backbone as it was.
+def find_exit_points(
+    backbone: Backbone, exits: Exits | None = None, image_size: ImageSize | None = None
+) -> BackboneTaps:
+    """Choose exit points and prove them by one forward of zeros that leaves the backbone unchanged.
 
     Args:
-        backbone: A timm model, or a module that follows timm's contract.
+        backbone: A timm model, or a module that follows timm's contract (`feature_info`, `get_classifier`,
+            `num_classes`, `num_features`).
+        exits: How many exits, spread evenly over the backbone's cost; or for each exit an index into `feature_info`
+            (int), a share of the cost (float) or a module path (str). By default three, as in the paper, or fewer
+            where the backbone has fewer stages.
         image_size: Input height and width of the dry run in pixels; the backbone's own by default.
-        names: Paths of modules to look at beside those that `feature_info` names.
 
     Returns:
-        What was found.
+        The exit points from shallow to deep, and where the teacher's feature is read.
+
+    Raises:
+        ValueError: If the backbone does not follow the contract or has no classifier, or if an exit does not exist, is
+            named twice or never, or is at a module that does not run exactly once or whose output is overwritten.
+    """
+    return choose(explore(backbone, image_size, named_modules(exits)), exits)
+
+
+def explore(backbone: Backbone, image_size: ImageSize | None = None, names: Sequence[str] = ()) -> Exploration:
+    """Find every point that an exit can be attached to; `names` are module paths to look at besides `feature_info`'s.
 
     Raises:
         ValueError: If the backbone does not follow the contract or has no classifier, or a named module does not exist.
@@ -126,12 +162,28 @@ def explore(
             candidates[name] = Candidate(name, last_running_child(backbone, name, candidates))
     classifier = find_classifier(backbone)
     run = dry_run(backbone, [c.module for c in candidates.values()], classifier, image_size)
-    points = _prove(candidates, run, oddity_of(backbone).tokens_in_order)
-    without_module = tuple(entries_without_module(backbone, candidates))
-    return Exploration(tuple(points), candidates, classifier, run, without_module)
+    points = _prove(candidates, run, has_ordered_tokens(backbone))
+    return Exploration(points, candidates, classifier, run, entries_without_module(backbone, candidates))
 
 
-def _prove(candidates: dict[str, Candidate], run: DryRun, tokens_in_order: bool) -> list[ExitPoint]:
+def named_modules(exits: Exits | None) -> tuple[str, ...]:
+    """Return the module paths in a choice of exits; raise ValueError if it is neither a number nor a list."""
+    if isinstance(exits, int | None):
+        return ()
+    if isinstance(exits, str) or not isinstance(exits, Sequence) or not exits:
+        raise ValueError(
+            f"exits={exits!r}: give a number, or a list of feature_info indices, cost shares or module names."
+        )
+    return tuple(item for item in exits if isinstance(item, str))
+
+
+def choose(found: Exploration, exits: Exits | None) -> BackboneTaps:
+    """Choose among the points that were found; for the forms of `exits` and the errors see `find_exit_points`."""
+    run = found.run
+    return BackboneTaps(tuple(_choose(found, exits)), found.classifier, run.feature_dim, run.feature_axes)
+
+
+def _prove(candidates: dict[str, Candidate], run: DryRun, tokens_in_order: bool) -> tuple[ExitPoint, ...]:
     """Return an exit point for each candidate that ran exactly once and was kept, in the order in which they ran."""
     records = run.records
     fired = [c for c in candidates.values() if records[c.module].calls == 1 and not records[c.module].overwritten]
@@ -141,25 +193,88 @@ def _prove(candidates: dict[str, Candidate], run: DryRun, tokens_in_order: bool)
     coarsest = max(filter(math.isfinite, reductions), default=1.0)
     points = []
     for position, (name, found) in enumerate(readings.items()):
-        candidate = candidates[name]
-        # Where nothing that can be counted runs, depth stands for cost.
-        cost = records[candidate.module].macs / run.total_macs if run.total_macs else (position + 1) / (len(fired) + 1)
-        taps = [
-            _tap(name if len(found) == 1 else f"{name}[{reading.member}]", reading, coarsest, tokens_in_order)
-            for reading in found
-        ]
-        points.append(ExitPoint(name, candidate.module, cost, tuple(taps)))
-    return points
+        module = candidates[name].module
+        # Depth is the cost where no operation runs that can be counted.
+        cost = records[module].macs / run.total_macs if run.total_macs else (position + 1) / (len(fired) + 1)
+        names = [name] if len(found) == 1 else [f"{name}[{reading.member}]" for reading in found]
+        taps = [_tap(*pair, coarsest, tokens_in_order) for pair in zip(names, found, strict=True)]
+        points.append(ExitPoint(name, module, cost, tuple(taps)))
+    return tuple(points)
 
 
 def _tap(name: str, reading: Reading, coarsest: float, tokens_in_order: bool) -> Tap:
-    is_map = reading.layout in ("NCHW", "NHWC") or tokens_in_order
     return Tap(
         name=name,
         layout=reading.layout,
         channels=reading.channels,
-        grid=reading.grid if is_map else None,
+        grid=reading.grid if reading.layout in ("NCHW", "NHWC") or tokens_in_order else None,
         num_prefix_tokens=reading.num_prefix_tokens,
         downsample=max(1, round(coarsest / reading.reduction)),
         member=reading.member,
     )
+
+
+def _choose(found: Exploration, exits: Exits | None) -> list[ExitPoint]:
+    """Return the requested exit points from shallow to deep."""
+    useful = [p for p in found.points if _MIN_COST <= p.cost <= _MAX_COST]
+    if exits is None:
+        if not useful:
+            raise ValueError(
+                f"No exit point lies between {_MIN_COST:.0%} and {_MAX_COST:.0%} of this backbone's cost; name others: "
+                f"exits=[...] takes the path of any module that runs once. Those found are {_names(found.points)}."
+            )
+        exits = min(_DEFAULT_EXITS, len(useful))
+    if isinstance(exits, int):
+        if isinstance(exits, bool) or not 1 <= exits <= len(useful):
+            raise ValueError(f"exits={exits}: this backbone has {len(useful)} useful exit points ({_names(useful)}).")
+        stage_ends = [p for p in useful if p.downsample <= _MAX_DOWNSAMPLE]
+        points = stage_ends if len(stage_ends) >= exits else useful
+        return _nearest(points, [(k + 1) / (exits + 1) for k in range(exits)])
+    chosen = [_pick(item, found) for item in exits if not isinstance(item, float)]
+    free = [point for point in useful if point not in chosen]
+    shares = sorted(item for item in exits if isinstance(item, float))
+    wrong = [share for share in shares if not 0 < share < 1]
+    if wrong or len(set(shares)) < len(shares) or len(shares) > len(free):
+        raise ValueError(
+            f"exits={list(exits)!r}: cost shares lie between 0 and 1, are all different, and take an exit point each; "
+            f"left for them are {len(free)}: {_names(free)}."
+        )
+    chosen += _nearest(free, shares)
+    if len({point.module for point in chosen}) != len(chosen):
+        raise ValueError(f"exits={list(exits)!r} names the same exit point twice: {_names(chosen)}.")
+    return sorted(chosen, key=lambda point: found.run.records[point.module].order)
+
+
+def _pick(item: int | str, found: Exploration) -> ExitPoint:
+    """Return the exit point that an index or a name means."""
+    if isinstance(item, bool) or not isinstance(item, int | str):
+        raise ValueError(f"An exit is a feature_info index, a cost share or a module name, not {item!r}.")
+    if isinstance(item, int):
+        indexed = {index: candidate.name for candidate in found.candidates.values() for index in candidate.indices}
+        if item not in indexed:
+            allowed = ", ".join(f"{index} ({name})" for index, name in sorted(indexed.items()))
+            raise ValueError(f"feature_info has no module at index {item}; allowed are {allowed or 'none'}.")
+        item = indexed[item]
+    point = next((point for point in found.points if point.name == item), None)
+    if point is None:
+        raise ValueError(
+            f"Module {item!r} {found.fault(item)} in a forward, so it can have no exit; exit points are "
+            f"{_names(found.points)}, and any module that runs once is allowed."
+        )
+    return point
+
+
+def _nearest(points: list[ExitPoint], shares: Sequence[float]) -> list[ExitPoint]:
+    """Return one point for each share of the cost, the nearest in order, none twice."""
+    chosen: list[ExitPoint] = []
+    start = 0
+    for done, share in enumerate(shares):
+        stop = len(points) - (len(shares) - done - 1)
+        index = min(range(start, stop), key=lambda i: abs(points[i].cost - share))
+        chosen.append(points[index])
+        start = index + 1
+    return chosen
+
+
+def _names(points: Sequence[ExitPoint]) -> str:
+    return ", ".join(point.name for point in points) or "none"

@@ -29,16 +29,12 @@ class Ensemble:
 
     @classmethod
     def mean(cls, outputs: int) -> Self:
-        """Return the mean of the logits of so many outputs, K + 1."""
+        """Return the mean of the logits of `outputs` outputs, K + 1 of a model."""
         return cls((1 / outputs,) * outputs)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Return what `to_json` was called on.
-
-        Raises:
-            ValueError: If it is something else.
-        """
+        """Return what `to_json` was called on; raise ValueError for anything else."""
         try:
             return cls(tuple(float(weight) for weight in value["weights"]))
         except (LookupError, TypeError) as error:
@@ -68,5 +64,5 @@ class Ensemble:
         if len(logits) != len(self.weights):
             raise ValueError(f"The ensemble has {len(self.weights)} weights for the logits of {len(logits)} outputs.")
         members = zip(self.weights, logits, strict=True)
-        # What weighs nothing may be no number.
+        # A member of weight 0 may be NaN.
         return sum((weight * member for weight, member in members if weight), start=logits[0].new_zeros(()))

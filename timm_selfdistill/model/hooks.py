@@ -1,37 +1,36 @@
-"""The hooks by which a model reads its backbone, and what they record in one call.
+"""The hooks by which a model reads its backbone, what they record in one call, and what a forward uses.
 
-What is recorded belongs to the call that is under way in the hook's own thread, so that one model may serve many of
-them. A hook holds no model but its mark: a copy of a module, such as PEFT makes of a classifier, is read as well.
+What is recorded belongs to the call that is under way in the hook's own thread, so that one model may serve several
+threads. A hook holds no model, only its mark: a copy of a module, such as PEFT makes of a classifier, is read as well.
 """
 
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from timm_selfdistill.compat import TorchDispatchMode, forward_hooks, tree_leaves
 from timm_selfdistill.exits import Backbone, ExitPoint
 
 Visit = Callable[[int, tuple[Tensor, ...]], Tensor | None]
-_HookDict = dict[int, Callable[..., Any]]
 
 
-class Reached(Exception):
-    """Ends a backbone's forward at an exit: the one that was asked for, or one where no image is left."""
+class ExitReached(Exception):
+    """Ends a backbone's forward at the requested exit, or at one where no image is left."""
 
 
 class Call:
-    """One forward of a backbone, as the hooks saw it.
+    """One forward of a backbone, as the hooks with a mark saw it.
 
-    Args:
-        mark: Whose hooks record.
-        stop_at: Index of the exit at which the forward ends, or None.
-        visit: Shown the index and tensors of each tap. It returns the rows of the images that go on [B'], or None for
-            all of them; where it returns none, the forward ends.
+    It ends at the exit `stop_at`, or where `visit` returns no rows: that is called with the index and tensors of each
+    tap, and returns the rows of the images that go on [B'], or None for all of them.
 
     Attributes:
         taps: The tapped tensors of each exit that was reached, by its index; no tensors with `visit`.
@@ -49,46 +48,27 @@ class Call:
 
 
 class _Thread(threading.local):
-    """The call that is under way in this thread."""
-
-    call: Call | None = None
+    call: Call | None = None  # the one that is under way in this thread
 
 
 _THREAD = _Thread()
 _REPAIR = threading.Lock()
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a hook belongs: before (`pre`) or behind the forward of the module at a path."""
-
-    path: tuple[str, ...]
-    pre: bool
-    hook: "partial[Any]"
+# A hook, the path of the module where it belongs, and whether it runs before the module's forward.
+_Place = tuple["partial[Any]", tuple[str, ...], bool]
 
 
 class Hooks:
     """The hooks of one model on its backbone.
 
-    They stand behind all other hooks: so what they record is what the backbone goes on with, and a user's hook also
-    fires where the forward ends. When a module was replaced after wrapping, as fusing does, they move to the one that
-    took its place.
-
-    Args:
-        backbone: The timm model.
-        points: The exits.
-        classifiers: Paths of the modules of the backbone's classifier, whose input is recorded.
-
-    Raises:
-        RuntimeError: If the backbone has no such module.
+    They run after all other hooks: so what they record is what the backbone goes on with, and a user's hook also fires
+    where the forward ends. When a module was replaced after wrapping, as fusing does, they move to its replacement.
+    `classifiers` are the paths of the modules of the backbone's classifier, whose input is recorded.
     """
 
     def __init__(self, backbone: Backbone, points: Sequence[ExitPoint], classifiers: Sequence[str] = ()) -> None:
         self._mark = uuid.uuid4().hex
         self._points = tuple(points)
-        self._classifiers = tuple(classifiers)
-        self._places: tuple[_Place, ...] = ()
-        self._attach(backbone)
+        self.read_classifiers(backbone, classifiers)
 
     def read_classifiers(self, backbone: Backbone, classifiers: Sequence[str]) -> None:
         """Record from now on what enters these modules of the backbone's classifier."""
@@ -96,13 +76,9 @@ class Hooks:
         self._attach(backbone)
 
     def run(self, backbone: Backbone, x: Tensor, *, stop_at: int | None = None, visit: Visit | None = None) -> Call:
-        """Run the backbone and return what was recorded; the arguments are those of `Call`.
-
-        Raises:
-            RuntimeError: If a module that is read is gone, or did not run.
-        """
+        """Run the backbone and return what was recorded; raise RuntimeError if a module that is read did not run."""
         # A compiler could not trace it, and a compiled model sees no later change of its modules anyway.
-        if not torch.compiler.is_compiling() and not all(_is_in_place(place, backbone) for place in self._places):
+        if not torch.compiler.is_compiling() and not all(_is_in_place(backbone, place) for place in self._places):
             self._attach(backbone)
         call = Call(self._mark, stop_at, visit)
         # There is an outer call where a user's hook runs the model again.
@@ -110,7 +86,7 @@ class Hooks:
         try:
             _THREAD.call = call
             call.output = backbone(x)
-        except Reached:
+        except ExitReached:
             return call
         finally:
             # Recomputation under gradient checkpointing calls the hooks again: by then they record nothing.
@@ -134,21 +110,25 @@ class Hooks:
         finally:
             _THREAD.call = outer
 
-    def remove(self, backbone: Backbone) -> None:
-        """Remove the hooks from the backbone, or from a copy of it."""
-        self._remove_others(backbone, ())
+    def remove(self, backbone: Backbone, kept: Sequence["partial[Any]"] = ()) -> None:
+        """Remove this model's hooks from the backbone, or from a copy of it, except those that are kept."""
+        for module in backbone.modules():
+            for hooks in (forward_hooks(module, True), forward_hooks(module, False)):
+                for key, hook in list(hooks.items()):
+                    if _is_ours(hook) and hook.args[0] == self._mark and not any(hook is other for other in kept):
+                        del hooks[key]
 
     def _attach(self, backbone: Backbone) -> None:
-        """Put every hook behind all others on the module where it belongs now, and remove it from any other."""
+        """Put every hook after all others on the module where it belongs now, and remove it from any other."""
         with _REPAIR:
-            self._places = tuple(
-                _Place(tuple(path.split(".")), pre, _put(hook, backbone.get_submodule(path), pre))
+            self._places: tuple[_Place, ...] = tuple(
+                (_put(hook, backbone.get_submodule(path), pre), tuple(path.split(".")), pre)
                 for path, pre, hook in self._wanted(backbone)
             )
-            self._remove_others(backbone, [place.hook for place in self._places])
+            self.remove(backbone, [hook for hook, _, _ in self._places])
 
     def _wanted(self, backbone: Backbone) -> Iterator[tuple[str, bool, "partial[Any]"]]:
-        """Yield each hook with the path of the module where it belongs, and whether before its forward."""
+        """Yield each hook with the path of the module where it belongs, and whether it runs before the forward."""
         for index, point in enumerate(self._points):
             paths = [path for path in _prefixes(point.module, point.name) if _can_run(backbone, path)]
             if not paths:
@@ -158,19 +138,52 @@ class Hooks:
                 yield path, True, partial(_enter, self._mark, index)
                 yield path, False, partial(_leave, self._mark, index, members)
         for name in self._classifiers:
-            # Fusing may put one module in the place of a classifier and what holds it: they read the same.
+            # Fusing may replace a classifier together with the module that holds it: they read the same.
             held = [path for path in _prefixes(name) if _can_run(backbone, path)]
             if not held or (held[-1] != name and list(backbone.get_submodule(held[-1]).children())):
                 raise _gone(backbone, name)
             yield held[-1], True, partial(_record_feature, self._mark, name)
 
-    def _remove_others(self, backbone: Backbone, kept: Sequence["partial[Any]"]) -> None:
-        """Remove this model's hooks from a backbone, but for those that are kept."""
-        for module in backbone.modules():
-            for hooks in (_hooks_of(module, True), _hooks_of(module, False)):
-                for key, hook in list(hooks.items()):
-                    if _is_ours(hook) and hook.args[0] == self._mark and not any(hook is other for other in kept):
-                        del hooks[key]
+
+@dataclass
+class Usage:
+    """What a forward used: the modules that ran, and the parameters and buffers that were read, by their id."""
+
+    modules: set[nn.Module] = field(default_factory=set)
+    tensors: dict[int, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def watch_usage(model: nn.Module) -> Iterator[Usage]:
+    """Record what the body uses of a model, in its own thread: others may use the model at the same time.
+
+    Some modules apply the weight of another one that never runs itself, and some cache in eval mode what they computed
+    from theirs: so what an operation reads counts, and what a module that runs owns.
+    """
+    usage = Usage()
+    thread = threading.get_ident()
+    known = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
+
+    def note(values: Any) -> None:
+        usage.tensors.update({id(value): value for value in values if id(value) in known})
+
+    def note_module(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == thread:
+            usage.modules.add(module)
+            note(chain(module.parameters(recurse=False), module.buffers(recurse=False)))
+
+    class OperandWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            note(tree_leaves((args, kwargs)))
+            return func(*args, **(kwargs or {}))
+
+    handles = [module.register_forward_pre_hook(note_module) for module in model.modules()]
+    try:
+        with OperandWatch():  # type: ignore[no-untyped-call]
+            yield usage
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _enter(mark: str, index: int, module: nn.Module, args: Any) -> None:
@@ -181,12 +194,9 @@ def _enter(mark: str, index: int, module: nn.Module, args: Any) -> None:
 
 
 def _leave(mark: str, index: int, members: tuple[int | None, ...], module: nn.Module, args: Any, output: Any) -> Any:
-    """Read what the outermost running module of an exit returned, as a forward hook.
+    """Read what the outermost running module of an exit returned, as a forward hook; return what replaces it, or None.
 
     The backbone may run a container or, as under gradient checkpointing, its children.
-
-    Returns:
-        What takes the output's place, or None to leave it.
     """
     call = _THREAD.call
     if call is None or call.mark != mark:
@@ -198,14 +208,14 @@ def _leave(mark: str, index: int, members: tuple[int | None, ...], module: nn.Mo
     if call.visit is None:
         call.taps[index] = tapped
         if call.stop_at == index:
-            raise Reached
+            raise ExitReached
         return None
     call.taps[index] = ()
     rows = call.visit(index, tapped)
     if rows is None:
         return None
     if not len(rows):
-        raise Reached
+        raise ExitReached
     return _take_rows(output, rows, len(tapped[0]))
 
 
@@ -219,7 +229,7 @@ def _record_feature(mark: str, name: str, module: nn.Module, args: Any) -> None:
 def _take_rows(value: Any, rows: Tensor, batch_size: int) -> Any:
     """Return a module's output for some images of the batch only.
 
-    A tensor that has several rows an image (as TNT's patches have pixels) keeps all rows of an image together.
+    A tensor that has several rows per image (as TNT's patches have pixels) keeps all rows of an image together.
     """
     if isinstance(value, tuple | list):
         return type(value)(_take_rows(member, rows, batch_size) for member in value)
@@ -230,31 +240,25 @@ def _take_rows(value: Any, rows: Tensor, batch_size: int) -> Any:
     return value.reshape(batch_size, -1, *value.shape[1:])[rows].flatten(0, 1)
 
 
-def _is_in_place(place: _Place, backbone: Backbone) -> bool:
-    """Whether a hook is on the module at its path, with none but hooks of this file behind it."""
-    module: Any = backbone
-    for part in place.path:
-        # Some wrappers, as torch.compile's, hand on the names of the module inside.
-        module = module._modules.get(part) or getattr(module, part, None)
-        if module is None:
-            return False
+def _is_in_place(backbone: Backbone, place: _Place) -> bool:
+    """Whether a hook is on the module at its path, with none but hooks of this file after it."""
+    hook, path, pre = place
     # A copy, as another thread may add a hook meanwhile.
-    for hook in reversed(tuple(_hooks_of(module, place.pre).values())):
-        if hook is place.hook:
+    for other in reversed(tuple(forward_hooks(backbone, pre, path).values())):
+        if other is hook:
             return True
-        if not _is_ours(hook):
+        if not _is_ours(other):
             return False
     return False
 
 
 def _put(hook: "partial[Any]", module: nn.Module, pre: bool) -> "partial[Any]":
-    """Put a hook, or its like that is there already, behind the other hooks of a module, and return it."""
-    hooks: Any = _hooks_of(module, pre)
+    """Put a hook, or an equal one that is there already, after the other hooks of a module, and return it."""
+    hooks: Any = forward_hooks(module, pre)
     for key, other in list(hooks.items()):
         if _is_ours(other) and (other.func, other.args) == (hook.func, hook.args):
             hooks.move_to_end(key)
-            found: partial[Any] = other
-            return found
+            return other
     if pre:
         module.register_forward_pre_hook(hook)
     else:
@@ -266,15 +270,10 @@ def _is_ours(hook: Callable[..., Any]) -> TypeGuard["partial[Any]"]:
     return isinstance(hook, partial) and hook.func in (_enter, _leave, _record_feature)
 
 
-def _hooks_of(module: nn.Module, pre: bool) -> _HookDict:
-    return module._forward_pre_hooks if pre else module._forward_hooks
-
-
-def _prefixes(path: str, shortest: str | None = None) -> list[str]:
+def _prefixes(path: str, shortest: str = "") -> list[str]:
     """Return the paths of a module and of what holds it, the outermost first."""
     parts = path.split(".")
-    start = 1 if shortest is None else len(shortest.split("."))
-    return [".".join(parts[:end]) for end in range(start, len(parts) + 1)]
+    return [".".join(parts[:end]) for end in range(shortest.count(".") + 1, len(parts) + 1)]
 
 
 def _can_run(backbone: Backbone, path: str) -> bool:

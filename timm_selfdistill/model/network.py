@@ -1,6 +1,7 @@
 """A timm backbone with classifiers on its intermediate features."""
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from timm_selfdistill.compat import data_config_traits
 from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, find_exit_points, pool_feature
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model.ensemble import Ensemble
@@ -43,12 +45,12 @@ class WrapConfig:
 class SelfDistillModel(nn.Module):
     """A timm backbone and its exits; made by `wrap`.
 
-    `model(x)` is the backbone's own forward, bit for bit. It answers what timm asks of a model; `backbone` is the
-    untouched timm model.
+    `model(x)` is the backbone's own forward, bit for bit. It has the methods and attributes that timm reads from a
+    model; `backbone` is the timm model itself.
 
     Args:
         backbone: The timm model.
-        taps: Where the exits hang and where the teacher's feature is read.
+        taps: Where the exits and the teacher's feature are read.
         config: How the backbone was wrapped.
 
     Attributes:
@@ -70,7 +72,7 @@ class SelfDistillModel(nn.Module):
         self._hooks = Hooks(backbone, taps.points, taps.classifier.modules)
 
     def train(self, mode: bool = True) -> "SelfDistillModel":
-        """Set the mode; where `backbone_frozen` is set, the backbone stays in eval mode: its batch statistics rest."""
+        """Set the mode; with `backbone_frozen` the backbone stays in eval mode, and keeps its batch statistics."""
         super().train(mode)
         if self.backbone_frozen:
             self.backbone.eval()
@@ -100,7 +102,7 @@ class SelfDistillModel(nn.Module):
         return ExitOutput((*(out[0] for out in outputs), logits), (*(out[1] for out in outputs), feature))
 
     def forward_exit(self, x: Tensor, exit: int) -> Tensor:
-        """Classify a batch at one exit, running nothing behind it.
+        """Classify a batch at one exit, without running what comes after it.
 
         Args:
             x: Images [B, C, H, W].
@@ -112,14 +114,11 @@ class SelfDistillModel(nn.Module):
         Raises:
             ValueError: If there is no such exit.
         """
-        if not 0 <= exit <= self.num_exits:
-            raise ValueError(f"There is no exit {exit}; allowed are 0 to {self.num_exits} (the backbone's own).")
+        self.check_exit(exit)
         if exit == self.num_exits:
             return _mean_logits(self._hooks.run_unread(self.backbone, x))
         call = self._hooks.run(self.backbone, x, stop_at=exit)
-        head = self.heads[exit]
-        assert isinstance(head, ExitHead)
-        return head.classify(*call.taps[exit])
+        return self.head_of(exit).classify(*call.taps[exit])
 
     def forward_while(self, x: Tensor, visit: Visit) -> Tensor | None:
         """Run the backbone, letting images leave the batch at the exits.
@@ -134,6 +133,24 @@ class SelfDistillModel(nn.Module):
         """
         call = self._hooks.run(self.backbone, x, visit=visit)
         return None if call.output is None else _mean_logits(call.output)
+
+    def check_exit(self, exit: int) -> None:
+        """Raise ValueError unless this is the index of an exit, or `num_exits`, the backbone's own classifier."""
+        if not 0 <= exit <= self.num_exits:
+            raise ValueError(f"There is no exit {exit}; allowed are 0 to {self.num_exits} (the backbone's own).")
+
+    def head_of(self, exit: int) -> ExitHead:
+        """Return the head of an added exit."""
+        head = self.heads[exit]
+        assert isinstance(head, ExitHead)
+        return head
+
+    def copy_backbone(self, replaced: Mapping[int, nn.Module]) -> Backbone:
+        """Return a copy of the backbone without the exits' hooks; `replaced` are modules in place of others, by id."""
+        # What is in deepcopy's memo counts as copied already, so it is not copied.
+        backbone = deepcopy(self.backbone, {**replaced})
+        self._hooks.remove(backbone)
+        return backbone
 
     @property
     def points(self) -> tuple[ExitPoint, ...]:
@@ -162,7 +179,7 @@ class SelfDistillModel(nn.Module):
 
     @property
     def in_chans(self) -> int:
-        """Channels of the images, where the backbone tells them."""
+        """Channels of the images, where the backbone has this attribute."""
         return int(self.backbone.in_chans)
 
     @property
@@ -178,7 +195,7 @@ class SelfDistillModel(nn.Module):
     @property
     def _traits(self) -> dict[str, Any]:
         """What timm's `resolve_input_data_config` reads the backbone's image size from."""
-        return dict(getattr(self.backbone, "_traits", {}))
+        return data_config_traits(self.backbone)
 
     @property
     def feature_info(self) -> Any:
@@ -220,9 +237,8 @@ class SelfDistillModel(nn.Module):
         if width_changed:
             self.heads = self._build_heads(num_classes)
             return
-        for head in self.heads:
-            assert isinstance(head, ExitHead)
-            head.reset_classifier(num_classes)
+        for index in range(self.num_exits):
+            self.head_of(index).reset_classifier(num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Switch gradient checkpointing of the backbone; the exits run once a step either way."""

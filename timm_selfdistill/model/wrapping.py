@@ -1,23 +1,27 @@
 """Wrap a backbone, given or named."""
 
 import difflib
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
 import timm
+import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
-import timm_selfdistill.backbones  # noqa: F401  # registers networks with timm, so that recipes can name them
+from timm_selfdistill.backbones import use_small_stem  # which also registers networks with timm, for recipes
+from timm_selfdistill.build_limit import BuildLimit, TooLargeError
 from timm_selfdistill.exits import Backbone, Exits, find_exit_points
 from timm_selfdistill.failures import failure_of_machine
 from timm_selfdistill.model.network import SelfDistillModel, WrapConfig
-from timm_selfdistill.model.size import check_size
-from timm_selfdistill.stem import use_small_stem
 
 # What timm takes in front of a model's name: where its configuration is.
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
+# Most parameters and modules of a model: timm's largest have about 2,500 and 6,000.
+_LIMITS = {"parameters": 25_000, "modules": 60_000}
 
 
 def wrap(
@@ -33,10 +37,10 @@ def wrap(
     pretrained: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> SelfDistillModel:
-    """Turn a timm model into its own teacher by hanging classifiers on its intermediate features.
+    """Turn a timm model into its own teacher by attaching classifiers to its intermediate features.
 
     Args:
-        backbone: Name of a timm model, or a timm model (wrapped as it is, its hooks apart).
+        backbone: Name of a timm model, or a timm model (itself, not a copy; hooks are added to it).
         num_classes: Number of classes of a backbone given by name; its default otherwise.
         exits: How many exits, spread evenly over the backbone's cost; or for each exit an index into `feature_info`
             (int), a share of the cost (float) or a module path (str). By default three, or fewer where the backbone
@@ -74,16 +78,34 @@ def wrap(
     return SelfDistillModel(backbone, taps, WrapConfig(head, dict(head_kwargs or {}), hint_adapter, small_stem, size))
 
 
-def create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Backbone:
-    """Create a timm model.
+def check_size(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for a timm model that this machine's memory cannot hold, or with more parts than any of timm's.
 
-    Args:
-        name: Its name in timm.
-        pretrained: Load its pretrained weights.
-        kwargs: Further arguments of `timm.create_model`.
+    Whatever else is wrong with the model is reported where it is built.
+    """
+    if torch.empty(0).is_meta:
+        return
+    what = f"{name!r} with {dict(kwargs)!s:.200} has"
+    try:
+        with torch.device("meta"), BuildLimit(**_LIMITS):
+            model = timm.create_model(name, pretrained=False, **kwargs)
+        needed = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
+    except TooLargeError as error:
+        raise ValueError(f"{what} more than {_LIMITS[str(error)]:,} {error}.") from None
+    except Exception:  # timm checks few arguments, and fails wherever a wrong one leads
+        return
+    available = psutil.virtual_memory().total
+    if needed > available:
+        raise ValueError(
+            f"{what} weights of {needed / 2**30:,.0f} GiB, and this machine has {available / 2**30:,.0f} GiB of memory."
+        )
+
+
+def create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Backbone:
+    """Create a timm model; `kwargs` are further arguments of `timm.create_model`.
 
     Raises:
-        ValueError: If the name or an argument is unknown; names similar ones.
+        ValueError: If the name or an argument is unknown (the message has similar names), or a download fails.
     """
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -105,17 +127,15 @@ def create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Back
 
 
 def _unknown_source(name: str, error: Exception) -> str:
-    """Return what is wrong with a model that is named by where its configuration is."""
+    """Return what is wrong with a model whose name says where its configuration is."""
     source, _, place = name.partition(":")
-    if source == "local-dir":
-        return (
-            f"The model {name!r} cannot be created ({_reason(error)}): {place} must be a folder with the config.json "
-            "of a timm model."
+    wanted = f"{place} must be a folder with the config.json of a timm model."
+    if source != "local-dir":
+        wanted = (
+            "there must be such a repository of a timm model on the Hub, as NAMESPACE/NAME, and a network or a copy in "
+            "the cache."
         )
-    return (
-        f"The model {name!r} cannot be created ({_reason(error)}): there must be such a repository of a timm model on "
-        "the Hub, as NAMESPACE/NAME, and a network or a copy in the cache."
-    )
+    return f"The model {name!r} cannot be created ({_reason(error)}): {wanted}"
 
 
 def _is_of_download(error: Exception) -> bool:
@@ -123,13 +143,13 @@ def _is_of_download(error: Exception) -> bool:
     if isinstance(error, FileNotFoundError):
         return isinstance(error, LocalEntryNotFoundError)
     if isinstance(error, OSError):
-        # Others have the number of what went wrong with a file here.
+        # Errors of files have an errno.
         return error.errno is None or isinstance(error, ConnectionError | TimeoutError)
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub")
 
 
 def _reason(error: Exception) -> str:
-    """Return what an error says in a line, with its kind where that tells more than its message."""
+    """Return an error's message in one line, with its type where that tells more."""
     if isinstance(error, LocalEntryNotFoundError):
         return f"{constants.ENDPOINT} cannot be reached, and there is no copy in the cache"
     lines = str(error).strip().splitlines()

@@ -32,36 +32,23 @@ except ModuleNotFoundError as error:
 PREFIX: Final = "timm_selfdistill."
 
 _PARTS = ("train", "validation", "eval")
-# The keys of a recipe's data section that choose images; the others say how they are transformed and loaded.
+# The keys of a recipe's data section that choose images; the others define how they are transformed and loaded.
 _IMAGE_KEYS = (
-    "path",
-    "name",
-    "image",
-    "target",
-    "train_split",
-    "eval_split",
-    "validation",
-    "eval_fraction",
-    "allow_empty_classes",
-    "check_duplicates",
-    "max_train",
-    "max_eval",
+    *("path", "name", "image", "target", "train_split", "eval_split", "validation", "eval_fraction"),
+    *("allow_empty_classes", "check_duplicates", "max_train", "max_eval"),
 )
 
 
 def forward_exits(
     model: nn.Module, sample_batch: Tensor, targets: Any = None, supp_dict: Any = None, **kwargs: Any
 ) -> ExitOutput:
-    """Run the backbone and the exits; a forward process of torchdistill.
+    """Run the backbone and the exits; a forward process of torchdistill, which passes the arguments that are not used.
 
     The output of the module path "." is then an `ExitOutput`. Inside the forward, so that DDP sees the exits run.
 
     Args:
         model: The wrapped model, possibly inside DDP.
         sample_batch: Images [B, C, H, W].
-        targets: Not used.
-        supp_dict: Not used.
-        **kwargs: Not used.
     """
     output: ExitOutput = model(sample_batch, return_exits=True)
     return output
@@ -71,12 +58,7 @@ def eval_teacher(self: Any, epoch: int | None = None, **kwargs: Any) -> None:
     """Start an epoch of teacher-student training with the teacher in eval mode; a pre-epoch process of torchdistill.
 
     torchdistill leaves the teacher's mode alone, and models are made in training mode: a teacher with `requires_grad:
-    False` would still use and change its batch statistics.
-
-    Args:
-        self: The distillation box.
-        epoch: Index of the epoch.
-        **kwargs: Not used.
+    False` would still use and change its batch statistics. `self` is the distillation box.
     """
     default_pre_epoch_process_with_teacher(self, epoch=epoch, **kwargs)
     self.teacher_model.eval()
@@ -107,21 +89,21 @@ class ExitLoss(nn.Module):
             raise ValueError(
                 f"The loss {name!r} has parameters, which torchdistill would not train: put them into the model."
             )
-        if needs_of(self.loss) != Needs():
+        needs = needs_of(self.loss)
+        if needs != Needs(exits=needs.exits):
             raise ValueError(
-                f"The loss {name!r} has {needs_of(self.loss)}, which torchdistill does not provide: train a recipe, or "
-                "a SelfDistillationTask."
+                f"The loss {name!r} has {needs}, which torchdistill does not provide: train a recipe, or a "
+                "SelfDistillationTask."
             )
-        self.needs_exits = bool(getattr(self.loss, "needs_exits", True))
+        self.needs_exits = needs.exits
 
     def forward(
         self, student_io_dict: Mapping[str, Any], teacher_io_dict: Mapping[str, Any], targets: Tensor
     ) -> Tensor:
-        """Return the loss of what the student returned.
+        """Return the loss of what the student returned; the teacher's part is not used.
 
         Args:
             student_io_dict: What the student's modules took and returned, by module path.
-            teacher_io_dict: Not used.
             targets: Class indices [B] or class probabilities [B, num_classes].
 
         Raises:
@@ -170,8 +152,8 @@ class ImageDataset(Dataset[tuple[Any, int]]):
                 raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(str, allowed))}.")
         if unknown := sorted(data.keys() - set(_IMAGE_KEYS)):
             raise ValueError(
-                f"data has the keys {', '.join(unknown)}; allowed are {', '.join(_IMAGE_KEYS)}. How images are "
-                "transformed and loaded is said by transform and by torchdistill's data loader."
+                f"data has the keys {', '.join(unknown)}; allowed are {', '.join(_IMAGE_KEYS)}. `transform` and "
+                "torchdistill's data loader define how images are transformed and loaded."
             )
         opened = open_dataset(DataSection.model_validate(dict(data)), seed)
         split = getattr(opened, part)
@@ -205,7 +187,7 @@ _ENTRIES: tuple[tuple[dict[str, Any], str, Any], ...] = (
 
 
 def register() -> None:
-    """Register everything with torchdistill; harmless if it was done before.
+    """Register everything with torchdistill; it may be called again.
 
     Raises:
         ValueError: If another object has one of the keys; nothing is registered then.

@@ -2,23 +2,29 @@
 
 import logging
 import math
-from typing import Final, TypedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from timm_selfdistill.metrics.classification import ExpectedCalibrationError, TopKAccuracy
 from timm_selfdistill.model import ExitOutput
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
 # The label of a sample that is not counted, as PyTorch's cross-entropy has it.
 IGNORED: Final = -100
+
+_NUM_RANKED = 5
+_NO_CLASS = -1
+_PADDING = torch.iinfo(torch.int64).min
 
 
 class OutputMetrics(TypedDict):
@@ -66,13 +72,11 @@ class ExitMetrics:
         ValueError: If `num_outputs` < 1.
     """
 
-    def __init__(self, num_outputs: int, accelerator: Accelerator | None = None) -> None:
+    def __init__(self, num_outputs: int, accelerator: "Accelerator | None" = None) -> None:
         if num_outputs < 1:
             raise ValueError(f"num_outputs must be 1 or more; got {num_outputs}.")
         self.num_outputs = num_outputs
         self.accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
-        self._top_k = TopKAccuracy(k=(1, _NUM_RANKED))
-        self._calibration = ExpectedCalibrationError()
         self._num_classes: int | None = None
         self._scores: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -86,7 +90,7 @@ class ExitMetrics:
             target: Class indices [B], or IGNORED.
 
         Raises:
-            ValueError: If the number of outputs or a shape is another.
+            ValueError: If the number of outputs or a shape is wrong.
         """
         if len(out.logits) != self.num_outputs:
             raise ValueError(f"Expected the logits of {self.num_outputs} outputs; got {len(out.logits)}.")
@@ -128,7 +132,7 @@ class ExitMetrics:
         num_nonfinite = int((scores[:, :, 2] == _NO_CLASS).any(axis=1).sum())
         if num_nonfinite:
             logger.warning("Logits of %d of %d samples are not finite: counted as wrong.", num_nonfinite, len(labels))
-        outputs = [self._metrics(scores[:, index], labels) for index in range(scores.shape[1])]
+        outputs = [_metrics(scores[:, index], labels) for index in range(scores.shape[1])]
         return {
             "exits": outputs[: self.num_outputs],
             "ensemble": outputs[-1] if self.num_outputs > 1 else None,
@@ -138,7 +142,7 @@ class ExitMetrics:
         }
 
     def _num_kept(self, batch_size: int) -> int:
-        """How many samples of this batch are the process's own, the rest being the loader's filling.
+        """Return how many samples of this batch are the process's own; the rest were added by the loader.
 
         Accelerate's `gather_for_metrics` leaves out the same samples, but gathers every batch.
         """
@@ -161,36 +165,50 @@ class ExitMetrics:
         scores = torch.cat([torch.empty(0, num_tables, 2 + _NUM_RANKED, device=device), *self._scores])
         labels = torch.cat([torch.empty(0, dtype=torch.int64, device=device), *self._labels])
         if self.accelerator is not None:
+            padded = self.accelerator.pad_across_processes(scores)
             scores, labels = self.accelerator.gather(
-                (
-                    self.accelerator.pad_across_processes(scores),
-                    self.accelerator.pad_across_processes(labels, pad_index=_PADDING),
-                )
+                (padded, self.accelerator.pad_across_processes(labels, pad_index=_PADDING))
             )
             real = labels != _PADDING
             scores, labels = scores[real], labels[real]
         return scores.cpu().numpy(), labels.cpu().numpy()
 
-    def _metrics(self, scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> OutputMetrics:
-        ranked = scores[:, 2:].astype(np.int64)
-        # Not through the metrics' compute(): its Arrow table takes the samples one by one, far slower than all of this.
-        accuracy = self._top_k._compute(ranked, labels)
-        calibration = self._calibration._compute(ranked[:, 0], labels, confidences=scores[:, 0])
-        # The exactly rounded sum does not depend on the order in which the processes' samples arrive.
-        loss = math.fsum(scores[:, 1]) / len(labels)
-        return {"top1": accuracy["top1"], "top5": accuracy["top5"], "ece": calibration["ece"], "loss": loss}
+
+def top_k_accuracy(ranked: npt.NDArray[Any], labels: npt.NDArray[Any], k: Sequence[int]) -> dict[str, float]:
+    """Return for each k the share of samples, in percent, whose label [N] is among the first k of [N, max(k)]."""
+    hits = ranked == labels[:, None]
+    return {f"top{count}": 100.0 * float(hits[:, :count].any(axis=1).mean()) for count in k}
 
 
-_NUM_RANKED = 5
-_NO_CLASS = -1
-_PADDING = torch.iinfo(torch.int64).min
+def calibration_error(
+    predicted: npt.NDArray[Any], labels: npt.NDArray[Any], confidence: npt.NDArray[Any], num_bins: int = 15
+) -> float:
+    """Return the expected calibration error of predicted classes [N]; see `ExpectedCalibrationError`."""
+    inner_edges = np.linspace(0, 1, num_bins + 1)[1:-1]
+    bins = np.digitize(confidence, inner_edges, right=True)
+    # |B| / N * |accuracy - mean confidence| is |sum of hits - sum of confidences| / N, without empty-bin divisions.
+    gap = (predicted == labels) - confidence
+    return math.fsum(abs(math.fsum(gap[bins == index])) for index in range(num_bins)) / len(labels)
+
+
+def _metrics(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> OutputMetrics:
+    ranked = scores[:, 2:].astype(np.int64)
+    accuracy = top_k_accuracy(ranked, labels, (1, _NUM_RANKED))
+    ece = calibration_error(ranked[:, 0], labels, scores[:, 0].astype(np.float64))
+    # The exactly rounded sum does not depend on the order in which the processes' samples arrive.
+    return {
+        "top1": accuracy["top1"],
+        "top5": accuracy["top5"],
+        "ece": ece,
+        "loss": math.fsum(scores[:, 1]) / len(labels),
+    }
 
 
 def _score(logits: Tensor, target: Tensor) -> Tensor:
     """Turn logits [outputs, B, C] into [B, outputs, 7]: confidence, cross-entropy, the five most likely classes.
 
     Class indices are exact in float32 up to 2^24 classes, so that one tensor holds all. Labels outside the classes are
-    told apart later, without waiting for the device here.
+    found later, without waiting for the device here.
     """
     num_outputs, batch_size, num_classes = logits.shape
     ranked = logits.topk(min(_NUM_RANKED, num_classes)).indices

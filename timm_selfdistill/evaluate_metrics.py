@@ -1,7 +1,7 @@
 """Accuracy and calibration error of one output, as metrics of `evaluate`."""
 
-import math
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import evaluate
@@ -9,16 +9,16 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Features, List, Value
 
+from timm_selfdistill.metrics import calibration_error, top_k_accuracy
+
 
 class _InMemoryMetric(evaluate.Metric):  # type: ignore[misc]
-    """A metric that never touches the file system, so that any number of processes may use it at once."""
+    """A metric that leaves no files, so that any number of processes may use it at once."""
 
     def __init__(self) -> None:
-        super().__init__(keep_in_memory=True)
-
-    def _build_data_dir(self) -> str:
-        # The base class creates a cache folder even for data kept in memory, which fails where home is read-only.
-        return ""
+        # `evaluate` makes a cache folder even for data kept in memory, and never uses it then.
+        with TemporaryDirectory() as folder:
+            super().__init__(keep_in_memory=True, cache_dir=folder)
 
 
 class TopKAccuracy(_InMemoryMetric):
@@ -43,9 +43,8 @@ class TopKAccuracy(_InMemoryMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Share of samples, in percent, whose label is among the k most likely classes.",
+            description=self.__doc__,
             citation="",
-            inputs_description="Predictions: k class indices per sample, most likely first. References: labels.",
             features=Features({"predictions": List(Value("int64")), "references": Value("int64")}),
         )
 
@@ -53,8 +52,7 @@ class TopKAccuracy(_InMemoryMetric):
         ranked, labels = np.asarray(predictions), _labels(references)
         if ranked.ndim != 2 or len(ranked) != len(labels):
             raise ValueError(f"predictions must be [{len(labels)}, k] class indices; got shape {ranked.shape}.")
-        hits = ranked == labels[:, None]
-        return {f"top{k}": 100.0 * float(hits[:, :k].any(axis=1).mean()) for k in self.k}
+        return top_k_accuracy(ranked, labels, self.k)
 
 
 class ExpectedCalibrationError(_InMemoryMetric):
@@ -83,13 +81,11 @@ class ExpectedCalibrationError(_InMemoryMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Mean distance of confidence and accuracy over equal-width bins of confidence.",
-            citation="Guo et al., On Calibration of Modern Neural Networks, ICML 2017",
-            inputs_description="Predictions: class indices. References: labels. Confidences: probabilities.",
+            description=self.__doc__,
+            citation="Guo et al., On Calibration of Modern Neural Networks, ICML 2017, https://arxiv.org/abs/1706.04599",
             features=Features(
                 {"predictions": Value("int64"), "references": Value("int64"), "confidences": Value("float64")}
             ),
-            reference_urls=["https://arxiv.org/abs/1706.04599"],
         )
 
     def _compute(
@@ -106,11 +102,7 @@ class ExpectedCalibrationError(_InMemoryMetric):
             raise ValueError(
                 f"confidences must lie in [0, 1]; got values from {confidence.min()} to {confidence.max()}."
             )
-        inner_edges = np.linspace(0, 1, self.num_bins + 1)[1:-1]
-        bins = np.digitize(confidence, inner_edges, right=True)
-        # |B| / N * |accuracy - mean confidence| is |sum of hits - sum of confidences| / N, without empty-bin divisions.
-        gap = (predicted == labels) - confidence
-        return {"ece": math.fsum(abs(math.fsum(gap[bins == index])) for index in range(self.num_bins)) / len(labels)}
+        return {"ece": calibration_error(predicted, labels, confidence, self.num_bins)}
 
 
 def _labels(references: npt.ArrayLike) -> npt.NDArray[Any]:
