@@ -30,7 +30,9 @@ from timm_selfdistill.calibration import (
     measure_path_seconds,
 )
 from timm_selfdistill.calibration.logits import replay
-from timm_selfdistill.data import InputConfig, Loaders, build_loaders, open_dataset
+from timm_selfdistill.data import open_dataset
+from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import seconds_of
 

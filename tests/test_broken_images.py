@@ -18,18 +18,11 @@ from accelerate.state import AcceleratorState
 from PIL import Image, ImageFile
 
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.data import (
-    InputConfig,
-    Loaders,
-    SkipList,
-    build_loaders,
-    eval_transform,
-    merge_skipped,
-    open_dataset,
-)
+from timm_selfdistill.data import open_dataset
 from timm_selfdistill.data.collate import Collate
-from timm_selfdistill.data.decode import decode, read
-from timm_selfdistill.data.skipped import SkippedImage
+from timm_selfdistill.data.decode import SkipList, SkippedImage, decode, merge_skipped, read
+from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.transforms import InputConfig, eval_transform
 from timm_selfdistill.metrics import IGNORED, ExitMetrics
 from timm_selfdistill.model import ExitOutput
 from timm_selfdistill.recipe import AugmentSection, DataSection, load_recipe

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 
-from timm_selfdistill.data import InputConfig
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe

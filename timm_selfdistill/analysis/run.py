@@ -17,7 +17,9 @@ from timm_selfdistill.analysis.noise import Batches, measure_noise, rms
 from timm_selfdistill.analysis.report import Analysis, FeatureRow, Gradients, NoiseCurves
 from timm_selfdistill.analysis.separability import collect_features, measure_scatter, project
 from timm_selfdistill.analysis.write import write_analysis
-from timm_selfdistill.data import InputConfig, SkipList, open_dataset
+from timm_selfdistill.data import open_dataset
+from timm_selfdistill.data.decode import SkipList
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.losses import Needs, TrainingTime, needs_of
 from timm_selfdistill.metrics import IGNORED

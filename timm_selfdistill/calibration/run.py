@@ -16,7 +16,9 @@ from timm_selfdistill.calibration.logits import collect_logits
 from timm_selfdistill.calibration.report import CalibrationReport, Timing, build_calibration_report
 from timm_selfdistill.calibration.speed import images_to_time, measure_speedup
 from timm_selfdistill.calibration.write import write_calibration
-from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, SkipList, open_dataset
+from timm_selfdistill.data import ImageData, ImageSplit, open_dataset
+from timm_selfdistill.data.decode import SkipList
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe

@@ -28,7 +28,7 @@ from timm_selfdistill.data.batch_policy import colour_jitter, timm_policy, torch
 from timm_selfdistill.data.colours import luma
 from timm_selfdistill.data.cutout import Cutout
 from timm_selfdistill.data.geometry import blur, upload
-from timm_selfdistill.data.sources import Indices
+from timm_selfdistill.data.names import Indices
 from timm_selfdistill.data.transforms import Transform
 
 Step = Callable[[Tensor, np.random.Generator], Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from timm_selfdistill.data.geometry import Span, crop, resize
-from timm_selfdistill.data.sources import Indices
+from timm_selfdistill.data.names import Indices
 
 ATTEMPTS: Final = 10  # of timm, to draw a rectangle that fits
 

@@ -9,10 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from timm_selfdistill.data.decode import decode, read
-from timm_selfdistill.data.errors import SampleError
+from timm_selfdistill.data.decode import SampleError, SkipList, SkippedImage, Use, decode, read
 from timm_selfdistill.data.order import generators_of_training, seed_generators
-from timm_selfdistill.data.skipped import SkipList, SkippedImage, Use
 from timm_selfdistill.data.transforms import Transform
 from timm_selfdistill.metrics import IGNORED
 

@@ -25,21 +25,22 @@ _TOLD_BY_CONTENT = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "PN
 _HIDDEN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
 _NAMED = 3
 
-Kind = Literal["image", "vector format", "not an image"]
-Reason = Literal[Kind, "unknown", "hidden", "not a file", "read already", "beside the splits"]
+Kind = Literal["image", "vector format", "not an image"]  # a vector format is drawn by other programs
+Reason = Literal[
+    Kind,
+    "unknown",  # no image by its content, with an ending that says nothing
+    "hidden",
+    "not a file",  # a pipe, device, socket or broken link
+    "read already",  # a link to a folder that is read anyway, or to one around it
+    "beside the splits",  # an image that is in no split
+]
 
 # What is normal beside images; anything else that is left out is warned about.
 _EXPECTED: Final[tuple[Reason, ...]] = ("not an image", "hidden")
 
 
 class FolderScan:
-    """What a scan leaves out: the count of each reason and its first paths; and whether it met links.
-
-    The reasons: "vector format" (another program would have to draw it), "not an image" (by its ending), "unknown" (no
-    image by its content, with an ending that says nothing), "hidden", "not a file" (a pipe, device, socket or broken
-    link), "read already" (a link to a folder that is read anyway, or to one around it) and "beside the splits" (an
-    image that is in no split).
-    """
+    """What a scan leaves out: the count of each reason and its first paths; and whether it met links."""
 
     def __init__(self) -> None:
         self.counts: Counter[Reason] = Counter()
@@ -65,7 +66,7 @@ class FolderScan:
 
         Args:
             root: What the paths are relative to.
-            expected: Whether to tell what is normal beside images, or all else; by default both.
+            expected: Tell only what is normal beside images (True) or only the rest (False).
         """
         parts = []
         for reason, count in sorted(self.counts.items()):
@@ -78,14 +79,8 @@ class FolderScan:
 def find_images(folder: str, scan: FolderScan) -> list[str]:
     """Return the images of a folder and of all folders in it, in the order of their names; links are followed.
 
-    A file is opened only if its ending is unknown, and then only if it is a regular file.
-
-    Args:
-        folder: Where to look.
-        scan: What is left out is added to it.
-
-    Raises:
-        ValueError: If a folder cannot be read, or a name is no UTF-8.
+    A file is opened only if its ending is unknown, and then only if it is a regular file. What is left out is added to
+    the scan. A folder that cannot be read and a name that is no UTF-8 are ValueErrors.
     """
     # A link to one of these would lead out of the folder and into it again.
     seen = _ancestors(folder)
@@ -104,14 +99,14 @@ def find_images(folder: str, scan: FolderScan) -> list[str]:
 
 
 def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
-    """Return the names of the folders and images that stand in a folder itself, sorted; as `find_images`."""
+    """Return the names of the folders and of the images directly in a folder, sorted; as `find_images`."""
     folders: list[str] = []
     files: list[str] = []
     others: list[str] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                # What an entry is the system tells with its name; only of a link is its target asked.
+                # The system tells what an entry is along with its name; only for a link is there another call.
                 if entry.is_file(follow_symlinks=False):
                     files.append(entry.name)
                 elif entry.is_dir():
@@ -146,11 +141,7 @@ def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
 
 
 def holds_image(folder: str) -> bool:
-    """Whether there is an image in a folder or in one inside it; looks no further than the first one.
-
-    Raises:
-        ValueError: If a folder cannot be read.
-    """
+    """Whether there is an image in a folder or in one inside it; stops at the first one."""
     seen: set[tuple[int, int]] = set()
     waiting = [folder]
     while waiting:
@@ -170,27 +161,14 @@ def holds_image(folder: str) -> bool:
     return False
 
 
-def is_image(path: str) -> bool:
-    """Whether a file's content is that of an image; the pixels are not decoded."""
-    Image.init()
-    formats = [name for name in _TOLD_BY_CONTENT if name in Image.OPEN]
-    try:
-        with open(path, "rb") as file, Image.open(file, formats=formats):
-            return True
-    except Image.DecompressionBombError:  # an image, too large to be decoded
-        return True
-    except Exception:  # of the file system, or of whatever format the file resembles
-        return False
-
-
 @cache
 def image_endings() -> frozenset[str]:
     """Return the endings that tell an image, in lower case and with their dot."""
-    return frozenset(ending for ending, kind in kinds_by_ending().items() if kind == "image")
+    return frozenset(ending for ending, kind in _kinds_by_ending().items() if kind == "image")
 
 
 @cache
-def kinds_by_ending() -> dict[str, Kind]:
+def _kinds_by_ending() -> dict[str, Kind]:
     """Return what files are by their ending, in lower case and with its dot."""
     readable = {
         ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN and name in FORMATS
@@ -220,9 +198,22 @@ def _kind(prefix: str, name: str) -> Kind | Literal["hidden", "unknown"]:
     if _is_hidden(name):
         return "hidden"
     ending = os.path.splitext(name)[1].lower()
-    if (kind := kinds_by_ending().get(ending)) is not None:
+    if (kind := _kinds_by_ending().get(ending)) is not None:
         return kind
-    return "image" if is_image(prefix + name) else "unknown"
+    return "image" if _has_image_content(prefix + name) else "unknown"
+
+
+def _has_image_content(path: str) -> bool:
+    """Whether a file begins like an image; the pixels are not decoded."""
+    Image.init()
+    formats = [name for name in _TOLD_BY_CONTENT if name in Image.OPEN]
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=formats):
+            return True
+    except Image.DecompressionBombError:  # an image, too large to be decoded
+        return True
+    except Exception:  # of the file system, or of whatever format the file resembles
+        return False
 
 
 def _is_hidden(name: str) -> bool:

@@ -5,39 +5,35 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Final
+from pathlib import Path
 
 import datasets
 import numpy as np
 
-from timm_selfdistill.data.duplicates import SplitFiles, check_no_shared_images
-from timm_selfdistill.data.first_process import is_first_process
+from timm_selfdistill.data.file_rows import FileSplit, Splits, check_no_shared_images, rows_of_files
 from timm_selfdistill.data.image_files import FolderScan, find_images, holds_image, read_level
-from timm_selfdistill.data.names import normalized, quoted, with_similar
-from timm_selfdistill.data.path_rows import as_stream, path_rows
-from timm_selfdistill.data.split_names import STANDARD_SPLITS, find_split, resolve_splits, split_name, used_splits
+from timm_selfdistill.data.names import (
+    STANDARD_SPLITS,
+    find_split,
+    known_splits,
+    normalized,
+    quoted,
+    resolve_splits,
+    split_name,
+    used_of,
+    used_splits,
+    warn_first,
+    with_similar,
+)
 from timm_selfdistill.recipe import DataSection
 
 _logger = logging.getLogger(__name__)
 
-_NAMED: Final = 5
+_NAMED = 5
 
 
-class FolderSplits(dict[str, Any]):
-    """Split name -> rows with the columns "image" (paths) and "label" (a `ClassLabel`).
-
-    Args:
-        rows: The rows of each split.
-        notes: How the folder was read, for the line that is logged before training.
-    """
-
-    def __init__(self, rows: Mapping[str, Any], notes: Sequence[str]) -> None:
-        super().__init__(rows)
-        self.notes = tuple(notes)
-
-
-def load_image_folder(root: str, section: DataSection) -> FolderSplits:
-    """Read the splits that a recipe uses from a folder of images.
+def load_image_folder(path: str | Path, section: DataSection) -> Splits | None:
+    """Read the splits that a recipe uses from a folder of images; None if `path` is no folder.
 
     The folders in it are splits (`train`, `val`, `valid`, `validation` and `test` in any case, and those that the
     recipe names) or, where none or only some have such names, classes of the one split "train". The folders in a split
@@ -45,13 +41,19 @@ def load_image_folder(root: str, section: DataSection) -> FolderSplits:
     classes are those of the training split, in the order of their names.
 
     Args:
-        root: The folder.
+        path: The folder.
         section: The recipe's `data`.
+
+    Returns:
+        The splits, with the columns "image" (paths) and "label" (a `ClassLabel`).
 
     Raises:
         ValueError: If it is not clear what is a split and what a class, if an image has no class folder, if a class
             has no training image or is unknown to training, or if an image is in two splits.
     """
+    root = os.path.abspath(path)
+    if not os.path.isdir(root):
+        return None
     scan, above = FolderScan(), FolderScan()
     folders, images = read_level(root, above)
     by_split = _split_folders(root, folders, section)
@@ -68,8 +70,8 @@ def load_image_folder(root: str, section: DataSection) -> FolderSplits:
         if others := [name for name in folders if os.path.join(root, name) not in by_split.values()]:
             notes.append(f"no split and not read: {quoted(others)}")
 
-    wanted = {find_split(name, by_split) for name in used_splits(section).values()}
-    read = {name: _read_split(folder, scan) for name, folder in by_split.items() if hint or name in wanted}
+    used = used_of(by_split, section)
+    read = {name: _read_split(folder, scan) for name, folder in by_split.items() if hint or name in used}
     if read and not any(split.present for split in read.values()):
         found = scan.describe(root)
         raise ValueError(f"There is no image in {quoted(by_split.values())}{f', but {found}' if found else ''}.")
@@ -82,19 +84,18 @@ def load_image_folder(root: str, section: DataSection) -> FolderSplits:
             raise ValueError(f"Split {name!r} of {section.path} is empty: there is no image in {split.folder!r}.")
     class_names = _class_names(splits, section, by_split)
     files = {name: split.files(class_names) for name, split in splits.items()}
-    if is_first_process():
-        if len(files) > 1 and (scan.links or section.check_duplicates):
-            check_no_shared_images(files, root, compare_bytes=section.check_duplicates)
-        if unexpected := scan.describe(root, expected=False):
-            _logger.warning("Left out of %s: %s.", root, unexpected)
+    if scan.links or section.check_duplicates:
+        check_no_shared_images(files, root, compare_bytes=section.check_duplicates)
+    if unexpected := scan.describe(root, expected=False):
+        warn_first(_logger, "Left out of %s: %s.", root, unexpected)
     if expected := scan.describe(root, expected=True):
         notes.append(f"left out: {expected}")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=class_names)})
-    return FolderSplits({name: _rows(name, split, features, section) for name, split in files.items()}, notes)
+    return Splits(rows_of_files(files, features, section), notes)
 
 
 @dataclass(frozen=True)
-class _Split:
+class _ClassFolders:
     """The images of each class of a split, by class name, and what else is in the folders of classes without any."""
 
     folder: str
@@ -106,20 +107,20 @@ class _Split:
         """The classes that have images."""
         return {name for name, paths in self.images.items() if paths}
 
-    def files(self, class_names: Sequence[str]) -> SplitFiles:
+    def files(self, class_names: Sequence[str]) -> FileSplit:
         """Return the images class by class, with their class indices."""
         paths = [self.images.get(name, []) for name in class_names]
         targets = np.repeat(np.arange(len(paths)), [len(of_class) for of_class in paths])
-        return SplitFiles(list(chain.from_iterable(paths)), targets)
+        return FileSplit(list(chain.from_iterable(paths)), targets)
 
 
 def _split_folders(root: str, folders: Sequence[str], section: DataSection) -> dict[str, str] | None:
     """Return the folder of each split, or None where the folders are classes."""
-    named = {split_name(name).casefold() for name in used_splits(section).values()}
+    known = {name.casefold() for name in known_splits(section)}
     by_split: dict[str, str] = {}
     for folder in folders:
         name = split_name(folder)
-        if name in STANDARD_SPLITS.values() or name.casefold() in named:
+        if name.casefold() in known:
             if (other := find_split(name, by_split)) is not None:
                 raise ValueError(
                     f"The folders {os.path.basename(by_split[other])!r} and {folder!r} in {root!r} are both the split "
@@ -144,7 +145,7 @@ def _split_folders(root: str, folders: Sequence[str], section: DataSection) -> d
     return None
 
 
-def _read_split(folder: str, scan: FolderScan) -> _Split:
+def _read_split(folder: str, scan: FolderScan) -> _ClassFolders:
     """Find the images of a split; each must be in the folder of a class."""
     classes, stray = read_level(folder, scan)
     if stray:
@@ -153,7 +154,7 @@ def _read_split(folder: str, scan: FolderScan) -> _Split:
             f"The folder {folder!r} holds {len(stray)} image(s) ({quoted(stray)}) {where}: the class of an image is "
             f"the name of its folder, so put each into one ({os.path.join(folder, 'CLASS', stray[0])!r})."
         )
-    split = _Split(folder)
+    split = _ClassFolders(folder)
     for name in classes:
         inside = FolderScan()
         found = find_images(os.path.join(folder, name), inside)
@@ -164,7 +165,7 @@ def _read_split(folder: str, scan: FolderScan) -> _Split:
     return split
 
 
-def _class_names(splits: Mapping[str, _Split], section: DataSection, by_split: Mapping[str, str]) -> list[str]:
+def _class_names(splits: Mapping[str, _ClassFolders], section: DataSection, by_split: Mapping[str, str]) -> list[str]:
     """Return the names of the classes, sorted, after checking that every split has the same."""
     train = splits[section.train_split]
     names = set(train.images)
@@ -196,9 +197,3 @@ def _class_names(splits: Mapping[str, _Split], section: DataSection, by_split: M
             "or set data.allow_empty_classes=true to go on."
         )
     return class_names
-
-
-def _rows(name: str, files: SplitFiles, features: datasets.Features, section: DataSection) -> Any:
-    """Return the rows of a split, or a stream of them."""
-    rows = path_rows(files.paths, files.targets, features)
-    return as_stream(name, rows) if section.streaming else rows

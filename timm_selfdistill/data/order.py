@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from timm_selfdistill.data.sources import Indices
+from timm_selfdistill.data.names import Indices
 from timm_selfdistill.data.splits import ImageSplit
 
 Arrangement = Literal["plain", "paired", "repeated"]

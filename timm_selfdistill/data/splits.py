@@ -10,21 +10,18 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
-from timm_selfdistill.data.first_process import is_first_process
-from timm_selfdistill.data.image_folder import FolderSplits
-from timm_selfdistill.data.names import quoted
-from timm_selfdistill.data.sources import (
-    FILE_ENDINGS,
+from timm_selfdistill.data.names import (
     Indices,
-    check_columns,
     check_same_classes,
     class_names_of,
-    encoded,
-    load_splits,
+    is_first_process,
+    quoted,
+    resolve_splits,
     stream_classes,
     targets_of,
+    used_splits,
 )
-from timm_selfdistill.data.split_names import resolve_splits, used_splits
+from timm_selfdistill.data.sources import FILE_ENDINGS, load_splits
 from timm_selfdistill.recipe import DataSection
 
 _logger = logging.getLogger(__name__)
@@ -130,14 +127,35 @@ def open_dataset(section: DataSection, seed: int) -> ImageData:
             if a stream is asked for what only rows with an index can give.
     """
     splits = load_splits(section)
-    section = resolve_splits(section, splits)
+    section = resolve_splits(section, splits.rows)
     for name in used_splits(section).values():
-        check_columns(splits[name].features, name, section)
-    data = _stream_data(section, splits) if section.streaming else _indexed_data(section, splits, seed)
+        _check_columns(splits.rows[name].features, name, section)
+    data = _stream_data(section, splits.rows) if section.streaming else _indexed_data(section, splits.rows, seed)
     if is_first_process():
-        notes = splits.notes if isinstance(splits, FolderSplits) else ()
-        _logger.info("%s.", "; ".join([_summary(data, section), *notes]))
+        _logger.info("%s.", "; ".join([_summary(data, section), *splits.notes]))
     return data
+
+
+def _check_columns(features: datasets.Features | None, split: str, section: DataSection) -> None:
+    """Raise unless the split has the two columns of the recipe and the first holds images."""
+    if features is None:
+        raise ValueError(f"The stream {section.path} does not say what its columns hold: set data.streaming to false.")
+    for key, column in (("image", section.image), ("target", section.target)):
+        if column not in features:
+            raise ValueError(f"data.{key} is {column!r}, but split {split!r} has the columns {', '.join(features)}.")
+    image = features[section.image]
+    bare = image == datasets.Value("binary") or (isinstance(image, dict) and set(image) == {"bytes", "path"})
+    if not bare and not isinstance(image, datasets.Image):
+        raise ValueError(f"data.image is {section.image!r}, but that column holds no images: {image}.")
+
+
+def _encoded(rows: Any, columns: dict[str, str]) -> Any:
+    """Keep and rename these columns, and leave the images encoded."""
+    rows = rows.select_columns(list(columns))
+    for name in columns:
+        if isinstance(rows.features[name], datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows.rename_columns({old: new for old, new in columns.items() if old != new})
 
 
 def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) -> ImageData:
@@ -145,7 +163,7 @@ def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) ->
 
     def whole(name: str) -> ImageSplit:
         targets = targets_of(splits[name], name, section, class_names)
-        return ImageSplit(name, encoded(splits[name], {section.image: "image"}), np.arange(len(targets)), targets)
+        return ImageSplit(name, _encoded(splits[name], {section.image: "image"}), np.arange(len(targets)), targets)
 
     rng, fixed = np.random.default_rng(seed), np.random.default_rng(0)
     train, validation = whole(section.train_split), None
@@ -202,7 +220,7 @@ def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
         check_same_classes(rows.features[section.target], name, class_names)
         if size is None and rows.info.splits is not None and name in rows.info.splits:
             size = rows.info.splits[name].num_examples
-        rows = encoded(rows, {section.image: "image", section.target: "target"})
+        rows = _encoded(rows, {section.image: "image", section.target: "target"})
         if limit is None:
             return StreamSplit(name, rows, size, class_index)
         return StreamSplit(name, rows.take(limit), limit if size is None else min(limit, size), class_index)

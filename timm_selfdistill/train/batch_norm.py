@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 
-from timm_selfdistill.data import InputConfig
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.exits import untouched
 from timm_selfdistill.losses import needs_of
 from timm_selfdistill.model import SelfDistillModel

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from accelerate import PartialState
 
-from timm_selfdistill.data import SKIPPED
+from timm_selfdistill.data.decode import SKIPPED
 from timm_selfdistill.escape import PrintableFormatter, printable, printable_message
 from timm_selfdistill.failures import failure_of_machine, message_of
 from timm_selfdistill.hub import HubError

@@ -8,7 +8,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from timm_selfdistill.data import InputConfig, SkipList, merge_skipped, open_dataset
+from timm_selfdistill.data import open_dataset
+from timm_selfdistill.data.decode import SkipList, merge_skipped
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
 from timm_selfdistill.model import ExitOutput

@@ -8,7 +8,8 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import Arrangement, ImageSplit, StreamSplit, TrainingOrder
+from timm_selfdistill.data import ImageSplit, StreamSplit
+from timm_selfdistill.data.order import Arrangement, TrainingOrder
 from timm_selfdistill.train.launch import refuse_sharding_loader
 
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from timm_selfdistill.data import InputConfig, SkipList, merge_skipped, open_dataset
+from timm_selfdistill.data import open_dataset
+from timm_selfdistill.data.decode import SkipList, merge_skipped
 from timm_selfdistill.data.fingerprint import fingerprint
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.recipe import AugmentSection
 from timm_selfdistill.report import Report, build_report, write_report

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timm_selfdistill.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
-from timm_selfdistill.data import InputConfig
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import save_pretrained
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import RECIPE, Recipe, load_recipe

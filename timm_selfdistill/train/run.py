@@ -11,17 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import (
-    ImageData,
-    InputConfig,
-    Loaders,
-    SkipList,
-    build_loaders,
-    build_mixup,
-    merge_skipped,
-    open_dataset,
-)
+from timm_selfdistill.data import ImageData, open_dataset
+from timm_selfdistill.data.decode import SkipList, merge_skipped
 from timm_selfdistill.data.fingerprint import fingerprint
+from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.transforms import InputConfig, build_mixup
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe

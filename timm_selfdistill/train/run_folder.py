@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from timm_selfdistill.checkpoint import CheckpointError, is_checkpoint, list_checkpoints, read_entry
-from timm_selfdistill.data import SKIPPED
+from timm_selfdistill.data.decode import SKIPPED
 from timm_selfdistill.data.fingerprint import Fingerprint
 from timm_selfdistill.files import replace_file
 from timm_selfdistill.hub import CONFIG, read_run

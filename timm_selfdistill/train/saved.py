@@ -10,8 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
-from timm_selfdistill.data import ImageData, InputConfig, Loaders, SkipList, build_loaders, open_dataset
+from timm_selfdistill.data import ImageData, open_dataset
+from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.data.fingerprint import fingerprint
+from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import CONFIG, complete_names, read_run
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
