@@ -33,8 +33,7 @@ FORMATS: Final = (
 )
 """The image formats that are opened, by Pillow's names: those whose pixels Pillow or a plugin for it decodes itself.
 
-EPS, WMF, BUFR, GRIB, HDF5 and MPEG are left out because Pillow hands them to other programs, and IPTC because it may
-hold any of them.
+Pillow hands EPS, WMF, BUFR, GRIB, HDF5 and MPEG to other programs, and IPTC may hold any of them.
 """
 
 # More bytes than an image of as many pixels as Pillow allows has in any format.
@@ -52,13 +51,10 @@ _PART = "skipped-"
 
 
 class SampleError(ValueError):
-    """A sample, or what follows in a stream, that cannot be used; the message says which.
-
-    Args:
-        message: What is wrong. From a loader process torch hands on the whole traceback, which ends with the message.
-    """
+    """A sample, or what follows in a stream, that cannot be used; the message says which."""
 
     def __init__(self, message: str) -> None:
+        # From a loader process torch hands on the whole traceback, which ends with the message.
         super().__init__(message.rpartition(f"{__name__}.{type(self).__qualname__}: ")[2].rstrip())
 
 
@@ -79,13 +75,10 @@ def read_file(path: str | Path) -> bytes:
 
 
 def read(value: Any) -> bytes:
-    """Return the encoded bytes of a stored image, none if it is missing.
+    """Return the encoded bytes of a stored image, none if it is missing; any exception says that it is unreadable.
 
     Args:
         value: What `datasets` stores, {"bytes", "path"} or None, or the encoded bytes.
-
-    Raises:
-        Exception: Of any kind, if the file or the address cannot be read.
     """
     if isinstance(value, dict):
         path, value = value["path"], value["bytes"]
@@ -96,10 +89,9 @@ def read(value: Any) -> bytes:
 
 
 def decode(data: bytes, mode: str) -> Image.Image:
-    """Return an encoded image, upright and in the given mode.
+    """Return an encoded image, upright and in the given mode. Safe to call from several threads.
 
-    An alpha channel that the mode lacks is dropped; values of 12 and 16 bits keep their upper 8. Values without a known
-    range (of 32 bits, with a sign, floating-point) are refused. Safe to call from several threads.
+    An alpha channel that the mode lacks is dropped; values of 12 and 16 bits keep their upper 8.
 
     Args:
         data: The encoded bytes.
@@ -107,7 +99,7 @@ def decode(data: bytes, mode: str) -> Image.Image:
 
     Raises:
         ValueError: If there is no image in the bytes, or one that is too large, of extreme shape, or whose values have
-            no known range.
+            no known range (32 bits, with a sign, floating-point).
         Exception: Of any kind, from Pillow and the libraries of the formats, if the image is damaged.
     """
     if not data:
@@ -173,30 +165,20 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """An image that could not be decoded.
-
-    Args:
-        use: What it was to be used for.
-        split: The data set's split.
-        row: Its row in the split; None in a stream.
-        file: Its file, or its name where the data set stores one.
-        sha256: Digest of its encoded bytes.
-        reason: Why it cannot be decoded.
-    """
+    """An image that could not be decoded, as `skipped.jsonl` lists it."""
 
     use: Use
     split: str
-    row: int | None
-    file: str | None
-    sha256: str
+    row: int | None  # in the split; None in a stream
+    file: str | None  # its name where the data set stores one
+    sha256: str  # of the encoded bytes
     reason: str
 
 
 class SkipList:
     """Writes each skipped image once to a file of this training process, from whichever of its loader processes.
 
-    Each training process has a file of its own, because machines that share a network file system cannot append to the
-    same one; `merge_skipped` joins them.
+    Machines that share a network file system cannot append to the same file; `merge_skipped` joins those of all.
 
     Args:
         folder: Where the file goes, once there is an image to be listed; None to list none.
@@ -224,10 +206,7 @@ class SkipList:
 
 
 def merge_skipped(folder: Path) -> dict[str, int]:
-    """Join what the processes of a run wrote in one file, `skipped.jsonl`, each image once.
-
-    Args:
-        folder: The run's folder; no loader may be at work.
+    """Join what the processes of a run wrote to its folder in one file, `skipped.jsonl`; no loader may be at work.
 
     Returns:
         How many different images were skipped, by what they were to be used for.

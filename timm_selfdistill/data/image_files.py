@@ -2,8 +2,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import chain
+from pathlib import Path
 from typing import Final, Literal
 
 from PIL import Image
@@ -82,20 +84,12 @@ def find_images(folder: str, scan: FolderScan) -> list[str]:
     A file is opened only if its ending is unknown, and then only if it is a regular file. What is left out is added to
     the scan. A folder that cannot be read and a name that is no UTF-8 are ValueErrors.
     """
-    # A link to one of these would lead out of the folder and into it again.
-    seen = _ancestors(folder)
-    found: list[str] = []
-    waiting = [folder]
-    while waiting:
-        path = waiting.pop()
-        if not _first_visit(path, seen):
-            scan.leave_out("read already", path)
-            continue
-        folders, images = read_level(path, scan)
-        prefix = os.path.join(path, "")
-        found += [prefix + name for name in images]
-        waiting += [prefix + name for name in reversed(folders)]
-    return found
+    return list(chain.from_iterable(_images_by_folder(folder, scan)))
+
+
+def holds_image(folder: str) -> bool:
+    """Whether there is an image in a folder or in one inside it."""
+    return any(_images_by_folder(folder, FolderScan()))
 
 
 def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
@@ -140,27 +134,6 @@ def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
     return folders, images
 
 
-def holds_image(folder: str) -> bool:
-    """Whether there is an image in a folder or in one inside it; stops at the first one."""
-    seen: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:
-        path = waiting.pop()
-        if not _first_visit(path, seen):
-            continue
-        prefix = os.path.join(path, "")
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if entry.is_dir():
-                        waiting += [] if _is_hidden(entry.name) else [prefix + entry.name]
-                    elif entry.is_file() and _kind(prefix, entry.name) == "image":
-                        return True
-        except OSError as error:
-            raise _unreadable(path, error) from error
-    return False
-
-
 @cache
 def image_endings() -> frozenset[str]:
     """Return the endings that tell an image, in lower case and with their dot."""
@@ -178,15 +151,32 @@ def _kinds_by_ending() -> dict[str, Kind]:
     return kinds | dict.fromkeys(_VECTOR, "vector format")
 
 
-def _first_visit(folder: str, seen: set[tuple[int, int]]) -> bool:
-    """Note that a folder is visited, by device and inode; False if it was before, by a link."""
+def _images_by_folder(folder: str, scan: FolderScan) -> Iterator[list[str]]:
+    """Yield the images of a folder, then those of each folder in it."""
+    # A link to one of the folders above would lead out of the folder and into it again.
+    seen = {
+        _identity(path) for path in (*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents)
+    }
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        if (identity := _identity(path)) in seen:
+            scan.leave_out("read already", path)
+            continue
+        seen.add(identity)
+        folders, images = read_level(path, scan)
+        prefix = os.path.join(path, "")
+        yield [prefix + name for name in images]
+        waiting += [prefix + name for name in reversed(folders)]
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """Return what tells a folder from all others, whatever links lead to it: its device and inode."""
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise _unreadable(folder, error) from error
-    visited = len(seen)
-    seen.add((status.st_dev, status.st_ino))
-    return len(seen) > visited
+        raise _unreadable(str(folder), error) from error
+    return status.st_dev, status.st_ino
 
 
 def _unreadable(folder: str, error: OSError) -> ValueError:
@@ -225,17 +215,6 @@ def _usual_endings() -> set[str]:
     """Return the endings of three letters that images have, in lower and in upper case: told in one step."""
     usual = {ending for ending in image_endings() if len(ending) == 4}
     return usual | {ending.upper() for ending in usual}
-
-
-def _ancestors(folder: str) -> set[tuple[int, int]]:
-    """Return device and inode of all folders above one, by its own path and by that which it is a link to."""
-    found = set()
-    for path in (os.path.abspath(folder), os.path.realpath(folder)):
-        while (above := os.path.dirname(path)) != path:
-            path = above
-            status = os.stat(path)
-            found.add((status.st_dev, status.st_ino))
-    return found
 
 
 def _check_names(prefix: str, names: Sequence[str]) -> None:

@@ -33,23 +33,12 @@ _NAMED = 5
 
 
 def load_image_folder(path: str | Path, section: DataSection) -> Splits | None:
-    """Read the splits that a recipe uses from a folder of images; None if `path` is no folder.
+    """Read the splits that a recipe uses from a folder of images: columns "image" and "label" (a `ClassLabel`).
 
     The folders in it are splits (`train`, `val`, `valid`, `validation` and `test` in any case, and those that the
     recipe names) or, where none or only some have such names, classes of the one split "train". The folders in a split
     are its classes; what is in folders inside a class belongs to the class. Class names are normalised (NFC), and the
     classes are those of the training split, in the order of their names.
-
-    Args:
-        path: The folder.
-        section: The recipe's `data`.
-
-    Returns:
-        The splits, with the columns "image" (paths) and "label" (a `ClassLabel`).
-
-    Raises:
-        ValueError: If it is not clear what is a split and what a class, if an image has no class folder, if a class
-            has no training image or is unknown to training, or if an image is in two splits.
     """
     root = os.path.abspath(path)
     if not os.path.isdir(root):

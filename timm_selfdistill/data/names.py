@@ -5,6 +5,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +27,7 @@ STANDARD_SPLITS: Final = {
     "test": "test",
 }
 
-_QUOTED: Final = 5
+_NAMED = 5
 
 Indices = NDArray[np.int64]
 
@@ -38,8 +39,7 @@ def normalized(name: str) -> str:
 
 def quoted(names: Iterable[str]) -> str:
     """Return the first names as Python writes them, so that none can act on a terminal."""
-    names = list(names)
-    return ", ".join([*map(repr, names[:_QUOTED]), *(["..."] if len(names) > _QUOTED else [])])
+    return _listed(map(repr, names))
 
 
 def with_similar(name: str, known: Iterable[str]) -> str:
@@ -97,12 +97,7 @@ def known_splits(section: DataSection) -> set[str]:
 
 
 def resolve_splits(section: DataSection, available: Iterable[str], hint: str = "") -> DataSection:
-    """Return the data section with the splits named as they are in the data set.
-
-    Args:
-        section: The recipe's `data`.
-        available: The splits that there are.
-        hint: What the message of a missing split adds.
+    """Return the data section with the splits named as in the data set; `hint` ends the message of a missing one.
 
     Raises:
         ValueError: If there is no such split, or two keys name one split by different names.
@@ -138,11 +133,7 @@ def split_of_file(file: Path, section: DataSection) -> str | None:
 
 
 def files_by_split(files: Sequence[Path], section: DataSection) -> dict[str, list[Path]]:
-    """Return which files are which split: by their names if all are named by splits; otherwise all are "train".
-
-    Raises:
-        ValueError: If only some are named by splits, or names hold splits that are not at their beginning.
-    """
+    """Return the files of each split: by their names if all are named by splits; otherwise all are "train"."""
     found: dict[str | None, list[Path]] = {}
     for file in files:
         found.setdefault(split_of_file(file, section), []).append(file)
@@ -163,14 +154,9 @@ def files_by_split(files: Sequence[Path], section: DataSection) -> dict[str, lis
 
 
 def class_names_of(rows: datasets.Dataset, section: DataSection) -> tuple[str, ...]:
-    """Return the names by class index: those of the column, the sorted strings, or the indices themselves."""
-    feature = rows.features[section.target]
-    if isinstance(feature, datasets.ClassLabel):
-        names = tuple(map(normalized, feature.names))
-        _check_classes_of_recipe(names, section)
+    """Return the names by class index: those of the column or the recipe, the sorted strings, or the indices."""
+    if (names := _given_names(rows.features[section.target], section)) is not None:
         return names
-    if section.class_names is not None:
-        return section.class_names
     labels = _labels(rows, section.train_split, section)
     if labels.dtype.kind == "U":
         return tuple(np.unique(labels).tolist())
@@ -179,16 +165,27 @@ def class_names_of(rows: datasets.Dataset, section: DataSection) -> tuple[str, .
         raise ValueError(
             f"data.target {section.target!r} goes up to {highest} in {len(labels)} rows: these are no class indices."
         )
-    return tuple(str(index) for index in range(highest + 1))
+    return tuple(map(str, range(highest + 1)))
 
 
-def _check_classes_of_recipe(names: tuple[str, ...], section: DataSection) -> None:
-    """Raise unless the names that a data set has are those of the recipe, if that names any."""
-    if section.classes not in (None, len(names), names):
+def stream_classes(feature: Any, section: DataSection) -> tuple[tuple[str, ...], dict[int | str, int]]:
+    """Return the names of a stream's classes, and the class index of every label.
+
+    Raises:
+        ValueError: If neither the stream nor the recipe tells the classes.
+    """
+    names = _given_names(feature, section)
+    kind = feature.pa_type if isinstance(feature, datasets.Value | datasets.ClassLabel) else pa.null()
+    is_text = types.is_string(kind) or types.is_large_string(kind)
+    unnamed = is_text and isinstance(section.classes, int)
+    if names is None or len(names) < 2 or unnamed or not (is_text or types.is_integer(kind)):
+        given = "" if section.classes is None else f", and data.classes is {section.classes}"
         raise ValueError(
-            f"data.classes is {section.classes}, but {section.path} names its {len(names)} classes itself: "
-            f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Leave it out."
+            f"data.target {section.target!r} is {feature}{given}, but a stream cannot tell its classes, at least 2, "
+            "beforehand: set data.classes to the list of their names or, for integers from 0, to their number, or set "
+            "data.streaming to false."
         )
+    return names, {(name if is_text else index): index for index, name in enumerate(names)}
 
 
 def targets_of(rows: datasets.Dataset, split: str, section: DataSection, class_names: tuple[str, ...]) -> Indices:
@@ -207,33 +204,9 @@ def targets_of(rows: datasets.Dataset, split: str, section: DataSection, class_n
         shown = with_similar(label, class_names) if isinstance(label, str) else repr(label)
         raise ValueError(
             f"Split {split!r}, row {wrong[0]}: {section.target!r} is {shown}, which is none of the "
-            f"{len(class_names)} classes {', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''} "
-            f"({len(wrong)} such rows)."
+            f"{len(class_names)} classes {_listed(class_names)} ({len(wrong)} such rows)."
         )
     return targets
-
-
-def stream_classes(feature: Any, section: DataSection) -> tuple[tuple[str, ...], dict[int | str, int]]:
-    """Return the names of a stream's classes, and the class index of every label.
-
-    Raises:
-        ValueError: If neither the stream nor the recipe tells the classes.
-    """
-    if isinstance(feature, datasets.ClassLabel) and feature.num_classes > 1:
-        names = tuple(map(normalized, feature.names))
-        _check_classes_of_recipe(names, section)
-        return names, {index: index for index in range(feature.num_classes)}
-    kind = feature.pa_type if isinstance(feature, datasets.Value) else pa.null()
-    is_text = types.is_string(kind) or types.is_large_string(kind)
-    given_names = section.class_names
-    if given_names is None or (is_text and isinstance(section.classes, int)) or not (is_text or types.is_integer(kind)):
-        given = "" if section.classes is None else f", and data.classes is {section.classes}"
-        raise ValueError(
-            f"data.target {section.target!r} is {feature}{given}, but a stream cannot tell its classes, at least 2, "
-            "beforehand: set data.classes to the list of their names or, for integers from 0, to their number, or set "
-            "data.streaming to false."
-        )
-    return given_names, {(name if is_text else index): index for index, name in enumerate(given_names)}
 
 
 def check_same_classes(feature: Any, split: str, class_names: tuple[str, ...]) -> None:
@@ -242,6 +215,19 @@ def check_same_classes(feature: Any, split: str, class_names: tuple[str, ...]) -
         raise ValueError(
             f"Split {split!r} names other classes than the training split: {feature.names}, not {list(class_names)}."
         )
+
+
+def _given_names(feature: Any, section: DataSection) -> tuple[str, ...] | None:
+    """Return the names of the classes that a column or the recipe tells, if any does; both must tell the same."""
+    if not isinstance(feature, datasets.ClassLabel):
+        return section.class_names
+    names = tuple(map(normalized, feature.names))
+    if section.classes not in (None, len(names), names):
+        raise ValueError(
+            f"data.classes is {section.classes}, but {section.path} names its {len(names)} classes itself: "
+            f"{_listed(names)}. Leave it out."
+        )
+    return names
 
 
 def _labels(rows: datasets.Dataset, split: str, section: DataSection) -> NDArray[Any]:
@@ -260,3 +246,8 @@ def _labels(rows: datasets.Dataset, split: str, section: DataSection) -> NDArray
         found, inverse = np.unique(np.asarray(labels).astype(np.str_), return_inverse=True)
         return np.array(list(map(normalized, found.tolist())))[inverse]
     raise ValueError(f"data.target {section.target!r} holds {labels.type}; labels are class indices or strings.")
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = list(islice(names, _NAMED + 1))
+    return ", ".join([*first[:_NAMED], *(["..."] if len(first) > _NAMED else [])])

@@ -3,7 +3,8 @@
 import logging
 import mimetypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import Final
@@ -30,26 +31,14 @@ _logger = logging.getLogger(__name__)
 _METADATA: Final = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Without .json: beside images that is rather an annotation of another kind, and large.
 _ENDINGS_IN_FOLDER: Final = tuple(ending for ending in TABLE_ENDINGS if ending != ".json")
-# What `data.split_column` is by default; a table need not have it.
-_SPLIT_COLUMN: Final = "split"
 
 
 def load_tables(path: Path, section: DataSection) -> Splits | None:
-    """Read a data set whose images are files that a table names, or return None if `data.path` is something else.
+    """Read a data set whose images are files that a table names.
 
-    It is such a data set if it is a CSV, TSV or JSON lines file or a glob of them, a parquet file or a glob of them in
-    which `data.image` holds strings, or a folder in which tables with the columns of the recipe are called by splits
-    (`train.csv`, `test.csv`). A path in the table is relative to `data.root`, by default the table's folder.
-
-    Args:
-        path: `data.path` as a path.
-        section: The recipe's `data`.
-
-    Returns:
-        The splits, with the columns of the recipe.
-
-    Raises:
-        ValueError: If a table cannot be read, lacks a column, or names files that are not there.
+    It is a CSV, TSV or JSON lines file or a glob of them, a parquet file or a glob of them in which `data.image` holds
+    strings, or a folder in which tables with the columns of the recipe are called by splits (`train.csv`, `test.csv`).
+    Paths are relative to `data.root`, by default the table's folder.
     """
     files = _table_files(path, section)
     if files is None:
@@ -59,20 +48,25 @@ def load_tables(path: Path, section: DataSection) -> Splits | None:
                 "table of paths."
             )
         return None
-    found = {split: [_read_with_split(file, section) for file in of_split] for split, of_split in files.items()}
-    if list(found) == ["train"]:
-        found = _by_split_column(found["train"])
-    for name, tables in found.items():
-        for table in tables:
-            if "split" in table.rows.column_names and set(map(split_name, table.values("split"))) != {name}:
+    parts: list[tuple[str, Table]] = []
+    for name, of_split in files.items():
+        for file in of_split:
+            columns = {"path": section.image, "label": section.target}
+            # A table need not have a column that is called as `data.split_column` is by default.
+            if section.split_column is not None and (section.split_column != "split" or "split" in column_names(file)):
+                columns["split"] = section.split_column
+            table = read_table(file, columns)
+            named = table.values("split") if "split" in columns else [name]
+            if list(files) != ["train"] and set(map(split_name, named)) != {name}:
                 raise ValueError(
-                    f"{table.file} is the split {name!r} by its name, but its column {section.split_column!r} names "
-                    f"{', '.join(table.values('split'))}: give one file, or set data.split_column to null."
+                    f"{file} is the split {name!r} by its name, but its column {section.split_column!r} names "
+                    f"{', '.join(named)}: give one file, or set data.split_column to null."
                 )
+            parts += _by_split_column(table) if "split" in columns else [(name, table)]
     root = None if section.root is None else Path(section.root).expanduser()
     if root is not None and not root.is_dir():
         raise ValueError(f"data.root {section.root!r} is no folder.")
-    return _splits_of_tables(found, section, root)
+    return _splits_of_tables(parts, section, root)
 
 
 def load_metadata(path: Path, section: DataSection) -> Splits | None:
@@ -80,16 +74,6 @@ def load_metadata(path: Path, section: DataSection) -> Splits | None:
 
     The file stands in the folder itself or in those of the splits; its column `file_name` (for another `data.image`
     NAME, `NAME_file_name`) holds paths relative to it. One without that column or `data.target` is left alone.
-
-    Args:
-        path: `data.path` as a path.
-        section: The recipe's `data`.
-
-    Returns:
-        The splits, with the columns of the recipe; None if there is no such file.
-
-    Raises:
-        ValueError: If such a file cannot be read, or names files that are outside its folder or not there.
     """
     if not path.is_dir():
         return None
@@ -111,27 +95,21 @@ def load_metadata(path: Path, section: DataSection) -> Splits | None:
                 f"{table.file}, row {row}: {image!r} is {table.rows['path'][row].as_py()!r}, but it has to be relative "
                 "to the file and must not leave its folder."
             )
-    found: dict[str, list[Table]] = {}
+    parts = [("train", table) for table in tables]
+    known = known_splits(section)
     if path in folders:
         # The first folder of each path is its split, if every image is in the folder of one.
         first = pc.list_element(pc.split_pattern(tables[0].rows["path"], "/", max_splits=1), 0)
-        split_of = {name: split_name(name) for name in pc.unique(first).to_pylist()}
-        if set(split_of.values()) <= set(STANDARD_SPLITS.values()):
-            splits = pa.array([split_of[name] for name in first.to_pylist()])
-            tables = [Table(tables[0].file, tables[0].rows.append_column("split", splits), tables[0].label)]
-        found = _by_split_column(tables)
-    else:
-        known = known_splits(section)
-        names = [split_name(table.file.parent.name) for table in tables]
-        some = not known.isdisjoint(names)
+        if set(map(split_name, pc.unique(first).to_pylist())) <= set(STANDARD_SPLITS.values()):
+            parts = _by_split_column(tables[0].with_column("split", first))
+    elif not known.isdisjoint(names := [split_name(folder.name) for folder in folders]):
+        parts = [(name, table) for name, table in zip(names, tables, strict=True) if name in known]
         for name, table in zip(names, tables, strict=True):
-            if some and name not in known:
+            if name not in known:
                 warn_first(_logger, "%s is not read: its folder is called like no split.", table.file)
-            else:
-                found.setdefault(name if some else "train", []).append(table)
-    loaded = _splits_of_tables(found, section, None)
+    splits = _splits_of_tables(parts, section, None)
     _warn_of_unnamed(tables)
-    return loaded
+    return splits
 
 
 def metadata_files(folder: Path) -> list[Path]:
@@ -179,50 +157,35 @@ def _describes_images(file: Path, image: str, target: str) -> bool:
     return target in names
 
 
-def _read_with_split(file: Path, section: DataSection) -> Table:
-    """Read a table, with the column that names splits if there is one."""
-    columns, split = {"path": section.image, "label": section.target}, section.split_column
-    if split is not None and (split != _SPLIT_COLUMN or split in column_names(file)):
-        columns["split"] = split
-    return read_table(file, columns)
+def _by_split_column(table: Table) -> list[tuple[str, Table]]:
+    """Return the part of each split that a table's column names."""
+    return [
+        (split_name(name), replace(table, rows=table.rows.filter(pc.equal(table.rows["split"], name))))
+        for name in table.values("split")
+    ] or [("train", table)]
 
 
-def _by_split_column(tables: Sequence[Table]) -> dict[str, list[Table]]:
-    """Divide tables by their split column; without one, all is "train"."""
-    found: dict[str, list[Table]] = {}
-    for table in tables:
-        if "split" not in table.rows.column_names:
-            found.setdefault("train", []).append(table)
-            continue
-        for name in table.values("split"):
-            rows = table.rows.filter(pc.equal(table.rows["split"], name))
-            found.setdefault(split_name(name), []).append(Table(table.file, rows, table.label))
-    return found
-
-
-def _splits_of_tables(found: Mapping[str, Sequence[Table]], section: DataSection, root: Path | None) -> Splits:
-    """Return the rows of every split, those that are used with all their files there."""
-    used = used_of(found, section)
-    tables = iter(with_common_labels([table for of_split in found.values() for table in of_split]))
-    splits: dict[str, FileSplit] = {}
-    label = None
-    for name, of_split in found.items():
-        paths: list[str] = []
-        chunks: list[pa.Array] = []
-        for table in (next(tables) for _ in of_split):
-            folder = os.path.abspath(root or table.file.parent)
-            given = table.rows["path"].to_pylist()
-            of_table = [os.path.join(folder, path) for path in given]
-            if name in used:
-                _check_files(of_table, given, table.file, folder)
-            paths += of_table
-            chunks += table.rows["label"].chunks
-            label = table.label
-        splits[name] = FileSplit(paths, pa.chunked_array(chunks, table.rows["label"].type))
-    folder = os.path.abspath(root or next(iter(found.values()))[0].file.parent)
+def _splits_of_tables(parts: Sequence[tuple[str, Table]], section: DataSection, root: Path | None) -> Splits:
+    """Return the rows of every split, after a look for the files of those that are used."""
+    names = [name for name, _ in parts]
+    used = used_of(names, section)
+    tables = with_common_labels([table for _, table in parts])
+    paths: dict[str, list[str]] = {}
+    labels: dict[str, list[pa.Array]] = {}
+    for name, table in zip(names, tables, strict=True):
+        folder = os.path.abspath(root or table.file.parent)
+        given = table.rows["path"].to_pylist()
+        of_table = [os.path.join(folder, path) for path in given]
+        if name in used:
+            _check_files(of_table, given, table.file, folder)
+        paths.setdefault(name, []).extend(of_table)
+        labels.setdefault(name, []).extend(table.rows["label"].chunks)
+    kind = tables[0].rows["label"].type
+    splits = {name: FileSplit(paths[name], pa.chunked_array(labels[name], kind)) for name in paths}
     checked = {name: files for name, files in splits.items() if name in used}
-    check_no_shared_images(checked, folder, compare_bytes=section.check_duplicates)
-    features = datasets.Features({section.image: datasets.Image(), section.target: label})
+    top = os.path.abspath(root or tables[0].file.parent)
+    check_no_shared_images(checked, top, compare_bytes=section.check_duplicates)
+    features = datasets.Features({section.image: datasets.Image(), section.target: tables[0].label})
     return Splits(rows_of_files(splits, features, section))
 
 

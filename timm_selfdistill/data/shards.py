@@ -29,24 +29,12 @@ Sample = dict[str, bytes]
 
 
 def load_shards(path: Path, section: DataSection) -> Splits | None:
-    """Read WebDataset shards, or return None if `data.path` is something else.
+    """Read WebDataset shards; without streaming, `datasets` copies the samples to its cache first.
 
     `data.path` is a tar file, a glob or a range in braces (`train-{000..123}.tar`) of them, or a folder that holds
     them, directly or in folders of splits. A file's split is what its name begins with; all are "train" if no name
     begins with one. `data.image` and `data.target` are endings of members, several divided by ";": the first that a
     sample has counts. A target "json.KEY" is that key of the member "json".
-
-    Without streaming, `datasets` copies the samples to its cache first.
-
-    Args:
-        path: `data.path` as a path.
-        section: The recipe's `data`.
-
-    Returns:
-        The splits, with the columns of the recipe.
-
-    Raises:
-        ValueError: If a file cannot be read, or a sample has no such members.
     """
     files = _shard_files(path, section)
     if not files:

@@ -1,6 +1,5 @@
 """The kinds of data sets that `data.path` can name, in the order in which they are tried."""
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -31,11 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 def load_splits(section: DataSection) -> Splits:
-    """Open `data.path` as the first kind of data set that it is.
-
-    Raises:
-        ValueError: If it is none, or cannot be read.
-    """
+    """Open `data.path` as the first kind of data set that it is; raise ValueError if it is none or unreadable."""
     path = DIGITS if section.path == "digits" else Path(section.path).expanduser()
     try:
         for source in SOURCES:
@@ -80,11 +75,7 @@ def _load_saved(path: Path, section: DataSection) -> Splits | None:
 
 
 def _load_arrow_files(path: Path, section: DataSection) -> Splits | None:
-    """Read a folder of parquet or arrow files, one of them, or a glob.
-
-    Raises:
-        ValueError: If the files cannot be read, stand beside images, or number the same classes differently.
-    """
+    """Read a folder of parquet or arrow files, one of them, or a glob."""
     tables: list[Path] = []
     if path.is_dir():
         folder = path.resolve()
@@ -129,14 +120,9 @@ def _load_from_hub(path: Path, section: DataSection) -> Splits | None:
 
 
 def _tables_of(folder: Path) -> list[Path]:
-    """Return the parquet and arrow files of a folder that is a data set of such files, none of another one.
-
-    Raises:
-        ValueError: If there are images, too.
-    """
-    with_images = holds_image(str(folder))
+    """Return the parquet and arrow files of a folder, none of one that holds images."""
     tables = [file for file in sorted(folder.iterdir()) if file.suffix in _FORMATS]
-    if not with_images:
+    if not holds_image(str(folder)):
         return tables or [file for file in sorted(folder.rglob("*")) if file.suffix in _FORMATS]
     if tables:
         raise ValueError(
@@ -158,11 +144,7 @@ def _stored_label_names(file: str, column: str) -> list[str] | None:
     if Path(file).suffix not in _FORMATS:
         return None
     schema = parquet.read_schema(file) if file.endswith(".parquet") else _arrow_schema(file)
-    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = (stored.get("info") or {}).get("features") or {}
-    if column not in features:
-        return None
-    feature = datasets.Features.from_dict({column: features[column]})[column]
+    feature = datasets.Features.from_arrow_schema(schema).get(column)
     return list(map(normalized, feature.names)) if isinstance(feature, datasets.ClassLabel) else None
 
 
@@ -198,11 +180,12 @@ def _unreadable(section: DataSection, error: Exception) -> ValueError:
 
 
 class Source(NamedTuple):
-    """A kind of data set.
+    """A kind of data set that `data.path` can name.
 
     Args:
-        load: Takes `data.path` as a path and the recipe's `data`; returns the splits, or None if it is another kind.
-        endings: Of the files that it reads, which therefore are no names on the Hub.
+        load: Takes the path and the recipe's `data`. Returns the splits, with the columns of the recipe; None if the
+            path names another kind. Raises ValueError if the data set cannot be read or contradicts the recipe.
+        endings: Of the files that it reads; a path that ends so is no name on the Hub.
     """
 
     load: Callable[[Path, DataSection], Splits | None]

@@ -107,24 +107,20 @@ class ImageData:
 def open_dataset(section: DataSection, seed: int) -> ImageData:
     """Open the data set of a recipe and split it; no code of the data set is run.
 
-    `section.path` is "digits" (embedded), something local, or a name on the hub, in this order. Local is: a folder
-    written by `save_to_disk`; a folder of images, as `load_image_folder` reads it; a folder of parquet or arrow files,
-    of which `train-*.parquet` is the split "train"; a parquet or arrow file or a glob of them (all of it "train").
-
-    What was read is logged, by the first process only.
+    `section.path` is "digits" (embedded), something local or a name on the Hub: `timm_selfdistill.data.sources` lists
+    the kinds, in order. The first process logs what was read.
 
     Fractions are stratified by class. Rows held out by `eval_fraction` do not depend on the seed, so that no seed ever
-    trains on another's; the validation rows and the `max_train` rows do. `max_eval` limits the evaluation and the
-    validation split alike.
+    trains on another's; the validation rows and the `max_train` rows do. `max_eval` limits evaluation and validation.
 
     Args:
         section: The recipe's `data`.
         seed: Decides which rows are drawn.
 
     Raises:
-        ValueError: If there is no such data set, split or column, if a column does not hold images or class labels,
-            if a class has no training image or is too small to be split, if an image of a folder is in two splits, or
-            if a stream is asked for what only rows with an index can give.
+        ValueError: If there is no such data set, split or column, a column does not hold images or class labels, a
+            class has no training image or is too small to be split, an image of a folder is in two splits, or a stream
+            would need an index.
     """
     splits = load_splits(section)
     section = resolve_splits(section, splits.rows)
@@ -137,7 +133,7 @@ def open_dataset(section: DataSection, seed: int) -> ImageData:
 
 
 def _check_columns(features: datasets.Features | None, split: str, section: DataSection) -> None:
-    """Raise unless the split has the two columns of the recipe and the first holds images."""
+    """Refuse a split without the two columns of the recipe, or whose first one holds no images."""
     if features is None:
         raise ValueError(f"The stream {section.path} does not say what its columns hold: set data.streaming to false.")
     for key, column in (("image", section.image), ("target", section.target)):
@@ -202,13 +198,18 @@ def _check_classes(train: ImageSplit, class_names: tuple[str, ...], section: Dat
 
 def _summary(data: ImageData, section: DataSection) -> str:
     """Return how many images of which splits there are, and the first names of the classes."""
-    parts = [f"{_size(data.train)} images of {data.train.name!r}"]
+
+    def size(split: ImageSplit | StreamSplit) -> int | str:
+        found = len(split) if isinstance(split, ImageSplit) else split.size
+        return "an unknown number of" if found is None else found
+
+    parts = [f"{size(data.train)} images of {data.train.name!r}"]
     for use, split in (("validation", data.validation), ("evaluation", data.eval)):
         if use == "evaluation" and section.eval_fraction is None and section.eval_split == section.train_split:
-            continue  # nothing is to be trained: it stands for both
+            continue  # `evaluate` reads one split, which stands for both
         if split is not None:
             held_out = split.name == data.train.name
-            parts.append(f"{_size(split)} {f'held out of it for {use}' if held_out else f'of {split.name!r}'}")
+            parts.append(f"{size(split)} {f'held out of it for {use}' if held_out else f'of {split.name!r}'}")
     return f"{data.name}: {', '.join(parts)}; {len(data.class_names)} classes ({quoted(data.class_names)})"
 
 
@@ -238,7 +239,7 @@ def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
 def _carve(
     split: ImageSplit, fraction: float, class_names: tuple[str, ...], rng: np.random.Generator
 ) -> tuple[ImageSplit, ImageSplit]:
-    """Return what is left of the split, and the share that is held out."""
+    """Return the rest of the split, and the share that is held out."""
     held_out = _stratified(split.targets, max(1, round(fraction * len(split))), rng)
     rest = split.select(np.setdiff1d(np.arange(len(split)), held_out))
     before = np.bincount(split.targets, minlength=len(class_names))
@@ -270,12 +271,6 @@ def _stratified(targets: Indices, count: int, rng: np.random.Generator) -> Indic
     by_class = shuffled[np.argsort(inverse[shuffled], kind="stable")]
     rank = np.arange(len(targets)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return np.sort(by_class[rank < np.repeat(quota, sizes)])
-
-
-def _size(split: ImageSplit | StreamSplit) -> int | str:
-    if isinstance(split, ImageSplit):
-        return len(split)
-    return "an unknown number of" if split.size is None else split.size
 
 
 def _title(section: DataSection) -> str:

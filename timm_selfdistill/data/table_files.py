@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,11 +23,11 @@ _KEYS = {"path": "data.image", "label": "data.target", "split": "data.split_colu
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The columns of a table file that are of use.
+    """The columns of a table file that are of use: "path" (strings), "label" and, if it was read, "split" (strings).
 
     Args:
         file: The file.
-        rows: "path" (strings), "label" (as it is stored; strings from CSV) and, if it was read, "split" (strings).
+        rows: The columns; labels as they are stored, strings from CSV.
         label: What `datasets` calls the type of the labels.
     """
 
@@ -40,18 +40,14 @@ class Table:
         found: list[str] = pc.unique(self.rows[column]).to_pylist()
         return found
 
-    def with_labels(self, labels: pa.ChunkedArray) -> "Table":
-        """Return the table with other labels, integers."""
-        rows = self.rows.set_column(self.rows.column_names.index("label"), "label", labels)
-        return Table(self.file, rows, datasets.Value("int64"))
+    def with_column(self, column: str, values: pa.Array | pa.ChunkedArray) -> "Table":
+        """Return the table with a column added or replaced."""
+        others = self.rows.select([name for name in self.rows.column_names if name != column])
+        return replace(self, rows=others.append_column(column, values))
 
 
 def column_names(file: Path, *, of_paths: bool = False) -> list[str]:
-    """Return the names of a table's columns, with `of_paths` without those of parquet files that hold no strings.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
+    """Return the names of a table's columns; with `of_paths`, those of a parquet file that hold strings."""
     try:
         if _is_text(file):
             with csv.open_csv(file, parse_options=_parse_options(file)) as reader:
@@ -101,13 +97,13 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Table:
 
 
 def with_common_labels(tables: Sequence[Table]) -> list[Table]:
-    """Return tables whose labels have one type: CSV holds integers if every label of every table is one.
-
-    Raises:
-        ValueError: If some tables have strings and others integers, or other names of the classes.
-    """
-    if all(_is_text(table.file) and _holds_integers(table.rows["label"]) for table in tables):
-        return [table.with_labels(table.rows["label"].cast(pa.int64())) for table in tables]
+    """Return tables whose labels have one type: CSV holds integers if every label of every table is one."""
+    if all(
+        _is_text(table.file) and pc.all(pc.match_substring_regex(table.rows["label"], _INTEGERS), min_count=0).as_py()
+        for table in tables
+    ):
+        as_integers = (table.with_column("label", table.rows["label"].cast(pa.int64())) for table in tables)
+        return [replace(table, label=datasets.Value("int64")) for table in as_integers]
     for table in tables[1:]:
         if table.label != tables[0].label:
             raise ValueError(
@@ -135,18 +131,16 @@ def _parse_options(file: Path) -> csv.ParseOptions:
 def _json_rows(file: Path) -> list[dict[str, Any]]:
     """Return the objects of a file that holds one a line, or a list of them."""
     rows: list[Any] = []
-    with file.open(encoding="utf-8-sig") as lines:
-        if file.suffix.lower() == ".json":
-            text = lines.read()
-            rows = json.loads(text) if text.lstrip().startswith("[") else []
-            lines.seek(0)
-        if not rows:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        rows.append(json.loads(line))
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"line {number} is no JSON: {error}") from error
+    text = file.read_text("utf-8-sig")
+    if file.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number} is no JSON: {error}") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"row {number} is no JSON object but {row!r}")
@@ -158,10 +152,6 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
 def _is_text(file: Path) -> bool:
     """Whether a file does not tell numbers from text itself."""
     return file.suffix.lower() in _TEXT
-
-
-def _holds_integers(labels: pa.ChunkedArray) -> bool:
-    return bool(pc.all(pc.match_substring_regex(labels, _INTEGERS), min_count=0).as_py())
 
 
 def _is_string(kind: pa.DataType) -> bool:
