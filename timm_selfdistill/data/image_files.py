@@ -56,13 +56,6 @@ class FolderScan:
         if len(first) < _NAMED:
             first.append(path)
 
-    def update(self, other: "FolderScan") -> None:
-        """Add what another scan met."""
-        self.counts.update(other.counts)
-        for reason, paths in other.first.items():
-            self.first[reason] = (self.first.get(reason, []) + paths)[:_NAMED]
-        self.links |= other.links
-
     def describe(self, root: str, *, expected: bool | None = None) -> str:
         """Return, for example, "2 unknown ('cat/a.bin', 'cat/b.bin'), 1 hidden ('.DS_Store')"; "" if there is nothing.
 
