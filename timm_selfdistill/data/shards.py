@@ -59,31 +59,27 @@ def load_shards(path: Path, section: DataSection) -> Splits | None:
 
 def _shard_files(path: Path, section: DataSection) -> dict[str, list[Path]]:
     """Return the shards of each split, none if the data set is something else."""
-    if path.is_dir():
-        if files := _shards_in(path):
-            return files_by_split(files, section)
-        known = known_splits(section)
-        with os.scandir(path) as entries:
-            folders = sorted(entry.name for entry in entries if split_name(entry.name) in known and entry.is_dir())
-        return {split_name(folder): files for folder in folders if (files := _shards_in(path / folder))}
-    files = [path]
-    if not path.is_file():
-        files = [Path(file) for part in _expanded(str(path)) for file in sorted(glob(part))]
-    return files_by_split(files, section) if files and all(map(_is_shard, files)) else {}
+    if not path.is_dir():
+        files = [path]
+        if not path.is_file():
+            files = [Path(file) for part in _expanded(str(path)) for file in sorted(glob(part))]
+        is_shard = [file.name.lower().endswith(SHARD_ENDINGS) and file.is_file() for file in files]
+        return files_by_split(files, section) if files and all(is_shard) else {}
+    if files := _shards_in(path):
+        return files_by_split(files, section)
+    known = known_splits(section)
+    folders = sorted(folder for folder in path.iterdir() if split_name(folder.name) in known and folder.is_dir())
+    return {split_name(folder.name): files for folder in folders if (files := _shards_in(folder))}
 
 
 def _shards_in(folder: Path) -> list[Path]:
     """Return the shards of a folder; none if it holds images, beside which a tar file may well stand."""
     names = sorted(name for name in os.listdir(folder) if name.lower().endswith(SHARD_ENDINGS))
-    shards = [file for name in names if _is_shard(file := folder / name)]
+    shards = [folder / name for name in names if (folder / name).is_file()]
     images = tuple(f".{ending}" for ending in _ANY_IMAGE.split(";"))
     if shards and any(name.lower().endswith(images) for _, _, files in os.walk(folder) for name in files):
         return []
     return shards
-
-
-def _is_shard(path: Path) -> bool:
-    return path.name.lower().endswith(SHARD_ENDINGS) and path.is_file()
 
 
 def _expanded(pattern: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape, glob
 from itertools import chain
@@ -67,10 +67,8 @@ def _load_saved(path: Path, section: DataSection) -> Splits | None:
         return None
     if section.streaming:
         raise ValueError(f"{path} was written by save_to_disk, which is memory-mapped: set data.streaming to false.")
-    try:
+    with _readable(section):
         saved = datasets.load_from_disk(str(path)).with_format(None)
-    except Exception as error:
-        raise _unreadable(section, error) from error
     return Splits(saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved})
 
 
@@ -96,8 +94,10 @@ def _load_arrow_files(path: Path, section: DataSection) -> Splits | None:
         used = used_of(map(str, data_files), section)
         local = [str(file) for split, of_split in data_files.items() if str(split) in used for file in of_split]
         label_names = {file: _stored_label_names(file, section.target) for file in local}
-        if section.name is None:
-            _warn_of_unread(tables, {str(file) for file in chain(*data_files.values())}, section)
+        read = {str(file) for file in chain(*data_files.values())}
+        if section.name is None and (unread := [table.name for table in tables if str(table) not in read]):
+            message = "%d files of %s are in no split, as nothing in their names tells which: %s."
+            warn_first(_logger, message, len(unread), section.path, quoted(unread))
         rows = datasets.load_dataset(**arguments, streaming=section.streaming)
     # `datasets` takes the names of the first file for all.
     stored = [(file, names) for file, names in label_names.items() if names is not None]
@@ -132,51 +132,38 @@ def _tables_of(folder: Path) -> list[Path]:
     return []
 
 
-def _warn_of_unread(tables: Iterable[Path], known: set[str], section: DataSection) -> None:
-    """Tell which files of a folder are in no split, by their names."""
-    if unread := [table.name for table in tables if str(table) not in known]:
-        message = "%d files of %s are in no split, as nothing in their names tells which: %s."
-        warn_first(_logger, message, len(unread), section.path, quoted(unread))
-
-
 def _stored_label_names(file: str, column: str) -> list[str] | None:
     """Return the names of a `ClassLabel` column that a parquet or arrow file stores; None if it stores none."""
     if Path(file).suffix not in _FORMATS:
         return None
-    schema = parquet.read_schema(file) if file.endswith(".parquet") else _arrow_schema(file)
+    if file.endswith(".parquet"):
+        schema = parquet.read_schema(file)
+    else:
+        with pa.memory_map(file) as source:
+            try:
+                schema = ipc.open_stream(source).schema
+            except pa.ArrowInvalid:  # the other one of Arrow's two formats
+                schema = ipc.open_file(source).schema
     feature = datasets.Features.from_arrow_schema(schema).get(column)
     return list(map(normalized, feature.names)) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def _arrow_schema(file: str) -> pa.Schema:
-    with pa.memory_map(file) as source:
-        try:
-            return ipc.open_stream(source).schema
-        except pa.ArrowInvalid:  # the other one of Arrow's two formats
-            return ipc.open_file(source).schema
-
-
 @contextmanager
 def _readable(section: DataSection) -> Iterator[None]:
-    """Turn errors of reading into ValueErrors that name `data.path`."""
+    """Turn the errors of `datasets` and pyarrow, which have no common base class, into ones that name `data.path`."""
     try:
         yield
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(
-            f"data.path {section.path!r} cannot be opened; it can be 'digits', a folder or file, or a data set on the "
-            f"hub. {error}"
-        ) from error
     except Exception as error:
-        raise _unreadable(section, error) from error
-
-
-def _unreadable(section: DataSection, error: Exception) -> ValueError:
-    """Return what to say of an error of `datasets` or pyarrow, which for a damaged file have no common base class."""
-    reason = str(error.__cause__ or error).rstrip(".")
-    return ValueError(
-        f"data.path {section.path!r} cannot be read: {reason}. If a file of it is damaged or "
-        "incomplete, write or download it again."
-    )
+        if isinstance(error, FileNotFoundError | ConnectionError) and not Path(section.path).expanduser().exists():
+            raise ValueError(
+                f"data.path {section.path!r} cannot be opened; it can be 'digits', a folder or file, or a data set on "
+                f"the hub. {error}"
+            ) from error
+        reason = str(error.__cause__ or error).rstrip(".")
+        raise ValueError(
+            f"data.path {section.path!r} cannot be read: {reason}. If a file of it is damaged or "
+            "incomplete, write or download it again."
+        ) from error
 
 
 class Source(NamedTuple):
