@@ -26,31 +26,22 @@ _NAMED = 5  # differences that a message names
 class SplitFingerprint:
     """What tells whether the images for one use are still the same.
 
-    Args:
-        split: The split of the data set that they are from.
-        rows: Number of rows of the whole split; None if nobody knows.
-        per_class: Number of images that are used, by class; None for a stream.
-        digest: Of the images that are used, in order: row, label, size of the stored bytes, path below the folder of
-            all images. Of a stream, only of what is known without reading it: number of rows, and its files here.
+    The digest is that of row, label, size of the stored bytes and path below the folder of all images, of the images
+    that are used, in order; for a stream, of what is known without reading it: number of rows, and its files here.
     """
 
     split: str
-    rows: int | None
-    per_class: list[int] | None
+    rows: int | None  # of the whole split; None if it is unknown
+    per_class: list[int] | None  # of the images that are used; None for a stream
     digest: str
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells whether a data set is still the same; no content of an image is read for it.
-
-    Args:
-        classes: Class names.
-        uses: By "training", "validation" and "evaluation", where the recipe has such images.
-    """
+    """What tells whether a data set is still the same; no content of an image is read for it."""
 
     classes: list[str]
-    uses: dict[str, SplitFingerprint]
+    uses: dict[str, SplitFingerprint]  # by "training", "validation" and "evaluation", where there are such images
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON and checkpoints can hold it."""
@@ -77,12 +68,7 @@ class Fingerprint:
 
 
 def fingerprint(data: ImageData, section: DataSection) -> Fingerprint:
-    """Return what tells whether a data set is still the same; moving it to another folder does not change it.
-
-    Args:
-        data: What `open_dataset` returned.
-        section: The recipe's `data`.
-    """
+    """Return what tells whether a data set is still the same; moving it to another folder does not change it."""
     splits = {"training": data.train, "validation": data.validation, "evaluation": data.eval}
     used = {use: split for use, split in splits.items() if split is not None}
     columns = {use: _sizes_and_paths(split) for use, split in used.items() if isinstance(split, ImageSplit)}

@@ -57,11 +57,9 @@ class FolderScan:
             first.append(path)
 
     def describe(self, root: str, *, expected: bool | None = None) -> str:
-        """Return, for example, "2 unknown ('cat/a.bin', 'cat/b.bin'), 1 hidden ('.DS_Store')"; "" if there is nothing.
+        """Return, for example, "2 unknown ('cat/a.bin', 'cat/b.bin'), 1 hidden ('.DS_Store')", with paths below `root`.
 
-        Args:
-            root: What the paths are relative to.
-            expected: Tell only what is normal beside images (True) or only the rest (False).
+        With `expected`, only what is normal beside images (True) or only the rest (False) is told.
         """
         parts = []
         for reason, count in sorted(self.counts.items()):

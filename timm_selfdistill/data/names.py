@@ -97,11 +97,7 @@ def known_splits(section: DataSection) -> set[str]:
 
 
 def resolve_splits(section: DataSection, available: Iterable[str], hint: str = "") -> DataSection:
-    """Return the data section with the splits named as in the data set; `hint` ends the message of a missing one.
-
-    Raises:
-        ValueError: If there is no such split, or two keys name one split by different names.
-    """
+    """Return the data section with the splits named as in the data set; `hint` ends the message of a missing one."""
     available = list(available)
     found: dict[str, str] = {}
     for key, wanted in used_splits(section).items():
@@ -169,11 +165,7 @@ def class_names_of(rows: datasets.Dataset, section: DataSection) -> tuple[str, .
 
 
 def stream_classes(feature: Any, section: DataSection) -> tuple[tuple[str, ...], dict[int | str, int]]:
-    """Return the names of a stream's classes, and the class index of every label.
-
-    Raises:
-        ValueError: If neither the stream nor the recipe tells the classes.
-    """
+    """Return the names of a stream's classes, and the class index of every label."""
     names = _given_names(feature, section)
     kind = feature.pa_type if isinstance(feature, datasets.Value | datasets.ClassLabel) else pa.null()
     is_text = types.is_string(kind) or types.is_large_string(kind)

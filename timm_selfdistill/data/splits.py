@@ -67,19 +67,12 @@ class ImageSplit(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True, eq=False)
 class StreamSplit:
-    """One split of a data set that is read in order, without an index.
-
-    Args:
-        name: The split's name in the data set.
-        rows: Its columns are the encoded "image" and the label "target", as it is stored.
-        size: Number of samples of one pass; None if nobody knows.
-        class_index: The class index of every label.
-    """
+    """One split of a data set that is read in order, without an index."""
 
     name: str
-    rows: datasets.IterableDataset
-    size: int | None
-    class_index: Mapping[int | str, int]
+    rows: datasets.IterableDataset  # of the encoded "image" and the label "target", as it is stored
+    size: int | None  # number of samples of one pass; None if it is unknown
+    class_index: Mapping[int | str, int]  # the class index of every label
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,11 @@ _KEYS = {"path": "data.image", "label": "data.target", "split": "data.split_colu
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The columns of a table file that are of use: "path" (strings), "label" and, if it was read, "split" (strings).
-
-    Args:
-        file: The file.
-        rows: The columns; labels as they are stored, strings from CSV.
-        label: What `datasets` calls the type of the labels.
-    """
+    """The columns of a table file that are of use: "path" (strings), "label" and, if it was read, "split" (strings)."""
 
     file: Path
-    rows: pa.Table
-    label: Any
+    rows: pa.Table  # labels as they are stored; strings from CSV
+    label: Any  # the type of the labels, as `datasets` calls it
 
     def values(self, column: str) -> list[str]:
         """Return the different values of a column."""
@@ -60,7 +54,7 @@ def column_names(file: Path, *, of_paths: bool = False) -> list[str]:
 
 
 def read_table(file: Path, columns: Mapping[str, str]) -> Table:
-    """Read the columns "path" and "label" of a table and, if it is among them, "split".
+    """Read a table's columns "path", "label" and, if it is among them, "split".
 
     Args:
         file: The table.
