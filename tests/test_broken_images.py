@@ -18,18 +18,11 @@ from accelerate.state import AcceleratorState
 from PIL import Image, ImageFile
 
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.data import (
-    InputConfig,
-    Loaders,
-    SkipList,
-    build_loaders,
-    eval_transform,
-    merge_skipped,
-    open_dataset,
-)
+from timm_selfdistill.data import open_dataset
 from timm_selfdistill.data.collate import Collate
-from timm_selfdistill.data.decode import decode, read
-from timm_selfdistill.data.skipped import SkippedImage
+from timm_selfdistill.data.decode import SkipList, SkippedImage, decode, merge_skipped, read
+from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.transforms import InputConfig, eval_transform
 from timm_selfdistill.metrics import IGNORED, ExitMetrics
 from timm_selfdistill.model import ExitOutput
 from timm_selfdistill.recipe import AugmentSection, DataSection, load_recipe
@@ -356,6 +349,8 @@ def test_a_run_stops_and_goes_on_without_the_images(folder: Path, tmp_path: Path
 
 
 def test_a_run_without_broken_images_lists_none(tmp_path: Path) -> None:
-    report = train(load_recipe("digits", [*RUN, "data.max_train=36", "data.max_eval=9", f"output_dir={tmp_path}"]))
+    report = train(
+        load_recipe("digits", [*RUN, "epochs=1", "data.max_train=36", "data.max_eval=9", f"output_dir={tmp_path}"])
+    )
     assert report["num_skipped"] == {"evaluation": 0}
     assert not list(tmp_path.glob("skipped*"))

@@ -17,18 +17,11 @@ from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import (
-    InputConfig,
-    Loaders,
-    StreamSplit,
-    TrainingOrder,
-    build_loaders,
-    build_mixup,
-    eval_transform,
-    open_dataset,
-    train_transform,
-)
+from timm_selfdistill.data import StreamSplit, open_dataset
 from timm_selfdistill.data.decode import decode, read
+from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.order import TrainingOrder
+from timm_selfdistill.data.transforms import InputConfig, build_mixup, eval_transform, train_transform
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 PLAIN = AugmentSection(train_crop_mode="pad", hflip=0.0)

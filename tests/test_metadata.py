@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from timm_selfdistill.data import ImageData, open_dataset
 from timm_selfdistill.data.decode import decode, read
-from timm_selfdistill.data.metadata import load_metadata, metadata_files
+from timm_selfdistill.data.path_tables import load_metadata, metadata_files
 from timm_selfdistill.recipe import DataSection
 
 pytestmark = pytest.mark.usefixtures("own_datasets_cache")

@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_selfdistill.data import ImageData, InputConfig, Loaders, build_loaders, open_dataset
+from timm_selfdistill.data import ImageData, open_dataset
 from timm_selfdistill.data.decode import decode, read
+from timm_selfdistill.data.loaders import Loaders, build_loaders
 from timm_selfdistill.data.shards import load_shards
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 GREY = InputConfig(1, (4, 4), (0.0,), (1.0,), "nearest", 1.0)
@@ -117,7 +119,8 @@ def test_a_tar_file_beside_images_is_left_alone(tmp_path: Path, make_image_folde
         write(tmp_path / "tars" / "train.tar", *pairs(range(2)))
         (tmp_path / "tars" / "logs").mkdir(exist_ok=True)
         (tmp_path / "tars" / "logs" / other).touch()
-        assert len(load_shards(tmp_path / "tars", section(tmp_path / "tars")) or {}) == count
+        found = load_shards(tmp_path / "tars", section(tmp_path / "tars"))
+        assert (0 if found is None else len(found.rows)) == count
 
 
 def test_a_changed_shard_is_read_anew(shards: Path) -> None:
@@ -179,7 +182,7 @@ def test_damaged_shards_are_explained(shards: Path) -> None:
         (whole[: 2 * 1024 * 3 + 100], "ends without the mark"),
         (whole[:1100], "there is no member|cannot be read|ends without the mark"),
         (whole[: len(end) + -len(end) % 512], "ends without the mark"),
-        (whole + whole, "holds more behind the mark of its end"),
+        (whole + whole, "holds more after the mark of its end"),
     ):
         (shards / "train-001.tar").write_bytes(content)
         with pytest.raises(ValueError, match=what) as raised:

@@ -1,13 +1,16 @@
-"""From a stored image to its pixels: which files are read, which formats are opened, depth, orientation, channels."""
+"""From a stored image to its pixels, and the list of the images that cannot be decoded."""
 
 import io
+import json
+import logging
 import os
 import stat
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
-from datasets.utils.file_utils import is_local_path, xopen
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
@@ -17,6 +20,11 @@ from PIL.TiffImagePlugin import (
     TiffImageFile,
 )
 
+from timm_selfdistill.compat import read_remote
+from timm_selfdistill.files import replace_file
+
+_logger = logging.getLogger(__name__)
+
 FORMATS: Final = (
     # The usual ones first, and at the end those that Pillow does not tell by their first bytes.
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "JXL", "DIB", "ICO"),
@@ -25,23 +33,33 @@ FORMATS: Final = (
 )
 """The image formats that are opened, by Pillow's names: those whose pixels Pillow or a plugin for it decodes itself.
 
-Not EPS, WMF, BUFR, GRIB, HDF5 and MPEG, which Pillow hands to other programs, and not IPTC, which may hold any of them.
+Pillow hands EPS, WMF, BUFR, GRIB, HDF5 and MPEG to other programs, and IPTC may hold any of them.
 """
 
 # More bytes than an image of as many pixels as Pillow allows has in any format.
 MOST_BYTES: Final = 1 << 30
+SKIPPED: Final = "skipped.jsonl"
+Use = Literal["training", "validation", "evaluation"]
 
 # Resized by their shorter side, images of more extreme shape would fill the memory.
 _MAX_ASPECT = 1000
-
 # Greys of these formats come from Pillow as 16 bits of full range, whatever their depth in the file.
 _FULL_RANGE = {("PNG", "I;16"), ("JPEG2000", "I;16"), ("PPM", "I")}
-
+_NO_RANGE = "its values are {}, of no known range: store it with 8 or 16 bits, unsigned, 0 for black"
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+_PART = "skipped-"
+
+
+class SampleError(ValueError):
+    """A sample, or what follows in a stream, that cannot be used; the message says which."""
+
+    def __init__(self, message: str) -> None:
+        # From a loader process torch hands on the whole traceback, which ends with the message.
+        super().__init__(message.rpartition(f"{__name__}.{type(self).__qualname__}: ")[2].rstrip())
 
 
 def read_file(path: str | Path) -> bytes:
-    """Return the content of an image file. What is no regular file, such as a pipe or a device, is never opened.
+    """Return the content of an image file; a pipe or a device is never opened.
 
     Raises:
         OSError: If the file cannot be read.
@@ -57,29 +75,23 @@ def read_file(path: str | Path) -> bytes:
 
 
 def read(value: Any) -> bytes:
-    """Return the encoded bytes of a stored image, none if it is missing.
+    """Return the encoded bytes of a stored image, none if it is missing; any exception says that it is unreadable.
 
     Args:
         value: What `datasets` stores, {"bytes", "path"} or None, or the encoded bytes.
-
-    Raises:
-        Exception: Of any kind, if the file or the address cannot be read.
     """
     if isinstance(value, dict):
-        if value["bytes"] is None and value["path"] is not None:
-            if is_local_path(value["path"]):
-                return read_file(value["path"])
-            with xopen(value["path"], "rb") as file:
-                return bytes(file.read())
-        value = value["bytes"]
+        path, value = value["path"], value["bytes"]
+        if value is None and path is not None:
+            found = read_remote(path)
+            return read_file(path) if found is None else found
     return b"" if value is None else bytes(value)
 
 
 def decode(data: bytes, mode: str) -> Image.Image:
-    """Return an encoded image, upright and in the given mode.
+    """Return an encoded image, upright and in the given mode. Safe to call from several threads.
 
-    An alpha channel that the mode lacks is dropped; values of 12 and 16 bits keep their upper 8. Values without a known
-    range (of 32 bits, with a sign, floating-point) are refused. Safe to call from several threads.
+    An alpha channel that the mode lacks is dropped; values of 12 and 16 bits keep their upper 8.
 
     Args:
         data: The encoded bytes.
@@ -87,7 +99,7 @@ def decode(data: bytes, mode: str) -> Image.Image:
 
     Raises:
         ValueError: If there is no image in the bytes, or one that is too large, of extreme shape, or whose values have
-            no known range.
+            no known range (32 bits, with a sign, floating-point).
         Exception: Of any kind, from Pillow and the libraries of the formats, if the image is damaged.
     """
     if not data:
@@ -122,12 +134,11 @@ def check_pillow() -> None:
 def _check_size(image: Image.Image) -> None:
     # Of images up to twice as large, Pillow only warns; to make an error of it would change the filters of all threads.
     limit = Image.MAX_IMAGE_PIXELS
+    size = f"it is {image.width} x {image.height} pixels"
     if limit is not None and image.width * image.height > limit:
-        raise ValueError(f"it is {image.width} x {image.height} pixels, above Pillow's limit of {limit:,} pixels")
+        raise ValueError(f"{size}, above Pillow's limit of {limit:,} pixels")
     if max(image.size) > _MAX_ASPECT * min(image.size):
-        raise ValueError(
-            f"it is {image.width} x {image.height} pixels, one side more than {_MAX_ASPECT} times the other"
-        )
+        raise ValueError(f"{size}, one side more than {_MAX_ASPECT} times the other")
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
@@ -148,9 +159,69 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
         values = (np.asarray(image) >> (depth - 8)).astype(np.uint8)
         return Image.fromarray(255 - values if inverted else values)
     if image.mode == "F" or image.mode.startswith("I"):
-        kind = "floating-point" if image.mode == "F" else "integers of more than 8 bits"
-        raise ValueError(_NO_RANGE.format(kind))
+        raise ValueError(_NO_RANGE.format("floating-point" if image.mode == "F" else "integers of more than 8 bits"))
     return image
 
 
-_NO_RANGE = "its values are {}, of no known range: store it with 8 or 16 bits, unsigned, 0 for black"
+@dataclass(frozen=True)
+class SkippedImage:
+    """An image that could not be decoded, as `skipped.jsonl` lists it."""
+
+    use: Use
+    split: str
+    row: int | None  # in the split; None in a stream
+    file: str | None  # its name where the data set stores one
+    sha256: str  # of the encoded bytes
+    reason: str
+
+
+class SkipList:
+    """Writes each skipped image once to a file of this training process, from whichever of its loader processes.
+
+    Machines that share a network file system cannot append to the same file; `merge_skipped` joins those of all.
+
+    Args:
+        folder: Where the file goes, once there is an image to be listed; None to list none.
+        process: Index of this training process.
+    """
+
+    def __init__(self, folder: Path | None = None, process: int = 0) -> None:
+        self.path = None if folder is None else folder / f"{_PART}{process}.jsonl"
+        self._seen: set[SkippedImage] = set()
+
+    def add(self, image: SkippedImage) -> None:
+        """Write an image, unless this loader process has written it before; the first one is logged too."""
+        if image in self._seen:
+            return
+        if not self._seen:
+            listed = "" if self.path is None else f" All that are skipped are listed in {self.path}."
+            _logger.warning("Skipped an image that cannot be decoded: %s.%s", image, listed)
+        self._seen.add(image)
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered and in one piece, so that lines of several loader processes do not mix.
+        with self.path.open("ab", buffering=0) as file:
+            file.write(json.dumps(asdict(image)).encode() + b"\n")
+
+
+def merge_skipped(folder: Path) -> dict[str, int]:
+    """Join what the processes of a run wrote to its folder in one file, `skipped.jsonl`; no loader may be at work.
+
+    Returns:
+        How many different images were skipped, by what they were to be used for.
+    """
+    parts = sorted(folder.glob(f"{_PART}*.jsonl"))
+    images: dict[tuple[str, ...], str] = {}
+    for path in (folder / SKIPPED, *parts):
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # torn by a kill, or by a full disk, in the middle of writing
+                continue
+            images[tuple(str(entry[key]) for key in ("use", "split", "row", "file", "sha256"))] = line
+    if parts:
+        replace_file(folder / SKIPPED, "".join(f"{line}\n" for line in images.values()).encode())
+        for part in parts:
+            part.unlink()
+    return dict(Counter(use for use, *_ in images))

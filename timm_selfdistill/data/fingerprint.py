@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from glob import glob
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
+from timm_selfdistill.compat import stored_positions
+from timm_selfdistill.data.names import Indices, quoted
 from timm_selfdistill.data.sources import FILE_ENDINGS
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit
 from timm_selfdistill.recipe import DataSection
@@ -24,31 +26,22 @@ _NAMED = 5  # differences that a message names
 class SplitFingerprint:
     """What tells whether the images for one use are still the same.
 
-    Args:
-        split: The split of the data set that they are from.
-        rows: Number of rows of the whole split; None if nobody knows.
-        per_class: Number of images that are used, by class; None for a stream.
-        digest: Of the images that are used, in order: row, label, size of the stored bytes, path below the folder of
-            all images. Of a stream, only of what is known without reading it: number of rows, and its files here.
+    The digest is that of row, label, size of the stored bytes and path below the folder of all images, of the images
+    that are used, in order; for a stream, of what is known without reading it: number of rows, and its files here.
     """
 
     split: str
-    rows: int | None
-    per_class: list[int] | None
+    rows: int | None  # of the whole split; None if it is unknown
+    per_class: list[int] | None  # of the images that are used; None for a stream
     digest: str
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells whether a data set is still the same; no content of an image is read for it.
-
-    Args:
-        classes: Class names.
-        uses: By "training", "validation" and "evaluation", where the recipe has such images.
-    """
+    """What tells whether a data set is still the same; no content of an image is read for it."""
 
     classes: list[str]
-    uses: dict[str, SplitFingerprint]
+    uses: dict[str, SplitFingerprint]  # by "training", "validation" and "evaluation", where there are such images
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON and checkpoints can hold it."""
@@ -56,11 +49,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
-        """Return what `to_json` was called on.
-
-        Raises:
-            ValueError: If it is something else.
-        """
+        """Return what `to_json` was called on; raise ValueError if it is something else."""
         try:
             return cls(list(value["classes"]), {use: SplitFingerprint(**split) for use, split in value["uses"].items()})
         except (AttributeError, LookupError, TypeError) as error:
@@ -79,77 +68,58 @@ class Fingerprint:
 
 
 def fingerprint(data: ImageData, section: DataSection) -> Fingerprint:
-    """Return what tells whether a data set is still the same: rows, labels and class names.
-
-    Moving the data to another folder does not change it.
-
-    Args:
-        data: What `open_dataset` returned.
-        section: The recipe's `data`.
-    """
+    """Return what tells whether a data set is still the same; moving it to another folder does not change it."""
     splits = {"training": data.train, "validation": data.validation, "evaluation": data.eval}
     used = {use: split for use, split in splits.items() if split is not None}
-    columns = {use: _Columns.of(split) for use, split in used.items() if isinstance(split, ImageSplit)}
-    root = _common_folder([column.paths for column in columns.values()])
+    columns = {use: _sizes_and_paths(split) for use, split in used.items() if isinstance(split, ImageSplit)}
+    root = _common_folder([paths for _, paths in columns.values()])
     uses = {}
     for use, split in used.items():
         if isinstance(split, ImageSplit):
             per_class = np.bincount(split.targets, minlength=len(data.class_names)).tolist()
-            digest = columns[use].digest(split, len(root))
+            digest = _digest_of_images(split, *columns[use], len(root))
             uses[use] = SplitFingerprint(split.name, len(split.rows), per_class, digest)
         else:
             uses[use] = SplitFingerprint(split.name, split.size, None, _digest_of_stream(split, section))
     return Fingerprint(list(data.class_names), uses)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """What identifies the images of a split.
+def _sizes_and_paths(split: ImageSplit) -> tuple[Indices, Any]:
+    """Return the number of stored bytes of each image, -1 for none [N], and its path, empty for none [N].
 
-    Args:
-        sizes: Number of stored bytes of each, -1 for none [N].
-        paths: Path of each, empty for none [N].
+    The columns are looked at where they are: of stored images, only their places in the file are read.
     """
+    column = split.rows.data.column("image")
+    taken = stored_positions(split.rows, pa.array(split.indices))
+    content, paths = column, None
+    if pa.types.is_struct(column.type):
+        content, paths = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
+    sizes = np.full(len(split), -1, dtype=np.int64)
+    if not pa.types.is_null(content.type):
+        sizes = pc.fill_null(pc.cast(pc.binary_length(content), pa.int64()), -1).take(taken).to_numpy()
+    if paths is None or pa.types.is_null(paths.type):
+        return sizes, pa.array([""] * len(split), pa.large_string())
+    paths = pc.fill_null(pc.cast(paths, pa.large_string()), "").take(taken)
+    return sizes, paths.combine_chunks() if isinstance(paths, pa.ChunkedArray) else paths
 
-    sizes: NDArray[np.int64]
-    paths: Any
 
-    @classmethod
-    def of(cls, split: ImageSplit) -> "_Columns":
-        """Look at the columns where they are: of stored images, only their places in the file are read."""
-        column = split.rows.data.column("image")
-        taken = pa.array(split.indices)
-        if split.rows._indices is not None:  # rows that `datasets` reads in another order than they are stored
-            taken = split.rows._indices.column(0).take(taken)
-        parts = {"bytes": column, "path": None}
-        if pa.types.is_struct(column.type):
-            parts = {name: pc.struct_field(column, name) for name in parts}
-        sizes = np.full(len(split), -1, dtype=np.int64)
-        if not pa.types.is_null(parts["bytes"].type):
-            lengths = pc.fill_null(pc.cast(pc.binary_length(parts["bytes"]), pa.int64()), -1)
-            sizes = lengths.take(taken).to_numpy()
-        if parts["path"] is None or pa.types.is_null(parts["path"].type):
-            return cls(sizes, pa.array([""] * len(split), pa.large_string()))
-        paths = pc.fill_null(pc.cast(parts["path"], pa.large_string()), "").take(taken)
-        return cls(sizes, paths.combine_chunks() if isinstance(paths, pa.ChunkedArray) else paths)
-
-    def digest(self, split: ImageSplit, skipped: int) -> str:
-        """Return the digest of all images, without the first characters of each path."""
-        relative = pc.utf8_slice_codeunits(self.paths, skipped)
-        # Stored one after the other: where each ends, and all characters.
-        _, offsets, characters = relative.buffers()
-        ends = np.frombuffer(offsets, dtype=np.int64)[relative.offset : relative.offset + len(relative) + 1]
-        digest = hashlib.sha256()
-        for numbers in (split.indices, split.targets, self.sizes, ends - ends[0]):
-            digest.update(numbers.astype(np.int64).tobytes())
-        if characters is not None:
-            digest.update(memoryview(characters)[int(ends[0]) : int(ends[-1])])
-        return digest.hexdigest()
+def _digest_of_images(split: ImageSplit, sizes: Indices, paths: Any, skipped: int) -> str:
+    """Return the digest of all images, without the first characters of each path."""
+    relative = pc.utf8_slice_codeunits(paths, skipped)
+    # Stored one after the other: where each ends, and all characters.
+    _, offsets, characters = relative.buffers()
+    ends = np.frombuffer(offsets, dtype=np.int64)[relative.offset : relative.offset + len(relative) + 1]
+    digest = hashlib.sha256()
+    for numbers in (split.indices, split.targets, sizes, ends - ends[0]):
+        digest.update(numbers.astype(np.int64).tobytes())
+    if characters is not None:
+        digest.update(memoryview(characters)[int(ends[0]) : int(ends[-1])])
+    return digest.hexdigest()
 
 
 def _common_folder(columns: Sequence[Any]) -> str:
-    """Return the folder that all paths lie in, with its last separator, or nothing where they are no complete ones."""
-    # The first and the last in the order of letters have in common what all have.
+    """Return the folder that all paths lie in, with its last separator, or "" where they are no complete ones."""
+    # What the first and the last in the order of letters have in common, all have.
     extremes = [pc.min_max(paths).as_py() for paths in columns if len(paths)]
     folders = [os.path.dirname(path) for pair in extremes for path in pair.values()]
     return os.path.join(os.path.commonpath(folders), "") if folders and all(map(os.path.isabs, folders)) else ""
@@ -170,48 +140,36 @@ def _class_changes(before: Sequence[str], now: Sequence[str]) -> Iterator[str]:
     if len(gone) == len(new) == 1:
         yield f"class {gone[0]!r} is now {new[0]!r}"
     elif gone or new:
-        if gone:
-            yield f"{_listed(gone)} {'is' if len(gone) == 1 else 'are'} no longer among the classes"
-        if new:
-            yield f"{_listed(new)} {'is' if len(new) == 1 else 'are'} new among the classes"
+        for names, change in ((gone, "no longer"), (new, "new")):
+            if names:
+                yield f"{quoted(names)} {'is' if len(names) == 1 else 'are'} {change} among the classes"
     elif list(before) != list(now):
-        yield f"the classes are in another order ({_listed(now)}; before {_listed(before)})"
+        yield f"the classes are in another order ({quoted(now)}; before {quoted(before)})"
 
 
 def _size_changes(before: Fingerprint, now: Fingerprint) -> Iterator[str]:
-    rows = [{split.split: split.rows for split in data.uses.values()} for data in (before, now)]
-    for split in rows[0] | rows[1]:
-        one, other = rows[0].get(split), rows[1].get(split)
-        if one != other:
-            yield f"{split} has {_number(other)} images, had {_number(one)}"
+    old, new = ({split.split: split.rows for split in data.uses.values()} for data in (before, now))
+    for split in old | new:
+        had, has = ("an unknown number of" if (n := rows.get(split)) is None else str(n) for rows in (old, new))
+        if had != has:
+            yield f"{split} has {has} images, had {had}"
 
 
 def _count_changes(before: Fingerprint, now: Fingerprint) -> Iterator[str]:
-    """Yield which classes of a split have another number of images."""
-    counts = [_counts(data) for data in (before, now)]
-    # Of a class that came or went, that is said already.
+    """Yield which classes of a split have another number of images; of a class that came or went, that is known."""
+    old, new = _counts(before), _counts(now)
     known = set(before.classes) & set(now.classes)
-    keys = [key for key in counts[0] | counts[1] if key[1] in known]
-    changed = [key for key in keys if counts[0].get(key, 0) != counts[1].get(key, 0)]
+    changed = [key for key in old | new if key[1] in known and old[key] != new[key]]
     for split, name in changed[:_NAMED]:
-        key = split, name
-        yield f"class {name!r} of {split} has {counts[1].get(key, 0)} images, had {counts[0].get(key, 0)}"
+        yield f"class {name!r} of {split} has {new[split, name]} images, had {old[split, name]}"
     if len(changed) > _NAMED:
         yield f"{len(changed) - _NAMED} more classes have other numbers of images"
 
 
-def _counts(data: Fingerprint) -> dict[tuple[str, str], int]:
+def _counts(data: Fingerprint) -> Counter[tuple[str, str]]:
     """Return the number of images by split and class, over all uses."""
-    counts: dict[tuple[str, str], int] = {}
+    counts: Counter[tuple[str, str]] = Counter()
     for use in data.uses.values():
         for name, count in zip(data.classes, use.per_class or (), strict=False):
-            counts[use.split, name] = counts.get((use.split, name), 0) + count
-    return {key: count for key, count in counts.items() if count}
-
-
-def _number(count: int | None) -> str:
-    return "an unknown number of" if count is None else str(count)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
+            counts[use.split, name] += count
+    return counts

@@ -2,8 +2,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import chain
+from pathlib import Path
 from typing import Final, Literal
 
 from PIL import Image
@@ -25,21 +27,22 @@ _TOLD_BY_CONTENT = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "PN
 _HIDDEN = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini"}
 _NAMED = 3
 
-Kind = Literal["image", "vector format", "not an image"]
-Reason = Literal[Kind, "unknown", "hidden", "not a file", "read already", "beside the splits"]
+Kind = Literal["image", "vector format", "not an image"]  # a vector format is drawn by other programs
+Reason = Literal[
+    Kind,
+    "unknown",  # no image by its content, with an ending that says nothing
+    "hidden",
+    "not a file",  # a pipe, device, socket or broken link
+    "read already",  # a link to a folder that is read anyway, or to one around it
+    "beside the splits",  # an image that is in no split
+]
 
 # What is normal beside images; anything else that is left out is warned about.
 _EXPECTED: Final[tuple[Reason, ...]] = ("not an image", "hidden")
 
 
 class FolderScan:
-    """What a scan leaves out: the count of each reason and its first paths; and whether it met links.
-
-    The reasons: "vector format" (another program would have to draw it), "not an image" (by its ending), "unknown" (no
-    image by its content, with an ending that says nothing), "hidden", "not a file" (a pipe, device, socket or broken
-    link), "read already" (a link to a folder that is read anyway, or to one around it) and "beside the splits" (an
-    image that is in no split).
-    """
+    """What a scan leaves out: the count of each reason and its first paths; and whether it met links."""
 
     def __init__(self) -> None:
         self.counts: Counter[Reason] = Counter()
@@ -53,19 +56,10 @@ class FolderScan:
         if len(first) < _NAMED:
             first.append(path)
 
-    def update(self, other: "FolderScan") -> None:
-        """Add what another scan met."""
-        self.counts.update(other.counts)
-        for reason, paths in other.first.items():
-            self.first[reason] = (self.first.get(reason, []) + paths)[:_NAMED]
-        self.links |= other.links
-
     def describe(self, root: str, *, expected: bool | None = None) -> str:
-        """Return, for example, "2 unknown ('cat/a.bin', 'cat/b.bin'), 1 hidden ('.DS_Store')"; "" if there is nothing.
+        """Return, for example, "2 unknown ('cat/a.bin', 'cat/b.bin'), 1 hidden ('.DS_Store')", with paths below `root`.
 
-        Args:
-            root: What the paths are relative to.
-            expected: Whether to tell what is normal beside images, or all else; by default both.
+        With `expected`, only what is normal beside images (True) or only the rest (False) is told.
         """
         parts = []
         for reason, count in sorted(self.counts.items()):
@@ -78,40 +72,26 @@ class FolderScan:
 def find_images(folder: str, scan: FolderScan) -> list[str]:
     """Return the images of a folder and of all folders in it, in the order of their names; links are followed.
 
-    A file is opened only if its ending is unknown, and then only if it is a regular file.
-
-    Args:
-        folder: Where to look.
-        scan: What is left out is added to it.
-
-    Raises:
-        ValueError: If a folder cannot be read, or a name is no UTF-8.
+    A file is opened only if its ending is unknown, and then only if it is a regular file. What is left out is added to
+    the scan. A folder that cannot be read and a name that is no UTF-8 are ValueErrors.
     """
-    # A link to one of these would lead out of the folder and into it again.
-    seen = _ancestors(folder)
-    found: list[str] = []
-    waiting = [folder]
-    while waiting:
-        path = waiting.pop()
-        if not _first_visit(path, seen):
-            scan.leave_out("read already", path)
-            continue
-        folders, images = read_level(path, scan)
-        prefix = os.path.join(path, "")
-        found += [prefix + name for name in images]
-        waiting += [prefix + name for name in reversed(folders)]
-    return found
+    return list(chain.from_iterable(_images_by_folder(folder, scan)))
+
+
+def holds_image(folder: str) -> bool:
+    """Whether there is an image in a folder or in one inside it."""
+    return any(_images_by_folder(folder, FolderScan()))
 
 
 def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
-    """Return the names of the folders and images that stand in a folder itself, sorted; as `find_images`."""
+    """Return the names of the folders and of the images directly in a folder, sorted; as `find_images`."""
     folders: list[str] = []
     files: list[str] = []
     others: list[str] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                # What an entry is the system tells with its name; only of a link is its target asked.
+                # The system tells what an entry is along with its name; only for a link is there another call.
                 if entry.is_file(follow_symlinks=False):
                     files.append(entry.name)
                 elif entry.is_dir():
@@ -145,52 +125,14 @@ def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
     return folders, images
 
 
-def holds_image(folder: str) -> bool:
-    """Whether there is an image in a folder or in one inside it; looks no further than the first one.
-
-    Raises:
-        ValueError: If a folder cannot be read.
-    """
-    seen: set[tuple[int, int]] = set()
-    waiting = [folder]
-    while waiting:
-        path = waiting.pop()
-        if not _first_visit(path, seen):
-            continue
-        prefix = os.path.join(path, "")
-        try:
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    if entry.is_dir():
-                        waiting += [] if _is_hidden(entry.name) else [prefix + entry.name]
-                    elif entry.is_file() and _kind(prefix, entry.name) == "image":
-                        return True
-        except OSError as error:
-            raise _unreadable(path, error) from error
-    return False
-
-
-def is_image(path: str) -> bool:
-    """Whether a file's content is that of an image; the pixels are not decoded."""
-    Image.init()
-    formats = [name for name in _TOLD_BY_CONTENT if name in Image.OPEN]
-    try:
-        with open(path, "rb") as file, Image.open(file, formats=formats):
-            return True
-    except Image.DecompressionBombError:  # an image, too large to be decoded
-        return True
-    except Exception:  # of the file system, or of whatever format the file resembles
-        return False
-
-
 @cache
 def image_endings() -> frozenset[str]:
     """Return the endings that tell an image, in lower case and with their dot."""
-    return frozenset(ending for ending, kind in kinds_by_ending().items() if kind == "image")
+    return frozenset(ending for ending, kind in _kinds_by_ending().items() if kind == "image")
 
 
 @cache
-def kinds_by_ending() -> dict[str, Kind]:
+def _kinds_by_ending() -> dict[str, Kind]:
     """Return what files are by their ending, in lower case and with its dot."""
     readable = {
         ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN and name in FORMATS
@@ -200,15 +142,32 @@ def kinds_by_ending() -> dict[str, Kind]:
     return kinds | dict.fromkeys(_VECTOR, "vector format")
 
 
-def _first_visit(folder: str, seen: set[tuple[int, int]]) -> bool:
-    """Note that a folder is visited, by device and inode; False if it was before, by a link."""
+def _images_by_folder(folder: str, scan: FolderScan) -> Iterator[list[str]]:
+    """Yield the images of a folder, then those of each folder in it."""
+    # A link to one of the folders above would lead out of the folder and into it again.
+    seen = {
+        _identity(path) for path in (*Path(os.path.abspath(folder)).parents, *Path(os.path.realpath(folder)).parents)
+    }
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        if (identity := _identity(path)) in seen:
+            scan.leave_out("read already", path)
+            continue
+        seen.add(identity)
+        folders, images = read_level(path, scan)
+        prefix = os.path.join(path, "")
+        yield [prefix + name for name in images]
+        waiting += [prefix + name for name in reversed(folders)]
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """Return what tells a folder from all others, whatever links lead to it: its device and inode."""
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise _unreadable(folder, error) from error
-    visited = len(seen)
-    seen.add((status.st_dev, status.st_ino))
-    return len(seen) > visited
+        raise _unreadable(str(folder), error) from error
+    return status.st_dev, status.st_ino
 
 
 def _unreadable(folder: str, error: OSError) -> ValueError:
@@ -220,9 +179,22 @@ def _kind(prefix: str, name: str) -> Kind | Literal["hidden", "unknown"]:
     if _is_hidden(name):
         return "hidden"
     ending = os.path.splitext(name)[1].lower()
-    if (kind := kinds_by_ending().get(ending)) is not None:
+    if (kind := _kinds_by_ending().get(ending)) is not None:
         return kind
-    return "image" if is_image(prefix + name) else "unknown"
+    return "image" if _has_image_content(prefix + name) else "unknown"
+
+
+def _has_image_content(path: str) -> bool:
+    """Whether a file begins like an image; the pixels are not decoded."""
+    Image.init()
+    formats = [name for name in _TOLD_BY_CONTENT if name in Image.OPEN]
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=formats):
+            return True
+    except Image.DecompressionBombError:  # an image, too large to be decoded
+        return True
+    except Exception:  # of the file system, or of whatever format the file resembles
+        return False
 
 
 def _is_hidden(name: str) -> bool:
@@ -234,17 +206,6 @@ def _usual_endings() -> set[str]:
     """Return the endings of three letters that images have, in lower and in upper case: told in one step."""
     usual = {ending for ending in image_endings() if len(ending) == 4}
     return usual | {ending.upper() for ending in usual}
-
-
-def _ancestors(folder: str) -> set[tuple[int, int]]:
-    """Return device and inode of all folders above one, by its own path and by that which it is a link to."""
-    found = set()
-    for path in (os.path.abspath(folder), os.path.realpath(folder)):
-        while (above := os.path.dirname(path)) != path:
-            path = above
-            status = os.stat(path)
-            found.add((status.st_dev, status.st_ino))
-    return found
 
 
 def _check_names(prefix: str, names: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import tarfile
-import unicodedata
 from collections.abc import Iterator, Mapping
 from glob import glob
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any, Final
 import datasets
 
 from timm_selfdistill.data.decode import MOST_BYTES
-from timm_selfdistill.data.named_files import files_by_split
-from timm_selfdistill.data.split_names import STANDARD_SPLITS, find_split, split_name, used_splits
+from timm_selfdistill.data.file_rows import Splits
+from timm_selfdistill.data.names import files_by_split, find_split, known_splits, normalized, split_name
 from timm_selfdistill.recipe import DataSection
 
 SHARD_ENDINGS: Final = (".tar", ".tar.gz", ".tgz")
@@ -29,25 +28,13 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 Sample = dict[str, bytes]
 
 
-def load_shards(path: Path, section: DataSection) -> dict[str, Any] | None:
-    """Read WebDataset shards, or return None if `data.path` is something else.
+def load_shards(path: Path, section: DataSection) -> Splits | None:
+    """Read WebDataset shards; without streaming, `datasets` copies the samples to its cache first.
 
     `data.path` is a tar file, a glob or a range in braces (`train-{000..123}.tar`) of them, or a folder that holds
     them, directly or in folders of splits. A file's split is what its name begins with; all are "train" if no name
     begins with one. `data.image` and `data.target` are endings of members, several divided by ";": the first that a
     sample has counts. A target "json.KEY" is that key of the member "json".
-
-    Without streaming, `datasets` copies the samples to its cache first.
-
-    Args:
-        path: `data.path` as a path.
-        section: The recipe's `data`.
-
-    Returns:
-        Split name -> rows with the columns of the recipe.
-
-    Raises:
-        ValueError: If a file cannot be read, or a sample has no such members.
     """
     files = _shard_files(path, section)
     if not files:
@@ -61,48 +48,42 @@ def load_shards(path: Path, section: DataSection) -> dict[str, Any] | None:
         # Size and time are there for the cache, which must not give what a file held before.
         shards = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in of_split]
         arguments = {"shards": shards, "names": (section.image, section.target), **fields, "kind": label.dtype}
-        if section.streaming:
-            splits[name] = datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
-        else:
-            try:
-                splits[name] = datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=arguments)
-            except datasets.exceptions.DatasetGenerationError as error:
-                cause = error.__cause__
-                raise cause if isinstance(cause, ValueError | OSError) else ValueError(str(cause or error)) from None
-    return splits
+        kind = datasets.IterableDataset if section.streaming else datasets.Dataset
+        try:
+            splits[name] = kind.from_generator(_rows, features=features, gen_kwargs=arguments)
+        except datasets.exceptions.DatasetGenerationError as error:
+            cause = error.__cause__
+            raise cause if isinstance(cause, ValueError | OSError) else ValueError(str(cause or error)) from None
+    return Splits(splits)
 
 
 def _shard_files(path: Path, section: DataSection) -> dict[str, list[Path]]:
     """Return the shards of each split, none if the data set is something else."""
-    if path.is_dir():
-        if files := _shards_in(path):
-            return files_by_split(files, section)
-        named = {*STANDARD_SPLITS.values(), *map(split_name, used_splits(section).values())}
-        with os.scandir(path) as entries:
-            folders = sorted(entry.name for entry in entries if split_name(entry.name) in named and entry.is_dir())
-        return {split_name(folder): files for folder in folders if (files := _shards_in(path / folder))}
-    files = [path]
-    if not path.is_file():
-        files = [Path(file) for part in _expanded(str(path)) for file in sorted(glob(part))]
-    return files_by_split(files, section) if files and all(map(_is_shard, files)) else {}
+    if not path.is_dir():
+        files = [path]
+        if not path.is_file():
+            files = [Path(file) for part in _expanded(str(path)) for file in sorted(glob(part))]
+        is_shard = [file.name.lower().endswith(SHARD_ENDINGS) and file.is_file() for file in files]
+        return files_by_split(files, section) if files and all(is_shard) else {}
+    if files := _shards_in(path):
+        return files_by_split(files, section)
+    known = known_splits(section)
+    folders = sorted(folder for folder in path.iterdir() if split_name(folder.name) in known and folder.is_dir())
+    return {split_name(folder.name): files for folder in folders if (files := _shards_in(folder))}
 
 
 def _shards_in(folder: Path) -> list[Path]:
-    """Return the shards of a folder of them; none if it holds images, beside which a tar file may well stand."""
+    """Return the shards of a folder; none if it holds images, beside which a tar file may well stand."""
     names = sorted(name for name in os.listdir(folder) if name.lower().endswith(SHARD_ENDINGS))
-    shards = [file for name in names if _is_shard(file := folder / name)]
+    shards = [folder / name for name in names if (folder / name).is_file()]
     images = tuple(f".{ending}" for ending in _ANY_IMAGE.split(";"))
     if shards and any(name.lower().endswith(images) for _, _, files in os.walk(folder) for name in files):
         return []
     return shards
 
 
-def _is_shard(path: Path) -> bool:
-    return path.name.lower().endswith(SHARD_ENDINGS) and path.is_file()
-
-
 def _expanded(pattern: str) -> list[str]:
-    """Return what a range in braces stands for, as in a shell: a{08..10} is a08, a09 and a10."""
+    """Expand a range in braces as a shell does: a{08..10} is a08, a09 and a10."""
     if (found := _BRACES.search(pattern)) is None:
         return [pattern]
     first, last = found.groups()
@@ -169,12 +150,12 @@ def _samples(file: str) -> Iterator[tuple[str, Sample]]:
 
 
 def _check_end(archive: Any, file: str) -> None:
-    """Raise unless an archive has the mark of its end, and nothing behind it: `tarfile` takes a cut for the end."""
+    """Raise unless an archive ends with the mark of its end, and with nothing after it: `tarfile` accepts a cut."""
     if archive.fileobj.tell() - archive.offset < tarfile.BLOCKSIZE:
         raise ValueError(f"the shard {file} ends without the mark of a tar file's end: it is incomplete")
     while rest := archive.fileobj.read(1 << 20):
         if rest.strip(b"\0"):
-            raise ValueError(f"the shard {file} holds more behind the mark of its end: joined tar files are not read")
+            raise ValueError(f"the shard {file} holds more after the mark of its end: joined tar files are not read")
 
 
 def _first_of(endings: str, sample: Sample, where: str) -> str:
@@ -191,7 +172,7 @@ def _label(sample: Sample, target: str, where: str) -> int | str:
     try:
         text = sample[ending].decode().strip()
         if ending != "json":
-            return int(text) if ending in _INTEGERS and _INTEGER.fullmatch(text) else _normal(text)
+            return int(text) if ending in _INTEGERS and _INTEGER.fullmatch(text) else normalized(text)
         value = json.loads(text)
         for key in next(part for part in target.split(";") if part.startswith("json.")).split(".")[1:]:
             value = value[key]
@@ -199,9 +180,4 @@ def _label(sample: Sample, target: str, where: str) -> int | str:
         raise ValueError(f"{where}: {target!r} cannot be read from the member {ending!r}: {error!r}") from error
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError(f"{where}: {target!r} is {value!r}; labels are integers or strings")
-    return _normal(value) if isinstance(value, str) else value
-
-
-def _normal(name: str) -> str:
-    """Return a name with composed characters: one name may be written in two ways."""
-    return unicodedata.normalize("NFC", name)
+    return normalized(value) if isinstance(value, str) else value

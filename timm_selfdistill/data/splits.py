@@ -10,21 +10,18 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
-from timm_selfdistill.data.first_process import is_first_process
-from timm_selfdistill.data.image_folder import FolderSplits
-from timm_selfdistill.data.names import quoted
-from timm_selfdistill.data.sources import (
-    FILE_ENDINGS,
+from timm_selfdistill.data.names import (
     Indices,
-    check_columns,
     check_same_classes,
     class_names_of,
-    encoded,
-    load_splits,
+    is_first_process,
+    quoted,
+    resolve_splits,
     stream_classes,
     targets_of,
+    used_splits,
 )
-from timm_selfdistill.data.split_names import resolve_splits, used_splits
+from timm_selfdistill.data.sources import FILE_ENDINGS, load_splits
 from timm_selfdistill.recipe import DataSection
 
 _logger = logging.getLogger(__name__)
@@ -70,19 +67,12 @@ class ImageSplit(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True, eq=False)
 class StreamSplit:
-    """One split of a data set that is read in order, without an index.
-
-    Args:
-        name: The split's name in the data set.
-        rows: Its columns are the encoded "image" and the label "target", as it is stored.
-        size: Number of samples of one pass; None if nobody knows.
-        class_index: The class index of every label.
-    """
+    """One split of a data set that is read in order, without an index."""
 
     name: str
-    rows: datasets.IterableDataset
-    size: int | None
-    class_index: Mapping[int | str, int]
+    rows: datasets.IterableDataset  # of the encoded "image" and the label "target", as it is stored
+    size: int | None  # number of samples of one pass; None if it is unknown
+    class_index: Mapping[int | str, int]  # the class index of every label
 
 
 @dataclass(frozen=True)
@@ -110,34 +100,51 @@ class ImageData:
 def open_dataset(section: DataSection, seed: int) -> ImageData:
     """Open the data set of a recipe and split it; no code of the data set is run.
 
-    `section.path` is "digits" (embedded), something local, or a name on the hub, in this order. Local is: a folder
-    written by `save_to_disk`; a folder of images, as `load_image_folder` reads it; a folder of parquet or arrow files,
-    of which `train-*.parquet` is the split "train"; a parquet or arrow file or a glob of them (all of it "train").
-
-    What was read is logged, by the first process only.
+    `section.path` is "digits" (embedded), something local or a name on the Hub: `timm_selfdistill.data.sources` lists
+    the kinds, in order. The first process logs what was read.
 
     Fractions are stratified by class. Rows held out by `eval_fraction` do not depend on the seed, so that no seed ever
-    trains on another's; the validation rows and the `max_train` rows do. `max_eval` limits the evaluation and the
-    validation split alike.
+    trains on another's; the validation rows and the `max_train` rows do. `max_eval` limits evaluation and validation.
 
     Args:
         section: The recipe's `data`.
         seed: Decides which rows are drawn.
 
     Raises:
-        ValueError: If there is no such data set, split or column, if a column does not hold images or class labels,
-            if a class has no training image or is too small to be split, if an image of a folder is in two splits, or
-            if a stream is asked for what only rows with an index can give.
+        ValueError: If there is no such data set, split or column, a column does not hold images or class labels, a
+            class has no training image or is too small to be split, an image of a folder is in two splits, or a stream
+            would need an index.
     """
     splits = load_splits(section)
-    section = resolve_splits(section, splits)
+    section = resolve_splits(section, splits.rows)
     for name in used_splits(section).values():
-        check_columns(splits[name].features, name, section)
-    data = _stream_data(section, splits) if section.streaming else _indexed_data(section, splits, seed)
+        _check_columns(splits.rows[name].features, name, section)
+    data = _stream_data(section, splits.rows) if section.streaming else _indexed_data(section, splits.rows, seed)
     if is_first_process():
-        notes = splits.notes if isinstance(splits, FolderSplits) else ()
-        _logger.info("%s.", "; ".join([_summary(data, section), *notes]))
+        _logger.info("%s.", "; ".join([_summary(data, section), *splits.notes]))
     return data
+
+
+def _check_columns(features: datasets.Features | None, split: str, section: DataSection) -> None:
+    """Refuse a split without the two columns of the recipe, or whose first one holds no images."""
+    if features is None:
+        raise ValueError(f"The stream {section.path} does not say what its columns hold: set data.streaming to false.")
+    for key, column in (("image", section.image), ("target", section.target)):
+        if column not in features:
+            raise ValueError(f"data.{key} is {column!r}, but split {split!r} has the columns {', '.join(features)}.")
+    image = features[section.image]
+    bare = image == datasets.Value("binary") or (isinstance(image, dict) and set(image) == {"bytes", "path"})
+    if not bare and not isinstance(image, datasets.Image):
+        raise ValueError(f"data.image is {section.image!r}, but that column holds no images: {image}.")
+
+
+def _encoded(rows: Any, columns: dict[str, str]) -> Any:
+    """Keep and rename these columns, and leave the images encoded."""
+    rows = rows.select_columns(list(columns))
+    for name in columns:
+        if isinstance(rows.features[name], datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows.rename_columns({old: new for old, new in columns.items() if old != new})
 
 
 def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) -> ImageData:
@@ -145,7 +152,7 @@ def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) ->
 
     def whole(name: str) -> ImageSplit:
         targets = targets_of(splits[name], name, section, class_names)
-        return ImageSplit(name, encoded(splits[name], {section.image: "image"}), np.arange(len(targets)), targets)
+        return ImageSplit(name, _encoded(splits[name], {section.image: "image"}), np.arange(len(targets)), targets)
 
     rng, fixed = np.random.default_rng(seed), np.random.default_rng(0)
     train, validation = whole(section.train_split), None
@@ -184,13 +191,18 @@ def _check_classes(train: ImageSplit, class_names: tuple[str, ...], section: Dat
 
 def _summary(data: ImageData, section: DataSection) -> str:
     """Return how many images of which splits there are, and the first names of the classes."""
-    parts = [f"{_size(data.train)} images of {data.train.name!r}"]
+
+    def size(split: ImageSplit | StreamSplit) -> int | str:
+        found = len(split) if isinstance(split, ImageSplit) else split.size
+        return "an unknown number of" if found is None else found
+
+    parts = [f"{size(data.train)} images of {data.train.name!r}"]
     for use, split in (("validation", data.validation), ("evaluation", data.eval)):
         if use == "evaluation" and section.eval_fraction is None and section.eval_split == section.train_split:
-            continue  # nothing is to be trained: it stands for both
+            continue  # `evaluate` reads one split, which stands for both
         if split is not None:
             held_out = split.name == data.train.name
-            parts.append(f"{_size(split)} {f'held out of it for {use}' if held_out else f'of {split.name!r}'}")
+            parts.append(f"{size(split)} {f'held out of it for {use}' if held_out else f'of {split.name!r}'}")
     return f"{data.name}: {', '.join(parts)}; {len(data.class_names)} classes ({quoted(data.class_names)})"
 
 
@@ -202,7 +214,7 @@ def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
         check_same_classes(rows.features[section.target], name, class_names)
         if size is None and rows.info.splits is not None and name in rows.info.splits:
             size = rows.info.splits[name].num_examples
-        rows = encoded(rows, {section.image: "image", section.target: "target"})
+        rows = _encoded(rows, {section.image: "image", section.target: "target"})
         if limit is None:
             return StreamSplit(name, rows, size, class_index)
         return StreamSplit(name, rows.take(limit), limit if size is None else min(limit, size), class_index)
@@ -220,7 +232,7 @@ def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
 def _carve(
     split: ImageSplit, fraction: float, class_names: tuple[str, ...], rng: np.random.Generator
 ) -> tuple[ImageSplit, ImageSplit]:
-    """Return what is left of the split, and the share that is held out."""
+    """Return the rest of the split, and the share that is held out."""
     held_out = _stratified(split.targets, max(1, round(fraction * len(split))), rng)
     rest = split.select(np.setdiff1d(np.arange(len(split)), held_out))
     before = np.bincount(split.targets, minlength=len(class_names))
@@ -252,12 +264,6 @@ def _stratified(targets: Indices, count: int, rng: np.random.Generator) -> Indic
     by_class = shuffled[np.argsort(inverse[shuffled], kind="stable")]
     rank = np.arange(len(targets)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return np.sort(by_class[rank < np.repeat(quota, sizes)])
-
-
-def _size(split: ImageSplit | StreamSplit) -> int | str:
-    if isinstance(split, ImageSplit):
-        return len(split)
-    return "an unknown number of" if split.size is None else split.size
 
 
 def _title(section: DataSection) -> str:

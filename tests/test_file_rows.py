@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from timm_selfdistill.data import duplicates, open_dataset
+from timm_selfdistill.data import file_rows, open_dataset
 from timm_selfdistill.recipe import DataSection
 
 
@@ -78,22 +78,22 @@ def test_empty_files_and_copies_inside_a_split_pass(folder: Path, caplog: pytest
 def test_only_files_of_equal_size_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, path in enumerate(sorted(folder.rglob("*.png"))):
         path.write_bytes(bytes(100 + number))
-    monkeypatch.setattr(duplicates, "_digest_of_end", lambda path: pytest.fail("read a file"))
+    monkeypatch.setattr(file_rows, "_digest_of_end", lambda path: pytest.fail("read a file"))
     check(folder)
 
 
 def test_only_files_with_the_same_end_are_read_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, path in enumerate(sorted(folder.rglob("*.png"))):
         path.write_bytes(bytes(9000) + bytes([number]))
-    monkeypatch.setattr(duplicates, "_digest", lambda path: pytest.fail("read a whole file"))
+    monkeypatch.setattr(file_rows, "_digest", lambda path: pytest.fail("read a whole file"))
     check(folder)
 
 
 def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
     files = {"a": [str(folder / "gone.png")], "b": [str(folder / "test/cat/1.png")]}
-    splits = {name: duplicates.SplitFiles(paths, np.array([0])) for name, paths in files.items()}
+    splits = {name: file_rows.FileSplit(paths, np.array([0])) for name, paths in files.items()}
     with pytest.raises(ValueError, match=r"The image '.*gone.png' cannot be read: No such file"):
-        duplicates.check_no_shared_images(splits, str(folder), compare_bytes=False)
+        file_rows.check_no_shared_images(splits, str(folder), compare_bytes=False)
 
 
 def test_only_the_first_process_looks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
