@@ -19,13 +19,13 @@ from timm_selfdistill.losses import (
     list_losses,
     list_presets,
     list_teachers,
+    protocol,
     register_divergence,
     register_loss,
     register_teacher,
-    self_distillation,
     teachers,
 )
-from timm_selfdistill.losses.inputs import cross_entropy
+from timm_selfdistill.losses.protocol import cross_entropy
 from timm_selfdistill.model import ExitOutput
 
 BATCH, CLASSES, WIDTH = 6, 5, 7
@@ -464,7 +464,7 @@ def test_wrong_shapes_and_dtypes_are_refused(out, target, message):
 
 @pytest.fixture
 def scratch_registries(monkeypatch):
-    for registry in (divergences._DIVERGENCES, teachers._TEACHERS, self_distillation._LOSSES):
+    for registry in (divergences._DIVERGENCES, teachers._TEACHERS, protocol._LOSSES):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 

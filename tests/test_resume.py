@@ -23,7 +23,7 @@ from torch import nn
 import timm_selfdistill as sd
 from timm_selfdistill.checkpoint import load_checkpoint, store
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.losses.self_distillation import _LOSSES
+from timm_selfdistill.losses.protocol import _LOSSES
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.train import finished_report, fit, train
 from timm_selfdistill.train.optim import build_optimizer

@@ -259,7 +259,7 @@ def test_unknown_settings_of_the_loss_are_refused():
 
 
 def test_another_packages_loss_is_found_by_its_name_and_must_have_no_parameters(monkeypatch):
-    monkeypatch.setattr(sd.losses.self_distillation._LOSSES, "_entries", {})
+    monkeypatch.setattr(sd.losses.protocol._LOSSES, "_entries", {})
 
     @sd.register_loss("mean-square")
     class MeanSquare(nn.Module):

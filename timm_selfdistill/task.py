@@ -7,8 +7,8 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 
 from timm_selfdistill.losses import SelfDistillationLoss, TrainingTime, needs_of
+from timm_selfdistill.losses.teachers import PastModel
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
-from timm_selfdistill.past import PastModel
 
 Regime = Literal["joint", "frozen"]
 
@@ -22,9 +22,9 @@ class SelfDistillationTask(ClassificationTask):
     Args:
         model: The wrapped model.
         criterion: Maps `(ExitOutput, target)` to a dict of terms with the key 'loss'; BYOT (ICCV 2019) by default.
-            One that has `needs_exits = False` is given the backbone's own output only, and the exits do not run. What
-            its `needs` name comes by keyword: for the average of the weights call `setup_ema`, for the time and the
-            past model `set_time`.
+            Its attribute `needs` says what it is given, by keyword; one that has `needs_exits = False` is given the
+            backbone's own output only, and the exits do not run. For the average of the weights call `setup_ema`, for
+            the time and the past model `set_time`.
         regime: 'joint' trains everything; 'frozen' trains the exits only, the backbone stays as it is (in eval mode).
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
@@ -56,14 +56,13 @@ class SelfDistillationTask(ClassificationTask):
         criterion = SelfDistillationLoss() if criterion is None else criterion
         check_loss(model, criterion, regime)
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
-        self.needs_exits = bool(getattr(criterion, "needs_exits", True))
         self.needs = needs_of(criterion)
         self.time: TrainingTime | None = None
         self.past: PastModel | None = PastModel(model) if self.needs.past else None
         self.regime = regime
         model.backbone_frozen = regime == "frozen"
         model.backbone.requires_grad_(regime == "joint")
-        model.heads.requires_grad_(self.needs_exits)
+        model.heads.requires_grad_(self.needs.exits)
         self.train(self.training)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -143,7 +142,7 @@ class SelfDistillationTask(ClassificationTask):
 
     def _run(self, module: nn.Module, input: Tensor) -> ExitOutput:
         """Return what a module answers, with the exits where the loss needs them."""
-        if self.needs_exits:
+        if self.needs.exits:
             out: ExitOutput = module(input, return_exits=True)
             return out
         return ExitOutput((module(input),), ())
@@ -192,12 +191,11 @@ def check_loss(model: SelfDistillModel, criterion: nn.Module, regime: Regime) ->
         ValueError: If it would train nothing, would leave parameters without a gradient, or is for another number of
             exits.
     """
-    needs_exits = bool(getattr(criterion, "needs_exits", True))
+    needs_exits = needs_of(criterion).exits
     if regime not in ("joint", "frozen"):
         raise ValueError(f"regime must be 'joint' or 'frozen', got {regime!r}.")
     if regime == "frozen" and not needs_exits:
         raise ValueError("regime='frozen' trains the exits only, but this loss does not use them: nothing would train.")
-    needs_of(criterion)
     if not isinstance(criterion, SelfDistillationLoss):
         return
     config = criterion.config

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from timm_selfdistill.compare.summary import Comparison, summarize
 from timm_selfdistill.compare.variants import check_names, list_variants, with_loss
 from timm_selfdistill.compare.write import format_comparison, write_comparison
+from timm_selfdistill.losses import needs_of
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.train import add_arguments as add_training_arguments
 from timm_selfdistill.train import build_loss, end_program, finished_report, run_safely, train
@@ -41,7 +42,7 @@ def compare(recipe: Recipe, losses: Sequence[str], seeds: Sequence[int]) -> Comp
     check_names(losses, seeds)
     folder = Path(recipe.output_dir or ".")
     plan = {loss: [_variant(recipe, folder, loss, seed) for seed in seeds] for loss in losses}
-    backbone_only = {loss for loss, runs in plan.items() if not getattr(build_loss(runs[0]), "needs_exits", True)}
+    backbone_only = {loss for loss, runs in plan.items() if not needs_of(build_loss(runs[0])).exits}
     # All of them looked at before any is trained: a folder that holds something else is an error now, not in days.
     done = {loss: [finished_report(run) for run in runs] for loss, runs in plan.items()}
     reports = {loss: list(found) for loss, found in done.items()}

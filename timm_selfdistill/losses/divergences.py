@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_selfdistill.checks import Number, check, is_number
 from timm_selfdistill.registry import Registry
 
 
@@ -77,8 +78,8 @@ def bind_settings(name: str, settings: Mapping[str, Any]) -> Divergence:
             f"{', '.join(defaults) or 'none'}."
         )
     for key, value in settings.items():
-        if _is_number(defaults[key]) and not (_is_number(value) and math.isfinite(value)):
-            raise ValueError(f"divergence_kwargs: {key} is {value!r}; allowed is a finite number.")
+        if is_number(defaults[key]):
+            check(f"divergence_kwargs: {key}", value, Number)
     return partial(divergence, **settings) if settings else divergence
 
 
@@ -207,10 +208,6 @@ def _is_target(target: Tensor, logits: Tensor) -> Tensor:
 def _others(logits: Tensor, is_target: Tensor) -> Tensor:
     """Return the log-probabilities [K, B, C] of the other classes among themselves, with 0 for the target class."""
     return F.log_softmax(logits.masked_fill(is_target, -math.inf), dim=-1).masked_fill(is_target, 0)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _squared_l2(difference: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
-"""Whose logits each exit learns from."""
+"""Whose logits teach: those of other exits, of the average of the weights, or of the model an epoch ago."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from inspect import signature
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from timm_selfdistill.model import ExitOutput, SelfDistillModel
 from timm_selfdistill.registry import Registry
 
 Teacher = Callable[..., Tensor | Sequence[Tensor]]
@@ -102,3 +105,44 @@ def ema_same_exit(logits: Tensor, *, ema: Tensor) -> Tensor:
     Paper: "Mean teachers are better role models", https://arxiv.org/abs/1703.01780
     """
     return ema[:-1]
+
+
+class PastModel(nn.Module):
+    """A frozen copy of a model, renewed when an epoch begins, except the first; its state can be saved.
+
+    Args:
+        model: The wrapped model; it stays as it is.
+    """
+
+    def __init__(self, model: SelfDistillModel) -> None:
+        super().__init__()
+        self.model = deepcopy(model).requires_grad_(False).eval()
+        self.epoch = 0
+
+    def follow(self, model: SelfDistillModel, epoch: float) -> None:
+        """Copy the model's state, if it is of a later epoch than the copy.
+
+        Args:
+            model: The wrapped model.
+            epoch: Epochs done, with the part that is done of the present one.
+        """
+        if int(epoch) > self.epoch:
+            self.epoch = int(epoch)
+            self.model.load_state_dict(model.state_dict())
+
+    def train(self, mode: bool = True) -> "PastModel":
+        """Stay in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, input: Tensor) -> ExitOutput | None:
+        """Return the logits of the backbone's own classifier for images [B, C, H, W]; None in the first epoch."""
+        return ExitOutput((self.model(input),), ()) if self.epoch else None
+
+    def get_extra_state(self) -> int:
+        """Return the epoch of the copy."""
+        return self.epoch
+
+    def set_extra_state(self, state: Any) -> None:
+        """Go on from the epoch that `get_extra_state` returned."""
+        self.epoch = state

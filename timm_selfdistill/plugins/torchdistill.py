@@ -107,12 +107,13 @@ class ExitLoss(nn.Module):
             raise ValueError(
                 f"The loss {name!r} has parameters, which torchdistill would not train: put them into the model."
             )
-        if needs_of(self.loss) != Needs():
+        needs = needs_of(self.loss)
+        if needs != Needs(exits=needs.exits):
             raise ValueError(
-                f"The loss {name!r} has {needs_of(self.loss)}, which torchdistill does not provide: train a recipe, or "
+                f"The loss {name!r} has {needs}, which torchdistill does not provide: train a recipe, or "
                 "a SelfDistillationTask."
             )
-        self.needs_exits = bool(getattr(self.loss, "needs_exits", True))
+        self.needs_exits = needs.exits
 
     def forward(
         self, student_io_dict: Mapping[str, Any], teacher_io_dict: Mapping[str, Any], targets: Tensor

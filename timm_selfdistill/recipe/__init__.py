@@ -1,6 +1,6 @@
 """Recipes: everything a training run depends on, as one typed and validated YAML file."""
 
-from timm_selfdistill.recipe.images import AugmentSection, DataSection
+from timm_selfdistill.recipe.data_sections import AugmentSection, DataSection
 from timm_selfdistill.recipe.load import (
     RecipeError,
     dump_local,
@@ -9,14 +9,15 @@ from timm_selfdistill.recipe.load import (
     load_recipe,
     read_settings,
 )
-from timm_selfdistill.recipe.local_paths import LOCAL, RECIPE
-from timm_selfdistill.recipe.network import ExitsSection, LossSection, ModelSection
-from timm_selfdistill.recipe.recipe import Recipe
-from timm_selfdistill.recipe.training import (
+from timm_selfdistill.recipe.loss_settings import LossSection, SelfDistillationConfig
+from timm_selfdistill.recipe.recipe import LOCAL, RECIPE, Recipe
+from timm_selfdistill.recipe.training_sections import (
     LICENSE,
     REPO_ID,
     CheckpointSection,
     EmaSection,
+    ExitsSection,
+    ModelSection,
     OptimizerSection,
     PushSection,
     ScheduleSection,
@@ -39,6 +40,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ScheduleSection",
+    "SelfDistillationConfig",
     "dump_local",
     "is_local",
     "list_recipes",

@@ -70,7 +70,7 @@ def check_one_image(
             if phase.regime == "frozen":
                 model.backbone.eval()
             try:
-                model(images, return_exits=bool(getattr(phase.loss, "needs_exits", True)))
+                model(images, return_exits=needs.exits)
             except ValueError as error:  # of torch's batch norm, or of a head
                 raise ValueError(
                     f"batch_size: {recipe.batch_size} leaves one image for each of {num_processes} process(es) and "

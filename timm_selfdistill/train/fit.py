@@ -305,7 +305,7 @@ class Fit:
         share_buffers(model, self.accelerator)
         if self.feed.validation is None or eval_model is None:
             return None
-        num_exits = model.num_exits if task.needs_exits else 0
+        num_exits = model.num_exits if task.needs.exits else 0
         metrics = evaluate_model(
             eval_model,
             self.feed.validation,

@@ -4,10 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from timm_selfdistill.recipe.fields import (
+from timm_selfdistill.checks import (
     Channels,
     Count,
     ImageSide,
+    LocalPath,
     Names,
     NotNegative,
     Positive,
@@ -17,7 +18,6 @@ from timm_selfdistill.recipe.fields import (
     Text,
     is_integer,
 )
-from timm_selfdistill.recipe.local_paths import LocalPath
 
 
 class DataSection(Section):

@@ -1,16 +1,22 @@
-"""Self-distillation of the backbone alone, without exits: its own earlier or other answers teach it."""
+"""Self-distillation of the backbone alone, without exits: its own predictions for other images or times teach it."""
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_selfdistill.checks import NotNegative, Probability, Temperature, check
 from timm_selfdistill.losses.divergences import kl
-from timm_selfdistill.losses.inputs import TEMPERATURES, check_entries, check_target, cross_entropy, stack
-from timm_selfdistill.losses.needs import Needs, TrainingTime
-from timm_selfdistill.losses.self_distillation import register_loss
+from timm_selfdistill.losses.protocol import (
+    Needs,
+    TrainingTime,
+    check_entries,
+    check_target,
+    cross_entropy,
+    register_loss,
+    stack,
+)
 from timm_selfdistill.model import ExitOutput
 
 
@@ -33,13 +39,12 @@ class CSKD(nn.Module):
         ValueError: If a value is not allowed.
     """
 
-    needs_exits = False
-    needs = Needs(batches="paired")
+    needs = Needs(exits=False, batches="paired")
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0) -> None:
         super().__init__()
-        self.weight = _checked("weight", weight)
-        self.temperature = _checked("temperature", temperature, *TEMPERATURES)
+        self.weight = check("weight", weight, NotNegative)
+        self.temperature = check("temperature", temperature, Temperature)
 
     def forward(self, out: ExitOutput, target: Tensor, *, partners: ExitOutput) -> dict[str, Tensor]:
         """Compute the loss.
@@ -85,13 +90,12 @@ class DLB(nn.Module):
         ValueError: If a value is not allowed.
     """
 
-    needs_exits = False
-    needs = Needs(batches="repeated")
+    needs = Needs(exits=False, batches="repeated")
 
     def __init__(self, weight: float = 1.0, temperature: float = 3.0) -> None:
         super().__init__()
-        self.weight = _checked("weight", weight)
-        self.temperature = _checked("temperature", temperature, *TEMPERATURES)
+        self.weight = check("weight", weight, NotNegative)
+        self.temperature = check("temperature", temperature, Temperature)
         self._before: Tensor | None = None
 
     def forward(self, out: ExitOutput, target: Tensor) -> dict[str, Tensor]:
@@ -129,7 +133,7 @@ class DLB(nn.Module):
         return self._before
 
     def set_extra_state(self, state: Any) -> None:
-        """Go on behind the batch whose logits `get_extra_state` returned."""
+        """Go on after the batch whose logits `get_extra_state` returned."""
         self._before = state
 
     def extra_repr(self) -> str:
@@ -140,13 +144,13 @@ class DLB(nn.Module):
 class PSKD(nn.Module):
     """PS-KD: what the model predicted an epoch before softens the target, the more the longer it trains.
 
-    `CE(z, (1 - a) y + a p)`, a mean over the batch; p is the softmax of the backbone's logits in the model as it was
+    `CE(z, (1 - a) y + a p)`, a mean over the batch; p is the softmax of the backbone's logits with the weights it had
     when the epoch began, for the same augmented image and in eval mode, and a = `alpha` t / T in epoch t of T. In the
     first epoch, the target is y.
 
     Paper: "Self-Knowledge Distillation with Progressive Refinement of Targets", https://arxiv.org/abs/2006.12000. Its
     code takes for p what the model predicted in training mode when it last saw the image, otherwise augmented, from a
-    table of all predictions; here the past model runs again, at the price of one forward a step.
+    table of all predictions; here the past model runs again, which costs one forward a step.
 
     Args:
         alpha: Share of the prediction in the target of the last epoch.
@@ -155,12 +159,11 @@ class PSKD(nn.Module):
         ValueError: If a value is not allowed.
     """
 
-    needs_exits = False
-    needs = Needs(past=True, time=True)
+    needs = Needs(exits=False, past=True, time=True)
 
     def __init__(self, alpha: float = 0.8) -> None:
         super().__init__()
-        self.alpha = _checked("alpha", alpha, 0.0, 1.0)
+        self.alpha = check("alpha", alpha, Probability)
 
     def forward(
         self, out: ExitOutput, target: Tensor, *, past: ExitOutput | None, time: TrainingTime
@@ -170,7 +173,7 @@ class PSKD(nn.Module):
         Args:
             out: Logits [B, C] of the backbone, as the last entry.
             target: Class indices [B] int64, or class probabilities [B, C] floating.
-            past: The same for the model as it was when the epoch began; None in the first epoch.
+            past: The same with the weights from the begin of the epoch; None in the first epoch.
             time: How far training has come.
 
         Returns:
@@ -202,13 +205,3 @@ def _last(out: ExitOutput, target: Tensor) -> Tensor:
 
 def _terms(ce: Tensor, weight: float, kd: Tensor) -> dict[str, Tensor]:
     return {"loss": ce[0] + weight * kd[0], "ce/0": ce[0].detach(), "kd/0": kd[0].detach()}
-
-
-def _checked(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:
-    """Return a number, if it is finite and within limits."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; allowed is a finite number.")
-    if not low <= value <= high:
-        allowed = f"{low:g} or more" if math.isinf(high) else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name} is {value!r}; allowed is a number, {allowed}.")
-    return value

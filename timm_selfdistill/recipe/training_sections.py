@@ -1,23 +1,84 @@
-"""How it is trained, saved and pushed."""
+"""The sections of a recipe about the network, its training, and what is saved and pushed."""
 
 import re
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from timm_selfdistill.recipe.fields import (
+from timm_selfdistill.checks import (
+    Arguments,
     BelowOne,
     Count,
     Epochs,
+    ModelArguments,
     NotNegative,
     OptimizerArguments,
     Positive,
     Section,
     Text,
+    expand_home,
+    is_integer,
 )
 
+LOCAL_MODEL: Final = "local-dir:"  # timm's prefix of a model folder
 REPO_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.-]*")
+
+
+class ModelSection(Section):
+    """The backbone.
+
+    Args:
+        name: Name of a timm model.
+        num_classes: Number of classes; null takes it from the data.
+        pretrained: Start from timm's pretrained weights.
+        small_stem: Replace the stem by one 3x3 convolution with stride 1, for ResNet-like nets on small images.
+        channels_last: Keep images and weights in the channels-last memory layout.
+        kwargs: Further arguments of `timm.create_model`.
+    """
+
+    name: Text
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    pretrained: bool = False
+    small_stem: bool = False
+    channels_last: bool = True
+    kwargs: ModelArguments = {}
+
+    @field_validator("name")
+    @classmethod
+    def _expand_name(cls, value: str) -> str:
+        if not value.startswith(LOCAL_MODEL):
+            return value
+        return LOCAL_MODEL + expand_home(value.removeprefix(LOCAL_MODEL))
+
+
+class ExitsSection(Section):
+    """The classifiers hung on the backbone.
+
+    Args:
+        points: How many exits; or a list with, for each, an index into `feature_info`, a share of the backbone's cost
+            (0..1) or a module path; null for three, or fewer where the backbone has fewer stages.
+        head: Name of a registered head, or "auto" to choose by the layout of each tap.
+        head_kwargs: Further arguments of the head.
+        hint_adapter: Report each exit's feature through a trainable linear layer.
+    """
+
+    points: int | tuple[int | float | str, ...] | None = None
+    head: Text = "auto"
+    head_kwargs: Arguments = {}
+    hint_adapter: bool = False
+
+    @field_validator("points", mode="before")
+    @classmethod
+    def _check_points(cls, value: Any) -> Any:
+        if value is None or (is_integer(value) and value >= 1):
+            return value
+        if isinstance(value, list | tuple) and value and all(map(_is_point, value)):
+            return tuple(value)
+        raise ValueError(
+            "must be null, a number of exits (1 or more), or a list of feature_info indices (0 or more), shares of the "
+            "cost (between 0 and 1) and module names"
+        )
 
 
 class OptimizerSection(Section):
@@ -152,3 +213,9 @@ class PushSection(Section):
         if value is not None and not LICENSE.fullmatch(value):
             raise ValueError("must be a licence's identifier on the Hub, such as apache-2.0, mit, cc-by-4.0 or other")
         return value
+
+
+def _is_point(value: Any) -> bool:
+    if isinstance(value, float):
+        return 0 < value < 1
+    return (is_integer(value) and value >= 0) or (isinstance(value, str) and value != "")
