@@ -5,7 +5,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 # Of the whole numbers in arguments: lists of widths, depths and sizes get as long as their sum, at most.
@@ -46,6 +55,18 @@ class Section(BaseModel):
 
     # Defaults are validated too because the checks that compare fields must see them.
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, **_STRICT)
+
+    @field_validator("*")
+    @classmethod
+    def _check_conflict(cls, value: Any, info: ValidationInfo) -> Any:
+        if problem := cls.conflict(str(info.field_name), value, info.data):
+            raise ValueError(problem)
+        return value
+
+    @classmethod
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        """Say what is wrong with the value of a field, given the fields before it as far as they are valid."""
+        return None
 
 
 def expand_home(path: str) -> str:

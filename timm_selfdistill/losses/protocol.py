@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,8 @@ class TrainingTime(NamedTuple):
 class Needs:
     """What a loss needs beyond the backbone's output and the target; the value of its attribute `needs`.
 
-    The task gives it by keyword, and recipes see to the batches. Outputs of other models hold what `out` holds, and
-    carry no gradient.
+    The task gives it by keyword, and recipes provide the batches. Outputs of other models hold what `out` holds,
+    without a gradient.
 
     Args:
         ema: The keyword `ema`, an `ExitOutput`: the output of the average of the weights, in eval mode.
@@ -57,11 +57,7 @@ class Needs:
 
 
 def needs_of(loss: nn.Module) -> Needs:
-    """Return what a loss needs: the exits only, if it does not say; its attribute `needs_exits` overrules `needs`.
-
-    Raises:
-        ValueError: If its attribute `needs` is no `Needs`.
-    """
+    """Return what a loss needs: the exits only, if it does not say; its attribute `needs_exits` overrules `needs`."""
     needs = getattr(loss, "needs", Needs())
     if not isinstance(needs, Needs):
         raise ValueError(f"The attribute needs of {type(loss).__name__} is {needs!r}; allowed is a Needs.")
@@ -82,18 +78,10 @@ def register_loss(name: str) -> Callable[[LossClass], LossClass]:
     Args:
         name: Its name in recipes.
 
-    Returns:
-        The decorator.
-
     Raises:
         ValueError: If the name is taken.
     """
-
-    def decorate(loss: LossClass) -> LossClass:
-        _LOSSES.register(name)(loss)
-        return loss
-
-    return decorate
+    return cast(Callable[[LossClass], LossClass], _LOSSES.register(name))
 
 
 def list_losses() -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from timm_selfdistill.losses.protocol import (
     shapes,
     stack,
 )
-from timm_selfdistill.losses.teachers import get_teacher, needs_ema
+from timm_selfdistill.losses.teachers import get_teacher
 from timm_selfdistill.model import ExitOutput
 from timm_selfdistill.recipe.loss_settings import BYOT_ICCV2019, PRESETS, SelfDistillationConfig, list_presets
 
@@ -35,8 +36,8 @@ class SelfDistillationLoss(nn.Module):
 
     Attributes:
         config: The settings.
-        needs: What the loss is called with besides `out` and `target`.
-        needs_exits: Whether any term is of the exits; if not, only the last entry of the output is read.
+        needs: What the loss is called with besides `out` and `target`. Without `needs.exits`, also called
+            `needs_exits`, it reads the last entry of the output only.
 
     Raises:
         ValueError: If the divergence or teacher is not registered, or the divergence has no such setting.
@@ -50,7 +51,7 @@ class SelfDistillationLoss(nn.Module):
         self._hint_distance = HINT_DISTANCES[config.hint_distance]
         self.needs = Needs(
             exits=bool(config.ce_weight or config.kd_weight or config.hint_weight),
-            ema=bool(config.kd_weight) and needs_ema(self._teacher),
+            ema=bool(config.kd_weight) and "ema" in signature(self._teacher).parameters,
             time=bool(config.kd_weight and config.kd_warmup_epochs),
         )
 
@@ -92,9 +93,8 @@ class SelfDistillationLoss(nn.Module):
             "kd/0" to "kd/K-1" and "hint/0" to "hint/K-1", shallow to deep; "ce/K" is the backbone's.
 
         Raises:
-            ValueError: If a shape or dtype is not as above, or `ema` or `time` is needed and missing. Values are read
-                on the CPU only, as that would stall a GPU: there, a target must hold indices of classes, or
-                probabilities that are not negative and sum to 1.
+            ValueError: If a shape or dtype is not as above, `ema` or `time` is needed and missing, or, on the CPU only,
+                a target holds no indices of classes, or probabilities that are negative or do not sum to 1.
         """
         config = self.config
         if not self.needs.exits:

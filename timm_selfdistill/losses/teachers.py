@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from inspect import signature
 from typing import Any
 
 import torch
@@ -25,13 +24,12 @@ get_teacher = _TEACHERS.get
 def register_teacher(name: str) -> Callable[[Teacher], Teacher]:
     """Return a decorator that registers a function as the teacher `name`.
 
-    Args:
-        name: What `SelfDistillationConfig.teacher` and recipes call it.
+    The function maps the detached logits of all exits and the backbone [K + 1, B, C] to those that each exit learns
+    from: [K, B, C], or a list with one [S, B, C] for each of the K exits, which then has several teachers. If it has a
+    keyword `ema`, it is also given the logits [K + 1, B, C] of the average of the weights.
 
-    Returns:
-        The decorator, for a function from the detached logits of all exits and the backbone [K + 1, B, C] to those
-        that each exit learns from: [K, B, C], or one [S, B, C] for each of the K exits, which has then several
-        teachers. If it has a keyword `ema`, it is also given the logits [K + 1, B, C] of the average of the weights.
+    Args:
+        name: Its name in `SelfDistillationConfig.teacher` and recipes.
 
     Raises:
         ValueError: If the name is taken.
@@ -42,11 +40,6 @@ def register_teacher(name: str) -> Callable[[Teacher], Teacher]:
 def list_teachers() -> list[str]:
     """Return the names of all registered teachers, sorted."""
     return _TEACHERS.names()
-
-
-def needs_ema(teacher: Callable[..., Any]) -> bool:
-    """Return whether a teacher takes the logits of the average of the weights."""
-    return "ema" in signature(teacher).parameters
 
 
 @register_teacher("deepest")
@@ -108,11 +101,7 @@ def ema_same_exit(logits: Tensor, *, ema: Tensor) -> Tensor:
 
 
 class PastModel(nn.Module):
-    """A frozen copy of a model, renewed when an epoch begins, except the first; its state can be saved.
-
-    Args:
-        model: The wrapped model; it stays as it is.
-    """
+    """A frozen copy of a model, renewed at the start of every epoch but the first; its state can be saved."""
 
     def __init__(self, model: SelfDistillModel) -> None:
         super().__init__()
@@ -120,12 +109,7 @@ class PastModel(nn.Module):
         self.epoch = 0
 
     def follow(self, model: SelfDistillModel, epoch: float) -> None:
-        """Copy the model's state, if it is of a later epoch than the copy.
-
-        Args:
-            model: The wrapped model.
-            epoch: Epochs done, with the part that is done of the present one.
-        """
+        """Copy the model's state, if the epochs done, a share of the present one included, make a later epoch."""
         if int(epoch) > self.epoch:
             self.epoch = int(epoch)
             self.model.load_state_dict(model.state_dict())
@@ -135,14 +119,12 @@ class PastModel(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, input: Tensor) -> ExitOutput | None:
+    def forward(self, images: Tensor) -> ExitOutput | None:
         """Return the logits of the backbone's own classifier for images [B, C, H, W]; None in the first epoch."""
-        return ExitOutput((self.model(input),), ()) if self.epoch else None
+        return ExitOutput((self.model(images),), ()) if self.epoch else None
 
     def get_extra_state(self) -> int:
-        """Return the epoch of the copy."""
         return self.epoch
 
     def set_extra_state(self, state: Any) -> None:
-        """Go on from the epoch that `get_extra_state` returned."""
         self.epoch = state

@@ -20,8 +20,26 @@ from timm_selfdistill.losses.protocol import (
 from timm_selfdistill.model import ExitOutput
 
 
+class _WithPrediction(nn.Module):
+    """Cross-entropy, and a weighted KL divergence of some of the logits from another prediction for their images."""
+
+    def __init__(self, weight: float, temperature: float) -> None:
+        super().__init__()
+        self.weight: float = check("weight", weight, NotNegative)
+        self.temperature: float = check("temperature", temperature, Temperature)
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}, temperature={self.temperature}"
+
+    def _terms(self, logits: Tensor, target: Tensor, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(target.device.type, enabled=False):
+            ce = cross_entropy(logits, target)[0]
+            kd = kl(student, teacher, target, temperature=self.temperature, scale=self.temperature**2)[0]
+        return {"loss": ce + self.weight * kd, "ce/0": ce.detach(), "kd/0": kd.detach()}
+
+
 @register_loss("cs-kd")
-class CSKD(nn.Module):
+class CSKD(_WithPrediction):
     """CS-KD: an image's prediction follows that of another image of its class.
 
     `CE(z, y) + weight T^2 KL(softmax(z' / T) || softmax(z / T))`, each a mean over the batch; z' are the backbone's
@@ -42,9 +60,7 @@ class CSKD(nn.Module):
     needs = Needs(exits=False, batches="paired")
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0) -> None:
-        super().__init__()
-        self.weight = check("weight", weight, NotNegative)
-        self.temperature = check("temperature", temperature, Temperature)
+        super().__init__(weight, temperature)
 
     def forward(self, out: ExitOutput, target: Tensor, *, partners: ExitOutput) -> dict[str, Tensor]:
         """Compute the loss.
@@ -60,18 +76,12 @@ class CSKD(nn.Module):
         Raises:
             ValueError: If a shape or dtype is not as above.
         """
-        logits, others = _last(out, target), _last(partners, target).detach()
-        with torch.autocast(target.device.type, enabled=False):
-            ce = cross_entropy(logits, target)
-            kd = kl(logits, others, target, temperature=self.temperature, scale=self.temperature**2)
-        return _terms(ce, self.weight, kd)
-
-    def extra_repr(self) -> str:
-        return f"weight={self.weight}, temperature={self.temperature}"
+        logits = _last(out, target)
+        return self._terms(logits, target, logits, _last(partners, target).detach())
 
 
 @register_loss("dlb")
-class DLB(nn.Module):
+class DLB(_WithPrediction):
     """DLB: the prediction for an image follows that of the step before, where it was in the batch too.
 
     `CE(z, y) + weight T^2 KL(softmax(p / T) || softmax(z / T))`, the CE a mean over the whole batch, the KL over its
@@ -93,9 +103,7 @@ class DLB(nn.Module):
     needs = Needs(exits=False, batches="repeated")
 
     def __init__(self, weight: float = 1.0, temperature: float = 3.0) -> None:
-        super().__init__()
-        self.weight = check("weight", weight, NotNegative)
-        self.temperature = check("temperature", temperature, Temperature)
+        super().__init__(weight, temperature)
         self._before: Tensor | None = None
 
     def forward(self, out: ExitOutput, target: Tensor) -> dict[str, Tensor]:
@@ -121,23 +129,15 @@ class DLB(nn.Module):
             )
         # From a step that was skipped because it was not finite, there is nothing to learn.
         before = torch.where(before.isfinite().all(-1, keepdim=True), before, repeated.detach())
-        with torch.autocast(target.device.type, enabled=False):
-            ce = cross_entropy(logits, target)
-            kd = kl(repeated, before, target, temperature=self.temperature, scale=self.temperature**2)
         if self.training:
             self._before = new.detach()
-        return _terms(ce, self.weight, kd)
+        return self._terms(logits, target, repeated, before)
 
     def get_extra_state(self) -> Tensor | None:
-        """Return the logits of the second half of the last batch [1, B, C], if there was one."""
         return self._before
 
     def set_extra_state(self, state: Any) -> None:
-        """Go on after the batch whose logits `get_extra_state` returned."""
         self._before = state
-
-    def extra_repr(self) -> str:
-        return f"weight={self.weight}, temperature={self.temperature}"
 
 
 @register_loss("ps-kd")
@@ -201,7 +201,3 @@ def _last(out: ExitOutput, target: Tensor) -> Tensor:
     check_entries("logits", "C", out.logits[-1:])
     check_target(target, out.logits[-1].shape)
     return stack(out.logits[-1:])
-
-
-def _terms(ce: Tensor, weight: float, kd: Tensor) -> dict[str, Tensor]:
-    return {"loss": ce[0] + weight * kd[0], "ce/0": ce[0].detach(), "kd/0": kd[0].detach()}

@@ -1,27 +1,10 @@
 """Recipes: everything a training run depends on, as one typed and validated YAML file."""
 
 from timm_selfdistill.recipe.data_sections import AugmentSection, DataSection
-from timm_selfdistill.recipe.load import (
-    RecipeError,
-    dump_local,
-    is_local,
-    list_recipes,
-    load_recipe,
-    read_settings,
-)
-from timm_selfdistill.recipe.loss_settings import LossSection, SelfDistillationConfig
+from timm_selfdistill.recipe.load import RecipeError, dump_local, is_local, list_recipes, load_recipe, read_settings
+from timm_selfdistill.recipe.loss_settings import LossSection
 from timm_selfdistill.recipe.recipe import LOCAL, RECIPE, Recipe
-from timm_selfdistill.recipe.training_sections import (
-    LICENSE,
-    REPO_ID,
-    CheckpointSection,
-    EmaSection,
-    ExitsSection,
-    ModelSection,
-    OptimizerSection,
-    PushSection,
-    ScheduleSection,
-)
+from timm_selfdistill.recipe.training_sections import LICENSE, REPO_ID, EmaSection, ExitsSection, PushSection
 
 __all__ = [
     "LICENSE",
@@ -29,18 +12,13 @@ __all__ = [
     "RECIPE",
     "REPO_ID",
     "AugmentSection",
-    "CheckpointSection",
     "DataSection",
     "EmaSection",
     "ExitsSection",
     "LossSection",
-    "ModelSection",
-    "OptimizerSection",
     "PushSection",
     "Recipe",
     "RecipeError",
-    "ScheduleSection",
-    "SelfDistillationConfig",
     "dump_local",
     "is_local",
     "list_recipes",

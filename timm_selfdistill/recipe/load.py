@@ -18,7 +18,6 @@ from timm_selfdistill.recipe.recipe import LOCAL, RECIPE, Recipe, merge
 # Of the problems of a recipe, and of what is said of each.
 _MOST_PROBLEMS = 40
 _MOST_CHARACTERS = 400
-
 _LOCAL_HEADER = "# Paths of this machine that belong to the run in this folder; timm_selfdistill never pushes them."
 _OVERRIDE_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 
@@ -106,7 +105,7 @@ def dump_local(recipe: Recipe) -> str:
 
 
 def is_local(path: Path) -> bool:
-    """Whether a file is one that `dump_local` made, and not somebody else's of the same name."""
+    """Whether a file was made by `dump_local`, and is not somebody else's of the same name."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             return file.readline().rstrip() == _LOCAL_HEADER
@@ -115,20 +114,13 @@ def is_local(path: Path) -> bool:
 
 
 def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """Read settings that are written as a recipe's overrides are, but belong to no recipe.
-
-    Args:
-        overrides: Settings as "key=value"; the value is read as YAML, and later ones win.
-
-    Returns:
-        The settings.
+    """Read settings "key=value" that are written like a recipe's overrides, but belong to no recipe.
 
     Raises:
         ValueError: If any of them is no such setting; lists all that are wrong.
     """
     mapping: dict[str, Any] = {}
-    problems = [problem for override in overrides for problem in _override(mapping, override)]
-    if problems:
+    if problems := [problem for override in overrides for problem in _override(mapping, override)]:
         raise ValueError("; ".join(problems))
     return mapping
 
@@ -147,31 +139,30 @@ def _shipped() -> dict[str, Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the file's mapping, or raise RecipeError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise RecipeError(str(path), [f"has more than {MAX_BYTES:,} bytes, the most that is allowed"])
-        value, problems = parse(data.decode("utf-8-sig"))
-    except FileNotFoundError:
-        shipped = list_recipes()
-        hint = _did_you_mean(path.stem, shipped)
-        value, problems = (
-            None,
-            [f"neither the path of a file nor a shipped recipe; shipped are {', '.join(shipped)}{hint}"],
-        )
-    except UnicodeDecodeError as error:
-        value, problems = None, [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
-    except RecipeError:
-        raise
-    except (OSError, ValueError) as error:
-        value, problems = None, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
+    value, problems = _parse_file(path)
     if not problems and not isinstance(value, dict):
         received = "an empty file" if value is None else _show(value)
         problems = [f"must be a mapping of sections, such as `model: {{name: resnet18}}`, received {received}"]
     if problems:
         raise RecipeError(str(path), problems)
     return dict(value)
+
+
+def _parse_file(path: Path) -> tuple[Any, list[str]]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            return None, [f"has more than {MAX_BYTES:,} bytes, the most that is allowed"]
+        return parse(data.decode("utf-8-sig"))
+    except FileNotFoundError:
+        known = list_recipes()
+        hint = _did_you_mean(path.stem, known)
+        return None, [f"neither the path of a file nor a shipped recipe; shipped are {', '.join(known)}{hint}"]
+    except UnicodeDecodeError as error:
+        return None, [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
+    except (OSError, ValueError) as error:
+        return None, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
 
 
 def _override(mapping: dict[str, Any], override: str) -> Iterator[str]:
@@ -240,12 +231,9 @@ def _did_you_mean(word: str, allowed: Collection[str]) -> str:
 
 def _show(value: Any) -> str:
     """Return a value as a recipe writes it, shortened."""
-    text = (
-        json.dumps(value)
-        if value is None or isinstance(value, bool)
-        else repr(list(value) if isinstance(value, tuple) else value)
-    )
-    return _shorten(text, 80)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return _shorten(repr(list(value) if isinstance(value, tuple) else value), 80)
 
 
 def _shorten(text: str, most: int) -> str:

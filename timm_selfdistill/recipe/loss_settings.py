@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_type_hints
 
-from pydantic import ValidationInfo, create_model, field_validator
+from pydantic import create_model
 
 from timm_selfdistill.checks import (
     Arguments,
@@ -168,9 +168,8 @@ class LossSection(_Settings):  # type: ignore[misc]
         """The fields of `SelfDistillationConfig` that differ from the preset."""
         return {name: getattr(self, name) for name in _TYPES if getattr(self, name) is not None}
 
-    @field_validator("kwargs")
     @classmethod
-    def _check_kwargs(cls, value: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
-        if value and info.data.get("name") == cls.model_fields["name"].default:
-            raise ValueError("must be empty for this library's own loss, whose settings are the other keys of `loss`")
-        return value
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        if name == "kwargs" and value and before.get("name") == cls.model_fields["name"].default:
+            return "must be empty for this library's own loss, whose settings are the other keys of `loss`"
+        return None

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from glob import glob
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from pydantic_core import PydanticCustomError
 
 from timm_selfdistill.checks import Count, LocalPath, Names, Section
@@ -99,37 +99,24 @@ class Recipe(Section):
                 full["data"][key] = complete_path(full["data"][key])
         return different(full, shared)
 
-    @field_validator("schedule")
     @classmethod
-    def _check_schedule(cls, value: ScheduleSection, info: ValidationInfo) -> ScheduleSection:
-        data = info.data.get("data")
-        if value.select == "best" and data is not None and not data.validation:
-            # The section is already built, so the message brings the rest of the path.
-            raise PydanticCustomError(
-                "conflict",
-                "select: must be 'last' where data.validation is 0, as 'best' is chosen on validation images",
-            )
-        return value
-
-    @field_validator("epochs")
-    @classmethod
-    def _check_epochs(cls, value: int, info: ValidationInfo) -> int:
-        schedule = info.data.get("schedule")
-        if schedule is not None and schedule.backbone_epochs is not None and schedule.backbone_epochs >= value:
-            raise ValueError(f"must be greater than schedule.backbone_epochs ({schedule.backbone_epochs})")
-        return value
-
-    @field_validator("batch_size")
-    @classmethod
-    def _check_batch_size(cls, value: int, info: ValidationInfo) -> int:
-        optimizer, augment = info.data.get("optimizer"), info.data.get("augment")
-        if optimizer is None:
-            return value
-        if value % optimizer.accumulate:
-            raise ValueError(f"must be a multiple of optimizer.accumulate ({optimizer.accumulate})")
-        if augment is not None and augment.mixes and value // optimizer.accumulate % 2:
-            raise ValueError("must give micro batches of an even size, because Mixup and CutMix mix images in pairs")
-        return value
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        data, schedule, optimizer, augment = map(before.get, ("data", "schedule", "optimizer", "augment"))
+        match name:
+            case "schedule" if value.select == "best" and data is not None and not data.validation:
+                # The section is already built, so the message brings the rest of the path.
+                raise PydanticCustomError(
+                    "conflict",
+                    "select: must be 'last' where data.validation is 0, as 'best' is chosen on validation images",
+                )
+            case "epochs" if schedule is not None and (schedule.backbone_epochs or 0) >= value:
+                return f"must be greater than schedule.backbone_epochs ({schedule.backbone_epochs})"
+            case "batch_size" if optimizer is not None and value % optimizer.accumulate:
+                return f"must be a multiple of optimizer.accumulate ({optimizer.accumulate})"
+            case "batch_size" if optimizer is not None and augment is not None and augment.mixes:
+                if value // optimizer.accumulate % 2:
+                    return "must give micro batches of an even size, because Mixup and CutMix mix images in pairs"
+        return None
 
 
 def shorten_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The sections of a recipe about the network, its training, and what is saved and pushed."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
 from timm_selfdistill.checks import (
     Arguments,
@@ -141,24 +142,19 @@ class ScheduleSection(Section):
     backbone_epochs: Count | None = None
     select: Literal["last", "best"] = "last"
 
-    @field_validator("decay_milestones")
     @classmethod
-    def _check_milestones(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        if list(value) != sorted(set(value)):
-            raise ValueError("must be epochs in rising order")
-        if not value and info.data.get("name") == "multistep":
-            raise ValueError("must have at least one epoch for the schedule multistep")
-        return value
-
-    @field_validator("backbone_epochs")
-    @classmethod
-    def _check_backbone_epochs(cls, value: int | None, info: ValidationInfo) -> int | None:
-        regime = info.data.get("regime")
-        if regime == "mixed" and value is None:
-            raise ValueError("must be a whole number of epochs for the regime mixed")
-        if regime in ("joint", "frozen") and value is not None:
-            raise ValueError(f"must be null for the regime {regime}; only mixed has epochs of the backbone alone")
-        return value
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        regime = before.get("regime")
+        match name:
+            case "decay_milestones" if list(value) != sorted(set(value)):
+                return "must be epochs in rising order"
+            case "decay_milestones" if not value and before.get("name") == "multistep":
+                return "must have at least one epoch for the schedule multistep"
+            case "backbone_epochs" if regime == "mixed" and value is None:
+                return "must be a whole number of epochs for the regime mixed"
+            case "backbone_epochs" if regime in ("joint", "frozen") and value is not None:
+                return f"must be null for the regime {regime}; only mixed has epochs of the backbone alone"
+        return None
 
 
 class EmaSection(Section):
@@ -200,19 +196,14 @@ class PushSection(Section):
     license: Text | None = None
     every: Count | None = None
 
-    @field_validator("repo")
     @classmethod
-    def _check_repo(cls, value: str) -> str:
-        if not REPO_ID.fullmatch(value):
-            raise ValueError("must be the name of a repository, namespace/name")
-        return value
-
-    @field_validator("license")
-    @classmethod
-    def _check_license(cls, value: str | None) -> str | None:
-        if value is not None and not LICENSE.fullmatch(value):
-            raise ValueError("must be a licence's identifier on the Hub, such as apache-2.0, mit, cc-by-4.0 or other")
-        return value
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        match name:
+            case "repo" if not REPO_ID.fullmatch(value):
+                return "must be the name of a repository, namespace/name"
+            case "license" if value is not None and not LICENSE.fullmatch(value):
+                return "must be a licence's identifier on the Hub, such as apache-2.0, mit, cc-by-4.0 or other"
+        return None
 
 
 def _is_point(value: Any) -> bool:
