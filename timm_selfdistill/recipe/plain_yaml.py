@@ -35,11 +35,12 @@ def parse(text: str, depth: int = 0) -> tuple[Any, list[str]]:
     try:
         if problem := _excess(text, depth):
             return None, [problem]
-        root = _yaml().compose(text)
+        yaml = _yaml()
+        root = yaml.compose(text)
         problems = list(dict.fromkeys(_problems(root, depth))) if root is not None else []
         if re.search(r"^%", text, flags=re.MULTILINE):
             problems.append("directives (%) are not allowed: recipes are YAML 1.2")
-        return (None, problems) if problems else (_yaml().load(text), [])
+        return (None, problems) if problems or root is None else (yaml.constructor.construct_document(root), [])
     except MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         return None, [f"{where}not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}"]
