@@ -10,6 +10,7 @@ from timm_selfdistill.losses import (
     DLB,
     PRESETS,
     PSKD,
+    Needs,
     SelfDistillationConfig,
     SelfDistillationLoss,
     TrainingTime,
@@ -19,6 +20,7 @@ from timm_selfdistill.losses import (
     list_losses,
     list_presets,
     list_teachers,
+    needs_of,
     protocol,
     register_divergence,
     register_loss,
@@ -525,6 +527,19 @@ def test_loss_classes_are_registered():
         register_loss("self-distillation")(Mine)
     with pytest.raises(ValueError, match=r"Unknown loss 'selfdistillation'.*Did you mean 'self-distillation'"):
         get_loss("selfdistillation")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "needs"),
+    [
+        ({}, Needs()),
+        ({"needs_exits": False}, Needs(exits=False)),
+        ({"needs": Needs(time=True)}, Needs(exits=True, time=True)),
+        ({"needs": Needs(time=True), "needs_exits": False}, Needs(exits=False, time=True)),
+    ],
+)
+def test_the_short_form_of_what_a_loss_needs_is_read(attributes, needs):
+    assert needs_of(type("Theirs", (nn.Module,), attributes)()) == needs
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Recipes: defaults, errors that say everything at once, overrides, YAML traps, and the shipped files."""
 
 import copy
+import dataclasses
 import pickle
 import random
 import re
@@ -92,6 +93,14 @@ def arguments_of(documented: type) -> list[str]:
     return re.findall(
         r"^ {8}(\w+):", documented.__doc__.split("Args:\n")[1].split("\n    Raises:")[0], flags=re.MULTILINE
     )
+
+
+def test_every_setting_of_the_loss_is_a_key_that_keeps_the_presets_value():
+    names = [field.name for field in dataclasses.fields(SelfDistillationConfig)]
+    assert list(LossSection.model_fields) == ["name", "preset", *names, "kwargs"]
+    assert LossSection().changes == {}
+    settings = {**vars(SelfDistillationConfig()), "exit_weights": (1.0, 2.0)}
+    assert LossSection(**settings).changes == settings
 
 
 @pytest.mark.parametrize("repo", ["my-net", "me/my/net", "me/", "https://hub/me/net"])

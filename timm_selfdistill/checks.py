@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import (
@@ -33,11 +34,16 @@ def check(name: str, value: Any, kind: Any) -> Any:
         ValueError: If the value is of another type; bool is no number here.
     """
     try:
-        return TypeAdapter(kind, config=_STRICT).validate_python(value)
+        return _adapter(kind).validate_python(value)
     except ValidationError as error:
         descriptions = [getattr(part, "description", None) for part in getattr(kind, "__metadata__", ())]
         text = next(filter(None, descriptions), error.errors()[0]["msg"].removeprefix("Input should be "))
         raise ValueError(f"{name} is {value!r}; allowed is {text}.") from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind, config=_STRICT)
 
 
 def is_number(value: Any) -> bool:

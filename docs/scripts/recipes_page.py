@@ -12,7 +12,7 @@ _INTRODUCTION = """\
 
 Written by `python docs/scripts/recipes_page.py` from the files in `recipes/`, which are shipped with the package.
 
-A recipe is a YAML file; [train.md](train.md#fields) explains every field, and the default of what is not written here. Run
+A recipe is a YAML file; [train.md](train.md#fields) has every field, and the default of what is not written here. Run
 one by its name, followed by changes, or copy it to a file of your own:
 
 ```bash
