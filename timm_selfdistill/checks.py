@@ -47,12 +47,12 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are none."""
+    """Whether a value is a finite number, which True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is a whole number; True and False are none."""
+    """Whether a value is a whole number, which True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -110,7 +110,7 @@ class SelfDistillationTask(ClassificationTask):
             self.past.follow(unwrapped_model(self.trainable_module), epoch)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return the state of the loss and the past model, if any, which timm's checkpoints hold beside the model."""
+        """Return the state of the loss and the past model, if any, which timm's checkpoints hold besides the model."""
         if ema:
             return {}
         return {name: state for name, part in self._stateful().items() if (state := part.state_dict())}
@@ -137,7 +137,7 @@ class SelfDistillationTask(ClassificationTask):
         return [*trained, *self.get_submodule("criterion").parameters()]
 
     def _stateful(self) -> dict[str, nn.Module]:
-        """Return the parts beside the model that may have a state."""
+        """Return the parts besides the model that may have a state."""
         past = {} if self.past is None else {"past": self.past}
         return {"criterion": self.get_submodule("criterion"), **past}
 

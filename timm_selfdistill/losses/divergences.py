@@ -37,7 +37,6 @@ class Divergence(Protocol):
 
 
 _DIVERGENCES: Registry[Divergence] = Registry("divergence", "timm_selfdistill.divergences")
-get_divergence = _DIVERGENCES.get
 
 
 def register_divergence(name: str) -> Callable[[Divergence], Divergence]:
@@ -59,7 +58,7 @@ def list_divergences() -> list[str]:
 
 def bind_settings(name: str, settings: Mapping[str, Any]) -> Divergence:
     """Return the divergence `name` with its settings, which must be its own, and numbers where it has numbers."""
-    divergence = get_divergence(name)
+    divergence = _DIVERGENCES.get(name)
     defaults = {
         key: parameter.default
         for key, parameter in signature(divergence).parameters.items()
@@ -94,7 +93,9 @@ def kl(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float, 
 def jensen_shannon(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float, scale: float) -> Tensor:
     """(KL(teacher || m) + KL(student || m)) / 2 of the softmaxes at `temperature` and their mean m, times `scale`.
 
-    Symmetric, and at most log 2 before it is scaled. Paper: "Divergence Measures Based on the Shannon Entropy", https://doi.org/10.1109/18.61115
+    Symmetric, and at most log 2 before it is scaled.
+
+    Paper: "Divergence Measures Based on the Shannon Entropy", https://doi.org/10.1109/18.61115
     """
     student = F.log_softmax(student / temperature, dim=-1)
     teacher = F.log_softmax(teacher / temperature, dim=-1)

@@ -1,4 +1,4 @@
-"""What every loss is: what it asks for, the registry, and how it treats the output and the target of a batch."""
+"""What all losses share: what they need, their registry, and how they check and compute with a batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ class TrainingTime(NamedTuple):
     """How far training has come.
 
     Attributes:
-        epoch: Epochs done, with the part that is done of the present one.
+        epoch: Epochs done, with the share that is done of the present one.
         epochs: Epochs in all.
     """
 
@@ -42,7 +42,7 @@ class Needs:
         past: The keyword `past`, an `ExitOutput`: the output of the backbone with the weights it had when the epoch
             began, in eval mode; None in the first epoch.
         time: The keyword `time`, a `TrainingTime`.
-        batches: What a batch holds beside the samples that it draws. "paired": for each one another of its class,
+        batches: What a batch holds besides the samples that it draws. "paired": for each one another of its class,
             after all of them; `out` and `target` are without those, and the keyword `partners`, an `ExitOutput`, holds
             the model's output for them. "repeated": before them, those that were drawn in the batch before.
         exits: The entries of the exits in `out`; without them, `out` holds the backbone's only and the exits do not

@@ -85,7 +85,7 @@ class DLB(_WithPrediction):
     """DLB: the prediction for an image follows that of the step before, where it was in the batch too.
 
     `CE(z, y) + weight T^2 KL(softmax(p / T) || softmax(z / T))`, the CE a mean over the whole batch, the KL over its
-    first half: the images that were the second half of the batch before, augmented anew, with p the logits they had
+    first half: the images that were the second half of the batch before, augmented again, with p the logits they had
     then. In the first step of a training there is no KL.
 
     Paper: "Self-Distillation from the Last Mini-Batch for Consistency Regularization",
@@ -173,7 +173,7 @@ class PSKD(nn.Module):
         Args:
             out: Logits [B, C] of the backbone, as the last entry.
             target: Class indices [B] int64, or class probabilities [B, C] floating.
-            past: The same with the weights from the begin of the epoch; None in the first epoch.
+            past: The same with the weights from the start of the epoch; None in the first epoch.
             time: How far training has come.
 
         Returns:

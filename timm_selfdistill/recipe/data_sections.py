@@ -53,8 +53,8 @@ class DataSection(Section):
         train_size: Number of training images of a streamed dataset that does not know its length.
         cache: Decode all images once, keep them on the device that trains, and augment whole batches there (device);
             null to decode and augment image by image, in the loader processes.
-        max_train: Train on so many images only, for trials.
-        max_eval: Report on so many images only, for trials.
+        max_train: Largest number of training images, for trials; null for all.
+        max_eval: Largest number of images to report on, for trials; null for all.
     """
 
     path: LocalPath
@@ -98,7 +98,7 @@ class DataSection(Section):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes that the recipe tells, if it does; those of a mere number are the indices."""
+        """The names of the classes, if the recipe gives them; their indices, if it gives their number."""
         return tuple(map(str, range(self.classes))) if isinstance(self.classes, int) else self.classes
 
     @field_validator("validation", mode="before")

@@ -5,18 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_type_hints
 
-from pydantic import create_model
+from pydantic import BaseModel, create_model
 
-from timm_selfdistill.checks import (
-    Arguments,
-    BelowOne,
-    NotNegative,
-    Section,
-    Temperature,
-    Text,
-    Weights,
-    check,
-)
+from timm_selfdistill.checks import Arguments, BelowOne, NotNegative, Section, Temperature, Text, Weights, check
 
 WEIGHTS: Final = ("ce_weight", "deepest_ce_weight", "kd_weight", "hint_weight")
 
@@ -142,7 +133,7 @@ def list_presets() -> list[str]:
     return sorted(PRESETS)
 
 
-class _NamedLoss(Section):
+class _NamedLoss(BaseModel):
     name: Text = "self-distillation"
     preset: Text | None = "byot-iccv2019"
 
@@ -151,7 +142,7 @@ _NULLABLE: dict[str, Any] = {name: (kind | None, None) for name, kind in _TYPES.
 _Settings: Any = create_model("_Settings", __base__=_NamedLoss, **_NULLABLE)
 
 
-class LossSection(_Settings):  # type: ignore[misc]
+class LossSection(_Settings, Section):  # type: ignore[misc]
     """The training loss: a preset and what differs from it.
 
     Args:

@@ -47,7 +47,7 @@ class Recipe(Section):
         compile: Run the model through `torch.compile`.
         sync_batchnorm: Normalise by the statistics of all processes' images; on several GPUs only.
         ema: Average the weights; null for no average.
-        baseline: Also train the plain backbone on the same budget and report it beside.
+        baseline: Also train the plain backbone on the same budget and report it too.
         seed: Seed of weights, order and augmentation.
         output_dir: Folder of the run; `load_recipe` replaces null by runs/<recipe name>. Here and in all other paths,
             a leading ~ is the home folder.

@@ -170,10 +170,10 @@ class EmaSection(Section):
 
 
 class CheckpointSection(Section):
-    """When checkpoints are written, besides at the end of every epoch, and how many are kept.
+    """When checkpoints are written, apart from the end of every epoch, and how many are kept.
 
     Args:
-        every_steps: Also write one after every so many optimizer steps; null for epochs only.
+        every_steps: Optimizer steps between further checkpoints; null for none.
         keep: How many of the newest are kept.
     """
 
@@ -188,7 +188,7 @@ class PushSection(Section):
         repo: The repository, as "namespace/name"; made before training if it does not exist.
         private: Make it a private one.
         license: Licence of the weights, by its identifier on the Hub; null for that of the pretrained weights, if any.
-        every: Also push after every so many epochs, in the background; null for the end only.
+        every: Epochs between further pushes in the background; null for the end only.
     """
 
     repo: Text
