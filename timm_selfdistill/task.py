@@ -1,6 +1,6 @@
 """Self-distillation as a timm training task: a wrapped model and its loss."""
 
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 import torch
 from timm.task import ClassificationTask
@@ -165,13 +165,14 @@ class SelfDistillationTask(ClassificationTask):
 
 def unwrapped_model(module: Any) -> SelfDistillModel:
     """Return the wrapped model inside DDP, compile and EMA wrappers."""
-    return cast(SelfDistillModel, unwrap_model(module))
+    model: SelfDistillModel = unwrap_model(module)  # type: ignore[no-untyped-call]
+    return model
 
 
 def check_loss(model: SelfDistillModel, criterion: nn.Module, regime: Regime) -> None:
     """Raise ValueError if a loss trains nothing, leaves parameters without a gradient, or is for other exits."""
     needs_exits = needs_of(criterion).exits
-    if regime not in ("joint", "frozen"):
+    if regime not in get_args(Regime):
         raise ValueError(f"regime must be 'joint' or 'frozen', got {regime!r}.")
     if regime == "frozen" and not needs_exits:
         raise ValueError("regime='frozen' trains the exits only, but this loss does not use them: nothing would train.")
