@@ -10,6 +10,7 @@ from timm_selfdistill.losses import (
     DLB,
     PRESETS,
     PSKD,
+    Needs,
     SelfDistillationConfig,
     SelfDistillationLoss,
     TrainingTime,
@@ -19,13 +20,14 @@ from timm_selfdistill.losses import (
     list_losses,
     list_presets,
     list_teachers,
+    needs_of,
+    protocol,
     register_divergence,
     register_loss,
     register_teacher,
-    self_distillation,
     teachers,
 )
-from timm_selfdistill.losses.inputs import cross_entropy
+from timm_selfdistill.losses.protocol import cross_entropy
 from timm_selfdistill.model import ExitOutput
 
 BATCH, CLASSES, WIDTH = 6, 5, 7
@@ -464,7 +466,7 @@ def test_wrong_shapes_and_dtypes_are_refused(out, target, message):
 
 @pytest.fixture
 def scratch_registries(monkeypatch):
-    for registry in (divergences._DIVERGENCES, teachers._TEACHERS, self_distillation._LOSSES):
+    for registry in (divergences._DIVERGENCES, teachers._TEACHERS, protocol._LOSSES):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
@@ -525,6 +527,19 @@ def test_loss_classes_are_registered():
         register_loss("self-distillation")(Mine)
     with pytest.raises(ValueError, match=r"Unknown loss 'selfdistillation'.*Did you mean 'self-distillation'"):
         get_loss("selfdistillation")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "needs"),
+    [
+        ({}, Needs()),
+        ({"needs_exits": False}, Needs(exits=False)),
+        ({"needs": Needs(time=True)}, Needs(exits=True, time=True)),
+        ({"needs": Needs(time=True), "needs_exits": False}, Needs(exits=False, time=True)),
+    ],
+)
+def test_the_short_form_of_what_a_loss_needs_is_read(attributes, needs):
+    assert needs_of(type("Theirs", (nn.Module,), attributes)()) == needs
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Recipes: defaults, errors that say everything at once, overrides, YAML traps, and the shipped files."""
 
 import copy
+import dataclasses
 import pickle
 import random
 import re
@@ -15,7 +16,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from timm_selfdistill.recipe import Recipe, RecipeError, dump_local, list_recipes, load_recipe
+from timm_selfdistill.recipe import LossSection, Recipe, RecipeError, dump_local, list_recipes, load_recipe
+from timm_selfdistill.recipe.loss_settings import SelfDistillationConfig
 from timm_selfdistill.recipe.plain_yaml import dump
 
 ROOT = Path(__file__).parents[1]
@@ -79,8 +81,26 @@ def test_every_field_is_documented_and_only_fields_are():
         sections += [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
     assert len(sections) == 11
     for section in sections:
-        arguments = section.__doc__.split("Args:\n")[1]
-        assert re.findall(r"^ {8}(\w+):", arguments, flags=re.MULTILINE) == list(section.model_fields), section
+        documented = arguments_of(section)
+        if section is LossSection:
+            place = documented.index("SelfDistillationConfig")
+            documented[place : place + 1] = arguments_of(SelfDistillationConfig)
+        assert documented == list(section.model_fields), section
+
+
+def arguments_of(documented: type) -> list[str]:
+    """Return the names that a class's docstring explains."""
+    return re.findall(
+        r"^ {8}(\w+):", documented.__doc__.split("Args:\n")[1].split("\n    Raises:")[0], flags=re.MULTILINE
+    )
+
+
+def test_every_setting_of_the_loss_is_a_key_that_keeps_the_presets_value():
+    names = [field.name for field in dataclasses.fields(SelfDistillationConfig)]
+    assert list(LossSection.model_fields) == ["name", "preset", *names, "kwargs"]
+    assert LossSection().changes == {}
+    settings = {**vars(SelfDistillationConfig()), "exit_weights": (1.0, 2.0)}
+    assert LossSection(**settings).changes == settings
 
 
 @pytest.mark.parametrize("repo", ["my-net", "me/my/net", "me/", "https://hub/me/net"])
@@ -194,23 +214,23 @@ trackers: [wandb, 3]
 """
     assert problems(text, "batch_size", "loss.kd_weight=.inf") == (
         "override 'batch_size': must have the form section.key=value",
-        "model.pretrained: must be true or false, received 'yes'",
+        "model.pretrained: must be a valid boolean, received 'yes'",
         "loss.kd_weight: must be a finite number, received inf",
         "data.path: is required",
         "data.pth: unknown key; did you mean 'path'?",
         "augment.scale: must have 2 entries, received [1]",
         "augment.ratio: must be two numbers above 0, the smaller one first, received [2, 1]",
-        "augment.hflip: must be at most 1.0, received 1.5",
+        "augment.hflip: must be less than or equal to 1, received 1.5",
         "augment.cutmix_minmax: must be a list, received 3",
-        "optimizer.lr: must be greater than 0.0, received -1",
-        "optimizer.momentum: must be a number, received true",
+        "optimizer.lr: must be greater than 0, received -1",
+        "optimizer.momentum: must be a valid number, received true",
         "optimizer.wieght_decay: unknown key; did you mean 'weight_decay'?",
         "schedule.decay_milestones: must have at least one epoch for the schedule multistep, received []",
         "schedule.backbone_epochs: must be a whole number of epochs for the regime mixed, received null",
-        "epochs: must be a whole number, received 2.0",
-        "precision: must be one of 'no', 'bf16' or 'fp16', received 'fp8'",
+        "epochs: must be a valid integer, received 2.0",
+        "precision: must be 'no', 'bf16' or 'fp16', received 'fp8'",
         "ema: must be a mapping, received 3",
-        "seed: must be a whole number, received nan",
+        "seed: must be a valid integer, received nan",
         "trackers[1]: must be text, received 3",
         "epoch: unknown key; did you mean 'epochs'?",
     )
@@ -223,7 +243,7 @@ def test_message_has_one_line_per_problem_and_survives_pickling(tmp_path):
         load_recipe(path)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"Recipe {path} has 2 problems:"
-    assert lines[1:] == ["  data: is required", "  epochs: must be a whole number, received 'x'"]
+    assert lines[1:] == ["  data: is required", "  epochs: must be a valid integer, received 'x'"]
     assert "pydantic" not in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
@@ -267,8 +287,8 @@ def test_unknown_key_that_resembles_nothing_lists_the_allowed_ones(problems):
         (["model.name=''"], "model.name: must not be empty"),
         (["model.name=18"], "model.name: must be text, received 18"),
         (["data.std=[0.1, 0]"], "data.std[1]: must be greater than 0"),
-        (["data.mean=[]"], "data.mean: must have at least 1 entries"),
-        (["augment.scale=[1, 2, 3]"], "augment.scale: must have at most 2 entries"),
+        (["data.mean=[]"], "data.mean: must have at least 1 item after validation, not 0"),
+        (["augment.scale=[1, 2, 3]"], "augment.scale: must have at most 2 items after validation, not 3"),
         (["augment.scale=[]"], "augment.scale: must have 2 entries"),
         (["exits.head_kwargs=3"], "exits.head_kwargs: must be a mapping"),
     ],
@@ -507,7 +527,7 @@ def message_of(tmp_path, text):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("data.image_size=100000", "data.image_size: must be at most 4096, received 100000"),
+        ("data.image_size=100000", "data.image_size: must be less than or equal to 4096, received 100000"),
         ("model.kwargs={layers: [1000000000, 1]}", "must hold whole numbers that add up to at most 16,777,216"),
         ("exits.head_kwargs={width: 1000000000}", "must hold whole numbers that add up to at most 16,777,216"),
     ],

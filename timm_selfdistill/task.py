@@ -1,14 +1,15 @@
 """Self-distillation as a timm training task: a wrapped model and its loss."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from timm.task import ClassificationTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_selfdistill.losses import SelfDistillationLoss, TrainingTime, needs_of
+from timm_selfdistill.losses.teachers import PastModel
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
-from timm_selfdistill.past import PastModel
 
 Regime = Literal["joint", "frozen"]
 
@@ -16,15 +17,14 @@ Regime = Literal["joint", "frozen"]
 class SelfDistillationTask(ClassificationTask):
     """Self-distillation task: trains a backbone together with its exits.
 
-    What the loss does not reach is frozen (with the loss `none`, the exits), so that plain DDP works without
+    What the loss does not reach is frozen (the exits with the loss `none`), so that plain DDP works without
     `find_unused_parameters`. EMA, compile, DDP preparation, checkpoint state and evaluator are timm's own.
 
     Args:
         model: The wrapped model.
         criterion: Maps `(ExitOutput, target)` to a dict of terms with the key 'loss'; BYOT (ICCV 2019) by default.
-            One that has `needs_exits = False` is given the backbone's own output only, and the exits do not run. What
-            its `needs` name comes by keyword: for the average of the weights call `setup_ema`, for the time and the
-            past model `set_time`.
+            Its attribute `needs`, a `Needs`, says what it is given. For the average of the weights call `setup_ema`,
+            for the time and the past model `set_time`.
         regime: 'joint' trains everything; 'frozen' trains the exits only, the backbone stays as it is (in eval mode).
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
@@ -56,14 +56,13 @@ class SelfDistillationTask(ClassificationTask):
         criterion = SelfDistillationLoss() if criterion is None else criterion
         check_loss(model, criterion, regime)
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
-        self.needs_exits = bool(getattr(criterion, "needs_exits", True))
         self.needs = needs_of(criterion)
         self.time: TrainingTime | None = None
         self.past: PastModel | None = PastModel(model) if self.needs.past else None
         self.regime = regime
         model.backbone_frozen = regime == "frozen"
         model.backbone.requires_grad_(regime == "joint")
-        model.heads.requires_grad_(self.needs_exits)
+        model.heads.requires_grad_(self.needs.exits)
         self.train(self.training)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -77,14 +76,16 @@ class SelfDistillationTask(ClassificationTask):
             Dictionary with 'loss', the self-distillation loss; 'output', the logits of the backbone's own classifier;
             and every term of the loss, such as 'ce/0', 'kd/0', 'hint/0'.
         """
-        paired = self.needs.batches == "paired"
-        if paired:
-            input, partners = self._split(input)
-            target, _ = self._split(target)
+        partners = None
+        if self.needs.batches == "paired":
+            if len(input) % 2:
+                raise ValueError(f"The loss needs batches of pairs, but this one holds {len(input)}; allowed is 2B.")
+            input, partners = input.chunk(2)
+            target = target.chunk(2)[0]
         out = self._run(self.trainable_module, input)
         given = self._provide(input)
-        if paired:
-            # Behind the run with a gradient, as autocast keeps what it has cast.
+        if partners is not None:
+            # After the run with a gradient, as autocast keeps what it has cast.
             with torch.no_grad():
                 given["partners"] = self._run(self.trainable_module, partners)
         terms: dict[str, Tensor] = self.criterion(out, target, **given)
@@ -93,8 +94,7 @@ class SelfDistillationTask(ClassificationTask):
     def train(self, mode: bool = True) -> "SelfDistillationTask":
         """Set the mode; the average of the weights and the past model stay in eval mode."""
         super().train(mode)
-        average = self.get_trainable_module(ema=True)
-        if average is not None:
+        if (average := self.get_trainable_module(ema=True)) is not None:
             average.eval()
         return self
 
@@ -102,7 +102,7 @@ class SelfDistillationTask(ClassificationTask):
         """Tell how far training has come, before each step, for a loss that follows it.
 
         Args:
-            epoch: Epochs done, with the part that is done of the present one.
+            epoch: Epochs done, with the share that is done of the present one.
             epochs: Epochs in all.
         """
         self.time = TrainingTime(epoch, epochs)
@@ -110,7 +110,7 @@ class SelfDistillationTask(ClassificationTask):
             self.past.follow(unwrapped_model(self.trainable_module), epoch)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """Return what timm's checkpoints hold beside the model: the state of the loss and the past model, if any."""
+        """Return the state of the loss and the past model, if any, which timm's checkpoints hold besides the model."""
         if ema:
             return {}
         return {name: state for name, part in self._stateful().items() if (state := part.state_dict())}
@@ -137,23 +137,20 @@ class SelfDistillationTask(ClassificationTask):
         return [*trained, *self.get_submodule("criterion").parameters()]
 
     def _stateful(self) -> dict[str, nn.Module]:
-        """Return the parts beside the model that may have a state."""
+        """Return the parts besides the model that may have a state."""
         past = {} if self.past is None else {"past": self.past}
         return {"criterion": self.get_submodule("criterion"), **past}
 
     def _run(self, module: nn.Module, input: Tensor) -> ExitOutput:
-        """Return what a module answers, with the exits where the loss needs them."""
-        if self.needs_exits:
-            out: ExitOutput = module(input, return_exits=True)
-            return out
-        return ExitOutput((module(input),), ())
+        """Return the output of a module, with the exits where the loss needs them."""
+        out: ExitOutput = module(input, return_exits=True) if self.needs.exits else ExitOutput((module(input),), ())
+        return out
 
     def _provide(self, input: Tensor) -> dict[str, Any]:
         """Return what the loss needs by keyword."""
         given: dict[str, Any] = {}
         if self.needs.ema:
-            average = self.get_trainable_module(ema=True)
-            if average is None:
+            if (average := self.get_trainable_module(ema=True)) is None:
                 raise ValueError("The loss learns from the average of the weights: call task.setup_ema() first.")
             with torch.no_grad():
                 given["ema"] = self._run(average, input)
@@ -165,39 +162,20 @@ class SelfDistillationTask(ClassificationTask):
             given["time"] = self.time
         return given
 
-    def _split(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the samples that a batch of pairs has drawn, and their partners."""
-        if len(batch) % 2:
-            raise ValueError(f"The loss needs batches of pairs, but this one holds {len(batch)}; allowed is 2B.")
-        drawn, partners = batch.chunk(2)
-        return drawn, partners
-
 
 def unwrapped_model(module: Any) -> SelfDistillModel:
     """Return the wrapped model inside DDP, compile and EMA wrappers."""
-    while not isinstance(module, SelfDistillModel):
-        module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
-    return module
+    model: SelfDistillModel = unwrap_model(module)  # type: ignore[no-untyped-call]
+    return model
 
 
 def check_loss(model: SelfDistillModel, criterion: nn.Module, regime: Regime) -> None:
-    """Check that a loss fits a model and trains what it is to train.
-
-    Args:
-        model: The wrapped model.
-        criterion: The loss.
-        regime: Which parts train.
-
-    Raises:
-        ValueError: If it would train nothing, would leave parameters without a gradient, or is for another number of
-            exits.
-    """
-    needs_exits = bool(getattr(criterion, "needs_exits", True))
-    if regime not in ("joint", "frozen"):
+    """Raise ValueError if a loss trains nothing, leaves parameters without a gradient, or is for other exits."""
+    needs_exits = needs_of(criterion).exits
+    if regime not in get_args(Regime):
         raise ValueError(f"regime must be 'joint' or 'frozen', got {regime!r}.")
     if regime == "frozen" and not needs_exits:
         raise ValueError("regime='frozen' trains the exits only, but this loss does not use them: nothing would train.")
-    needs_of(criterion)
     if not isinstance(criterion, SelfDistillationLoss):
         return
     config = criterion.config

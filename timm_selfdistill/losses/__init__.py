@@ -1,11 +1,11 @@
 """Losses for a model with exits."""
 
 from timm_selfdistill.losses.divergences import Divergence, list_divergences, register_divergence
-from timm_selfdistill.losses.head_free import CSKD, DLB, PSKD
-from timm_selfdistill.losses.needs import Needs, TrainingTime, needs_of
-from timm_selfdistill.losses.presets import PRESETS, SelfDistillationConfig, list_presets
-from timm_selfdistill.losses.self_distillation import SelfDistillationLoss, get_loss, list_losses, register_loss
+from timm_selfdistill.losses.protocol import Needs, TrainingTime, get_loss, list_losses, needs_of, register_loss
+from timm_selfdistill.losses.self_distillation import SelfDistillationLoss
 from timm_selfdistill.losses.teachers import Teacher, list_teachers, register_teacher
+from timm_selfdistill.losses.without_exits import CSKD, DLB, PSKD
+from timm_selfdistill.recipe.loss_settings import PRESETS, SelfDistillationConfig, list_presets
 
 __all__ = [
     "CSKD",

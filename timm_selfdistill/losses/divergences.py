@@ -1,4 +1,4 @@
-"""How far logits, and features, are from those of the teacher."""
+"""Distances of logits, and of features, from those of the teacher."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,18 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from timm_selfdistill.checks import Number, check, is_number
 from timm_selfdistill.registry import Registry
 
 
 class Divergence(Protocol):
-    """How far the exits' logits are from their teachers': any function that is called like this."""
+    """Distance of the exits' logits from their teachers': any function that is called like this."""
 
     def __call__(
         self, student: Tensor, teacher: Tensor, target: Tensor, /, *, temperature: float, scale: float
     ) -> Tensor:
-        """Compare logits, which arrive in at least float32 and within +-1e14: squares and sums of them stay finite.
+        """Compare logits, which come in at least float32 and within +-1e14: squares and sums of them stay finite.
 
-        Further keywords that have a default are settings of the divergence: `SelfDistillationConfig.divergence_kwargs`.
+        Further keywords with a default are settings of the divergence: `SelfDistillationConfig.divergence_kwargs`.
 
         Args:
             student: Logits of the K exits [K, B, C]; an exit with S teachers comes S times.
@@ -36,17 +37,13 @@ class Divergence(Protocol):
 
 
 _DIVERGENCES: Registry[Divergence] = Registry("divergence", "timm_selfdistill.divergences")
-get_divergence = _DIVERGENCES.get
 
 
 def register_divergence(name: str) -> Callable[[Divergence], Divergence]:
-    """Return a decorator that registers a function as the divergence `name`.
+    """Return a decorator that registers a `Divergence` as `name`.
 
     Args:
-        name: What `SelfDistillationConfig.divergence` and recipes call it.
-
-    Returns:
-        The decorator, for a function that is called as `Divergence` says.
+        name: Its name in `SelfDistillationConfig.divergence` and recipes.
 
     Raises:
         ValueError: If the name is taken.
@@ -60,12 +57,8 @@ def list_divergences() -> list[str]:
 
 
 def bind_settings(name: str, settings: Mapping[str, Any]) -> Divergence:
-    """Return the divergence `name` with its settings.
-
-    Raises:
-        ValueError: If there is no such divergence or setting, or a number is expected and none given.
-    """
-    divergence = get_divergence(name)
+    """Return the divergence `name` with its settings, which must be its own, and numbers where it has numbers."""
+    divergence = _DIVERGENCES.get(name)
     defaults = {
         key: parameter.default
         for key, parameter in signature(divergence).parameters.items()
@@ -77,8 +70,8 @@ def bind_settings(name: str, settings: Mapping[str, Any]) -> Divergence:
             f"{', '.join(defaults) or 'none'}."
         )
     for key, value in settings.items():
-        if _is_number(defaults[key]) and not (_is_number(value) and math.isfinite(value)):
-            raise ValueError(f"divergence_kwargs: {key} is {value!r}; allowed is a finite number.")
+        if is_number(defaults[key]):
+            check(f"divergence_kwargs: {key}", value, Number)
     return partial(divergence, **settings) if settings else divergence
 
 
@@ -86,8 +79,8 @@ def bind_settings(name: str, settings: Mapping[str, Any]) -> Divergence:
 def kl(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float, scale: float) -> Tensor:
     """KL(teacher || student) of the softmaxes at `temperature`, times `scale`.
 
-    Its gradient is that of the soft cross-entropy which published code uses; the value is smaller by the teacher's
-    entropy, so that it is zero where both agree.
+    Its gradient is that of the soft cross-entropy in published code; the value is smaller by the teacher's entropy, so
+    it is zero where both agree.
 
     Paper: "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531
     """
@@ -124,8 +117,8 @@ def dkd(
 ) -> Tensor:
     """Decoupled distillation: `alpha` TCKD + `beta` NCKD, at `temperature`, times `scale`.
 
-    TCKD is KL(teacher || student) of {target class, all others}, NCKD that of the others, each renormalised among them.
-    Their sum, NCKD times the teacher's probability of the others, would be `kl`. Probabilities as target count as their
+    TCKD is KL(teacher || student) of {target class, all others}, NCKD that of the others, renormalised among them.
+    TCKD + NCKD times the teacher's probability of the others would be `kl`. A target of probabilities counts as its
     likeliest class, the first of several. With two classes, NCKD is zero.
 
     Paper: "Decoupled Knowledge Distillation", https://arxiv.org/abs/2203.08679; beta = 8 is its value for most pairs of
@@ -149,7 +142,7 @@ def nkd(
     """Normalised distillation: -t log s + `gamma` `scale` CE(teacher's others, student's others).
 
     t and s are the probabilities of the target class, at temperature 1; the others, at `temperature`, are renormalised
-    among them. A cross-entropy: it is not zero where both agree. Probabilities as target count as their likeliest
+    among them. A cross-entropy: it is not zero where both agree. A target of probabilities counts as its likeliest
     class, the first of several, as in the published code.
 
     Paper: "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and
@@ -168,7 +161,7 @@ def nkd(
 
 @register_divergence("mse")
 def mse(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float, scale: float) -> Tensor:
-    """Mean over batch and classes of the squared difference of the logits; has no temperature, so no scale either.
+    """Mean over batch and classes of the squared difference of the logits; without temperature and scale.
 
     Paper: "Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation",
     https://arxiv.org/abs/2105.08919
@@ -181,17 +174,14 @@ def standardize(logits: Tensor) -> Tensor:
 
     Paper: "Logit Standardization in Knowledge Distillation", https://arxiv.org/abs/2403.01427. As in its code, the
     variance is the sum of squares divided by C - 1. Logits that are all equal become 0, with a gradient of 0.
-
-    Raises:
-        ValueError: If there is one class only.
     """
     if logits.shape[-1] < 2:
         raise ValueError("standardize_logits needs two classes or more, but there is one only.")
     centred = logits - logits.mean(-1, keepdim=True)
-    # Unlike that of std, the gradient of this is finite where all logits are equal.
+    # Its gradient, unlike that of std, is finite where all logits are equal.
     std: Tensor = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / math.sqrt(logits.shape[-1] - 1)
     constant = logits.amax(-1, keepdim=True) == logits.amin(-1, keepdim=True)
-    # What is left of equal logits is rounding; divided by 1e-7, its gradient would be infinite in float16.
+    # Equal logits leave rounding; divided by 1e-7, its gradient would be infinite in float16.
     return (centred / (std + 1e-7)).masked_fill(constant, 0)
 
 
@@ -207,10 +197,6 @@ def _is_target(target: Tensor, logits: Tensor) -> Tensor:
 def _others(logits: Tensor, is_target: Tensor) -> Tensor:
     """Return the log-probabilities [K, B, C] of the other classes among themselves, with 0 for the target class."""
     return F.log_softmax(logits.masked_fill(is_target, -math.inf), dim=-1).masked_fill(is_target, 0)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _squared_l2(difference: Tensor) -> Tensor:

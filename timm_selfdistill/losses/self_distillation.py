@@ -1,53 +1,27 @@
-"""The loss that trains all exits and the backbone together, and the registry of such losses."""
+"""The loss that trains all exits and the backbone together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any, TypeVar
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from timm_selfdistill.losses.divergences import HINT_DISTANCES, bind_settings, standardize
-from timm_selfdistill.losses.inputs import check_entries, check_target, cross_entropy, shapes, stack
-from timm_selfdistill.losses.needs import Needs, TrainingTime
-from timm_selfdistill.losses.presets import BYOT_ICCV2019, PRESETS, SelfDistillationConfig, list_presets
-from timm_selfdistill.losses.teachers import get_teacher, needs_ema
+from timm_selfdistill.losses.protocol import (
+    Needs,
+    TrainingTime,
+    check_entries,
+    check_target,
+    cross_entropy,
+    register_loss,
+    shapes,
+    stack,
+)
+from timm_selfdistill.losses.teachers import get_teacher
 from timm_selfdistill.model import ExitOutput
-from timm_selfdistill.registry import Registry
-
-LossClass = TypeVar("LossClass", bound=type[nn.Module])
-
-_LOSSES: Registry[type[nn.Module]] = Registry("loss", "timm_selfdistill.losses")
-get_loss = _LOSSES.get
-
-
-def register_loss(name: str) -> Callable[[LossClass], LossClass]:
-    """Return a decorator that registers a loss class as `name`.
-
-    The class is an `nn.Module`, called with `(out: ExitOutput, target)`, that returns a dict of scalars with at least
-    "loss". Its attributes say what it is given: `needs_exits`, whether `out` must hold the exits' entries (they do
-    without it), and `needs`, a `Needs`, what comes by keyword (nothing without it).
-
-    Args:
-        name: What recipes call it.
-
-    Returns:
-        The decorator.
-
-    Raises:
-        ValueError: If the name is taken.
-    """
-
-    def decorate(loss: LossClass) -> LossClass:
-        _LOSSES.register(name)(loss)
-        return loss
-
-    return decorate
-
-
-def list_losses() -> list[str]:
-    """Return the names of all registered losses, sorted."""
-    return _LOSSES.names()
+from timm_selfdistill.recipe.loss_settings import BYOT_ICCV2019, PRESETS, SelfDistillationConfig, list_presets
 
 
 @register_loss("self-distillation")
@@ -58,12 +32,12 @@ class SelfDistillationLoss(nn.Module):
     +-1e14, with a gradient of zero, so that no finite input gives NaN or infinity; NaN stays NaN.
 
     Args:
-        config: The settings; without, those of the preset byot-iccv2019.
+        config: The settings; those of the preset byot-iccv2019 by default.
 
     Attributes:
-        needs_exits: Whether a term of the exits has a weight. If not, only the last entry of the output's logits is
-            read, and its term is "ce/0".
-        needs: Whether the teacher is the average of the weights, and whether `kd_weight` is warmed up.
+        config: The settings.
+        needs: What the loss is called with besides `out` and `target`. Without `needs.exits`, also called
+            `needs_exits`, it reads the last entry of the output only.
 
     Raises:
         ValueError: If the divergence or teacher is not registered, or the divergence has no such setting.
@@ -71,15 +45,19 @@ class SelfDistillationLoss(nn.Module):
 
     def __init__(self, config: SelfDistillationConfig | None = None) -> None:
         super().__init__()
-        self.config = BYOT_ICCV2019 if config is None else config
-        self.needs_exits = bool(self.config.ce_weight or self.config.kd_weight or self.config.hint_weight)
-        self._divergence = bind_settings(self.config.divergence, self.config.divergence_kwargs)
-        self._teacher = get_teacher(self.config.teacher)
-        distills = bool(self.config.kd_weight)
+        self.config = config = BYOT_ICCV2019 if config is None else config
+        self._divergence = bind_settings(config.divergence, config.divergence_kwargs)
+        self._teacher = get_teacher(config.teacher)
+        self._hint_distance = HINT_DISTANCES[config.hint_distance]
         self.needs = Needs(
-            ema=distills and needs_ema(self._teacher), time=distills and bool(self.config.kd_warmup_epochs)
+            exits=bool(config.ce_weight or config.kd_weight or config.hint_weight),
+            ema=bool(config.kd_weight) and "ema" in signature(self._teacher).parameters,
+            time=bool(config.kd_weight and config.kd_warmup_epochs),
         )
-        self._hint_distance = HINT_DISTANCES[self.config.hint_distance]
+
+    @property
+    def needs_exits(self) -> bool:
+        return self.needs.exits
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "SelfDistillationLoss":
@@ -95,8 +73,7 @@ class SelfDistillationLoss(nn.Module):
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}; known are {', '.join(list_presets())}.")
         known = [field.name for field in fields(SelfDistillationConfig)]
-        unknown = sorted(set(overrides) - set(known))
-        if unknown:
+        if unknown := sorted(overrides.keys() - set(known)):
             raise ValueError(f"Unknown settings {', '.join(unknown)}; known are {', '.join(known)}.")
         return cls(replace(PRESETS[name], **overrides))
 
@@ -108,7 +85,7 @@ class SelfDistillationLoss(nn.Module):
         Args:
             out: Logits [B, C] and features [B, D] of K exits and the backbone; features only if hints have a weight.
             target: Class indices [B] int64, or class probabilities [B, C] floating.
-            ema: What the average of the weights answers, for a teacher that takes it.
+            ema: The output of the average of the weights, for a teacher that takes it.
             time: How far training has come, for the warm-up of `kd_weight`.
 
         Returns:
@@ -116,40 +93,31 @@ class SelfDistillationLoss(nn.Module):
             "kd/0" to "kd/K-1" and "hint/0" to "hint/K-1", shallow to deep; "ce/K" is the backbone's.
 
         Raises:
-            ValueError: If a shape or dtype is not as above, or `ema` or `time` is needed and missing. Values are looked
-                at on the CPU only, as that would stall a GPU: there, a target must hold indices of classes, or
-                probabilities that are not negative and sum to 1.
+            ValueError: If a shape or dtype is not as above, `ema` or `time` is needed and missing, or, on the CPU only,
+                a target holds no indices of classes, or probabilities that are negative or do not sum to 1.
         """
         config = self.config
-        if not self.needs_exits:
+        if not self.needs.exits:
             out = ExitOutput(out.logits[-1:], ())
         self._check(out, target, ema)
-        exits = len(out.logits) - 1
         with torch.autocast(target.device.type, enabled=False):
             logits = stack(out.logits)
-            first = 0 if config.ce_weight else exits
-            last = exits + 1 if config.deepest_ce_weight else exits
-            ce = cross_entropy(logits[first:last], target, config.label_smoothing)
-            # Kind, index of the first exit, weight, and one value per exit.
-            parts = [
-                ("ce", first, config.ce_weight, ce[: exits - first]),
-                ("ce", exits, config.deepest_ce_weight, ce[exits - first :]),
-            ]
-            if config.kd_weight:
-                averaged = () if ema is None or not self.needs.ema else ema.logits
-                parts.append(("kd", 0, self._kd_weight(time), self._distill(logits, target, averaged)))
-            if config.hint_weight:
-                difference = stack(out.features[:-1]) - stack(out.features[-1:]).detach()
-                parts.append(("hint", 0, config.hint_weight, self._hint_distance(difference).mean(-1)))
-            loss = torch.stack(
-                [
-                    weight * (values if start == exits else self._weigh_exits(values)).sum()
-                    for _, start, weight, values in parts
-                ]
-            ).sum()
+            none = logits.new_zeros(0)
+            entropies = cross_entropy(logits, target, config.label_smoothing)
+            ce = entropies[:-1] if config.ce_weight else none
+            ce_backbone = entropies[-1:] if config.deepest_ce_weight else none
+            kd = self._distill(logits, target, ema) if config.kd_weight else none
+            hint = self._compare_features(out.features) if config.hint_weight else none
+            loss = (
+                config.ce_weight * self._sum_exits(ce)
+                + config.deepest_ce_weight * ce_backbone.sum()
+                + self._kd_weight(time) * self._sum_exits(kd)
+                + config.hint_weight * self._sum_exits(hint)
+            )
+        backbone = len(out.logits) - 1
         terms = {"loss": loss}
-        for kind, start, _, values in parts:
-            terms |= {f"{kind}/{start + i}": value for i, value in enumerate(values.detach().unbind())}
+        for kind, first, values in (("ce", 0, ce), ("ce", backbone, ce_backbone), ("kd", 0, kd), ("hint", 0, hint)):
+            terms |= {f"{kind}/{index}": value for index, value in enumerate(values.detach().unbind(), first)}
         return terms
 
     def extra_repr(self) -> str:
@@ -157,7 +125,7 @@ class SelfDistillationLoss(nn.Module):
 
     def _check(self, out: ExitOutput, target: Tensor, ema: ExitOutput | None) -> None:
         check_entries("logits", "C", out.logits)
-        if self.needs_exits and len(out.logits) == 1:
+        if self.needs.exits and len(out.logits) == 1:
             raise ValueError(
                 "The loss has terms for the exits, but the output holds one entry, the backbone's own; allowed are the "
                 "output of a model with exits, called with return_exits=True, or the preset 'none'."
@@ -170,13 +138,13 @@ class SelfDistillationLoss(nn.Module):
                     f"one [B, D] for each [B, C]."
                 )
         check_target(target, out.logits[0].shape)
-        if self.needs_exits:
+        if self.needs.exits:
             self.config.check_exits(len(out.logits) - 1)
         if self.needs.ema:
             if ema is None:
                 raise ValueError(
                     f"The teacher {self.config.teacher!r} is the average of the weights, but its output is missing: "
-                    "call the loss with the keyword ema, or train a SelfDistillationTask behind task.setup_ema()."
+                    "call the loss with the keyword ema, or train a SelfDistillationTask after task.setup_ema()."
                 )
             check_entries("logits of the average", "C", ema.logits)
             if len(ema.logits) != len(out.logits) or ema.logits[0].shape != out.logits[0].shape:
@@ -187,25 +155,28 @@ class SelfDistillationLoss(nn.Module):
 
     def _kd_weight(self, time: TrainingTime | None) -> float:
         """Return the weight of the divergences at a time of the training."""
-        config = self.config
-        if not config.kd_warmup_epochs:
-            return config.kd_weight
+        if not self.needs.time:
+            return self.config.kd_weight
         if time is None:
             raise ValueError(
                 "kd_warmup_epochs needs the time: call the loss with the keyword time, or train a SelfDistillationTask "
                 "with task.set_time() before each step."
             )
-        return config.kd_weight * min(time.epoch / config.kd_warmup_epochs, 1.0)
+        return self.config.kd_weight * min(time.epoch / self.config.kd_warmup_epochs, 1.0)
 
-    def _weigh_exits(self, values: Tensor) -> Tensor:
-        """Multiply the value of each exit by the exit's weight."""
+    def _sum_exits(self, values: Tensor) -> Tensor:
+        """Return the sum over the exits, each with its weight."""
         weights = self.config.exit_weights
-        return values if weights is None else values * values.new_tensor(weights)[: len(values)]
+        return (values if weights is None else values * values.new_tensor(weights)[: len(values)]).sum()
 
-    def _distill(self, logits: Tensor, target: Tensor, averaged: Sequence[Tensor]) -> Tensor:
-        """Return each exit's divergence from its teacher, or the mean of those from its teachers."""
+    def _compare_features(self, features: Sequence[Tensor]) -> Tensor:
+        """Return the distance of each exit's feature from the backbone's [K]."""
+        return self._hint_distance(stack(features[:-1]) - stack(features[-1:]).detach()).mean(-1)
+
+    def _distill(self, logits: Tensor, target: Tensor, ema: ExitOutput | None) -> Tensor:
+        """Return each exit's divergence from its teacher, or the mean of those from its teachers [K]."""
         student = logits[:-1]
-        given = {"ema": stack(averaged).detach()} if averaged else {}
+        given = {"ema": stack(ema.logits).detach()} if ema is not None and self.needs.ema else {}
         teachers = self._teacher(logits.detach(), **given)
         if isinstance(teachers, Tensor):
             self._check_teachers(teachers.shape == student.shape, teachers.shape, student.shape)

@@ -1,11 +1,13 @@
-"""Whose logits each exit learns from."""
+"""Whose logits teach: those of other exits, of the average of the weights, or of the model an epoch ago."""
 
 from collections.abc import Callable, Sequence
-from inspect import signature
+from copy import deepcopy
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from timm_selfdistill.model import ExitOutput, SelfDistillModel
 from timm_selfdistill.registry import Registry
 
 Teacher = Callable[..., Tensor | Sequence[Tensor]]
@@ -22,13 +24,12 @@ get_teacher = _TEACHERS.get
 def register_teacher(name: str) -> Callable[[Teacher], Teacher]:
     """Return a decorator that registers a function as the teacher `name`.
 
-    Args:
-        name: What `SelfDistillationConfig.teacher` and recipes call it.
+    The function maps the detached logits of all exits and the backbone [K + 1, B, C] to those that each exit learns
+    from: [K, B, C], or a list with one [S, B, C] for each of the K exits, which then has several teachers. If it has a
+    keyword `ema`, it is also given the logits [K + 1, B, C] of the average of the weights.
 
-    Returns:
-        The decorator, for a function from the detached logits of all exits and the backbone [K + 1, B, C] to those
-        that each exit learns from: [K, B, C], or one [S, B, C] for each of the K exits, which has then several
-        teachers. If it has a keyword `ema`, it is also given the logits [K + 1, B, C] of the average of the weights.
+    Args:
+        name: Its name in `SelfDistillationConfig.teacher` and recipes.
 
     Raises:
         ValueError: If the name is taken.
@@ -39,11 +40,6 @@ def register_teacher(name: str) -> Callable[[Teacher], Teacher]:
 def list_teachers() -> list[str]:
     """Return the names of all registered teachers, sorted."""
     return _TEACHERS.names()
-
-
-def needs_ema(teacher: Callable[..., Any]) -> bool:
-    """Return whether a teacher takes the logits of the average of the weights."""
-    return "ema" in signature(teacher).parameters
 
 
 @register_teacher("deepest")
@@ -102,3 +98,33 @@ def ema_same_exit(logits: Tensor, *, ema: Tensor) -> Tensor:
     Paper: "Mean teachers are better role models", https://arxiv.org/abs/1703.01780
     """
     return ema[:-1]
+
+
+class PastModel(nn.Module):
+    """A frozen copy of a model, renewed at the start of every epoch but the first; its state can be saved."""
+
+    def __init__(self, model: SelfDistillModel) -> None:
+        super().__init__()
+        self.model = deepcopy(model).requires_grad_(False).eval()
+        self.epoch = 0
+
+    def follow(self, model: SelfDistillModel, epoch: float) -> None:
+        """Copy the model's state, if the epochs done, a share of the present one included, make a later epoch."""
+        if int(epoch) > self.epoch:
+            self.epoch = int(epoch)
+            self.model.load_state_dict(model.state_dict())
+
+    def train(self, mode: bool = True) -> "PastModel":
+        """Stay in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> ExitOutput | None:
+        """Return the logits of the backbone's own classifier for images [B, C, H, W]; None in the first epoch."""
+        return ExitOutput((self.model(images),), ()) if self.epoch else None
+
+    def get_extra_state(self) -> int:
+        return self.epoch
+
+    def set_extra_state(self, state: Any) -> None:
+        self.epoch = state

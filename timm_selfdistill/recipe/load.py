@@ -11,38 +11,26 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from timm_selfdistill.recipe.local_paths import LOCAL, RECIPE, expand_home, merge
+from timm_selfdistill.checks import expand_home
 from timm_selfdistill.recipe.plain_yaml import MAX_BYTES, dump, parse, unplain
-from timm_selfdistill.recipe.recipe import Recipe
+from timm_selfdistill.recipe.recipe import LOCAL, RECIPE, Recipe, merge
 
 # Of the problems of a recipe, and of what is said of each.
 _MOST_PROBLEMS = 40
 _MOST_CHARACTERS = 400
-
 _LOCAL_HEADER = "# Paths of this machine that belong to the run in this folder; timm_selfdistill never pushes them."
 _OVERRIDE_KEY = re.compile(r"[\w-]+(\.[\w-]+)*")
 
-# How each of pydantic's error types is said in a RecipeError; the braces are filled from the error's context.
+# Where pydantic's own words would be Python's, or say less.
 _PHRASES = {
-    "bool_type": "must be true or false",
     "dict_type": "must be a mapping",
-    "finite_number": "must be a finite number",
-    "float_type": "must be a number",
-    "greater_than": "must be greater than {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "int_type": "must be a whole number",
     "invalid_key": "must be named by text",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be at most {le}",
-    "literal_error": "must be one of {expected}",
+    "is_instance_of": "must be a list",
     "model_type": "must be a mapping",
+    "sequence_str": "must be a list",
     "string_too_short": "must not be empty",
     "string_type": "must be text",
-    "string_unicode": "must be valid Unicode",
-    "too_long": "must have at most {max_length} entries",
-    "too_short": "must have at least {min_length} entries",
     "tuple_type": "must be a list",
-    "value_error": "{error}",
 }
 
 
@@ -117,7 +105,7 @@ def dump_local(recipe: Recipe) -> str:
 
 
 def is_local(path: Path) -> bool:
-    """Whether a file is one that `dump_local` made, and not somebody else's of the same name."""
+    """Whether a file was made by `dump_local`, and is not somebody else's of the same name."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             return file.readline().rstrip() == _LOCAL_HEADER
@@ -126,20 +114,13 @@ def is_local(path: Path) -> bool:
 
 
 def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """Read settings that are written as a recipe's overrides are, but belong to no recipe.
-
-    Args:
-        overrides: Settings as "key=value"; the value is read as YAML, and later ones win.
-
-    Returns:
-        The settings.
+    """Read settings "key=value" that are written like a recipe's overrides, but belong to no recipe.
 
     Raises:
         ValueError: If any of them is no such setting; lists all that are wrong.
     """
     mapping: dict[str, Any] = {}
-    problems = [problem for override in overrides for problem in _override(mapping, override)]
-    if problems:
+    if problems := [problem for override in overrides for problem in _override(mapping, override)]:
         raise ValueError("; ".join(problems))
     return mapping
 
@@ -158,31 +139,30 @@ def _shipped() -> dict[str, Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the file's mapping, or raise RecipeError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise RecipeError(str(path), [f"has more than {MAX_BYTES:,} bytes, the most that is allowed"])
-        value, problems = parse(data.decode("utf-8-sig"))
-    except FileNotFoundError:
-        shipped = list_recipes()
-        hint = _did_you_mean(path.stem, shipped)
-        value, problems = (
-            None,
-            [f"neither the path of a file nor a shipped recipe; shipped are {', '.join(shipped)}{hint}"],
-        )
-    except UnicodeDecodeError as error:
-        value, problems = None, [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
-    except RecipeError:
-        raise
-    except (OSError, ValueError) as error:
-        value, problems = None, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
+    value, problems = _parse_file(path)
     if not problems and not isinstance(value, dict):
         received = "an empty file" if value is None else _show(value)
         problems = [f"must be a mapping of sections, such as `model: {{name: resnet18}}`, received {received}"]
     if problems:
         raise RecipeError(str(path), problems)
     return dict(value)
+
+
+def _parse_file(path: Path) -> tuple[Any, list[str]]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            return None, [f"has more than {MAX_BYTES:,} bytes, the most that is allowed"]
+        return parse(data.decode("utf-8-sig"))
+    except FileNotFoundError:
+        known = list_recipes()
+        hint = _did_you_mean(path.stem, known)
+        return None, [f"neither the path of a file nor a shipped recipe; shipped are {', '.join(known)}{hint}"]
+    except UnicodeDecodeError as error:
+        return None, [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
+    except (OSError, ValueError) as error:
+        return None, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
 
 
 def _override(mapping: dict[str, Any], override: str) -> Iterator[str]:
@@ -224,7 +204,7 @@ def _sentence(error: ErrorDetails) -> str:
     if kind == "missing":
         location, phrase = location[:-1], "must have 2 entries"  # only pairs have a fixed length
     else:
-        phrase = _PHRASES[kind].format(**error.get("ctx", {}))
+        phrase = _PHRASES.get(kind) or re.sub(r"^(Value error, must|\w+ should)", "must", error["msg"])
     return f"{_path(location)}: {phrase}, received {_show(error['input'])}"
 
 
@@ -251,12 +231,9 @@ def _did_you_mean(word: str, allowed: Collection[str]) -> str:
 
 def _show(value: Any) -> str:
     """Return a value as a recipe writes it, shortened."""
-    text = (
-        json.dumps(value)
-        if value is None or isinstance(value, bool)
-        else repr(list(value) if isinstance(value, tuple) else value)
-    )
-    return _shorten(text, 80)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return _shorten(repr(list(value) if isinstance(value, tuple) else value), 80)
 
 
 def _shorten(text: str, most: int) -> str:

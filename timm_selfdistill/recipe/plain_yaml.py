@@ -3,11 +3,12 @@
 import io
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Final
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import MappingEndEvent, MappingStartEvent, NodeEvent, SequenceEndEvent, SequenceStartEvent
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 # Ten times the longest recipe one would write, and what is read within a second or two.
@@ -18,10 +19,11 @@ _MAX_DIGITS = 25
 _PREFIX = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {_PREFIX + name for name in ("str", "int", "float", "bool", "null", "seq", "map")}
 _TOO_DEEP = f"is nested more than {_MAX_DEPTH} levels deep"
+_yaml = partial(YAML, typ="safe", pure=True)
 
 
 def parse(text: str, depth: int = 0) -> tuple[Any, list[str]]:
-    """Read a document of text, finite integers, floats, true, false, null, lists and mappings with text keys.
+    """Read a document of text, numbers, true, false, null, lists and mappings with text keys.
 
     Args:
         text: The document.
@@ -33,11 +35,12 @@ def parse(text: str, depth: int = 0) -> tuple[Any, list[str]]:
     try:
         if problem := _excess(text, depth):
             return None, [problem]
-        root = _yaml().compose(text)
+        yaml = _yaml()
+        root = yaml.compose(text)
         problems = list(dict.fromkeys(_problems(root, depth))) if root is not None else []
         if re.search(r"^%", text, flags=re.MULTILINE):
             problems.append("directives (%) are not allowed: recipes are YAML 1.2")
-        return (None, problems) if problems else (_yaml().load(text), [])
+        return (None, problems) if problems or root is None else (yaml.constructor.construct_document(root), [])
     except MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         return None, [f"{where}not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}"]
@@ -52,15 +55,12 @@ def parse(text: str, depth: int = 0) -> tuple[Any, list[str]]:
 
 
 def _excess(text: str, depth: int) -> str | None:
-    """Return in what a document is too large to be composed: reading its events alone costs little up to there."""
+    """Say in what a document is too large to be composed; reading its events alone costs little up to there."""
     if len(text) > MAX_BYTES:
         return f"has {len(text):,} characters; allowed are {MAX_BYTES:,}"
     values = 0
     for event in _yaml().parse(text):
-        if isinstance(event, MappingStartEvent | SequenceStartEvent):
-            depth += 1
-        elif isinstance(event, MappingEndEvent | SequenceEndEvent):
-            depth -= 1
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
         values += isinstance(event, NodeEvent)
         # One level more is what `_problems` names.
         if depth > _MAX_DEPTH + 1:
@@ -71,13 +71,7 @@ def _excess(text: str, depth: int) -> str | None:
 
 
 def unplain(value: Any, path: str = "", depth: int = 0) -> Iterator[str]:
-    """Yield what a value holds that `parse` would not return, each as "path: what is wrong".
-
-    Args:
-        value: The value.
-        path: Its place in what is checked.
-        depth: How many levels deep it is there.
-    """
+    """Yield what a value at a path and depth holds that `parse` would not return, each as "path: what is wrong"."""
     if depth > _MAX_DEPTH:
         yield f"{path}: {_TOO_DEEP}"
     elif isinstance(value, dict):
@@ -110,22 +104,18 @@ def dump(value: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def _yaml() -> YAML:
-    return YAML(typ="safe", pure=True)
-
-
 def _problems(node: Node, depth: int) -> Iterator[str]:
     """Yield what is not allowed in a composed document, before anything is constructed from it."""
     where = f"line {node.start_mark.line + 1}: "
     if node.anchor:
-        # Stopping here also keeps a document whose aliases multiply ("billion laughs") from being walked.
+        # Stopping here keeps a document whose aliases multiply ("billion laughs") from being walked.
         yield f"{where}anchors and aliases are not allowed, received &{node.anchor}"
     elif depth > _MAX_DEPTH:
         yield where + _TOO_DEEP
     elif str(node.tag) not in _PLAIN_TAGS:
         yield (
             f"{where}{_excerpt(node)} is {str(node.tag).replace(_PREFIX, '!!')}; only text, numbers, true, false, "
-            + ("null, lists and mappings are allowed (put what is meant as text in quotes)")
+            "null, lists and mappings are allowed (put what is meant as text in quotes)"
         )
     elif isinstance(node, ScalarNode):
         if str(node.tag) == _PREFIX + "int" and len(node.value) > _MAX_DIGITS:

@@ -1,22 +1,33 @@
 """Everything a training run depends on; every default of a run is in this folder, once."""
 
-from typing import Annotated, Any, Literal
+import os
+from collections.abc import Mapping
+from glob import glob
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from pydantic_core import PydanticCustomError
 
-from timm_selfdistill.recipe.fields import Count, Names, Section
-from timm_selfdistill.recipe.images import AugmentSection, DataSection
-from timm_selfdistill.recipe.local_paths import LocalPath, complete_path, different, shorten_paths
-from timm_selfdistill.recipe.network import ExitsSection, LossSection, ModelSection
+from timm_selfdistill.checks import Count, LocalPath, Names, Section
+from timm_selfdistill.recipe.data_sections import AugmentSection, DataSection
+from timm_selfdistill.recipe.loss_settings import LossSection
 from timm_selfdistill.recipe.plain_yaml import dump
-from timm_selfdistill.recipe.training import (
+from timm_selfdistill.recipe.training_sections import (
+    LOCAL_MODEL,
     CheckpointSection,
     EmaSection,
+    ExitsSection,
+    ModelSection,
     OptimizerSection,
     PushSection,
     ScheduleSection,
 )
+
+# A run's recipe as it may be shared, and the paths of this machine that belong to it.
+RECIPE: Final = "recipe.yaml"
+LOCAL: Final = "local.yaml"
+# Names on the Hub, which a folder here may have too.
+_NEVER_PATHS: Final = ("push_to_hub", "trackers")
 
 
 class Recipe(Section):
@@ -36,7 +47,7 @@ class Recipe(Section):
         compile: Run the model through `torch.compile`.
         sync_batchnorm: Normalise by the statistics of all processes' images; on several GPUs only.
         ema: Average the weights; null for no average.
-        baseline: Also train the plain backbone on the same budget and report it beside.
+        baseline: Also train the plain backbone on the same budget and report it too.
         seed: Seed of weights, order and augmentation.
         output_dir: Folder of the run; `load_recipe` replaces null by runs/<recipe name>. Here and in all other paths,
             a leading ~ is the home folder.
@@ -88,34 +99,79 @@ class Recipe(Section):
                 full["data"][key] = complete_path(full["data"][key])
         return different(full, shared)
 
-    @field_validator("schedule")
     @classmethod
-    def _check_schedule(cls, value: ScheduleSection, info: ValidationInfo) -> ScheduleSection:
-        data = info.data.get("data")
-        if value.select == "best" and data is not None and not data.validation:
-            # The section is already built, so the message brings the rest of the path.
-            raise PydanticCustomError(
-                "conflict",
-                "select: must be 'last' where data.validation is 0, as 'best' is chosen on validation images",
-            )
-        return value
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        data, schedule, optimizer, augment = map(before.get, ("data", "schedule", "optimizer", "augment"))
+        match name:
+            case "schedule" if value.select == "best" and data is not None and not data.validation:
+                # The section is already built, so the message brings the rest of the path.
+                raise PydanticCustomError(
+                    "conflict",
+                    "select: must be 'last' where data.validation is 0, as 'best' is chosen on validation images",
+                )
+            case "epochs" if schedule is not None and (schedule.backbone_epochs or 0) >= value:
+                return f"must be greater than schedule.backbone_epochs ({schedule.backbone_epochs})"
+            case "batch_size" if optimizer is not None and value % optimizer.accumulate:
+                return f"must be a multiple of optimizer.accumulate ({optimizer.accumulate})"
+            case "batch_size" if optimizer is not None and augment is not None and augment.mixes:
+                if value // optimizer.accumulate % 2:
+                    return "must give micro batches of an even size, because Mixup and CutMix mix images in pairs"
+        return None
 
-    @field_validator("epochs")
-    @classmethod
-    def _check_epochs(cls, value: int, info: ValidationInfo) -> int:
-        schedule = info.data.get("schedule")
-        if schedule is not None and schedule.backbone_epochs is not None and schedule.backbone_epochs >= value:
-            raise ValueError(f"must be greater than schedule.backbone_epochs ({schedule.backbone_epochs})")
-        return value
 
-    @field_validator("batch_size")
-    @classmethod
-    def _check_batch_size(cls, value: int, info: ValidationInfo) -> int:
-        optimizer, augment = info.data.get("optimizer"), info.data.get("augment")
-        if optimizer is None:
-            return value
-        if value % optimizer.accumulate:
-            raise ValueError(f"must be a multiple of optimizer.accumulate ({optimizer.accumulate})")
-        if augment is not None and augment.mixes and value // optimizer.accumulate % 2:
-            raise ValueError("must give micro batches of an even size, because Mixup and CutMix mix images in pairs")
+def shorten_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe holds with every path of this machine cut down to its last name."""
+    return {key: value if key in _NEVER_PATHS else _shorten(value) for key, value in recipe.items()}
+
+
+def complete_path(path: str) -> str:
+    """Return a path from the root of the file system, where there is something; any other text as it is."""
+    there = path != "digits" and (os.path.exists(path) or bool(glob(path)))
+    return os.path.abspath(path) if there else path
+
+
+def different(full: Mapping[str, Any], short: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those parts of the first mapping that the second has otherwise."""
+    found = {key: value for key, value in full.items() if value != short.get(key)}
+    for key, value in found.items():
+        other = short.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            found[key] = different(value, other)
+    return found
+
+
+def merge(recipe: Mapping[str, Any], paths: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe holds with the parts that `different` returned put back, where it was not edited since."""
+    merged = dict(recipe)
+    for key, value in paths.items():
+        before = merged.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            merged[key] = merge(before, value)
+        elif _shorten(value) == before:
+            merged[key] = value
+    return merged
+
+
+def _shorten(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _shorten(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shorten(item) for item in value]
+    if not isinstance(value, str):
         return value
+    if value.startswith(LOCAL_MODEL):
+        return LOCAL_MODEL + _last_name(value.removeprefix(LOCAL_MODEL))
+    return _last_name(value) if _is_local_path(value) else value
+
+
+def _is_local_path(text: str) -> bool:
+    if text in (".", "..", "~") or text.startswith(("/", "./", "../", "~/")):
+        return True
+    # Such as "images/flowers": a path only if it is there, else a name on the Hub.
+    return "/" in text and (os.path.exists(text) or bool(glob(text)))
+
+
+def _last_name(path: str) -> str:
+    absolute = os.path.abspath(os.path.expanduser(path))
+    # The last name of a home folder is that of its user.
+    return "home" if absolute in ("/", os.path.expanduser("~")) else os.path.basename(absolute)

@@ -4,25 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from timm_selfdistill.losses import Needs, SelfDistillationLoss, get_loss, needs_of
+from timm_selfdistill.losses import SelfDistillationLoss, get_loss, needs_of
 from timm_selfdistill.recipe import LossSection, Recipe
 from timm_selfdistill.task import Regime
-
-_OVERRIDES = (
-    "temperature",
-    "kd_weight",
-    "hint_weight",
-    "ce_weight",
-    "deepest_ce_weight",
-    "t_squared",
-    "divergence",
-    "teacher",
-    "hint_distance",
-    "divergence_kwargs",
-    "standardize_logits",
-    "kd_warmup_epochs",
-    "exit_weights",
-)
 
 
 @dataclass(frozen=True)
@@ -44,10 +28,10 @@ def self_distillation_phases(recipe: Recipe) -> list[Phase]:
     """Return the phases of the self-distilled network.
 
     Raises:
-        ValueError: If the loss, its preset or one of its settings is unknown, or the recipe has not what it needs.
+        ValueError: If the loss, its preset or one of its settings is unknown, or the recipe lacks what it needs.
     """
     loss = build_loss(recipe)
-    _check_needs(needs_of(loss), recipe)
+    _check_needs(loss, recipe)
     alone = recipe.schedule.backbone_epochs
     if recipe.schedule.regime == "mixed" and alone is not None:
         return [Phase(backbone_loss(recipe), "joint", alone), Phase(loss, "joint", recipe.epochs - alone)]
@@ -67,37 +51,36 @@ def build_loss(recipe: Recipe) -> nn.Module:
     """
     section = recipe.loss
     cls = get_loss(section.name)
-    overrides = {name: getattr(section, name) for name in _OVERRIDES if getattr(section, name) is not None}
-    if cls is not SelfDistillationLoss:
-        if overrides:
-            raise ValueError(
-                f"loss: {', '.join(overrides)} are settings of self-distillation; those of {section.name!r} go into "
-                "loss.kwargs."
-            )
-        return cls(**section.kwargs)
-    return SelfDistillationLoss.from_preset(
-        _preset(section), **overrides, label_smoothing=0.0 if recipe.augment.mixes else label_smoothing(section)
-    )
+    if cls is SelfDistillationLoss:
+        smoothing = 0.0 if recipe.augment.mixes else label_smoothing(section)
+        return SelfDistillationLoss.from_preset(_preset(section), **section.changes | {"label_smoothing": smoothing})
+    # Label smoothing is also that of the baseline.
+    if wrong := section.changes.keys() - {"label_smoothing"}:
+        raise ValueError(
+            f"loss: {', '.join(sorted(wrong))} are settings of self-distillation; those of {section.name!r} go into "
+            "loss.kwargs."
+        )
+    return cls(**section.kwargs)
 
 
 def backbone_loss(recipe: Recipe) -> nn.Module:
     """Build the loss of the backbone alone, with the recipe's label smoothing."""
-    return SelfDistillationLoss.from_preset(
-        "none", label_smoothing=0.0 if recipe.augment.mixes else label_smoothing(recipe.loss)
-    )
+    smoothing = 0.0 if recipe.augment.mixes else label_smoothing(recipe.loss)
+    return SelfDistillationLoss.from_preset("none", label_smoothing=smoothing)
 
 
 def label_smoothing(section: LossSection) -> float:
     """Return the label smoothing of a run; with Mixup or CutMix it goes into the mixed targets, not into the loss."""
     if section.label_smoothing is not None:
-        return section.label_smoothing
+        return float(section.label_smoothing)
     if get_loss(section.name) is not SelfDistillationLoss:
         return 0.0
     return SelfDistillationLoss.from_preset(_preset(section)).config.label_smoothing
 
 
-def _check_needs(needs: Needs, recipe: Recipe) -> None:
-    """Refuse a recipe that has not what its loss needs."""
+def _check_needs(loss: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError if a recipe lacks what its loss needs."""
+    needs = needs_of(loss)
     if needs.ema and recipe.ema is None:
         raise ValueError(
             "ema: must not be null for this loss, which learns from the average of the weights; such as "
@@ -119,4 +102,4 @@ def _check_needs(needs: Needs, recipe: Recipe) -> None:
 def _preset(section: LossSection) -> str:
     if section.preset is None:
         raise ValueError("loss.preset: must be the name of a preset for the loss self-distillation.")
-    return section.preset
+    return str(section.preset)

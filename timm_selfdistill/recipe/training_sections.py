@@ -1,23 +1,85 @@
-"""How it is trained, saved and pushed."""
+"""The sections of a recipe about the network, its training, and what is saved and pushed."""
 
 import re
-from typing import Annotated, Final, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
-from timm_selfdistill.recipe.fields import (
+from timm_selfdistill.checks import (
+    Arguments,
     BelowOne,
     Count,
     Epochs,
+    ModelArguments,
     NotNegative,
     OptimizerArguments,
     Positive,
     Section,
     Text,
+    expand_home,
+    is_integer,
 )
 
+LOCAL_MODEL: Final = "local-dir:"  # timm's prefix of a model folder
 REPO_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.-]*")
+
+
+class ModelSection(Section):
+    """The backbone.
+
+    Args:
+        name: Name of a timm model.
+        num_classes: Number of classes; null takes it from the data.
+        pretrained: Start from timm's pretrained weights.
+        small_stem: Replace the stem by one 3x3 convolution with stride 1, for ResNet-like nets on small images.
+        channels_last: Keep images and weights in the channels-last memory layout.
+        kwargs: Further arguments of `timm.create_model`.
+    """
+
+    name: Text
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    pretrained: bool = False
+    small_stem: bool = False
+    channels_last: bool = True
+    kwargs: ModelArguments = {}
+
+    @field_validator("name")
+    @classmethod
+    def _expand_name(cls, value: str) -> str:
+        if not value.startswith(LOCAL_MODEL):
+            return value
+        return LOCAL_MODEL + expand_home(value.removeprefix(LOCAL_MODEL))
+
+
+class ExitsSection(Section):
+    """The classifiers hung on the backbone.
+
+    Args:
+        points: How many exits; or a list with, for each, an index into `feature_info`, a share of the backbone's cost
+            (0..1) or a module path; null for three, or fewer where the backbone has fewer stages.
+        head: Name of a registered head, or "auto" to choose by the layout of each tap.
+        head_kwargs: Further arguments of the head.
+        hint_adapter: Report each exit's feature through a trainable linear layer.
+    """
+
+    points: int | tuple[int | float | str, ...] | None = None
+    head: Text = "auto"
+    head_kwargs: Arguments = {}
+    hint_adapter: bool = False
+
+    @field_validator("points", mode="before")
+    @classmethod
+    def _check_points(cls, value: Any) -> Any:
+        if value is None or (is_integer(value) and value >= 1):
+            return value
+        if isinstance(value, list | tuple) and value and all(map(_is_point, value)):
+            return tuple(value)
+        raise ValueError(
+            "must be null, a number of exits (1 or more), or a list of feature_info indices (0 or more), shares of the "
+            "cost (between 0 and 1) and module names"
+        )
 
 
 class OptimizerSection(Section):
@@ -80,24 +142,19 @@ class ScheduleSection(Section):
     backbone_epochs: Count | None = None
     select: Literal["last", "best"] = "last"
 
-    @field_validator("decay_milestones")
     @classmethod
-    def _check_milestones(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        if list(value) != sorted(set(value)):
-            raise ValueError("must be epochs in rising order")
-        if not value and info.data.get("name") == "multistep":
-            raise ValueError("must have at least one epoch for the schedule multistep")
-        return value
-
-    @field_validator("backbone_epochs")
-    @classmethod
-    def _check_backbone_epochs(cls, value: int | None, info: ValidationInfo) -> int | None:
-        regime = info.data.get("regime")
-        if regime == "mixed" and value is None:
-            raise ValueError("must be a whole number of epochs for the regime mixed")
-        if regime in ("joint", "frozen") and value is not None:
-            raise ValueError(f"must be null for the regime {regime}; only mixed has epochs of the backbone alone")
-        return value
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        regime = before.get("regime")
+        match name:
+            case "decay_milestones" if list(value) != sorted(set(value)):
+                return "must be epochs in rising order"
+            case "decay_milestones" if not value and before.get("name") == "multistep":
+                return "must have at least one epoch for the schedule multistep"
+            case "backbone_epochs" if regime == "mixed" and value is None:
+                return "must be a whole number of epochs for the regime mixed"
+            case "backbone_epochs" if regime in ("joint", "frozen") and value is not None:
+                return f"must be null for the regime {regime}; only mixed has epochs of the backbone alone"
+        return None
 
 
 class EmaSection(Section):
@@ -113,10 +170,10 @@ class EmaSection(Section):
 
 
 class CheckpointSection(Section):
-    """When checkpoints are written, besides at the end of every epoch, and how many are kept.
+    """When checkpoints are written, apart from the end of every epoch, and how many are kept.
 
     Args:
-        every_steps: Also write one after every so many optimizer steps; null for epochs only.
+        every_steps: Optimizer steps between further checkpoints; null for none.
         keep: How many of the newest are kept.
     """
 
@@ -131,7 +188,7 @@ class PushSection(Section):
         repo: The repository, as "namespace/name"; made before training if it does not exist.
         private: Make it a private one.
         license: Licence of the weights, by its identifier on the Hub; null for that of the pretrained weights, if any.
-        every: Also push after every so many epochs, in the background; null for the end only.
+        every: Epochs between further pushes in the background; null for the end only.
     """
 
     repo: Text
@@ -139,16 +196,17 @@ class PushSection(Section):
     license: Text | None = None
     every: Count | None = None
 
-    @field_validator("repo")
     @classmethod
-    def _check_repo(cls, value: str) -> str:
-        if not REPO_ID.fullmatch(value):
-            raise ValueError("must be the name of a repository, namespace/name")
-        return value
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        match name:
+            case "repo" if not REPO_ID.fullmatch(value):
+                return "must be the name of a repository, namespace/name"
+            case "license" if value is not None and not LICENSE.fullmatch(value):
+                return "must be a licence's identifier on the Hub, such as apache-2.0, mit, cc-by-4.0 or other"
+        return None
 
-    @field_validator("license")
-    @classmethod
-    def _check_license(cls, value: str | None) -> str | None:
-        if value is not None and not LICENSE.fullmatch(value):
-            raise ValueError("must be a licence's identifier on the Hub, such as apache-2.0, mit, cc-by-4.0 or other")
-        return value
+
+def _is_point(value: Any) -> bool:
+    if isinstance(value, float):
+        return 0 < value < 1
+    return (is_integer(value) and value >= 0) or (isinstance(value, str) and value != "")

@@ -1,12 +1,15 @@
-"""The settings of the self-distillation loss, and the published ones by name."""
+"""The settings of the self-distillation loss: written here once, published by name, and taken by recipes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal, get_type_hints
 
-from timm_selfdistill.losses.divergences import HINT_DISTANCES
-from timm_selfdistill.losses.inputs import TEMPERATURES
+from pydantic import BaseModel, create_model
+
+from timm_selfdistill.checks import Arguments, BelowOne, NotNegative, Section, Temperature, Text, Weights, check
+
+WEIGHTS: Final = ("ce_weight", "deepest_ce_weight", "kd_weight", "hint_weight")
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,10 @@ class SelfDistillationConfig:
         t_squared: Multiply what is computed at the temperature T by T^2, which keeps its gradient independent of T.
         divergence: Name of a registered divergence.
         teacher: Name of a registered teacher.
-        hint_distance: "squared_l2", the squared Euclidean distance of the two features, or "l2", the distance; either
-            is summed over the feature's width and averaged over the batch, so it does not depend on the batch size.
-        label_smoothing: Share of the target given evenly to all classes, as `F.cross_entropy` does it, for class
-            indices and for probabilities alike. Leave it 0 where the targets are smoothed already, as timm's Mixup
+        hint_distance: "squared_l2", the squared Euclidean distance of the two features, or "l2", the distance; summed
+            over the width of the feature and averaged over the batch, so it does not depend on the batch size.
+        label_smoothing: Share of the target given evenly to all classes, less than 1, as `F.cross_entropy` does it, for
+            class indices and for probabilities. Leave it 0 where the targets are smoothed already, as timm's Mixup
             does.
         divergence_kwargs: Settings of the divergence itself, such as {"alpha": 1.0, "beta": 8.0} of "dkd".
         standardize_logits: Before any divergence, subtract the mean of each sample's logits and divide by their
@@ -38,46 +41,26 @@ class SelfDistillationConfig:
         ValueError: If a value is not allowed. Names of divergence and teacher are looked up by the loss.
     """
 
-    ce_weight: float = 0.9
-    deepest_ce_weight: float = 1.0
-    kd_weight: float = 0.1
-    hint_weight: float = 1e-6 * 128
-    temperature: float = 3.0
+    ce_weight: NotNegative = 0.9
+    deepest_ce_weight: NotNegative = 1.0
+    kd_weight: NotNegative = 0.1
+    hint_weight: NotNegative = 1e-6 * 128
+    temperature: Temperature = 3.0
     t_squared: bool = True
-    divergence: str = "kl"
-    teacher: str = "deepest"
-    hint_distance: str = "squared_l2"
-    label_smoothing: float = 0.0
-    divergence_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    divergence: Text = "kl"
+    teacher: Text = "deepest"
+    hint_distance: Literal["squared_l2", "l2"] = "squared_l2"
+    label_smoothing: BelowOne = 0.0
+    divergence_kwargs: Arguments = field(default_factory=dict, hash=False)
     standardize_logits: bool = False
-    kd_warmup_epochs: float = 0.0
-    exit_weights: Sequence[float] | None = None
+    kd_warmup_epochs: NotNegative = 0.0
+    exit_weights: Weights = None
 
     def __post_init__(self) -> None:
-        weights = ("ce_weight", "deepest_ce_weight", "kd_weight", "hint_weight")
-        for name in weights:
-            self._check_number(name, 0.0, math.inf)
-        if not any(getattr(self, name) for name in weights):
-            raise ValueError(f"All weights are 0; at least one of {', '.join(weights)} must be positive.")
-        self._check_number("temperature", *TEMPERATURES)
-        self._check_number("label_smoothing", 0.0, 1.0)
-        self._check_number("kd_warmup_epochs", 0.0, math.inf)
-        for name in ("t_squared", "standardize_logits"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed are True and False.")
-        if self.hint_distance not in HINT_DISTANCES:
-            raise ValueError(f"hint_distance is {self.hint_distance!r}; allowed are {', '.join(HINT_DISTANCES)}.")
-        weights_of_exits = self.exit_weights
-        if weights_of_exits is not None and not (
-            isinstance(weights_of_exits, list | tuple)
-            and weights_of_exits
-            and all(_is_finite_number(weight) and weight > 0 for weight in weights_of_exits)
-        ):
-            raise ValueError(
-                f"exit_weights is {weights_of_exits!r}; allowed are None and a list of finite numbers above 0."
-            )
-        if not isinstance(self.divergence_kwargs, Mapping):
-            raise ValueError(f"divergence_kwargs is {self.divergence_kwargs!r}; allowed is a mapping of settings.")
+        for name, kind in _TYPES.items():
+            check(name, getattr(self, name), kind)
+        if not any(getattr(self, name) for name in WEIGHTS):
+            raise ValueError(f"All weights are 0; at least one of {', '.join(WEIGHTS)} must be positive.")
 
     def check_exits(self, num_exits: int) -> None:
         """Check that the settings fit a model.
@@ -93,16 +76,8 @@ class SelfDistillationConfig:
                 f"exit_weights has {len(self.exit_weights)} values for {num_exits} added exits; allowed is one each."
             )
 
-    def _check_number(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if not _is_finite_number(value) or not low <= value <= high:
-            allowed = f"{low:g} or more" if math.isinf(high) else f"from {low:g} to {high:g}"
-            raise ValueError(f"{name} is {value!r}; allowed is a finite number, {allowed}.")
 
-
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
+_TYPES: Final[dict[str, Any]] = get_type_hints(SelfDistillationConfig, include_extras=True)
 
 BYOT_ICCV2019: Final = SelfDistillationConfig()
 """Be Your Own Teacher, ICCV 2019, https://arxiv.org/abs/1905.08094
@@ -113,9 +88,9 @@ a mean over the batch. The paper names neither a, T nor l. They are those of a w
 https://github.com/luanyunteng/pytorch-be-your-own-teacher: a = 0.1, T = 3, and 1e-6 for the squares summed over the
 batch of 128, which is l = 1.28e-4 for their mean.
 
-That code differs from the paper, and from here, in this: it also weights the backbone's CE by 1 - a
-(`deepest_ce_weight=0.9` does so); it writes soft cross-entropy for KL (same gradient); and it leaves out of the hint
-where both features are negative or zero (no difference behind a ReLU).
+That code differs from the paper, and from here: it also weights the backbone's CE by 1 - a (`deepest_ce_weight=0.9`
+does so); it writes soft cross-entropy for KL (same gradient); and it leaves out of the hint where both features are
+negative or zero (no difference after a ReLU).
 """
 
 BYOT_TPAMI2021: Final = SelfDistillationConfig(
@@ -156,3 +131,36 @@ PRESETS: Final[dict[str, SelfDistillationConfig]] = {
 def list_presets() -> list[str]:
     """Return the names of the presets of `SelfDistillationLoss`, sorted."""
     return sorted(PRESETS)
+
+
+class _NamedLoss(BaseModel):
+    name: Text = "self-distillation"
+    preset: Text | None = "byot-iccv2019"
+
+
+_NULLABLE: dict[str, Any] = {name: (kind | None, None) for name, kind in _TYPES.items()}
+_Settings: Any = create_model("_Settings", __base__=_NamedLoss, **_NULLABLE)
+
+
+class LossSection(_Settings, Section):  # type: ignore[misc]
+    """The training loss: a preset and what differs from it.
+
+    Args:
+        name: Name of a registered loss.
+        preset: Name of published settings.
+        SelfDistillationConfig: Each of its fields; null keeps the preset's value.
+        kwargs: Arguments of a loss without exits, or of one registered by another package.
+    """
+
+    kwargs: Arguments = {}
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields of `SelfDistillationConfig` that differ from the preset."""
+        return {name: getattr(self, name) for name in _TYPES if getattr(self, name) is not None}
+
+    @classmethod
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        if name == "kwargs" and value and before.get("name") == cls.model_fields["name"].default:
+            return "must be empty for this library's own loss, whose settings are the other keys of `loss`"
+        return None

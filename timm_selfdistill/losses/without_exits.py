@@ -1,21 +1,45 @@
-"""Self-distillation of the backbone alone, without exits: its own earlier or other answers teach it."""
+"""Self-distillation of the backbone alone, without exits: its own predictions for other images or times teach it."""
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_selfdistill.checks import NotNegative, Probability, Temperature, check
 from timm_selfdistill.losses.divergences import kl
-from timm_selfdistill.losses.inputs import TEMPERATURES, check_entries, check_target, cross_entropy, stack
-from timm_selfdistill.losses.needs import Needs, TrainingTime
-from timm_selfdistill.losses.self_distillation import register_loss
+from timm_selfdistill.losses.protocol import (
+    Needs,
+    TrainingTime,
+    check_entries,
+    check_target,
+    cross_entropy,
+    register_loss,
+    stack,
+)
 from timm_selfdistill.model import ExitOutput
 
 
+class _WithPrediction(nn.Module):
+    """Cross-entropy, and a weighted KL divergence of some of the logits from another prediction for their images."""
+
+    def __init__(self, weight: float, temperature: float) -> None:
+        super().__init__()
+        self.weight: float = check("weight", weight, NotNegative)
+        self.temperature: float = check("temperature", temperature, Temperature)
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}, temperature={self.temperature}"
+
+    def _terms(self, logits: Tensor, target: Tensor, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(target.device.type, enabled=False):
+            ce = cross_entropy(logits, target)[0]
+            kd = kl(student, teacher, target, temperature=self.temperature, scale=self.temperature**2)[0]
+        return {"loss": ce + self.weight * kd, "ce/0": ce.detach(), "kd/0": kd.detach()}
+
+
 @register_loss("cs-kd")
-class CSKD(nn.Module):
+class CSKD(_WithPrediction):
     """CS-KD: an image's prediction follows that of another image of its class.
 
     `CE(z, y) + weight T^2 KL(softmax(z' / T) || softmax(z / T))`, each a mean over the batch; z' are the backbone's
@@ -33,13 +57,10 @@ class CSKD(nn.Module):
         ValueError: If a value is not allowed.
     """
 
-    needs_exits = False
-    needs = Needs(batches="paired")
+    needs = Needs(exits=False, batches="paired")
 
     def __init__(self, weight: float = 1.0, temperature: float = 4.0) -> None:
-        super().__init__()
-        self.weight = _checked("weight", weight)
-        self.temperature = _checked("temperature", temperature, *TEMPERATURES)
+        super().__init__(weight, temperature)
 
     def forward(self, out: ExitOutput, target: Tensor, *, partners: ExitOutput) -> dict[str, Tensor]:
         """Compute the loss.
@@ -55,22 +76,16 @@ class CSKD(nn.Module):
         Raises:
             ValueError: If a shape or dtype is not as above.
         """
-        logits, others = _last(out, target), _last(partners, target).detach()
-        with torch.autocast(target.device.type, enabled=False):
-            ce = cross_entropy(logits, target)
-            kd = kl(logits, others, target, temperature=self.temperature, scale=self.temperature**2)
-        return _terms(ce, self.weight, kd)
-
-    def extra_repr(self) -> str:
-        return f"weight={self.weight}, temperature={self.temperature}"
+        logits = _last(out, target)
+        return self._terms(logits, target, logits, _last(partners, target).detach())
 
 
 @register_loss("dlb")
-class DLB(nn.Module):
+class DLB(_WithPrediction):
     """DLB: the prediction for an image follows that of the step before, where it was in the batch too.
 
     `CE(z, y) + weight T^2 KL(softmax(p / T) || softmax(z / T))`, the CE a mean over the whole batch, the KL over its
-    first half: the images that were the second half of the batch before, augmented anew, with p the logits they had
+    first half: the images that were the second half of the batch before, augmented again, with p the logits they had
     then. In the first step of a training there is no KL.
 
     Paper: "Self-Distillation from the Last Mini-Batch for Consistency Regularization",
@@ -85,13 +100,10 @@ class DLB(nn.Module):
         ValueError: If a value is not allowed.
     """
 
-    needs_exits = False
-    needs = Needs(batches="repeated")
+    needs = Needs(exits=False, batches="repeated")
 
     def __init__(self, weight: float = 1.0, temperature: float = 3.0) -> None:
-        super().__init__()
-        self.weight = _checked("weight", weight)
-        self.temperature = _checked("temperature", temperature, *TEMPERATURES)
+        super().__init__(weight, temperature)
         self._before: Tensor | None = None
 
     def forward(self, out: ExitOutput, target: Tensor) -> dict[str, Tensor]:
@@ -117,36 +129,28 @@ class DLB(nn.Module):
             )
         # From a step that was skipped because it was not finite, there is nothing to learn.
         before = torch.where(before.isfinite().all(-1, keepdim=True), before, repeated.detach())
-        with torch.autocast(target.device.type, enabled=False):
-            ce = cross_entropy(logits, target)
-            kd = kl(repeated, before, target, temperature=self.temperature, scale=self.temperature**2)
         if self.training:
             self._before = new.detach()
-        return _terms(ce, self.weight, kd)
+        return self._terms(logits, target, repeated, before)
 
     def get_extra_state(self) -> Tensor | None:
-        """Return the logits of the second half of the last batch [1, B, C], if there was one."""
         return self._before
 
     def set_extra_state(self, state: Any) -> None:
-        """Go on behind the batch whose logits `get_extra_state` returned."""
         self._before = state
-
-    def extra_repr(self) -> str:
-        return f"weight={self.weight}, temperature={self.temperature}"
 
 
 @register_loss("ps-kd")
 class PSKD(nn.Module):
     """PS-KD: what the model predicted an epoch before softens the target, the more the longer it trains.
 
-    `CE(z, (1 - a) y + a p)`, a mean over the batch; p is the softmax of the backbone's logits in the model as it was
+    `CE(z, (1 - a) y + a p)`, a mean over the batch; p is the softmax of the backbone's logits with the weights it had
     when the epoch began, for the same augmented image and in eval mode, and a = `alpha` t / T in epoch t of T. In the
     first epoch, the target is y.
 
     Paper: "Self-Knowledge Distillation with Progressive Refinement of Targets", https://arxiv.org/abs/2006.12000. Its
     code takes for p what the model predicted in training mode when it last saw the image, otherwise augmented, from a
-    table of all predictions; here the past model runs again, at the price of one forward a step.
+    table of all predictions; here the past model runs again, which costs one forward a step.
 
     Args:
         alpha: Share of the prediction in the target of the last epoch.
@@ -155,12 +159,11 @@ class PSKD(nn.Module):
         ValueError: If a value is not allowed.
     """
 
-    needs_exits = False
-    needs = Needs(past=True, time=True)
+    needs = Needs(exits=False, past=True, time=True)
 
     def __init__(self, alpha: float = 0.8) -> None:
         super().__init__()
-        self.alpha = _checked("alpha", alpha, 0.0, 1.0)
+        self.alpha = check("alpha", alpha, Probability)
 
     def forward(
         self, out: ExitOutput, target: Tensor, *, past: ExitOutput | None, time: TrainingTime
@@ -170,7 +173,7 @@ class PSKD(nn.Module):
         Args:
             out: Logits [B, C] of the backbone, as the last entry.
             target: Class indices [B] int64, or class probabilities [B, C] floating.
-            past: The same for the model as it was when the epoch began; None in the first epoch.
+            past: The same with the weights from the start of the epoch; None in the first epoch.
             time: How far training has come.
 
         Returns:
@@ -198,17 +201,3 @@ def _last(out: ExitOutput, target: Tensor) -> Tensor:
     check_entries("logits", "C", out.logits[-1:])
     check_target(target, out.logits[-1].shape)
     return stack(out.logits[-1:])
-
-
-def _terms(ce: Tensor, weight: float, kd: Tensor) -> dict[str, Tensor]:
-    return {"loss": ce[0] + weight * kd[0], "ce/0": ce[0].detach(), "kd/0": kd[0].detach()}
-
-
-def _checked(name: str, value: float, low: float = 0.0, high: float = math.inf) -> float:
-    """Return a number, if it is finite and within limits."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; allowed is a finite number.")
-    if not low <= value <= high:
-        allowed = f"{low:g} or more" if math.isinf(high) else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name} is {value!r}; allowed is a number, {allowed}.")
-    return value

@@ -1,13 +1,15 @@
 """The images: where they come from, and how they are augmented."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 
-from timm_selfdistill.recipe.fields import (
+from timm_selfdistill.checks import (
     Channels,
     Count,
     ImageSide,
+    LocalPath,
     Names,
     NotNegative,
     Positive,
@@ -17,7 +19,6 @@ from timm_selfdistill.recipe.fields import (
     Text,
     is_integer,
 )
-from timm_selfdistill.recipe.local_paths import LocalPath
 
 
 class DataSection(Section):
@@ -52,8 +53,8 @@ class DataSection(Section):
         train_size: Number of training images of a streamed dataset that does not know its length.
         cache: Decode all images once, keep them on the device that trains, and augment whole batches there (device);
             null to decode and augment image by image, in the loader processes.
-        max_train: Train on so many images only, for trials.
-        max_eval: Report on so many images only, for trials.
+        max_train: Largest number of training images, for trials; null for all.
+        max_eval: Largest number of images to report on, for trials; null for all.
     """
 
     path: LocalPath
@@ -97,59 +98,39 @@ class DataSection(Section):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes that the recipe tells, if it does; those of a mere number are the indices."""
+        """The names of the classes, if the recipe gives them; their indices, if it gives their number."""
         return tuple(map(str, range(self.classes))) if isinstance(self.classes, int) else self.classes
-
-    @field_validator("eval_split")
-    @classmethod
-    def _check_eval_split(cls, value: str, info: ValidationInfo) -> str:
-        if value == info.data.get("train_split"):
-            raise ValueError("must not be the split that is trained on")
-        return value
 
     @field_validator("validation", mode="before")
     @classmethod
-    def _check_validation(cls, value: Any, info: ValidationInfo) -> Any:
+    def _check_validation(cls, value: Any) -> Any:
         if (is_integer(value) or isinstance(value, float)) and 0 <= value < 1:
             return float(value)
         if not isinstance(value, str) or not value:
             raise ValueError("must be a share of the training images (at least 0, less than 1) or the name of a split")
-        if value in (info.data.get("train_split"), info.data.get("eval_split")):
-            raise ValueError("must not be the split that is trained on or reported on")
         return value
 
-    @field_validator("eval_fraction")
     @classmethod
-    def _check_eval_fraction(cls, value: float | None, info: ValidationInfo) -> float | None:
-        validation = info.data.get("validation")
-        if value is not None and isinstance(validation, float) and value + validation >= 1:
-            raise ValueError(f"must leave images to train on: with data.validation {validation} less than 1 together")
-        return value
-
-    @field_validator("streaming")
-    @classmethod
-    def _check_streaming(cls, value: bool, info: ValidationInfo) -> bool:
-        validation = info.data.get("validation")
-        if value and ((isinstance(validation, float) and validation) or info.data.get("eval_fraction")):
-            raise ValueError(
-                "must be false where a share of the training images is held out: a stream cannot be split; name splits "
-                "in data.validation (or set it to 0) and data.eval_split, and leave out data.eval_fraction"
-            )
-        return value
-
-    @field_validator("train_size")
-    @classmethod
-    def _check_train_size(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and info.data.get("streaming") is False:
-            raise ValueError("must be null unless data.streaming is true: other datasets know their length")
-        return value
-
-    @field_validator("cache")
-    @classmethod
-    def _check_cache(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and info.data.get("streaming"):
-            raise ValueError("must be null where data.streaming is true: a stream is not held in memory")
-        return value
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        validation, streaming = before.get("validation"), before.get("streaming")
+        share = validation if isinstance(validation, float) else 0.0
+        match name:
+            case "eval_split" if value == before.get("train_split"):
+                return "must not be the split that is trained on"
+            case "validation" if value in (before.get("train_split"), before.get("eval_split")):
+                return "must not be the split that is trained on or reported on"
+            case "eval_fraction" if value is not None and value + share >= 1:
+                return f"must leave images to train on: with data.validation {share} less than 1 together"
+            case "streaming" if value and (share or before.get("eval_fraction")):
+                return (
+                    "must be false where a share of the training images is held out: a stream cannot be split; name "
+                    "splits in data.validation (or set it to 0) and data.eval_split, and leave out data.eval_fraction"
+                )
+            case "train_size" if value is not None and streaming is False:
+                return "must be null unless data.streaming is true: other datasets know their length"
+            case "cache" if value is not None and streaming:
+                return "must be null where data.streaming is true: a stream is not held in memory"
+        return None
 
 
 class AugmentSection(Section):

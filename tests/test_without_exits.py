@@ -140,9 +140,9 @@ def test_the_losses_are_registered_and_say_what_they_need() -> None:
     assert {"cs-kd", "dlb", "ps-kd"} <= set(sd.list_losses())
     needs = {name: get_loss(name).needs for name in ("cs-kd", "dlb", "ps-kd")}
     assert needs == {
-        "cs-kd": Needs(batches="paired"),
-        "dlb": Needs(batches="repeated"),
-        "ps-kd": Needs(past=True, time=True),
+        "cs-kd": Needs(exits=False, batches="paired"),
+        "dlb": Needs(exits=False, batches="repeated"),
+        "ps-kd": Needs(exits=False, past=True, time=True),
     }
     for name in needs:
         with pytest.raises(ValueError, match="nothing would train"):
@@ -234,11 +234,11 @@ def test_timms_checkpoints_hold_the_past_model_and_the_state_of_the_loss(loss: t
 @pytest.mark.parametrize(
     ("loss", "settings", "message"),
     [
-        (CSKD, {"weight": -1}, "weight is -1; allowed is a number, 0 or more"),
+        (CSKD, {"weight": -1}, "weight is -1; allowed is a finite number, 0 or more"),
         (CSKD, {"temperature": "4"}, "temperature is '4'; allowed is a finite number"),
-        (DLB, {"temperature": 0}, "temperature is 0; allowed is a number, from 1e-06"),
+        (DLB, {"temperature": 0}, "temperature is 0; allowed is a finite number, from 1e-06"),
         (DLB, {"weight": math.nan}, "weight is nan; allowed"),
-        (PSKD, {"alpha": 1.5}, "alpha is 1.5; allowed is a number, from 0 to 1"),
+        (PSKD, {"alpha": 1.5}, "alpha is 1.5; allowed is a finite number, from 0 to 1"),
     ],
 )
 def test_wrong_settings_are_refused(loss: type[nn.Module], settings: dict[str, Any], message: str) -> None:
