@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import timm_selfdistill
 from timm_selfdistill import SelfDistillationLoss, SelfDistillationTask, list_heads, wrap
-from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.report import seconds_of, synchronize
 from timm_selfdistill.stem import use_small_stem
 

@@ -27,7 +27,7 @@ from timm_selfdistill.calibration.logits import confidences
 from timm_selfdistill.calibration.risk import binomial_tail, certified, upper_bound
 from timm_selfdistill.calibration.search import share_thresholds
 from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.measure import MacCounter
 
 MACS = PathCosts(backbone=(200, 400, 700, 1000), heads=(20, 30, 10))
 RULES = ["max-softmax", "margin", "entropy", "patience"]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from timm_selfdistill.exits import Backbone, ExitPoint, Exits, Exploration, choose, explore, named_modules
-from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.heads import ExitHead, choose_head
 from timm_selfdistill.model import create_backbone
 from timm_selfdistill.tables import align, with_prefix

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_selfdistill.exits.candidates import Backbone, Classifier
 from timm_selfdistill.failures import is_out_of_memory
-from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.measure import MacCounter
 
 
 @dataclass

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.usage import watch_usage
 
