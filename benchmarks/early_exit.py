@@ -31,8 +31,8 @@ from timm_selfdistill.calibration import (
 )
 from timm_selfdistill.calibration.logits import replay
 from timm_selfdistill.data import InputConfig, Loaders, build_loaders, open_dataset
+from timm_selfdistill.measure import seconds_of
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.report import seconds_of
 
 DROPS = (0.0, 0.5, 1.0)
 

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 
 from timm_selfdistill import SelfDistillationTask
 from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
+from timm_selfdistill.measure import synchronize
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.report import synchronize
 from timm_selfdistill.train.build import build_model
 from timm_selfdistill.train.phases import build_loss, label_smoothing
 

@@ -27,8 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import timm_selfdistill
 from timm_selfdistill import SelfDistillationLoss, SelfDistillationTask, list_heads, wrap
-from timm_selfdistill.measure import MacCounter
-from timm_selfdistill.report import seconds_of, synchronize
+from timm_selfdistill.measure import MacCounter, seconds_of, synchronize
 from timm_selfdistill.stem import use_small_stem
 
 WARM_UP_STEPS = 3

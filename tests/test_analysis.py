@@ -15,19 +15,17 @@ from accelerate.state import AcceleratorState
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import timm_selfdistill as sd
-import timm_selfdistill.analysis.noise as noise_module
-from timm_selfdistill.analysis import (
-    analyze_folder,
+from timm_selfdistill.analysis import analyze_folder, format_analysis, probes
+from timm_selfdistill.analysis.analysis_page import draw_analysis
+from timm_selfdistill.analysis.probes import (
     collect_features,
+    draw_noise,
     find_stages,
-    format_analysis,
     measure_gradients,
     measure_noise,
     measure_scatter,
     project,
 )
-from timm_selfdistill.analysis.noise import draw_noise
-from timm_selfdistill.analysis.picture import draw_analysis
 from timm_selfdistill.checkpoint import load_checkpoint, save_checkpoint
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.metrics import IGNORED
@@ -207,7 +205,7 @@ def test_noise_has_the_standard_deviation_that_was_asked_for(model, batches, mon
     names = [name for name, _ in model.backbone.named_parameters()]
     original = [parameter.detach().clone() for parameter in model.backbone.parameters()]
     others = [tensor.detach().clone() for tensor in [*model.heads.parameters(), *model.buffers()]]
-    evaluate = noise_module.evaluate_model
+    evaluate = probes.evaluate_model
 
     def noting(network, *arguments, **options):
         difference = [now - old for now, old in zip(network.backbone.parameters(), original, strict=True)]
@@ -219,7 +217,7 @@ def test_noise_has_the_standard_deviation_that_was_asked_for(model, batches, mon
         added.append(torch.cat([values.flatten() for values in difference]))
         return evaluate(network, *arguments, **options)
 
-    monkeypatch.setattr(noise_module, "evaluate_model", noting)
+    monkeypatch.setattr(probes, "evaluate_model", noting)
     before = snapshot(model.train())
     points = measure_noise(model, batches, Accelerator(), sigmas=(0, 0.01, 0.05), draws=2, seed=5)
     assert_unchanged(model, before)

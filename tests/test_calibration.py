@@ -134,7 +134,7 @@ def test_the_speedup_is_that_of_what_runs(model, monkeypatch):
     ticks = []
     for module in convolutions:
         module.register_forward_hook(lambda *arguments: ticks.append(None))
-    monkeypatch.setattr("timm_selfdistill.report.cost.time.perf_counter", lambda: float(len(ticks)))
+    monkeypatch.setattr("timm_selfdistill.measure.time.perf_counter", lambda: float(len(ticks)))
 
     def ran(exit):
         before = len(ticks)

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from timm_selfdistill import compare
 from timm_selfdistill.analysis import DRAWS, IMAGES, SIGMAS, analyze_folder, format_analysis
 from timm_selfdistill.background import in_background
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
+from timm_selfdistill.compare import command as compare
 from timm_selfdistill.early_exit import FALLBACKS, RULES
 from timm_selfdistill.escape import printable
 from timm_selfdistill.export import FORMATS, ExportError, export_folder

@@ -45,7 +45,7 @@ def median_seconds(
     """
     for _ in range(warm_up):
         measure()
-    found = []
+    found: list[Sequence[float]] = []
     deadline = time.perf_counter() + seconds
     while len(found) < rounds or time.perf_counter() < deadline:
         found.append(measure())

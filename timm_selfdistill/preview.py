@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from timm_selfdistill.exits import Backbone, ExitPoint, Exits, Exploration, choose, explore, named_modules
-from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.heads import ExitHead, choose_head
+from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.model import create_backbone
-from timm_selfdistill.tables import align, with_prefix
+from timm_selfdistill.render import align, with_prefix
 
 # The number of classes of ImageNet, for models that timm creates without a classifier.
 _NUM_CLASSES = 1000

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.exits import untouched
-from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.heads import ExitHead
+from timm_selfdistill.measure import MacCounter, synchronize
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.report import synchronize
 
 _WARM_UP_ROUNDS: Final = 3
 _MIN_ROUNDS: Final = 7

@@ -10,7 +10,7 @@ from timm_selfdistill.calibration.costs import PathCosts
 from timm_selfdistill.calibration.goal import Choice, Goal, excess_errors
 from timm_selfdistill.calibration.logits import ExitLogits, replay
 from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.report.build import versions
+from timm_selfdistill.report import versions
 
 
 class Point(TypedDict):

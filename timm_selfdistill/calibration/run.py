@@ -10,12 +10,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from timm_selfdistill.calibration.calibration_page import write_calibration
 from timm_selfdistill.calibration.costs import measure_path_macs, measure_path_seconds
 from timm_selfdistill.calibration.goal import Goal, choose_settings
 from timm_selfdistill.calibration.logits import collect_logits
 from timm_selfdistill.calibration.report import CalibrationReport, Timing, build_calibration_report
 from timm_selfdistill.calibration.speed import images_to_time, measure_speedup
-from timm_selfdistill.calibration.write import write_calibration
 from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, SkipList, open_dataset
 from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig
+from timm_selfdistill.measure import seconds_of
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.report import seconds_of
 
 _FEWEST_IMAGES: Final = 128
 _FEWEST_BATCHES: Final = 4

@@ -1,14 +1,31 @@
-"""The report of a calibration as tables, as markdown and as files."""
+"""The report of a calibration as tables, as markdown, as a picture (accuracy over compute) and as files."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
-from timm_selfdistill.calibration.picture import draw_calibration
 from timm_selfdistill.calibration.report import CalibrationReport, Point
-from timm_selfdistill.escape import each_text, markdown_text, printable
-from timm_selfdistill.files import write_results
-from timm_selfdistill.tables import align, markdown, with_prefix
+from timm_selfdistill.escape import each_text, plot_text
+from timm_selfdistill.render import (
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    Page,
+    Table,
+    finish_picture,
+    new_picture,
+    plot_exits,
+    plot_points,
+    style_accuracy,
+    style_axes,
+    style_cost,
+    with_prefix,
+)
 
-_GOALS = {
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_GOALS: Final = {
     "max_accuracy_drop": "an accuracy at most {:g} points below the backbone's",
     "speedup": "a cost {:g} times less than the backbone's",
     "macs_budget": "at most {:g} MACs",
@@ -25,35 +42,49 @@ def format_calibration(report: CalibrationReport) -> str:
     Returns:
         Lines of text, without a line break at the end.
     """
-    report = each_text(report, printable)
-    return "\n".join([*align(_results(report)), "", *align(_settings(report)), "", *_notes(report)])
+    return _PAGE.terminal(report)
 
 
 def format_calibration_markdown(report: CalibrationReport) -> str:
-    """Return the report as a markdown section, without the picture.
-
-    Args:
-        report: What `calibrate_folder` returned, or `calibration.json` holds.
-    """
-    report = each_text(report, markdown_text)
-    lines = [f"## Early exit: {report['backbone']}", ""]
-    for rows in (_results(report), _settings(report)):
-        lines += [*markdown(rows), ""]
-    return "\n".join([*lines, *_notes(report), ""])
+    """Return the report as a markdown section, without the picture."""
+    return _PAGE.markdown(report)
 
 
 def write_calibration(report: CalibrationReport, folder: Path) -> None:
-    """Write `calibration.json`, `calibration.md` and `calibration.png`; each is complete or not there at all.
-
-    Args:
-        report: What `build_calibration_report` returned.
-        folder: Where to write; created if missing.
-    """
-    text = f"{format_calibration_markdown(report)}\n![Accuracy of early exit over its compute](calibration.png)\n"
-    write_results(folder, "calibration", report, text, draw_calibration(report))
+    """Write `calibration.json`, `calibration.md` and `calibration.png`; each is complete or not there at all."""
+    _PAGE.write(report, folder)
 
 
-def _results(report: CalibrationReport) -> list[list[str]]:
+def draw_calibration(report: CalibrationReport) -> "Figure":
+    """Draw the accuracy-compute curve of early exit, with fixed exits, ensemble, baseline and oracle."""
+    report = each_text(report, plot_text)
+    conditions = f"{report['dataset']} ({report['num_samples']:,} samples) · recipe {report['recipe']}"
+    figure, axes = new_picture(conditions)
+    label = "early exit: other thresholds"
+    plot_points(axes, report["curve"], "-o", label, GREEN, 4, linewidth=1.6, alpha=0.75)
+    plot_exits(figure, axes, report["exits"], "o", "one exit for all images")
+    plot_points(axes, [report["ensemble"]], "*", "ensemble of all exits", ORANGE, 16, zorder=3)
+    points = [*report["curve"], *report["exits"], report["ensemble"], report["oracle"], report["early_exit"]]
+    if report["baseline"] is not None:
+        hollow = {"markerfacecolor": "none", "markeredgecolor": GREY, "markeredgewidth": 1.6, "zorder": 2}
+        label = "baseline: the backbone trained on its own"
+        plot_points(axes, [report["baseline"]], "D", label, GREY, 16, **hollow)
+    plot_points(axes, [report["oracle"]], "^", "oracle: leaves at the first right exit", INK, 9, zorder=3)
+    plot_points(axes, [report["early_exit"]], "P", "early exit: chosen thresholds", GREEN, 13, zorder=4)
+    size = " x ".join(str(side) for side in report["input_size"])
+    macs = [point["macs"] for point in points]
+    style_cost(axes, macs, report["exits"][-1]["macs"], f"mean multiply-accumulates per image of {size}")
+    style_accuracy(axes)
+    style_axes(axes)
+    finish_picture(figure, axes, f"{report['backbone']}, self-distilled: early exit")
+    return figure
+
+
+def _tables(report: CalibrationReport) -> list[Table]:
+    return [_results(report), _settings(report)]
+
+
+def _results(report: CalibrationReport) -> Table:
     """Return the header and a row for each way to answer."""
     backbone = report["exits"][-1]
     rows = [["early exit", *_cells(report["early_exit"], backbone)]]
@@ -76,7 +107,7 @@ def _cells(point: Point, backbone: Point) -> list[str]:
     ]
 
 
-def _settings(report: CalibrationReport) -> list[list[str]]:
+def _settings(report: CalibrationReport) -> Table:
     """Return the header and a row for each exit: its settings, and the images that leave there."""
     settings, exits = report["settings"], report["exits"]
     temperatures = settings["temperatures"] or [1.0] * len(settings["thresholds"])
@@ -97,12 +128,11 @@ def _threshold(value: float | None) -> str:
     return f"{value:.4f}" if value > 0 else "always"
 
 
-def _notes(report: CalibrationReport) -> list[str]:
-    """Return sentences that tell how the figures came about."""
+def _sentences(report: CalibrationReport) -> list[str]:
     chosen, settings, goal = report["calibration"], report["settings"], report["goal"]
     name, value = next(iter(goal.items()))
     size = " x ".join(str(side) for side in report["input_size"])
-    notes = [
+    found = [
         f"Settings (rule {settings['rule']}, fallback {settings['fallback']}) for {_GOALS[name].format(value)}, chosen "
         f"on {chosen['dataset']} ({chosen['num_samples']:,} samples): there {chosen['top1']:.2f} % at "
         f"{with_prefix(chosen['macs'])} MACs, the backbone {chosen['backbone_top1']:.2f} %.",
@@ -111,27 +141,32 @@ def _notes(report: CalibrationReport) -> list[str]:
     ]
     if report["time"] is not None:
         time = report["time"]
-        notes.append(
+        found.append(
             f"Chosen by the time of batches of {time['batch_size']} on {time['device']}, not by MACs. Run in turns "
             f"there, on {time['num_images']:,} of the samples, early exit is {time['speedup']:.2f} times as fast as "
             "the plain backbone."
         )
     if chosen["tested"] is not None:
-        notes.append(
+        found.append(
             f"Certified with confidence {goal['confidence']:g}: of images drawn like those, at most {value:g} are "
             f"answered wrong that the backbone gets right. Tested on {chosen['tested']:,} of them, {chosen['lost']:,} "
             f"lost; on the images of this report {report['early_exit']['excess_error']:.4f} are."
         )
-    notes += [
+    found += [
         f"MACs (multiply-accumulates) are the mean for one image of {size}: the backbone up to where it leaves, and "
         "the heads that were asked; speed-up is the plain backbone's over these.",
         "The oracle lets each image leave at the first exit that is right, which no rule can know.",
     ]
     if report["baseline"] is not None:
-        notes.append("The baseline is the same backbone, trained on its own, as report.json has it.")
+        found.append("The baseline is the same backbone, trained on its own, as report.json has it.")
     if chosen["num_skipped"] or report["num_skipped"]:
-        notes.append(
+        found.append(
             f"Images that could not be decoded, and are not counted: {chosen['num_skipped']:,} for calibration, "
             f"{report['num_skipped']:,} for evaluation."
         )
-    return notes
+    return found
+
+
+_PAGE = Page(
+    "calibration", "Early exit", "Accuracy of early exit over its compute", _tables, _sentences, draw_calibration
+)

@@ -1,18 +1,26 @@
-"""Put together what a report says."""
+"""Build a report: how good every exit is, and the parameters, multiply-accumulates and time that it takes."""
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
-from typing import TypedDict
+from typing import Final, NamedTuple, TypedDict
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from timm_selfdistill.measure import MacCounter, median_seconds, seconds_of
 from timm_selfdistill.metrics import ExitMetricsResult, OutputMetrics
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.report.cost import LATENCY_BATCH_SIZE, Cost, measure_costs
+from timm_selfdistill.usage import watch_usage
+
+_BATCH_SIZE: Final = 16
+_WARM_UP_ROUNDS = 2
+_MIN_ROUNDS = 5
+_SECONDS = 2.0
 
 
 class AccuracyRow(TypedDict):
@@ -46,13 +54,13 @@ class ExitRow(EnsembleRow):
 
 
 class Report(TypedDict):
-    """The content of `report.json`; plain numbers, so that writing and reading it again changes nothing.
+    """The content of `report.json`: plain numbers, so that writing and reading it again changes nothing.
 
-    `exits` go from shallow to deep, the last the backbone's own classifier. `baseline` is the plain backbone trained on
-    its own: it costs what the last exit costs. The rest tells how the figures came about; `num_skipped` counts the
-    images that could not be decoded, by what they were to be used for ("training", "validation", "evaluation"), as far
-    as that is known; `num_nonfinite` counts the samples for which some output was not a number; `train_seconds`
-    tells how long the training steps of each network of the run took; `input_size` is [C, H, W].
+    `exits` go from shallow to deep; the last is the backbone's own classifier. `baseline` is the plain backbone trained
+    on its own, which costs what the last exit costs. `num_skipped` counts the images that could not be decoded, by
+    their use ("training", "validation", "evaluation") as far as it is known, `num_nonfinite` the samples for which an
+    output was not a finite number. `train_seconds` is the time of the training steps of each network of the run;
+    `input_size` is [C, H, W].
     """
 
     exits: list[ExitRow]
@@ -86,11 +94,11 @@ def build_report(
     seed: int,
     skipped: Mapping[str, int] | None = None,
     train_seconds: Mapping[str, float] | None = None,
-    latency_batch_size: int = LATENCY_BATCH_SIZE,
+    latency_batch_size: int = _BATCH_SIZE,
 ) -> Report:
-    """Measure what every exit costs and put it beside how good it is.
+    """Measure what every exit costs and report it with its accuracy.
 
-    Costs are those of what `model.forward_exit` really runs. Multiply-accumulates count convolutions, matrix products,
+    Costs are those of what `model.forward_exit` runs. Multiply-accumulates count convolutions, matrix products,
     attention and LSTMs, as is usual, and nothing elementwise. Latency is the median over some seconds, in eval mode, in
     the parameters' own precision and on their device. The model is left as it was.
 
@@ -102,7 +110,7 @@ def build_report(
         dataset: What was evaluated on.
         recipe: Name of the recipe.
         seed: The recipe's seed.
-        skipped: How many images were skipped while training, by what they were to be used for.
+        skipped: How many images were skipped while training, by their use.
         train_seconds: Seconds that the training steps of each network took, by its name.
         latency_batch_size: Number of images in a timed batch.
 
@@ -154,6 +162,95 @@ def build_report(
     }
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of this package, timm and torch, by name."""
+    try:
+        own = metadata.version("timm_selfdistill")
+    except metadata.PackageNotFoundError:
+        own = "unknown (not installed)"
+    return {"timm_selfdistill": own, "timm": timm.__version__, "torch": str(torch.__version__)}
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a report calls a device."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({torch.cpu.get_capabilities().get('cpu_name') or platform.machine()})"
+    return device.type
+
+
+class Cost(NamedTuple):
+    """Parameters that an output needs, multiply-accumulates for one image, median milliseconds for one batch."""
+
+    params: int
+    macs: int
+    latency_ms: float
+
+
+class Costs(NamedTuple):
+    """The costs of K + 1 exits, the last the backbone's own, and of all of them at once; how often each was timed."""
+
+    exits: list[Cost]
+    ensemble: Cost
+    rounds: int
+
+
+def measure_costs(model: SelfDistillModel, input_size: tuple[int, int, int], batch_size: int) -> Costs:
+    """Run the model to each exit and to all of them; parameters, statistics, modes and random numbers stay as they are.
+
+    Args:
+        model: The wrapped model.
+        input_size: Channels, height and width of one image.
+        batch_size: Number of images in a timed batch.
+    """
+    parameter = next(model.parameters())
+    batch = torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0))
+    batch = batch.to(device=parameter.device, dtype=parameter.dtype)
+
+    def run_ensemble(x: Tensor) -> Tensor:
+        return torch.stack(model(x, return_exits=True).logits).mean(0)
+
+    runs: list[Callable[[Tensor], Tensor]] = [
+        *(partial(model.forward_exit, exit=index) for index in range(model.num_exits + 1)),
+        run_ensemble,
+    ]
+    with _evaluating(model):
+        # Counted before timed: what a module caches in its first forward is then no inference tensor.
+        counts = [_count(model, partial(run, batch[:1])) for run in runs]
+        with torch.inference_mode():
+            seconds, rounds = median_seconds(
+                lambda: [seconds_of(partial(run, batch), batch.device) for run in runs],
+                warm_up=_WARM_UP_ROUNDS,
+                rounds=_MIN_ROUNDS,
+                seconds=_SECONDS,
+            )
+    costs = [Cost(*count, 1000 * taken) for count, taken in zip(counts, seconds, strict=True)]
+    return Costs(costs[:-1], costs[-1], rounds)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the body in eval mode, then restore every module's mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # The call lets modules drop what they cached; the modes below it may be mixed.
+        model.train(modes[0][1])
+        for module, training in modes:
+            module.training = training
+
+
+def _count(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, int]:
+    """Return the parameters that `run` needs, each once, and its multiply-accumulates."""
+    with torch.no_grad(), MacCounter() as counter, watch_usage(model) as usage:
+        run()
+    needed = (tensor.numel() for tensor in usage.tensors.values() if isinstance(tensor, nn.Parameter))
+    return sum(needed), counter.macs
+
+
 def _accuracy(metrics: OutputMetrics) -> AccuracyRow:
     return {"top1": _finite(metrics["top1"]), "top5": _finite(metrics["top5"]), "ece": _finite(metrics["ece"])}
 
@@ -176,20 +273,3 @@ def _backbone_name(backbone: nn.Module) -> str:
     """Return timm's name of the architecture, or the class of a backbone that is not from timm."""
     config = getattr(backbone, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(backbone).__name__)
-
-
-def versions() -> dict[str, str]:
-    try:
-        own = metadata.version("timm_selfdistill")
-    except metadata.PackageNotFoundError:
-        own = "unknown (not installed)"
-    return {"timm_selfdistill": own, "timm": timm.__version__, "torch": str(torch.__version__)}
-
-
-def device_name(device: torch.device) -> str:
-    """Return what a report calls a device."""
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    if device.type == "cpu":
-        return f"cpu ({torch.cpu.get_capabilities().get('cpu_name') or platform.machine()})"
-    return device.type
