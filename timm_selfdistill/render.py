@@ -228,13 +228,15 @@ def plot_exits(figure: "Figure", axes: "Axes", rows: Sequence[Mapping[str, Any]]
     names = ["backbone" if row is rows[-1] else row["name"] for row in known]
     labels = [f"{row['index']}: {name}\n{row['top1']:.2f} %" for row, name in zip(known, names, strict=True)]
     options: dict[str, Any] = {"handlelength": 0, "handletextpad": 0, "labelcolor": BLUE, "fontsize": 9}
-    figure.legend([Line2D([], [])] * len(labels), labels, loc="outside right upper", frameon=False, **options)
+    figure.legend([Line2D([], [])] * len(labels), labels, loc="outside right center", frameon=False, **options)
 
 
 def finish_picture(figure: "Figure", axes: "Axes", title: str, columns: int = 3) -> None:
     """Add title and legend, and set what depends on the layout."""
     heading = figure.suptitle(title, fontsize=14, ha="left")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    options: dict[str, Any] = {"fontsize": 9, "markerscale": 0.8, "columnspacing": 1.4, "frameon": False}
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
     figure.draw_without_rendering()
     heading.set_x(axes.get_position().x0)
     low, high = axes.get_ylim()

@@ -249,14 +249,13 @@ def _own_loss(model: SelfDistillModel, ran: Recipe | None) -> tuple[str | None, 
         return "the backbone was frozen", None
     criterion = build_loss(ran).to(next(model.parameters()).device)
     needs = needs_of(criterion)
-    if needs != Needs(time=needs.time):
+    if needs != Needs(time=needs.time, exits=needs.exits):
         return "the loss needs other networks or special batches", None
-    needs_exits = bool(getattr(criterion, "needs_exits", True))
     # At the end of training, after any warm-up.
     given = {"time": TrainingTime(ran.epochs, ran.epochs)} if needs.time else {}
 
     def own(images: Tensor, targets: Tensor) -> Tensor:
-        out = model(images, return_exits=True) if needs_exits else ExitOutput((model(images),), ())
+        out = model(images, return_exits=True) if needs.exits else ExitOutput((model(images),), ())
         loss: Tensor = criterion(out, targets, **given)["loss"]
         return loss
 

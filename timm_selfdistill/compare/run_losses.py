@@ -8,7 +8,7 @@ from typing import Final
 from accelerate import PartialState
 
 from timm_selfdistill.compare.comparison import BASELINE, Comparison, summarize, write_comparison
-from timm_selfdistill.losses import PRESETS, list_losses, list_presets
+from timm_selfdistill.losses import PRESETS, list_losses, list_presets, needs_of
 from timm_selfdistill.recipe import LossSection, Recipe
 from timm_selfdistill.train import build_loss, finished_report, train
 
@@ -40,7 +40,7 @@ def compare(recipe: Recipe, losses: Sequence[str], seeds: Sequence[int]) -> Comp
     _check(losses, seeds)
     folder = Path(recipe.output_dir or ".")
     plan = {loss: [_variant(recipe, folder, loss, seed) for seed in seeds] for loss in losses}
-    backbone_only = {loss for loss, runs in plan.items() if not getattr(build_loss(runs[0]), "needs_exits", True)}
+    backbone_only = {loss for loss, runs in plan.items() if not needs_of(build_loss(runs[0])).exits}
     # All folders are checked before any training: one that holds something else is an error now, not after days.
     done = {loss: [finished_report(run) for run in runs] for loss, runs in plan.items()}
     reports = {loss: list(found) for loss, found in done.items()}

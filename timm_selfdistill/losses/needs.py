@@ -1,6 +1,6 @@
 """What a loss may need beyond the output and the target of a batch, and how it says so."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -39,6 +39,7 @@ class Needs:
     past: bool = False
     time: bool = False
     batches: Literal["plain", "paired", "repeated"] = "plain"
+    exits: bool = True
 
 
 def needs_of(loss: nn.Module) -> Needs:
@@ -46,4 +47,4 @@ def needs_of(loss: nn.Module) -> Needs:
     needs = getattr(loss, "needs", Needs())
     if not isinstance(needs, Needs):
         raise ValueError(f"The attribute needs of {type(loss).__name__} is {needs!r}; allowed is a Needs.")
-    return needs
+    return replace(needs, exits=bool(getattr(loss, "needs_exits", needs.exits)))

@@ -107,7 +107,7 @@ class ExitLoss(nn.Module):
             raise ValueError(
                 f"The loss {name!r} has parameters, which torchdistill would not train: put them into the model."
             )
-        if needs_of(self.loss) != Needs():
+        if needs_of(self.loss) != Needs(exits=needs_of(self.loss).exits):
             raise ValueError(
                 f"The loss {name!r} has {needs_of(self.loss)}, which torchdistill does not provide: train a recipe, or "
                 "a SelfDistillationTask."
