@@ -32,7 +32,7 @@ def median_seconds(
 ) -> tuple[list[float], int]:
     """Measure several things in turns, so that a machine that slows down meanwhile slows all of them.
 
-    `torch.utils.benchmark.Timer` measures one thing at a time and warms up before each measurement.
+    `torch.utils.benchmark.Timer` cannot: it measures one thing at a time, with two more runs to warm up.
 
     Args:
         measure: Returns the seconds of each of them, once.

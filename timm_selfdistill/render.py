@@ -24,13 +24,16 @@ GREEN: Final = "#2b8a57"
 GREY: Final = "#5f6670"
 INK: Final = "#22262b"
 _GRID: Final = "#e4e7eb"
-_FRAME: Final = "#c5cad1"
+FRAME: Final = "#c5cad1"
 
 # From this ratio of the highest to the lowest cost on, a linear axis would crowd the cheap exits.
 _WIDE_SPAN: Final = 8
 # Space above and below accuracies: in percentage points at least so much that noise does not look like a trend.
 _LEAST_PADDING: Final = 1.0
 _PADDING: Final = 0.15
+# Characters of text that leave room for the plot: of an exit's name in the legend, and above the plot.
+_LONGEST_NAME: Final = 24
+_LONGEST_SUBTITLE: Final = 110
 
 Table = Sequence[Sequence[str]]
 Content = TypeVar("Content", bound=Mapping[str, Any])
@@ -41,11 +44,11 @@ class Page(Generic[Content]):
     """How results of one kind are shown.
 
     Args:
-        name: What their files are called.
-        heading: The markdown heading, before the backbone's name.
+        name: Name of their files.
+        heading: Markdown heading, before the backbone's name.
         caption: What the picture shows.
         tables: Returns the tables, each with its header.
-        sentences: Returns what is said below the tables.
+        sentences: Returns the sentences below the tables.
         draw: Returns the picture.
     """
 
@@ -69,12 +72,7 @@ class Page(Generic[Content]):
         return "\n".join([f"## {self.heading}: {content['backbone']}", "", *tables, *self.sentences(content), ""])
 
     def write(self, content: Content, folder: Path) -> None:
-        """Write `NAME.json`, `NAME.md` and `NAME.png`; each is complete or as it was before.
-
-        Args:
-            content: What JSON can hold, without NaN and infinity.
-            folder: Where to write; created if missing.
-        """
+        """Write `NAME.json`, `NAME.md` and `NAME.png`; each is complete or as it was before."""
         folder.mkdir(parents=True, exist_ok=True)
         picture = io.BytesIO()
         # All made before any is written: what cannot be drawn leaves the three files as they were.
@@ -87,12 +85,7 @@ class Page(Generic[Content]):
 
 
 def align(table: Table, text_columns: int = 1) -> list[str]:
-    """Return a table's lines for a terminal, the header underlined.
-
-    Args:
-        table: The header and the rows.
-        text_columns: How many columns, from the left, hold words and are aligned left; the others hold numbers.
-    """
+    """Return a table's lines for a terminal: the first columns hold words, aligned left, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  ".join(
@@ -133,7 +126,7 @@ def new_picture(subtitle: str) -> tuple["Figure", "Axes"]:
     figure = Figure(figsize=(8.4, 5.4), dpi=150, facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
     axes = figure.add_subplot()
-    axes.set_title(subtitle, loc="left", fontsize=9.5, color=GREY, pad=10)
+    axes.set_title(_short(subtitle, _LONGEST_SUBTITLE), loc="left", fontsize=9.5, color=GREY, pad=10)
     return figure, axes
 
 
@@ -142,13 +135,6 @@ def style_axes(axes: "Axes", grid: Literal["both", "x", "y"] = "both") -> None:
     axes.spines[["right", "top"]].set_visible(False)
     axes.grid(axis=grid, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-
-
-def style_scatter(axes: "Axes") -> None:
-    """Give a plot of points without scales its frame."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_color(_FRAME)
 
 
 def style_accuracy(axes: "Axes") -> None:
@@ -162,14 +148,7 @@ def style_accuracy(axes: "Axes") -> None:
 
 
 def style_cost(axes: "Axes", macs: Sequence[float], full: float, label: str) -> None:
-    """Set scale and labels of the multiply-accumulates on the x axis, and above it those relative to the backbone's.
-
-    Args:
-        axes: The plot.
-        macs: All that is plotted.
-        full: Those of the backbone.
-        label: What they are of.
-    """
+    """Scale and label the x axis for multiply-accumulates, of which the backbone has `full`."""
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.margins(x=0.12)
@@ -186,38 +165,20 @@ def style_cost(axes: "Axes", macs: Sequence[float], full: float, label: str) -> 
     axes.set_xlabel(f"{label} (MACs{', log scale' if is_wide else ''})", color=INK)
     relative.set_xlabel("cost relative to the backbone", color=GREY, fontsize=9)
     relative.tick_params(colors=GREY, labelsize=8.5, which="both")
-    relative.spines["top"].set_color(_FRAME)
+    relative.spines["top"].set_color(FRAME)
 
 
 def plot_points(
     axes: "Axes", rows: Sequence[Mapping[str, Any]], style: str, label: str, color: str, size: float, **options: Any
 ) -> None:
-    """Plot accuracy over multiply-accumulates; what has no accuracy is left out.
-
-    Args:
-        axes: The plot.
-        rows: Each with `macs` and `top1`.
-        style: Line and marker, as matplotlib writes them.
-        label: What the legend calls them.
-        color: Of line and marker.
-        size: Of the marker, in points.
-        options: Further arguments of `Axes.plot`.
-    """
+    """Plot `top1` over `macs` of all rows that have an accuracy, with further options of `Axes.plot`."""
     macs, scores = [row["macs"] for row in rows], floats([row["top1"] for row in rows])
     edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 1.2}
     axes.plot(macs, scores, style, label=label, color=color, markersize=size, **(edge | options))
 
 
 def plot_exits(figure: "Figure", axes: "Axes", rows: Sequence[Mapping[str, Any]], style: str, label: str) -> None:
-    """Plot the exits with their indices in the markers, and list their names and accuracies at the right.
-
-    Args:
-        figure: The picture.
-        axes: Its plot.
-        rows: Each with `index`, `name`, `macs` and `top1`; the last is the backbone's own classifier.
-        style: Line and marker, as matplotlib writes them.
-        label: What the legend calls them.
-    """
+    """Plot the exits with their indices in the markers, and list their names and accuracies at the right."""
     from matplotlib.lines import Line2D
 
     plot_points(axes, rows, style, label, BLUE, 13, zorder=3)
@@ -225,7 +186,7 @@ def plot_exits(figure: "Figure", axes: "Axes", rows: Sequence[Mapping[str, Any]]
     for row in known:
         place = (row["macs"], row["top1"])
         axes.annotate(str(row["index"]), place, color="white", fontsize=8, ha="center", va="center_baseline", zorder=5)
-    names = ["backbone" if row is rows[-1] else row["name"] for row in known]
+    names = ["backbone" if row is rows[-1] else _short(row["name"], _LONGEST_NAME) for row in known]
     labels = [f"{row['index']}: {name}\n{row['top1']:.2f} %" for row, name in zip(known, names, strict=True)]
     options: dict[str, Any] = {"handlelength": 0, "handletextpad": 0, "labelcolor": BLUE, "fontsize": 9}
     figure.legend([Line2D([], [])] * len(labels), labels, loc="outside right center", frameon=False, **options)
@@ -241,6 +202,12 @@ def finish_picture(figure: "Figure", axes: "Axes", title: str, columns: int = 3)
     heading.set_x(axes.get_position().x0)
     low, high = axes.get_ylim()
     axes.set_yticks([tick for tick in axes.get_yticks() if max(0, low) <= tick <= min(100, high)])
+
+
+def _short(text: str, longest: int) -> str:
+    """Return a text without its middle where it is too long."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
 
 
 def floats(values: Sequence[float | None]) -> "np.ndarray[Any, np.dtype[np.float64]]":

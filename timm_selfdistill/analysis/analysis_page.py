@@ -6,21 +6,9 @@ from typing import TYPE_CHECKING, Final, Literal, TypedDict
 
 import numpy as np
 
+from timm_selfdistill import render
 from timm_selfdistill.analysis.probes import NoisePoint, Projection, Scatter
 from timm_selfdistill.escape import each_text, plot_text
-from timm_selfdistill.render import (
-    BLUE,
-    GREY,
-    INK,
-    ORANGE,
-    Page,
-    Table,
-    floats,
-    number,
-    style_axes,
-    style_scatter,
-    with_prefix,
-)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,14 +90,7 @@ class Analysis(TypedDict):
 
 
 def format_analysis(analysis: Analysis) -> str:
-    """Return the analysis as three tables for the terminal, with what it says about the figures below.
-
-    Args:
-        analysis: What `analyze_folder` returned, or `analysis.json` holds.
-
-    Returns:
-        Lines of text, without a line break at the end.
-    """
+    """Return the content of `analysis.json` as three tables and sentences for the terminal."""
     return _PAGE.terminal(analysis)
 
 
@@ -136,23 +117,23 @@ def draw_analysis(analysis: Analysis) -> "Figure":
     for index, (axes, row) in enumerate(zip(panels, features, strict=False)):
         title = row["name"] if row["name"] == "baseline" else f"{index}: {row['name']}"
         _draw_features(axes, row, title, analysis["classes"])
-    lower.suptitle("features in their first two principal components", x=0.01, ha="left", fontsize=10, color=INK)
+    lower.suptitle("features in their first two principal components", x=0.01, ha="left", fontsize=10, color=render.INK)
     for axes in panels[len(features) :]:
         axes.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
     lower.legend(handles, labels, loc="outside lower center", ncols=10, frameon=False, fontsize=8.5)
     conditions = f"{analysis['dataset']} ({analysis['num_samples']:,} samples) · recipe {analysis['recipe']}"
-    figure.suptitle(f"{analysis['backbone']}, self-distilled: {conditions}", fontsize=12, color=INK)
+    figure.suptitle(f"{analysis['backbone']}, self-distilled: {conditions}", fontsize=12, color=render.INK)
     return figure
 
 
 def _draw_noise(axes: "Axes", noise: NoiseCurves, key: Literal["top1", "loss"], title: str) -> None:
-    curves = [("network", noise["network"], BLUE, "o"), ("baseline", noise["baseline"], GREY, "D")]
+    curves = [("network", noise["network"], render.BLUE, "o"), ("baseline", noise["baseline"], render.GREY, "D")]
     spread: Literal["top1_std", "loss_std"] = "top1_std" if key == "top1" else "loss_std"
     for label, points, color, marker in curves:
         if points is None:
             continue
-        sigmas, values = [point["sigma"] for point in points], floats([point[key] for point in points])
+        sigmas, values = [point["sigma"] for point in points], render.floats([point[key] for point in points])
         spreads = [point[spread] or 0.0 for point in points]
         axes.errorbar(sigmas, values, spreads, color=color, marker=marker, markersize=4, capsize=2, label=label)
     _finish_panel(axes, title)
@@ -162,13 +143,13 @@ def _draw_noise(axes: "Axes", noise: NoiseCurves, key: Literal["top1", "loss"], 
 def _draw_gradients(axes: "Axes", gradients: Gradients) -> None:
     stages = gradients["stages"]
     series = [
-        ("network, the loss it trained with", [stage["network"] for stage in stages], ORANGE, "s"),
-        ("network, its own classifier's CE", [stage["network_ce"] for stage in stages], BLUE, "o"),
-        ("baseline, CE", [stage["baseline"] for stage in stages], GREY, "D"),
+        ("network, the loss it trained with", [stage["network"] for stage in stages], render.ORANGE, "s"),
+        ("network, its own classifier's CE", [stage["network_ce"] for stage in stages], render.BLUE, "o"),
+        ("baseline, CE", [stage["baseline"] for stage in stages], render.GREY, "D"),
     ]
     for label, values, color, marker in series:
         if any(value is not None for value in values):
-            axes.plot(range(len(stages)), floats(values), marker=marker, markersize=5, color=color, label=label)
+            axes.plot(range(len(stages)), render.floats(values), marker=marker, markersize=5, color=color, label=label)
     axes.set_yscale("log", nonpositive="mask")
     axes.set_xticks(range(len(stages)), [stage["name"] for stage in stages], rotation=45, ha="right", fontsize=8.5)
     _finish_panel(axes, "mean gradient magnitude by stage")
@@ -182,22 +163,24 @@ def _draw_features(axes: "Axes", row: FeatureRow, title: str, classes: dict[str,
     for index, (label, name) in enumerate(classes.items()):
         of_class = points[labels == int(label)]
         axes.scatter(of_class[:, 0], of_class[:, 1], s=9, color=colors(index), label=name, linewidths=0)
-    ratio = number(row["scatter"]["ratio"], ".3g")
-    axes.set_title(f"{title}\nwithin / between {ratio}", fontsize=9.5, color=INK)
-    style_scatter(axes)
+    ratio = render.number(row["scatter"]["ratio"], ".3g")
+    axes.set_title(f"{title}\nwithin / between {ratio}", fontsize=9.5, color=render.INK)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_color(render.FRAME)
 
 
 def _finish_panel(axes: "Axes", title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
-    style_axes(axes)
+    axes.set_title(title, loc="left", fontsize=10, color=render.INK)
+    render.style_axes(axes)
     axes.legend(frameon=False, fontsize=9)
 
 
-def _tables(analysis: Analysis) -> list[Table]:
+def _tables(analysis: Analysis) -> list[render.Table]:
     return [_noise(analysis["noise"]), _gradients(analysis), _features(analysis["features"])]
 
 
-def _noise(noise: NoiseCurves) -> Table:
+def _noise(noise: NoiseCurves) -> render.Table:
     curves = [noise["network"]] if noise["baseline"] is None else [noise["network"], noise["baseline"]]
     header = ["noise", "top-1 %", "loss", "baseline %", "its loss"][: 1 + 2 * len(curves)]
     rows = [
@@ -211,17 +194,17 @@ def _cells(point: NoisePoint) -> list[str]:
     return [_spread(point["top1"], point["top1_std"], ".2f"), _spread(point["loss"], point["loss_std"], ".3f")]
 
 
-def _gradients(analysis: Analysis) -> Table:
+def _gradients(analysis: Analysis) -> render.Table:
     has_own, has_baseline = analysis["gradients"]["own_loss"] is None, analysis["baseline"] is not None
     columns = [True, True, has_own, True, has_baseline]
     rows = [["stage", "params", "own loss", "its CE alone", "baseline's CE"]]
     for stage in analysis["gradients"]["stages"]:
-        values = [number(value, ".3g") for value in (stage["network"], stage["network_ce"], stage["baseline"])]
-        rows.append([stage["name"], with_prefix(stage["params"]), *values])
+        values = [render.number(value, ".3g") for value in (stage["network"], stage["network_ce"], stage["baseline"])]
+        rows.append([stage["name"], render.with_prefix(stage["params"]), *values])
     return [[cell for cell, is_shown in zip(row, columns, strict=True) if is_shown] for row in rows]
 
 
-def _features(features: list[FeatureRow]) -> Table:
+def _features(features: list[FeatureRow]) -> render.Table:
     rows = [["features", "within", "between", "within/between", "in 2-D"]]
     num_exits = sum(row["name"] != "baseline" for row in features)
     for index, row in enumerate(features):
@@ -232,7 +215,7 @@ def _features(features: list[FeatureRow]) -> Table:
                 "baseline" if index == num_exits else f"{index}: {row['name']}{note}",
                 f"{scatter['within']:.3g}",
                 f"{scatter['between']:.3g}",
-                number(scatter["ratio"], ".3g"),
+                render.number(scatter["ratio"], ".3g"),
                 f"{sum(row['projection']['explained']):.0%}",
             ]
         )
@@ -240,7 +223,7 @@ def _features(features: list[FeatureRow]) -> Table:
 
 
 def _spread(mean: float | None, std: float | None, spec: str) -> str:
-    return number(mean, spec) if mean is None or std is None else f"{mean:{spec}} ± {std:{spec}}"
+    return render.number(mean, spec) if mean is None or std is None else f"{mean:{spec}} ± {std:{spec}}"
 
 
 def _sentences(analysis: Analysis) -> list[str]:
@@ -272,7 +255,7 @@ def _sentences(analysis: Analysis) -> list[str]:
     return found
 
 
-_PAGE = Page(
+_PAGE = render.Page(
     "analysis",
     "Why it works",
     "Noise on the weights, gradients by stage, features by exit",

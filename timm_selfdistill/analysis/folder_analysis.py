@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,8 @@ def analyze_folder(
         (images.to(accelerator.device), targets.to(accelerator.device))
         for images, targets in islice(loaders.train, _GRADIENT_BATCHES)
     ]
-    noise = _noise(model, plain, batches, accelerator, sigmas, draws, seed)
+    networks = {"network": model} if plain is None else {"network": model, "baseline": plain}
+    noise = _noise(networks, batches, accelerator, sigmas, draws, seed)
     gradients = _gradients(model, plain, training, ran, seed, f"{data.name}, {recipe.data.train_split}")
     features = _features(model, plain, batches)
     drawn = sorted({label for row in features for label in row["projection"]["classes"]})
@@ -178,23 +179,26 @@ def _shapes(model: SelfDistillModel) -> dict[str, tuple[int, ...]]:
 
 
 def _noise(
-    model: SelfDistillModel,
-    plain: SelfDistillModel | None,
+    networks: dict[str, SelfDistillModel],
     batches: Batches,
     accelerator: Accelerator,
     sigmas: Sequence[float],
     draws: int,
     seed: int,
 ) -> NoiseCurves:
-    options: dict[str, Any] = {"sigmas": sigmas, "draws": draws, "seed": seed}
+    curves = {
+        name: measure_noise(
+            network, batches, accelerator, sigmas=sigmas, draws=draws, seed=seed, title=f"{name}, noise"
+        )
+        for name, network in networks.items()
+    }
+    sizes = {name: _rms(network) for name, network in networks.items()}
     return {
         "draws": draws,
-        "network": measure_noise(model, batches, accelerator, **options),
-        "baseline": None
-        if plain is None
-        else measure_noise(plain, batches, accelerator, **options, title="baseline, noise"),
-        "weight_rms": _rms(model),
-        "baseline_weight_rms": None if plain is None else _rms(plain),
+        "network": curves["network"],
+        "baseline": curves.get("baseline"),
+        "weight_rms": sizes["network"],
+        "baseline_weight_rms": sizes.get("baseline"),
     }
 
 

@@ -2,8 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import TypedDict
 
@@ -11,9 +10,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from timm.models import group_parameters
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from timm_selfdistill.exits import unchanged
 from timm_selfdistill.metrics import IGNORED, OutputMetrics
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.train import evaluate_model
@@ -70,27 +70,14 @@ def measure_noise(
     seed: int,
     title: str = "noise",
 ) -> list[NoisePoint]:
-    """Evaluate the backbone's own classifier with Gaussian noise N(0, sigma^2) added to its weights.
+    """Evaluate the backbone's own classifier with Gaussian noise N(0, sigma^2) added to all parameters of the backbone.
 
-    "Weights" are all parameters of the backbone: those of convolutions and linear layers, biases, and scales and shifts
-    of normalisation layers; the exits do not run. Batch statistics stay as they were trained. A draw is one direction
-    of noise, which is scaled to each sigma in turn, and is the same for every backbone of the same shape, so that two
-    of them can be compared. The model is left as it was.
-
-    Args:
-        model: The wrapped model.
-        batches: Images [B, C, H, W] and targets [B], on any device.
-        accelerator: Sets precision and device, as in `evaluate_model`.
-        sigmas: Standard deviations, 0 or more.
-        draws: How often noise is drawn, 1 or more.
-        seed: Decides the noise.
-        title: Shown by the progress bar.
-
-    Returns:
-        A point for each standard deviation.
+    Batch statistics stay as they were trained. A draw is one direction of noise, which is scaled to each sigma in turn,
+    and is the same for every backbone of the same shape, so that two of them can be compared. The model is left
+    unchanged.
     """
     found: list[list[OutputMetrics]] = [[] for _ in sigmas]
-    with _unchanged(model):
+    with unchanged(model, restore_tensors=True):
         weights = list(model.backbone.parameters())
         before = [weight.clone() for weight in weights]
         for draw in range(draws):
@@ -143,25 +130,14 @@ def find_stages(model: SelfDistillModel) -> dict[str, list[str]]:
 def measure_gradients(
     model: SelfDistillModel, batches: Batches, loss: BatchLoss, stages: Sequence[Sequence[str]], *, seed: int
 ) -> list[float | None]:
-    """Return the mean magnitude of the loss's gradient in each stage.
+    """Return the mean of |d loss / d w| over the parameters w of each stage and the batches; None where not finite.
 
-    That is the mean of |d loss / d w| over all parameters w of the stage, and over the batches. Gradients are taken in
-    training mode, with batch statistics of each batch; the model is left as it was.
-
-    Args:
-        model: The wrapped model.
-        batches: Images [B, C, H, W] and targets [B], on the model's device.
-        loss: The loss of a batch.
-        stages: Names of the backbone's parameters in each stage.
-        seed: Decides what dropout and the like draw.
-
-    Returns:
-        One number for each stage; None where it is not finite.
+    Gradients are taken in training mode, with batch statistics of each batch. The model is left unchanged.
     """
     parameters = dict(model.backbone.named_parameters())
     names = [name for stage in stages for name in stage]
     totals = dict.fromkeys(names, 0.0)
-    with _unchanged(model), torch.enable_grad():
+    with unchanged(model, restore_tensors=True), torch.enable_grad():
         torch.manual_seed(seed)
         model.train()
         for images, targets in batches:
@@ -180,15 +156,9 @@ def measure_gradients(
 def collect_features(
     model: SelfDistillModel, batches: Batches, title: str = "features"
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return the features of every exit for every image, in eval mode.
+    """Return K + 1 features [N, D] in float64, the last the backbone's own, and targets [N] of all known targets.
 
-    Args:
-        model: The wrapped model; left in eval mode.
-        batches: Images [B, C, H, W] and targets [B]; targets IGNORED are left out.
-        title: Shown by the progress bar.
-
-    Returns:
-        K + 1 tensors [N, D], shallow to deep, the last the backbone's own, in float64; targets [N]. On the CPU.
+    The model is left in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -210,10 +180,6 @@ def measure_scatter(features: Tensor, targets: Tensor) -> Scatter:
     `within = sum_i |f_i - m_c(i)|^2 / N`, `between = sum_c n_c |m_c - m|^2 / N`. These are the traces of the within-
     and between-class scatter matrices of discriminant analysis, divided by N; the ratio is that of the sums of squares
     that the ICCV paper reports (https://arxiv.org/abs/1905.08094). It does not depend on the scale of the features.
-
-    Args:
-        features: Features [N, D].
-        targets: Class indices [N].
     """
     total_mean = features.mean(0)
     within = between = 0.0
@@ -249,21 +215,3 @@ def _noise_point(sigma: float, results: Sequence[OutputMetrics]) -> NoisePoint:
         "loss": statistics.fmean(loss) if is_finite else None,
         "loss_std": statistics.stdev(loss) if is_finite and has_spread else None,
     }
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore weights, buffers and modes of a model, whose tensors may change in place, and torch's random state."""
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-    before = [tensor.detach().clone() for tensor in tensors]
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for tensor, values in zip(tensors, before, strict=True):
-                    tensor.copy_(values)
-            for module, mode in modes:
-                module.training = mode

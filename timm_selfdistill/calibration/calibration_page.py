@@ -1,26 +1,13 @@
 """The report of a calibration as tables, as markdown, as a picture (accuracy over compute) and as files."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from timm_selfdistill.calibration.report import CalibrationReport, Point
+from timm_selfdistill import render
+from timm_selfdistill.calibration.report import CalibrationReport
+from timm_selfdistill.early_exit import get_rule
 from timm_selfdistill.escape import each_text, plot_text
-from timm_selfdistill.render import (
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    Page,
-    Table,
-    finish_picture,
-    new_picture,
-    plot_exits,
-    plot_points,
-    style_accuracy,
-    style_axes,
-    style_cost,
-    with_prefix,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,14 +21,7 @@ _GOALS: Final = {
 
 
 def format_calibration(report: CalibrationReport) -> str:
-    """Return the report as two tables for the terminal, with what it says about the figures below.
-
-    Args:
-        report: What `calibrate_folder` returned, or `calibration.json` holds.
-
-    Returns:
-        Lines of text, without a line break at the end.
-    """
+    """Return the content of `calibration.json` as two tables and sentences for the terminal."""
     return _PAGE.terminal(report)
 
 
@@ -59,32 +39,32 @@ def draw_calibration(report: CalibrationReport) -> "Figure":
     """Draw the accuracy-compute curve of early exit, with fixed exits, ensemble, baseline and oracle."""
     report = each_text(report, plot_text)
     conditions = f"{report['dataset']} ({report['num_samples']:,} samples) · recipe {report['recipe']}"
-    figure, axes = new_picture(conditions)
+    figure, axes = render.new_picture(conditions)
     label = "early exit: other thresholds"
-    plot_points(axes, report["curve"], "-o", label, GREEN, 4, linewidth=1.6, alpha=0.75)
-    plot_exits(figure, axes, report["exits"], "o", "one exit for all images")
-    plot_points(axes, [report["ensemble"]], "*", "ensemble of all exits", ORANGE, 16, zorder=3)
+    render.plot_points(axes, report["curve"], "-o", label, render.GREEN, 4, linewidth=1.6, alpha=0.75)
+    render.plot_exits(figure, axes, report["exits"], "o", "one exit for all images")
+    render.plot_points(axes, [report["ensemble"]], "*", "ensemble of all exits", render.ORANGE, 16, zorder=3)
     points = [*report["curve"], *report["exits"], report["ensemble"], report["oracle"], report["early_exit"]]
     if report["baseline"] is not None:
-        hollow = {"markerfacecolor": "none", "markeredgecolor": GREY, "markeredgewidth": 1.6, "zorder": 2}
+        hollow = {"markerfacecolor": "none", "markeredgecolor": render.GREY, "markeredgewidth": 1.6, "zorder": 2}
         label = "baseline: the backbone trained on its own"
-        plot_points(axes, [report["baseline"]], "D", label, GREY, 16, **hollow)
-    plot_points(axes, [report["oracle"]], "^", "oracle: leaves at the first right exit", INK, 9, zorder=3)
-    plot_points(axes, [report["early_exit"]], "P", "early exit: chosen thresholds", GREEN, 13, zorder=4)
+        render.plot_points(axes, [report["baseline"]], "D", label, render.GREY, 16, **hollow)
+    render.plot_points(axes, [report["oracle"]], "^", "oracle: leaves at the first right exit", render.INK, 9, zorder=3)
+    render.plot_points(axes, [report["early_exit"]], "P", "early exit: chosen thresholds", render.GREEN, 13, zorder=4)
     size = " x ".join(str(side) for side in report["input_size"])
     macs = [point["macs"] for point in points]
-    style_cost(axes, macs, report["exits"][-1]["macs"], f"mean multiply-accumulates per image of {size}")
-    style_accuracy(axes)
-    style_axes(axes)
-    finish_picture(figure, axes, f"{report['backbone']}, self-distilled: early exit")
+    render.style_cost(axes, macs, report["exits"][-1]["macs"], f"mean multiply-accumulates per image of {size}")
+    render.style_accuracy(axes)
+    render.style_axes(axes)
+    render.finish_picture(figure, axes, f"{report['backbone']}, self-distilled: early exit")
     return figure
 
 
-def _tables(report: CalibrationReport) -> list[Table]:
+def _tables(report: CalibrationReport) -> list[render.Table]:
     return [_results(report), _settings(report)]
 
 
-def _results(report: CalibrationReport) -> Table:
+def _results(report: CalibrationReport) -> render.Table:
     """Return the header and a row for each way to answer."""
     backbone = report["exits"][-1]
     rows = [["early exit", *_cells(report["early_exit"], backbone)]]
@@ -98,16 +78,16 @@ def _results(report: CalibrationReport) -> Table:
     return [["", "top-1 %", "vs. backbone", "MACs", "speed-up"], *rows]
 
 
-def _cells(point: Point, backbone: Point) -> list[str]:
+def _cells(point: Mapping[str, Any], backbone: Mapping[str, Any]) -> list[str]:
     return [
         f"{point['top1']:.2f}",
         f"{point['top1'] - backbone['top1']:+.2f}",
-        with_prefix(point["macs"]),
+        render.with_prefix(point["macs"]),
         f"{point['speedup']:.2f}x",
     ]
 
 
-def _settings(report: CalibrationReport) -> Table:
+def _settings(report: CalibrationReport) -> render.Table:
     """Return the header and a row for each exit: its settings, and the images that leave there."""
     settings, exits = report["settings"], report["exits"]
     temperatures = settings["temperatures"] or [1.0] * len(settings["thresholds"])
@@ -115,17 +95,17 @@ def _settings(report: CalibrationReport) -> Table:
     for row, share, ideal in zip(exits, report["early_exit"]["shares"], report["oracle"]["shares"], strict=True):
         cells = ["", ""]
         if row is not exits[-1]:
-            threshold = settings["thresholds"][row["index"]]
-            cells = [f"{temperatures[row['index']]:.3f}", _threshold(threshold)]
+            threshold = _threshold(settings["thresholds"][row["index"]], settings["rule"])
+            cells = [f"{temperatures[row['index']]:.3f}", threshold]
         rows.append([f"{row['index']}: {row['name']}", *cells, f"{share:.1%}", f"{ideal:.1%}"])
     return rows
 
 
-def _threshold(value: float | None) -> str:
+def _threshold(value: float | None, rule: str) -> str:
     """Return a threshold, in words where it lets no image leave, or every one."""
     if value is None:
         return "never"
-    return f"{value:.4f}" if value > 0 else "always"
+    return "always" if value <= get_rule(rule).always else f"{value:.4f}"
 
 
 def _sentences(report: CalibrationReport) -> list[str]:
@@ -135,7 +115,7 @@ def _sentences(report: CalibrationReport) -> list[str]:
     found = [
         f"Settings (rule {settings['rule']}, fallback {settings['fallback']}) for {_GOALS[name].format(value)}, chosen "
         f"on {chosen['dataset']} ({chosen['num_samples']:,} samples): there {chosen['top1']:.2f} % at "
-        f"{with_prefix(chosen['macs'])} MACs, the backbone {chosen['backbone_top1']:.2f} %.",
+        f"{render.with_prefix(chosen['macs'])} MACs, the backbone {chosen['backbone_top1']:.2f} %.",
         f"Accuracy on {report['dataset']} ({report['num_samples']:,} samples), which nothing was chosen by; recipe "
         f"{report['recipe']}, seed {report['seed']}, in the precision of the saved weights.",
     ]
@@ -154,7 +134,7 @@ def _sentences(report: CalibrationReport) -> list[str]:
         )
     found += [
         f"MACs (multiply-accumulates) are the mean for one image of {size}: the backbone up to where it leaves, and "
-        "the heads that were asked; speed-up is the plain backbone's over these.",
+        "the heads that ran; speed-up is the plain backbone's over these.",
         "The oracle lets each image leave at the first exit that is right, which no rule can know.",
     ]
     if report["baseline"] is not None:
@@ -167,6 +147,6 @@ def _sentences(report: CalibrationReport) -> list[str]:
     return found
 
 
-_PAGE = Page(
+_PAGE = render.Page(
     "calibration", "Early exit", "Accuracy of early exit over its compute", _tables, _sentences, draw_calibration
 )

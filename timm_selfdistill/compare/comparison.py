@@ -6,19 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypedDict
 
+from timm_selfdistill import render
 from timm_selfdistill.escape import each_text, plot_text
-from timm_selfdistill.render import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    Page,
-    Table,
-    finish_picture,
-    new_picture,
-    style_accuracy,
-    style_axes,
-)
 from timm_selfdistill.report import Report
 
 if TYPE_CHECKING:
@@ -26,7 +15,7 @@ if TYPE_CHECKING:
 
 BASELINE: Final = "none"
 _CONFIDENCE: Final = 0.95
-_COLORS: Final = (GREY, "#8a5fb0", GREEN, BLUE, ORANGE, "#b03a5b", "#7a8b1f", "#3f3f9f")
+_COLORS: Final = (render.GREY, "#8a5fb0", render.GREEN, render.BLUE, render.ORANGE, "#b03a5b", "#7a8b1f", "#3f3f9f")
 # The width of the band in which the losses of one output stand side by side; 1 would fill the axis.
 _BAND: Final = 0.5
 
@@ -42,7 +31,7 @@ class Spread(TypedDict):
 class Difference(TypedDict):
     """Mean over seeds of an accuracy minus the baseline's of the same seed, in percentage points.
 
-    `low` and `high` bound it at 95 % confidence by Student's t; None with one seed.
+    `low` and `high` are its 95 % confidence interval by Student's t; None with one seed.
     """
 
     mean: float
@@ -90,18 +79,7 @@ class Comparison(TypedDict):
 def summarize(
     reports: Mapping[str, Sequence[Report]], *, recipe: str, epochs: int, seeds: Sequence[int], backbone_only: set[str]
 ) -> Comparison:
-    """Summarise the reports of a comparison.
-
-    Args:
-        reports: For each loss, the reports of its runs, in the order of the seeds.
-        recipe: Name of the recipe.
-        epochs: Epochs of every run.
-        seeds: The seeds.
-        backbone_only: Losses that train no exits, of which the backbone alone counts.
-
-    Raises:
-        ValueError: If a run has no finite accuracy, so that its loss has no mean.
-    """
+    """Summarise the reports of each loss, in the order of the seeds. Losses in `backbone_only` train no exits."""
     baseline = BASELINE if BASELINE in reports else next(iter(reports))
     reference = [_top1(baseline, report, -1) for report in reports[baseline]]
     first = reports[baseline][0]
@@ -116,7 +94,7 @@ def summarize(
         "losses": [
             {
                 "loss": loss,
-                "outputs": _outputs(loss, runs, reference, alone=loss in backbone_only, is_baseline=loss == baseline),
+                "outputs": _outputs(loss, runs, reference, loss in backbone_only, loss == baseline),
                 "train_seconds": _spread([report["train_seconds"]["self-distilled"] for report in runs]),
             }
             for loss, runs in reports.items()
@@ -127,11 +105,7 @@ def summarize(
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """Return a comparison as two tables for the terminal, with what it says about the figures below.
-
-    Args:
-        comparison: What `compare` returned, or `comparison.json` holds.
-    """
+    """Return the content of `comparison.json` as two tables and sentences for the terminal."""
     return _PAGE.terminal(comparison)
 
 
@@ -146,7 +120,7 @@ def draw_comparison(comparison: Comparison) -> "Figure":
     losses, seeds, names = comparison["losses"], comparison["seeds"], _output_names(comparison)
     spread = f"mean and standard deviation of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     conditions = f"{comparison['dataset']} · recipe {comparison['recipe']}, {comparison['epochs']} epochs · {spread}"
-    figure, axes = new_picture(conditions)
+    figure, axes = render.new_picture(conditions)
     for index, entry in enumerate(losses):
         shift = _BAND * ((index + 0.5) / len(losses) - 0.5)
         color = _COLORS[index % len(_COLORS)]
@@ -159,22 +133,22 @@ def draw_comparison(comparison: Comparison) -> "Figure":
             axes.plot([place] * len(values), values, "_", color=color, alpha=0.5, markersize=9)
     base = next(entry for entry in losses if entry["loss"] == comparison["baseline"])
     deepest = next(output for output in reversed(base["outputs"]) if output["name"] != "ensemble")
-    axes.axhline(deepest["top1"]["mean"], color=GREY, linestyle=(0, (5, 4)), linewidth=1.2, zorder=1)
+    axes.axhline(deepest["top1"]["mean"], color=render.GREY, linestyle=(0, (5, 4)), linewidth=1.2, zorder=1)
     last = len(names) - 1 - (names[-1] == "ensemble")
     labels = [name if index > last else f"{index}: {name}" for index, name in enumerate(names)]
     labels[last] = "backbone"
     axes.set_xticks(range(len(names)), labels)
-    style_accuracy(axes)
-    style_axes(axes, grid="y")
-    finish_picture(figure, axes, f"{comparison['backbone']}: losses compared", columns=min(4, len(losses)))
+    render.style_accuracy(axes)
+    render.style_axes(axes, grid="y")
+    render.finish_picture(figure, axes, f"{comparison['backbone']}: losses compared", columns=min(4, len(losses)))
     return figure
 
 
 def _outputs(
-    loss: str, runs: Sequence[Report], reference: Sequence[float], *, alone: bool, is_baseline: bool
+    loss: str, runs: Sequence[Report], reference: Sequence[float], backbone_only: bool, is_baseline: bool
 ) -> list[OutputSummary]:
     names = [row["name"] for row in runs[0]["exits"]]
-    positions = [len(names) - 1] if alone else range(len(names) + 1)
+    positions = [len(names) - 1] if backbone_only else range(len(names) + 1)
     outputs: list[OutputSummary] = []
     for position in positions:
         values = [_top1(loss, report, position) for report in runs]
@@ -215,7 +189,7 @@ def _difference(values: Sequence[float], reference: Sequence[float]) -> Differen
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def _tables(comparison: Comparison) -> list[Table]:
+def _tables(comparison: Comparison) -> list[render.Table]:
     """Return the accuracies with the time to train, and the paired differences to the baseline's backbone."""
     names = _output_names(comparison)
     base = next(entry for entry in comparison["losses"] if entry["loss"] == comparison["baseline"])
@@ -263,6 +237,6 @@ def _sentences(comparison: Comparison) -> list[str]:
     return found
 
 
-_PAGE = Page(
+_PAGE = render.Page(
     "comparison", "Losses compared", "Top-1 accuracy of every exit with each loss", _tables, _sentences, draw_comparison
 )

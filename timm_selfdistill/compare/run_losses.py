@@ -73,14 +73,9 @@ def list_variants() -> list[str]:
 
 
 def with_loss(recipe: Recipe, name: str) -> Recipe:
-    """Return a recipe with another loss and everything else as it is.
+    """Return a recipe with another loss, in its published settings, and everything else as it is.
 
-    The loss has its published settings: what the recipe's loss section changes belongs to the recipe's own loss. Hint
-    adapters are left out where the loss has no hints that could train them.
-
-    Args:
-        recipe: The recipe.
-        name: One of `list_variants()`.
+    Hint adapters are left out where the loss has no hints that could train them.
     """
     if name == _OWN:
         return recipe

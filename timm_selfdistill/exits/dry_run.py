@@ -205,3 +205,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def unchanged(model: nn.Module, *, restore_tensors: bool = False) -> Iterator[None]:
+    """Run the body in eval mode, then restore every module's mode and torch's random state."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in tensors] if restore_tensors else []
+    with untouched(model):
+        yield
+        with torch.no_grad():
+            for tensor, values in zip(tensors, before, strict=restore_tensors):
+                tensor.copy_(values)

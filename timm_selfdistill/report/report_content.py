@@ -2,16 +2,16 @@
 
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import metadata
-from typing import Final, NamedTuple, TypedDict
+from typing import Final, TypedDict
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from timm_selfdistill.exits import unchanged
 from timm_selfdistill.measure import MacCounter, median_seconds, seconds_of
 from timm_selfdistill.metrics import ExitMetricsResult, OutputMetrics
 from timm_selfdistill.model import SelfDistillModel
@@ -134,15 +134,14 @@ def build_report(
         )
     if latency_batch_size < 1:
         raise ValueError(f"latency_batch_size must be 1 or more; got {latency_batch_size}.")
-    costs = measure_costs(model, input_size, latency_batch_size)
-    full = costs.exits[-1].latency_ms
+    costs, rounds = measure_costs(model, input_size, latency_batch_size)
     parameter = next(model.parameters())
     return {
         "exits": [
-            {"index": index, "name": name, **_accuracy(entry), **_cost(cost, full)}
-            for index, (name, entry, cost) in enumerate(zip(names, metrics["exits"], costs.exits, strict=True))
+            {"index": index, "name": name, **_accuracy(entry), **cost}
+            for index, (name, entry, cost) in enumerate(zip(names, metrics["exits"], costs[:-1], strict=True))
         ],
-        "ensemble": {**_accuracy(metrics["ensemble"]), **_cost(costs.ensemble, full)},
+        "ensemble": {**_accuracy(metrics["ensemble"]), **costs[-1]},
         "baseline": None if baseline is None else _accuracy(baseline["exits"][-1]),
         "backbone": _backbone_name(model.backbone),
         "dataset": dataset,
@@ -158,7 +157,7 @@ def build_report(
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "latency_batch_size": latency_batch_size,
-        "latency_rounds": costs.rounds,
+        "latency_rounds": rounds,
     }
 
 
@@ -180,30 +179,10 @@ def device_name(device: torch.device) -> str:
     return device.type
 
 
-class Cost(NamedTuple):
-    """Parameters that an output needs, multiply-accumulates for one image, median milliseconds for one batch."""
-
-    params: int
-    macs: int
-    latency_ms: float
-
-
-class Costs(NamedTuple):
-    """The costs of K + 1 exits, the last the backbone's own, and of all of them at once; how often each was timed."""
-
-    exits: list[Cost]
-    ensemble: Cost
-    rounds: int
-
-
-def measure_costs(model: SelfDistillModel, input_size: tuple[int, int, int], batch_size: int) -> Costs:
-    """Run the model to each exit and to all of them; parameters, statistics, modes and random numbers stay as they are.
-
-    Args:
-        model: The wrapped model.
-        input_size: Channels, height and width of one image.
-        batch_size: Number of images in a timed batch.
-    """
+def measure_costs(
+    model: SelfDistillModel, input_size: tuple[int, int, int], batch_size: int
+) -> tuple[list[CostRow], int]:
+    """Return the costs of K + 1 exits and of the ensemble, and the rounds of timing; the model is left unchanged."""
     parameter = next(model.parameters())
     batch = torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0))
     batch = batch.to(device=parameter.device, dtype=parameter.dtype)
@@ -215,7 +194,7 @@ def measure_costs(model: SelfDistillModel, input_size: tuple[int, int, int], bat
         *(partial(model.forward_exit, exit=index) for index in range(model.num_exits + 1)),
         run_ensemble,
     ]
-    with _evaluating(model):
+    with unchanged(model):
         # Counted before timed: what a module caches in its first forward is then no inference tensor.
         counts = [_count(model, partial(run, batch[:1])) for run in runs]
         with torch.inference_mode():
@@ -225,22 +204,12 @@ def measure_costs(model: SelfDistillModel, input_size: tuple[int, int, int], bat
                 rounds=_MIN_ROUNDS,
                 seconds=_SECONDS,
             )
-    costs = [Cost(*count, 1000 * taken) for count, taken in zip(counts, seconds, strict=True)]
-    return Costs(costs[:-1], costs[-1], rounds)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the body in eval mode, then restore every module's mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        # The call lets modules drop what they cached; the modes below it may be mixed.
-        model.train(modes[0][1])
-        for module, training in modes:
-            module.training = training
+    full = seconds[model.num_exits]
+    costs: list[CostRow] = [
+        {"params": params, "macs": macs, "latency_ms": 1000 * taken, "speedup": full / taken}
+        for (params, macs), taken in zip(counts, seconds, strict=True)
+    ]
+    return costs, rounds
 
 
 def _count(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, int]:
@@ -258,15 +227,6 @@ def _accuracy(metrics: OutputMetrics) -> AccuracyRow:
 def _finite(value: float) -> float | None:
     """Return the value, or None for what JSON has no number for."""
     return float(value) if math.isfinite(value) else None
-
-
-def _cost(cost: Cost, full_latency_ms: float) -> CostRow:
-    return {
-        "params": cost.params,
-        "macs": cost.macs,
-        "latency_ms": cost.latency_ms,
-        "speedup": full_latency_ms / cost.latency_ms,
-    }
 
 
 def _backbone_name(backbone: nn.Module) -> str:

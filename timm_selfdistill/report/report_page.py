@@ -4,23 +4,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from timm_selfdistill import render
 from timm_selfdistill.escape import each_text, plot_text
-from timm_selfdistill.render import (
-    GREY,
-    MISSING,
-    ORANGE,
-    Page,
-    Table,
-    finish_picture,
-    new_picture,
-    number,
-    plot_exits,
-    plot_points,
-    style_accuracy,
-    style_axes,
-    style_cost,
-    with_prefix,
-)
 from timm_selfdistill.report.report_content import AccuracyRow, EnsembleRow, ExitRow, Report
 
 if TYPE_CHECKING:
@@ -73,27 +58,27 @@ def draw_report(report: Report) -> "Figure":
     report = each_text(report, plot_text)
     exits, ensemble, baseline = report["exits"], report["ensemble"], report["baseline"]
     samples = f"{report['dataset']} ({report['num_samples']:,} samples)"
-    figure, axes = new_picture(f"{samples} · recipe {report['recipe']}, seed {report['seed']}")
-    plot_exits(figure, axes, exits, "-o", "exits")
+    figure, axes = render.new_picture(f"{samples} · recipe {report['recipe']}, seed {report['seed']}")
+    render.plot_exits(figure, axes, exits, "-o", "exits")
     label = f"ensemble of all exits ({_percent(ensemble)})"
-    plot_points(axes, [ensemble], "*", label, ORANGE, 17, zorder=4)
+    render.plot_points(axes, [ensemble], "*", label, render.ORANGE, 17, zorder=4)
     if baseline is not None:
         label = f"baseline: the backbone trained on its own ({_percent(baseline)})"
         # Hollow, so that it shows around the last exit where both are equally good.
-        hollow = {"markerfacecolor": "none", "markeredgecolor": GREY, "markeredgewidth": 1.6, "zorder": 2}
-        plot_points(axes, [{**exits[-1], **baseline}], "D", label, GREY, 16, **hollow)
+        hollow = {"markerfacecolor": "none", "markeredgecolor": render.GREY, "markeredgewidth": 1.6, "zorder": 2}
+        render.plot_points(axes, [{**exits[-1], **baseline}], "D", label, render.GREY, 16, **hollow)
         if baseline["top1"] is not None:
-            axes.axhline(baseline["top1"], color=GREY, linestyle=(0, (5, 4)), linewidth=1.3, zorder=2)
+            axes.axhline(baseline["top1"], color=render.GREY, linestyle=(0, (5, 4)), linewidth=1.3, zorder=2)
     size = " x ".join(str(side) for side in report["input_size"])
     macs = [row["macs"] for row in [*exits, ensemble]]
-    style_cost(axes, macs, exits[-1]["macs"], f"multiply-accumulates per image of {size}")
-    style_accuracy(axes)
-    style_axes(axes)
-    finish_picture(figure, axes, f"{report['backbone']}, self-distilled: accuracy at every exit")
+    render.style_cost(axes, macs, exits[-1]["macs"], f"multiply-accumulates per image of {size}")
+    render.style_accuracy(axes)
+    render.style_axes(axes)
+    render.finish_picture(figure, axes, f"{report['backbone']}, self-distilled: accuracy at every exit")
     return figure
 
 
-def _tables(report: Report) -> list[Table]:
+def _tables(report: Report) -> list[render.Table]:
     """Return the table with a row for each exit, the ensemble and the baseline."""
     *shallow, last = report["exits"]
     baseline = report["baseline"]
@@ -109,12 +94,12 @@ def _tables(report: Report) -> list[Table]:
 def _row(label: str, row: EnsembleRow | ExitRow, baseline: AccuracyRow | None) -> list[str]:
     return [
         label,
-        number(row["top1"], ".2f"),
-        "" if baseline is None else number(_minus(row["top1"], baseline["top1"]), "+.2f"),
-        number(row["top5"], ".2f"),
-        number(row["ece"], ".3f"),
-        with_prefix(row["params"]),
-        with_prefix(row["macs"]),
+        render.number(row["top1"], ".2f"),
+        "" if baseline is None else render.number(_minus(row["top1"], baseline["top1"]), "+.2f"),
+        render.number(row["top5"], ".2f"),
+        render.number(row["ece"], ".3f"),
+        render.with_prefix(row["params"]),
+        render.with_prefix(row["macs"]),
         f"{row['latency_ms']:.2f}",
         f"{row['speedup']:.2f}x",
     ]
@@ -139,7 +124,7 @@ def _sentences(report: Report) -> list[str]:
         found.append(f"For {_count(report['num_nonfinite'], 'sample')} an output was not a number: counted as wrong.")
     accuracies: list[AccuracyRow] = [*report["exits"], report["ensemble"], *filter(None, [report["baseline"]])]
     if any(value is None for row in accuracies for value in row.values()):
-        found.append(f"{MISSING} (null in report.json): the value was not a finite number.")
+        found.append(f"{render.MISSING} (null in report.json): the value was not a finite number.")
     return found
 
 
@@ -148,11 +133,13 @@ def _minus(value: float | None, other: float | None) -> float | None:
 
 
 def _percent(row: AccuracyRow) -> str:
-    return number(row["top1"], ".2f") + ("" if row["top1"] is None else " %")
+    return render.number(row["top1"], ".2f") + ("" if row["top1"] is None else " %")
 
 
 def _count(amount: int, noun: str) -> str:
     return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
 
 
-_PAGE = Page("report", "Scalable depth", "Accuracy of every exit over its compute", _tables, _sentences, draw_report)
+_PAGE = render.Page(
+    "report", "Scalable depth", "Accuracy of every exit over its compute", _tables, _sentences, draw_report
+)
