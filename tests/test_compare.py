@@ -9,11 +9,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_train import SMALL, small_recipe
 
-import timm_selfdistill.compare.run as compare_run
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.compare import Comparison, compare, format_comparison, summarize
-from timm_selfdistill.compare.picture import draw_comparison
-from timm_selfdistill.compare.variants import list_variants, with_loss
+from timm_selfdistill.compare import Comparison, compare, format_comparison, list_variants, run_losses, summarize
+from timm_selfdistill.compare.comparison import draw_comparison
+from timm_selfdistill.compare.run_losses import with_loss
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.train import build_loss
 
@@ -127,13 +126,13 @@ def test_what_is_done_is_skipped_and_what_is_missing_is_trained(
 ) -> None:
     recipe = small_recipe(tmp_path / "cmp")
     trained: list[str] = []
-    train = compare_run.train
+    train = run_losses.train
 
     def noting(run: Recipe) -> Any:
         trained.append(Path(str(run.output_dir)).name)
         return train(run)
 
-    monkeypatch.setattr(compare_run, "train", noting)
+    monkeypatch.setattr(run_losses, "train", noting)
     first = compare(recipe, ["none", "byot-iccv2019"], [3])
     assert trained == ["none-seed-3", "byot-iccv2019-seed-3"]
     folder = tmp_path / "cmp"

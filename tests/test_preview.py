@@ -8,7 +8,7 @@ import torch
 from timm.models import register_model
 
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.model import wrap
 from timm_selfdistill.preview import format_preview, preview_exits
 

@@ -8,12 +8,19 @@ import re
 import pytest
 import timm
 import torch
-from matplotlib.text import Annotation, Text
+from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
 from timm_selfdistill.model import wrap
-from timm_selfdistill.report import build_report, cost, draw_report, format_markdown, format_table, write_report
+from timm_selfdistill.report import (
+    build_report,
+    draw_report,
+    format_markdown,
+    format_table,
+    report_content,
+    write_report,
+)
 
 SIZE = (3, 32, 32)
 CLASSES = 10
@@ -22,8 +29,8 @@ CLASSES = 10
 @pytest.fixture(autouse=True, scope="module")
 def quick():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "_SECONDS", 0.0)
-        patch.setattr(cost, "_MIN_ROUNDS", 2)
+        patch.setattr(report_content, "_SECONDS", 0.0)
+        patch.setattr(report_content, "_MIN_ROUNDS", 2)
         yield
 
 
@@ -170,9 +177,9 @@ def test_timed_runs_stop_at_their_exit_and_take_turns(resnet):
     for handle in handles:
         handle.remove()
     one_round = [name for depth in (2, 3, 4, 5, 5) for name in names[:depth]]
-    count_and_warm_up = 1 + cost._WARM_UP_ROUNDS
-    assert report["latency_rounds"] == cost._MIN_ROUNDS
-    assert order == one_round * (count_and_warm_up + cost._MIN_ROUNDS)
+    count_and_warm_up = 1 + report_content._WARM_UP_ROUNDS
+    assert report["latency_rounds"] == report_content._MIN_ROUNDS
+    assert order == one_round * (count_and_warm_up + report_content._MIN_ROUNDS)
 
 
 def test_latency_is_positive_and_speedup_relative_to_the_last_exit(report):
@@ -361,16 +368,17 @@ def test_picture_marks_exits_ensemble_and_baseline(report):
     exits = lines["exits"]
     assert list(exits.get_xdata()) == [row["macs"] for row in report["exits"]]
     assert list(exits.get_ydata()) == [60.0, 65.0, 70.0, 75.0]
-    assert list(lines["ensemble of all exits"].get_ydata()) == [80.0]
+    ensemble = next(line for label, line in lines.items() if label.startswith("ensemble of all exits"))
+    assert list(ensemble.get_ydata()) == [80.0]
     baseline = next(line for label, line in lines.items() if label.startswith("baseline"))
     assert list(baseline.get_xdata()) == [report["exits"][-1]["macs"]]
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    assert texts == [
-        *("0: layer1\n60.00 %", "1: layer2\n65.00 %", "2: layer3\n70.00 %", "backbone\n75.00 %"),
-        "ensemble\n80.00 %",
-    ]
-    assert "(74.50 %)" in figure.legends[0].get_texts()[-1].get_text()
-    assert len(draw_report(altered(report, baseline=None)).legends[0].get_texts()) == 2
+    markers = [(text.get_text(), text.xy) for text in figure.axes[0].texts]
+    assert markers == [(str(row["index"]), (row["macs"], row["top1"])) for row in report["exits"]]
+    names, series = ([text.get_text() for text in legend.get_texts()] for legend in figure.legends)
+    assert names == ["0: layer1\n60.00 %", "1: layer2\n65.00 %", "2: layer3\n70.00 %", "3: backbone\n75.00 %"]
+    assert series[:2] == ["exits", "ensemble of all exits (80.00 %)"]
+    assert "(74.50 %)" in series[2]
+    assert len(draw_report(altered(report, baseline=None)).legends[1].get_texts()) == 2
 
 
 POINTS = {
@@ -391,14 +399,19 @@ def test_labels_stay_in_the_picture_and_apart(report, name, baseline):
     figure = draw_report(with_points(report, macs, top1, ensemble, plain if baseline else None))
     figure.draw_without_rendering()
     axes = figure.axes[0]
-    boxes = [Text.get_window_extent(text) for text in axes.texts if isinstance(text, Annotation)]
-    assert len(boxes) == len(macs) + 1
-    assert not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
-    assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
-    points = [
-        axes.transData.transform((x, y)) for x, y in zip([*macs, 1.07 * macs[-1]], [*top1, ensemble], strict=True)
-    ]
-    assert not any(box.contains(*point) for box in boxes for point in points)
+    indices = [Text.get_window_extent(text) for text in axes.texts]
+    assert len(indices) == len(macs)
+    assert not any(box.overlaps(other) for box, other in itertools.combinations(indices, 2))
+    assert all(axes.bbox.contains(*corner) for box in indices for corner in (box.min, box.max))
+    points = [axes.transData.transform(point) for point in [*zip(macs, top1, strict=True), (1.07 * macs[-1], ensemble)]]
+    for position, box in enumerate(indices):
+        assert [index for index, point in enumerate(points) if box.contains(*point)] == [position]
+    legends = [legend.get_window_extent() for legend in figure.legends]
+    labels = [text.get_window_extent() for legend in figure.legends for text in legend.get_texts()]
+    assert len(labels) == len(macs) + (3 if baseline else 2)
+    assert not any(box.overlaps(other) for box, other in itertools.combinations(labels, 2))
+    assert not any(box.overlaps(axes.get_tightbbox()) for box in legends)
+    assert all(figure.bbox.contains(*corner) for box in labels for corner in (box.min, box.max))
     assert all(0 <= tick <= 100 for tick in axes.get_yticks())
 
 
@@ -409,7 +422,9 @@ def test_picture_of_a_wide_span_has_a_logarithmic_axis(report):
 
 def test_picture_leaves_out_what_is_not_a_number(report):
     missing = with_points(report, [1e6, 2e6, 3e6], [50.0, None, 60.0], None, None)
-    texts = [text.get_text() for text in draw_report(missing).axes[0].texts]
-    assert texts == ["0: stages_0.blocks\n50.00 %", "backbone\n60.00 %"]
+    figure = draw_report(missing)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0", "2"]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["0: stages_0.blocks\n50.00 %", "2: backbone\n60.00 %"]
     nothing = with_points(report, [1e6, 2e6], [None, None], None, None)
     assert not draw_report(nothing).axes[0].texts

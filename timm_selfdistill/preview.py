@@ -1,17 +1,16 @@
-"""Where exits could hang on a backbone and what each would cost, before anything is trained."""
+"""Preview the points of a backbone where exits can be added, and their costs, before anything is trained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from timm_selfdistill.exits import Backbone, ExitPoint, Exits, Exploration, choose, explore, named_modules
-from timm_selfdistill.flops import MacCounter
 from timm_selfdistill.heads import ExitHead, choose_head
+from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.model import create_backbone
-from timm_selfdistill.tables import align, with_prefix
+from timm_selfdistill.render import align, with_prefix
 
 # The number of classes of ImageNet, for models that timm creates without a classifier.
 _NUM_CLASSES = 1000
@@ -19,17 +18,10 @@ _NUM_CLASSES = 1000
 
 @dataclass(frozen=True)
 class ExitPreview:
-    """A point that an exit could hang on.
+    """A point where an exit can be added, its indices into `feature_info`, and the head it would get.
 
-    Args:
-        point: The point.
-        indices: Its indices into `feature_info`.
-        reductions: How many times the image's sides are longer than the grid's, for each tapped tensor; None for tokens
-            that form no grid.
-        head: Name of the head.
-        head_params: Parameters of the head, its classifier included.
-        head_macs: Multiply-accumulates of the head for one image.
-        is_chosen: Whether an exit hangs here, with the number of exits that was asked for.
+    `reductions` are the image's sides over the grid's for each tapped tensor, None for tokens without a grid.
+    `head_params` includes the classifier, `head_macs` is for one image. `is_chosen` tells whether `wrap` adds an exit.
     """
 
     point: ExitPoint
@@ -43,15 +35,9 @@ class ExitPreview:
 
 @dataclass(frozen=True)
 class Preview:
-    """What wrapping a backbone would do.
+    """What wrapping a backbone would do: every point, shallow to deep, and the backbone's own costs for one image.
 
-    Args:
-        exits: Every point that an exit could hang on, shallow to deep.
-        unusable: Why other modules that `feature_info` names cannot be tapped, by name.
-        params: Parameters of the backbone.
-        macs: Multiply-accumulates of the backbone for one image.
-        image_size: Height and width of the image in pixels.
-        num_classes: Number of logits.
+    `unusable` tells why other modules that `feature_info` names cannot be tapped, `image_size` is [H, W] in pixels.
     """
 
     exits: tuple[ExitPreview, ...]
@@ -71,7 +57,7 @@ def preview_exits(
     image_size: int | tuple[int, int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Preview:
-    """Find where exits could hang on a timm model, without weights where the model can run without them.
+    """Find where exits can be added to a timm model, without weights where the model can run without them.
 
     Args:
         name: Name of a timm model.
@@ -106,7 +92,7 @@ def preview_exits(
 
 
 def format_preview(preview: Preview) -> str:
-    """Return a preview as a table for the terminal, with what it says about the figures below."""
+    """Return a preview as a table and sentences for the terminal."""
     header = ["", "index", "module", "layout", "channels", "reduction", "MACs %", "head", "head params", "head MACs"]
     rows = [
         [
@@ -174,11 +160,7 @@ def _preview(
             None if tap.grid is None else ((height * width) / (tap.grid[0] * tap.grid[1])) ** 0.5 for tap in point.taps
         ),
         head=name,
-        head_params=_num_params(network),
+        head_params=sum(parameter.numel() for parameter in network.parameters()),
         head_macs=counter.macs,
         is_chosen=is_chosen,
     )
-
-
-def _num_params(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

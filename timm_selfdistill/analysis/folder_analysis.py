@@ -1,29 +1,35 @@
 """Analyze a saved model: noise on its weights, gradients in its stages, features at its exits."""
 
+import copy
 import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_selfdistill.analysis.baseline import check_input, open_baseline
-from timm_selfdistill.analysis.gradients import BatchLoss, find_stages, measure_gradients
-from timm_selfdistill.analysis.noise import Batches, measure_noise, rms
-from timm_selfdistill.analysis.report import Analysis, FeatureRow, Gradients, NoiseCurves
-from timm_selfdistill.analysis.separability import collect_features, measure_scatter, project
-from timm_selfdistill.analysis.write import write_analysis
+from timm_selfdistill.analysis.analysis_page import Analysis, FeatureRow, Gradients, NoiseCurves, write_analysis
+from timm_selfdistill.analysis.probes import (
+    Batches,
+    BatchLoss,
+    collect_features,
+    find_stages,
+    measure_gradients,
+    measure_noise,
+    measure_scatter,
+    project,
+)
 from timm_selfdistill.data import InputConfig, SkipList, open_dataset
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.losses import Needs, TrainingTime, needs_of
 from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, Recipe, load_recipe
-from timm_selfdistill.report.build import versions
+from timm_selfdistill.report import versions
 from timm_selfdistill.train import build_loss
 from timm_selfdistill.train.launch import fresh_accelerate
 from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
@@ -75,7 +81,7 @@ def analyze_folder(
     saved = SavedRun.find(folder)
     ran = None if saved.recipe_path is None else load_recipe(saved.recipe_path)
     model = from_pretrained(saved.model_folder)
-    plain, origin = open_baseline(saved, model, baseline)
+    plain, origin = _open_baseline(saved, model, baseline)
     recipe = saved.evaluation_recipe(model, data_path, overrides)
     limit = min(images, recipe.data.max_eval or images)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_eval": limit})})
@@ -83,13 +89,15 @@ def analyze_folder(
     check_classes(saved.model_folder, data)
     if data_path is None:
         warn_of_other_data(saved, recipe, data)
-    input = InputConfig.from_model(model.backbone, recipe.data)
+    fed = InputConfig.from_model(model.backbone, recipe.data)
     if baseline is not None and plain is not None:
-        check_input(baseline, plain, input, recipe)
+        taken = InputConfig.from_model(plain.backbone, recipe.data)
+        if taken != fed:
+            raise ValueError(f"--baseline {baseline} takes other images: {taken}, where the model takes {fed}.")
         check_classes(SavedRun.find(baseline).model_folder, data)
-    loaders = evaluation_loaders(
-        data, recipe, _unmixed(AugmentSection() if ran is None else ran.augment), input, SkipList()
-    )
+    # Mixup and CutMix are left out: targets stay class indices.
+    augment = (AugmentSection() if ran is None else ran.augment).model_copy(update={"mixup_prob": 0.0})
+    loaders = evaluation_loaders(data, recipe, augment, fed, SkipList())
     accelerator = Accelerator(mixed_precision=recipe.precision)
     model = model.to(accelerator.device)
     plain = None if plain is None else plain.to(accelerator.device)
@@ -102,7 +110,8 @@ def analyze_folder(
         (images.to(accelerator.device), targets.to(accelerator.device))
         for images, targets in islice(loaders.train, _GRADIENT_BATCHES)
     ]
-    noise = _noise(model, plain, batches, accelerator, sigmas, draws, seed)
+    networks = {"network": model} if plain is None else {"network": model, "baseline": plain}
+    noise = _noise(networks, batches, accelerator, sigmas, draws, seed)
     gradients = _gradients(model, plain, training, ran, seed, f"{data.name}, {recipe.data.train_split}")
     features = _features(model, plain, batches)
     drawn = sorted({label for row in features for label in row["projection"]["classes"]})
@@ -136,30 +145,68 @@ def _check(images: int, sigmas: Sequence[float], draws: int, seed: int) -> tuple
     return tuple(sorted({0.0, *sigmas}))
 
 
-def _unmixed(augment: AugmentSection) -> AugmentSection:
-    """Return an augmentation without Mixup and CutMix: targets stay class indices."""
-    return augment.model_copy(update={"mixup_prob": 0.0})
+def _open_baseline(
+    saved: SavedRun, model: SelfDistillModel, baseline: Path | None
+) -> tuple[SelfDistillModel | None, str | None]:
+    """Return the network whose backbone was trained on its own, and where it comes from; None where there is none."""
+    if baseline is None:
+        found = saved.baseline_weights()
+        if found is None:
+            return None, None
+        path, weights = found
+        plain = copy.deepcopy(model)
+        try:
+            plain.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit the model in {saved.model_folder}: {error}") from error
+        return plain, f"{saved.folder.name}/checkpoints/baseline/{path.name}"
+    other = SavedRun.find(baseline)
+    if other.model_folder.resolve() == saved.model_folder.resolve():
+        raise ValueError(f"--baseline {baseline} is the model that is to be analyzed: name another one.")
+    plain = from_pretrained(other.model_folder)
+    shapes, others = _shapes(model), _shapes(plain)
+    if shapes != others:
+        raise ValueError(
+            f"--baseline {baseline} has another backbone ({plain.pretrained_cfg['architecture']} with "
+            f"{len(others)} parameters; {saved.model_folder} is {model.pretrained_cfg['architecture']} with "
+            f"{len(shapes)}), or other sizes: only equal backbones can be compared."
+        )
+    return plain, other.output.name
+
+
+def _shapes(model: SelfDistillModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in model.backbone.named_parameters()}
 
 
 def _noise(
-    model: SelfDistillModel,
-    plain: SelfDistillModel | None,
+    networks: dict[str, SelfDistillModel],
     batches: Batches,
     accelerator: Accelerator,
     sigmas: Sequence[float],
     draws: int,
     seed: int,
 ) -> NoiseCurves:
-    options: dict[str, Any] = {"sigmas": sigmas, "draws": draws, "seed": seed}
+    curves = {
+        name: measure_noise(
+            network, batches, accelerator, sigmas=sigmas, draws=draws, seed=seed, title=f"{name}, noise"
+        )
+        for name, network in networks.items()
+    }
+    sizes = {name: _rms(network) for name, network in networks.items()}
     return {
         "draws": draws,
-        "network": measure_noise(model, batches, accelerator, **options),
-        "baseline": None
-        if plain is None
-        else measure_noise(plain, batches, accelerator, **options, title="baseline, noise"),
-        "weight_rms": rms(model),
-        "baseline_weight_rms": None if plain is None else rms(plain),
+        "network": curves["network"],
+        "baseline": curves.get("baseline"),
+        "weight_rms": sizes["network"],
+        "baseline_weight_rms": sizes.get("baseline"),
     }
+
+
+def _rms(model: SelfDistillModel) -> float:
+    """Return the root of the mean square of all weights of a model's backbone."""
+    weights = list(model.backbone.parameters())
+    total = sum(float(weight.detach().double().square().sum()) for weight in weights)
+    return math.sqrt(total / sum(weight.numel() for weight in weights))
 
 
 def _gradients(
@@ -171,23 +218,25 @@ def _gradients(
     dataset: str,
 ) -> Gradients:
     stages = find_stages(model)
-    names = list(stages.values())
-    nothing: list[float | None] = [None] * len(names)
     reason, own = _own_loss(model, ran)
-    network = nothing if own is None else measure_gradients(model, batches, own, names, seed=seed)
-    network_ce = measure_gradients(model, batches, _cross_entropy(model), names, seed=seed)
-    baseline = nothing if plain is None else measure_gradients(plain, batches, _cross_entropy(plain), names, seed=seed)
+
+    def measure(network: SelfDistillModel | None, loss: BatchLoss | None) -> list[float | None]:
+        if network is None or loss is None:
+            return [None] * len(stages)
+        return measure_gradients(network, batches, loss, list(stages.values()), seed=seed)
+
+    columns = [measure(model, own), measure(model, _cross_entropy(model)), measure(plain, _cross_entropy(plain))]
     sizes = {name: weight.numel() for name, weight in model.backbone.named_parameters()}
     return {
         "stages": [
             {
                 "name": name,
                 "params": sum(sizes[parameter] for parameter in stages[name]),
-                "network": network[index],
-                "network_ce": network_ce[index],
-                "baseline": baseline[index],
+                "network": network,
+                "network_ce": network_ce,
+                "baseline": baseline,
             }
-            for index, name in enumerate(stages)
+            for name, network, network_ce, baseline in zip(stages, *columns, strict=True)
         ],
         "dataset": dataset,
         "num_batches": len(batches),
@@ -197,30 +246,29 @@ def _gradients(
 
 
 def _own_loss(model: SelfDistillModel, ran: Recipe | None) -> tuple[str | None, BatchLoss | None]:
-    """Return the loss that a run trained with; else why it cannot be computed here."""
+    """Return None and the loss that a run trained with, or why it cannot be computed here and None."""
     if ran is None:
         return "there is no recipe beside the model", None
     if ran.schedule.regime == "frozen":
         return "the backbone was frozen", None
     criterion = build_loss(ran).to(next(model.parameters()).device)
     needs = needs_of(criterion)
-    if needs != Needs(time=needs.time):
+    if needs != Needs(time=needs.time, exits=needs.exits):
         return "the loss needs other networks or special batches", None
-    needs_exits = bool(getattr(criterion, "needs_exits", True))
-    # At the end of training, behind any warm-up.
+    # At the end of training, after any warm-up.
     given = {"time": TrainingTime(ran.epochs, ran.epochs)} if needs.time else {}
 
     def own(images: Tensor, targets: Tensor) -> Tensor:
-        out = model(images, return_exits=True) if needs_exits else ExitOutput((model(images),), ())
+        out = model(images, return_exits=True) if needs.exits else ExitOutput((model(images),), ())
         loss: Tensor = criterion(out, targets, **given)["loss"]
         return loss
 
     return None, own
 
 
-def _cross_entropy(model: SelfDistillModel) -> BatchLoss:
+def _cross_entropy(model: SelfDistillModel | None) -> BatchLoss | None:
     """Return the cross-entropy of the backbone's own classifier."""
-    return lambda images, targets: F.cross_entropy(model(images), targets)
+    return None if model is None else lambda images, targets: F.cross_entropy(model(images), targets)
 
 
 def _features(model: SelfDistillModel, plain: SelfDistillModel | None, batches: Batches) -> list[FeatureRow]:

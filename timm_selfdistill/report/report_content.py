@@ -1,18 +1,26 @@
-"""Put together what a report says."""
+"""Build a report: how good every exit is, and the parameters, multiply-accumulates and time that it takes."""
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
-from typing import TypedDict
+from typing import Final, TypedDict
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from timm_selfdistill.exits import unchanged
+from timm_selfdistill.measure import MacCounter, median_seconds, seconds_of
 from timm_selfdistill.metrics import ExitMetricsResult, OutputMetrics
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.report.cost import LATENCY_BATCH_SIZE, Cost, measure_costs
+from timm_selfdistill.usage import watch_usage
+
+_BATCH_SIZE: Final = 16
+_WARM_UP_ROUNDS = 2
+_MIN_ROUNDS = 5
+_SECONDS = 2.0
 
 
 class AccuracyRow(TypedDict):
@@ -46,13 +54,13 @@ class ExitRow(EnsembleRow):
 
 
 class Report(TypedDict):
-    """The content of `report.json`; plain numbers, so that writing and reading it again changes nothing.
+    """The content of `report.json`: plain numbers, so that writing and reading it again changes nothing.
 
-    `exits` go from shallow to deep, the last the backbone's own classifier. `baseline` is the plain backbone trained on
-    its own: it costs what the last exit costs. The rest tells how the figures came about; `num_skipped` counts the
-    images that could not be decoded, by what they were to be used for ("training", "validation", "evaluation"), as far
-    as that is known; `num_nonfinite` counts the samples for which some output was not a number; `train_seconds`
-    tells how long the training steps of each network of the run took; `input_size` is [C, H, W].
+    `exits` go from shallow to deep; the last is the backbone's own classifier. `baseline` is the plain backbone trained
+    on its own, which costs what the last exit costs. `num_skipped` counts the images that could not be decoded, by
+    their use ("training", "validation", "evaluation") as far as it is known, `num_nonfinite` the samples for which an
+    output was not a finite number. `train_seconds` is the time of the training steps of each network of the run;
+    `input_size` is [C, H, W].
     """
 
     exits: list[ExitRow]
@@ -86,11 +94,11 @@ def build_report(
     seed: int,
     skipped: Mapping[str, int] | None = None,
     train_seconds: Mapping[str, float] | None = None,
-    latency_batch_size: int = LATENCY_BATCH_SIZE,
+    latency_batch_size: int = _BATCH_SIZE,
 ) -> Report:
-    """Measure what every exit costs and put it beside how good it is.
+    """Measure what every exit costs and report it with its accuracy.
 
-    Costs are those of what `model.forward_exit` really runs. Multiply-accumulates count convolutions, matrix products,
+    Costs are those of what `model.forward_exit` runs. Multiply-accumulates count convolutions, matrix products,
     attention and LSTMs, as is usual, and nothing elementwise. Latency is the median over some seconds, in eval mode, in
     the parameters' own precision and on their device. The model is left as it was.
 
@@ -102,7 +110,7 @@ def build_report(
         dataset: What was evaluated on.
         recipe: Name of the recipe.
         seed: The recipe's seed.
-        skipped: How many images were skipped while training, by what they were to be used for.
+        skipped: How many images were skipped while training, by their use.
         train_seconds: Seconds that the training steps of each network took, by its name.
         latency_batch_size: Number of images in a timed batch.
 
@@ -126,15 +134,14 @@ def build_report(
         )
     if latency_batch_size < 1:
         raise ValueError(f"latency_batch_size must be 1 or more; got {latency_batch_size}.")
-    costs = measure_costs(model, input_size, latency_batch_size)
-    full = costs.exits[-1].latency_ms
+    costs, rounds = measure_costs(model, input_size, latency_batch_size)
     parameter = next(model.parameters())
     return {
         "exits": [
-            {"index": index, "name": name, **_accuracy(entry), **_cost(cost, full)}
-            for index, (name, entry, cost) in enumerate(zip(names, metrics["exits"], costs.exits, strict=True))
+            {"index": index, "name": name, **_accuracy(entry), **cost}
+            for index, (name, entry, cost) in enumerate(zip(names, metrics["exits"], costs[:-1], strict=True))
         ],
-        "ensemble": {**_accuracy(metrics["ensemble"]), **_cost(costs.ensemble, full)},
+        "ensemble": {**_accuracy(metrics["ensemble"]), **costs[-1]},
         "baseline": None if baseline is None else _accuracy(baseline["exits"][-1]),
         "backbone": _backbone_name(model.backbone),
         "dataset": dataset,
@@ -150,35 +157,12 @@ def build_report(
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "latency_batch_size": latency_batch_size,
-        "latency_rounds": costs.rounds,
+        "latency_rounds": rounds,
     }
-
-
-def _accuracy(metrics: OutputMetrics) -> AccuracyRow:
-    return {"top1": _finite(metrics["top1"]), "top5": _finite(metrics["top5"]), "ece": _finite(metrics["ece"])}
-
-
-def _finite(value: float) -> float | None:
-    """Return the value, or None for what JSON has no number for."""
-    return float(value) if math.isfinite(value) else None
-
-
-def _cost(cost: Cost, full_latency_ms: float) -> CostRow:
-    return {
-        "params": cost.params,
-        "macs": cost.macs,
-        "latency_ms": cost.latency_ms,
-        "speedup": full_latency_ms / cost.latency_ms,
-    }
-
-
-def _backbone_name(backbone: nn.Module) -> str:
-    """Return timm's name of the architecture, or the class of a backbone that is not from timm."""
-    config = getattr(backbone, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(backbone).__name__)
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of this package, timm and torch, by name."""
     try:
         own = metadata.version("timm_selfdistill")
     except metadata.PackageNotFoundError:
@@ -193,3 +177,59 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return f"cpu ({torch.cpu.get_capabilities().get('cpu_name') or platform.machine()})"
     return device.type
+
+
+def measure_costs(
+    model: SelfDistillModel, input_size: tuple[int, int, int], batch_size: int
+) -> tuple[list[CostRow], int]:
+    """Return the costs of K + 1 exits and of the ensemble, and the rounds of timing; the model is left unchanged."""
+    parameter = next(model.parameters())
+    batch = torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0))
+    batch = batch.to(device=parameter.device, dtype=parameter.dtype)
+
+    def run_ensemble(x: Tensor) -> Tensor:
+        return torch.stack(model(x, return_exits=True).logits).mean(0)
+
+    runs: list[Callable[[Tensor], Tensor]] = [
+        *(partial(model.forward_exit, exit=index) for index in range(model.num_exits + 1)),
+        run_ensemble,
+    ]
+    with unchanged(model):
+        # Counted before timed: what a module caches in its first forward is then no inference tensor.
+        counts = [_count(model, partial(run, batch[:1])) for run in runs]
+        with torch.inference_mode():
+            seconds, rounds = median_seconds(
+                lambda: [seconds_of(partial(run, batch), batch.device) for run in runs],
+                warm_up=_WARM_UP_ROUNDS,
+                rounds=_MIN_ROUNDS,
+                seconds=_SECONDS,
+            )
+    full = seconds[model.num_exits]
+    costs: list[CostRow] = [
+        {"params": params, "macs": macs, "latency_ms": 1000 * taken, "speedup": full / taken}
+        for (params, macs), taken in zip(counts, seconds, strict=True)
+    ]
+    return costs, rounds
+
+
+def _count(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, int]:
+    """Return the parameters that `run` needs, each once, and its multiply-accumulates."""
+    with torch.no_grad(), MacCounter() as counter, watch_usage(model) as usage:
+        run()
+    needed = (tensor.numel() for tensor in usage.tensors.values() if isinstance(tensor, nn.Parameter))
+    return sum(needed), counter.macs
+
+
+def _accuracy(metrics: OutputMetrics) -> AccuracyRow:
+    return {"top1": _finite(metrics["top1"]), "top5": _finite(metrics["top5"]), "ece": _finite(metrics["ece"])}
+
+
+def _finite(value: float) -> float | None:
+    """Return the value, or None for what JSON has no number for."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _backbone_name(backbone: nn.Module) -> str:
+    """Return timm's name of the architecture, or the class of a backbone that is not from timm."""
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(backbone).__name__)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.measure import MacCounter
 
 
 @torch.no_grad()

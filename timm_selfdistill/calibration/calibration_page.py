@@ -1,14 +1,18 @@
-"""The report of a calibration as tables, as markdown and as files."""
+"""The report of a calibration as tables, as markdown, as a picture (accuracy over compute) and as files."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
-from timm_selfdistill.calibration.picture import draw_calibration
-from timm_selfdistill.calibration.report import CalibrationReport, Point
-from timm_selfdistill.escape import each_text, markdown_text, printable
-from timm_selfdistill.files import write_results
-from timm_selfdistill.tables import align, markdown, with_prefix
+from timm_selfdistill import render
+from timm_selfdistill.calibration.report import CalibrationReport
+from timm_selfdistill.early_exit import get_rule
+from timm_selfdistill.escape import each_text, plot_text
 
-_GOALS = {
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_GOALS: Final = {
     "max_accuracy_drop": "an accuracy at most {:g} points below the backbone's",
     "speedup": "a cost {:g} times less than the backbone's",
     "macs_budget": "at most {:g} MACs",
@@ -17,43 +21,50 @@ _GOALS = {
 
 
 def format_calibration(report: CalibrationReport) -> str:
-    """Return the report as two tables for the terminal, with what it says about the figures below.
-
-    Args:
-        report: What `calibrate_folder` returned, or `calibration.json` holds.
-
-    Returns:
-        Lines of text, without a line break at the end.
-    """
-    report = each_text(report, printable)
-    return "\n".join([*align(_results(report)), "", *align(_settings(report)), "", *_notes(report)])
+    """Return the content of `calibration.json` as two tables and sentences for the terminal."""
+    return _PAGE.terminal(report)
 
 
 def format_calibration_markdown(report: CalibrationReport) -> str:
-    """Return the report as a markdown section, without the picture.
-
-    Args:
-        report: What `calibrate_folder` returned, or `calibration.json` holds.
-    """
-    report = each_text(report, markdown_text)
-    lines = [f"## Early exit: {report['backbone']}", ""]
-    for rows in (_results(report), _settings(report)):
-        lines += [*markdown(rows), ""]
-    return "\n".join([*lines, *_notes(report), ""])
+    """Return the report as a markdown section, without the picture."""
+    return _PAGE.markdown(report)
 
 
 def write_calibration(report: CalibrationReport, folder: Path) -> None:
-    """Write `calibration.json`, `calibration.md` and `calibration.png`; each is complete or not there at all.
-
-    Args:
-        report: What `build_calibration_report` returned.
-        folder: Where to write; created if missing.
-    """
-    text = f"{format_calibration_markdown(report)}\n![Accuracy of early exit over its compute](calibration.png)\n"
-    write_results(folder, "calibration", report, text, draw_calibration(report))
+    """Write `calibration.json`, `calibration.md` and `calibration.png`; each is complete or not there at all."""
+    _PAGE.write(report, folder)
 
 
-def _results(report: CalibrationReport) -> list[list[str]]:
+def draw_calibration(report: CalibrationReport) -> "Figure":
+    """Draw the accuracy-compute curve of early exit, with fixed exits, ensemble, baseline and oracle."""
+    report = each_text(report, plot_text)
+    conditions = f"{report['dataset']} ({report['num_samples']:,} samples) · recipe {report['recipe']}"
+    figure, axes = render.new_picture(conditions)
+    label = "early exit: other thresholds"
+    render.plot_points(axes, report["curve"], "-o", label, render.GREEN, 4, linewidth=1.6, alpha=0.75)
+    render.plot_exits(figure, axes, report["exits"], "o", "one exit for all images")
+    render.plot_points(axes, [report["ensemble"]], "*", "ensemble of all exits", render.ORANGE, 16, zorder=3)
+    points = [*report["curve"], *report["exits"], report["ensemble"], report["oracle"], report["early_exit"]]
+    if report["baseline"] is not None:
+        hollow = {"markerfacecolor": "none", "markeredgecolor": render.GREY, "markeredgewidth": 1.6, "zorder": 2}
+        label = "baseline: the backbone trained on its own"
+        render.plot_points(axes, [report["baseline"]], "D", label, render.GREY, 16, **hollow)
+    render.plot_points(axes, [report["oracle"]], "^", "oracle: leaves at the first right exit", render.INK, 9, zorder=3)
+    render.plot_points(axes, [report["early_exit"]], "P", "early exit: chosen thresholds", render.GREEN, 13, zorder=4)
+    size = " x ".join(str(side) for side in report["input_size"])
+    macs = [point["macs"] for point in points]
+    render.style_cost(axes, macs, report["exits"][-1]["macs"], f"mean multiply-accumulates per image of {size}")
+    render.style_accuracy(axes)
+    render.style_axes(axes)
+    render.finish_picture(figure, axes, f"{report['backbone']}, self-distilled: early exit")
+    return figure
+
+
+def _tables(report: CalibrationReport) -> list[render.Table]:
+    return [_results(report), _settings(report)]
+
+
+def _results(report: CalibrationReport) -> render.Table:
     """Return the header and a row for each way to answer."""
     backbone = report["exits"][-1]
     rows = [["early exit", *_cells(report["early_exit"], backbone)]]
@@ -67,16 +78,16 @@ def _results(report: CalibrationReport) -> list[list[str]]:
     return [["", "top-1 %", "vs. backbone", "MACs", "speed-up"], *rows]
 
 
-def _cells(point: Point, backbone: Point) -> list[str]:
+def _cells(point: Mapping[str, Any], backbone: Mapping[str, Any]) -> list[str]:
     return [
         f"{point['top1']:.2f}",
         f"{point['top1'] - backbone['top1']:+.2f}",
-        with_prefix(point["macs"]),
+        render.with_prefix(point["macs"]),
         f"{point['speedup']:.2f}x",
     ]
 
 
-def _settings(report: CalibrationReport) -> list[list[str]]:
+def _settings(report: CalibrationReport) -> render.Table:
     """Return the header and a row for each exit: its settings, and the images that leave there."""
     settings, exits = report["settings"], report["exits"]
     temperatures = settings["temperatures"] or [1.0] * len(settings["thresholds"])
@@ -84,54 +95,58 @@ def _settings(report: CalibrationReport) -> list[list[str]]:
     for row, share, ideal in zip(exits, report["early_exit"]["shares"], report["oracle"]["shares"], strict=True):
         cells = ["", ""]
         if row is not exits[-1]:
-            threshold = settings["thresholds"][row["index"]]
-            cells = [f"{temperatures[row['index']]:.3f}", _threshold(threshold)]
+            threshold = _threshold(settings["thresholds"][row["index"]], settings["rule"])
+            cells = [f"{temperatures[row['index']]:.3f}", threshold]
         rows.append([f"{row['index']}: {row['name']}", *cells, f"{share:.1%}", f"{ideal:.1%}"])
     return rows
 
 
-def _threshold(value: float | None) -> str:
+def _threshold(value: float | None, rule: str) -> str:
     """Return a threshold, in words where it lets no image leave, or every one."""
     if value is None:
         return "never"
-    return f"{value:.4f}" if value > 0 else "always"
+    return "always" if value <= get_rule(rule).always else f"{value:.4f}"
 
 
-def _notes(report: CalibrationReport) -> list[str]:
-    """Return sentences that tell how the figures came about."""
+def _sentences(report: CalibrationReport) -> list[str]:
     chosen, settings, goal = report["calibration"], report["settings"], report["goal"]
     name, value = next(iter(goal.items()))
     size = " x ".join(str(side) for side in report["input_size"])
-    notes = [
+    found = [
         f"Settings (rule {settings['rule']}, fallback {settings['fallback']}) for {_GOALS[name].format(value)}, chosen "
         f"on {chosen['dataset']} ({chosen['num_samples']:,} samples): there {chosen['top1']:.2f} % at "
-        f"{with_prefix(chosen['macs'])} MACs, the backbone {chosen['backbone_top1']:.2f} %.",
+        f"{render.with_prefix(chosen['macs'])} MACs, the backbone {chosen['backbone_top1']:.2f} %.",
         f"Accuracy on {report['dataset']} ({report['num_samples']:,} samples), which nothing was chosen by; recipe "
         f"{report['recipe']}, seed {report['seed']}, in the precision of the saved weights.",
     ]
     if report["time"] is not None:
         time = report["time"]
-        notes.append(
+        found.append(
             f"Chosen by the time of batches of {time['batch_size']} on {time['device']}, not by MACs. Run in turns "
             f"there, on {time['num_images']:,} of the samples, early exit is {time['speedup']:.2f} times as fast as "
             "the plain backbone."
         )
     if chosen["tested"] is not None:
-        notes.append(
+        found.append(
             f"Certified with confidence {goal['confidence']:g}: of images drawn like those, at most {value:g} are "
             f"answered wrong that the backbone gets right. Tested on {chosen['tested']:,} of them, {chosen['lost']:,} "
             f"lost; on the images of this report {report['early_exit']['excess_error']:.4f} are."
         )
-    notes += [
+    found += [
         f"MACs (multiply-accumulates) are the mean for one image of {size}: the backbone up to where it leaves, and "
-        "the heads that were asked; speed-up is the plain backbone's over these.",
+        "the heads that ran; speed-up is the plain backbone's over these.",
         "The oracle lets each image leave at the first exit that is right, which no rule can know.",
     ]
     if report["baseline"] is not None:
-        notes.append("The baseline is the same backbone, trained on its own, as report.json has it.")
+        found.append("The baseline is the same backbone, trained on its own, as report.json has it.")
     if chosen["num_skipped"] or report["num_skipped"]:
-        notes.append(
+        found.append(
             f"Images that could not be decoded, and are not counted: {chosen['num_skipped']:,} for calibration, "
             f"{report['num_skipped']:,} for evaluation."
         )
-    return notes
+    return found
+
+
+_PAGE = render.Page(
+    "calibration", "Early exit", "Accuracy of early exit over its compute", _tables, _sentences, draw_calibration
+)

@@ -1,0 +1,108 @@
+"""Train one recipe with each of several losses and seeds, skipping what is done."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from accelerate import PartialState
+
+from timm_selfdistill.compare.comparison import BASELINE, Comparison, summarize, write_comparison
+from timm_selfdistill.losses import PRESETS, list_losses, list_presets, needs_of
+from timm_selfdistill.recipe import LossSection, Recipe
+from timm_selfdistill.train import build_loss, finished_report, train
+
+_logger = logging.getLogger(__name__)
+
+_LABEL_SMOOTHING: Final = "label-smoothing"
+_OWN: Final = "recipe"
+_SMOOTHING: Final = 0.1
+
+
+def compare(recipe: Recipe, losses: Sequence[str], seeds: Sequence[int]) -> Comparison:
+    """Train a recipe with each loss and seed, and write one table and one picture.
+
+    Each run has a folder of its own, `LOSS-seed-SEED` in the recipe's `output_dir`. One that is complete is not run
+    again, one that was interrupted goes on.
+
+    Args:
+        recipe: The recipe; its own `seed`, `baseline` and `loss` do not count.
+        losses: Names of `list_variants()`.
+        seeds: The seeds.
+
+    Returns:
+        The comparison, which is also in `comparison.json`, `.md` and `.png`.
+
+    Raises:
+        ValueError: If a loss is unknown or a run cannot work; raised before the first training starts where possible.
+        Interrupted: If a signal stops it; the same call goes on.
+    """
+    _check(losses, seeds)
+    folder = Path(recipe.output_dir or ".")
+    plan = {loss: [_variant(recipe, folder, loss, seed) for seed in seeds] for loss in losses}
+    backbone_only = {loss for loss, runs in plan.items() if not needs_of(build_loss(runs[0])).exits}
+    # All folders are checked before any training: one that holds something else is an error now, not after days.
+    done = {loss: [finished_report(run) for run in runs] for loss, runs in plan.items()}
+    reports = {loss: list(found) for loss, found in done.items()}
+    # Seed by seed, so that an unfinished comparison compares something.
+    for index in range(len(seeds)):
+        for loss in losses:
+            if done[loss][index] is None:
+                reports[loss][index] = train(plan[loss][index])
+            elif PartialState().is_main_process:
+                _logger.warning("%s is done.", plan[loss][index].output_dir)
+        comparison = summarize(
+            {loss: [report for report in found[: index + 1] if report] for loss, found in reports.items()},
+            recipe=folder.name,
+            epochs=recipe.epochs,
+            seeds=seeds[: index + 1],
+            backbone_only=backbone_only,
+        )
+        if PartialState().is_main_process:
+            write_comparison(comparison, folder)
+    return comparison
+
+
+def list_variants() -> list[str]:
+    """Return the names of all losses that can be compared: presets, registered losses and two more.
+
+    "label-smoothing" trains the backbone alone on smoothed labels, "recipe" is the recipe's own loss section.
+    """
+    ours = LossSection.model_fields["name"].default
+    return sorted({*list_presets(), *list_losses(), _LABEL_SMOOTHING, _OWN} - {ours})
+
+
+def with_loss(recipe: Recipe, name: str) -> Recipe:
+    """Return a recipe with another loss, in its published settings, and everything else as it is.
+
+    Hint adapters are left out where the loss has no hints that could train them.
+    """
+    if name == _OWN:
+        return recipe
+    if name == _LABEL_SMOOTHING:
+        loss = LossSection(preset=BASELINE, label_smoothing=_SMOOTHING)
+    elif name in PRESETS:
+        loss = LossSection(preset=name)
+    else:
+        loss = LossSection(name=name, preset=None)
+    has_hints = name in PRESETS and PRESETS[name].hint_weight > 0
+    exits = recipe.exits.model_copy(update={"hint_adapter": recipe.exits.hint_adapter and has_hints})
+    return recipe.model_copy(update={"loss": loss, "exits": exits})
+
+
+def _check(losses: Sequence[str], seeds: Sequence[int]) -> None:
+    """Refuse an empty comparison, repeated entries and unknown losses."""
+    for what, entries in (("losses", losses), ("seeds", seeds)):
+        if not entries or len(set(entries)) < len(entries):
+            raise ValueError(f"{what} must be one or more different entries, received {', '.join(map(str, entries))}.")
+    unknown = sorted(set(losses) - set(list_variants()))
+    if unknown:
+        raise ValueError(f"Unknown losses {', '.join(unknown)}; a comparison knows {', '.join(list_variants())}.")
+    if min(seeds) < 0:
+        raise ValueError(f"seeds must be 0 or more, received {', '.join(map(str, seeds))}.")
+
+
+def _variant(recipe: Recipe, folder: Path, loss: str, seed: int) -> Recipe:
+    """Return the recipe of one run."""
+    update = {"seed": seed, "baseline": False, "output_dir": str(folder / f"{loss}-seed-{seed}"), "push_to_hub": None}
+    return with_loss(recipe, loss).model_copy(update=update)

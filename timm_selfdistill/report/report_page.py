@@ -1,0 +1,145 @@
+"""The report as a table, as markdown, as a picture (accuracy over compute) and as files."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from timm_selfdistill import render
+from timm_selfdistill.escape import each_text, plot_text
+from timm_selfdistill.report.report_content import AccuracyRow, EnsembleRow, ExitRow, Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def format_table(report: Report) -> str:
+    """Return the report as a table for the terminal, with what it says about the figures below.
+
+    Args:
+        report: What `build_report` returned, or `report.json` holds.
+
+    Returns:
+        Lines of text, without a line break at the end.
+    """
+    return _PAGE.terminal(report)
+
+
+def format_markdown(report: Report) -> str:
+    """Return the report as a markdown section, without the picture.
+
+    Args:
+        report: What `build_report` returned, or `report.json` holds.
+
+    Returns:
+        Heading, table and what it says about the figures, ending with a line break.
+    """
+    return _PAGE.markdown(report)
+
+
+def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
+    """Write `report.json`, `report.md` and `report.png`; each is complete or not there at all.
+
+    Args:
+        report: What `build_report` returned.
+        folder: Where to write; created if missing.
+    """
+    _PAGE.write(report, Path(folder))
+
+
+def draw_report(report: Report) -> "Figure":
+    """Draw top-1 accuracy over multiply-accumulates, with a point for each exit, the ensemble and the baseline.
+
+    Args:
+        report: What `build_report` returned, or `report.json` holds.
+
+    Returns:
+        A figure that belongs to no window and to no global state of matplotlib; save it with its `savefig`.
+    """
+    report = each_text(report, plot_text)
+    exits, ensemble, baseline = report["exits"], report["ensemble"], report["baseline"]
+    samples = f"{report['dataset']} ({report['num_samples']:,} samples)"
+    figure, axes = render.new_picture(f"{samples} · recipe {report['recipe']}, seed {report['seed']}")
+    render.plot_exits(figure, axes, exits, "-o", "exits")
+    label = f"ensemble of all exits ({_percent(ensemble)})"
+    render.plot_points(axes, [ensemble], "*", label, render.ORANGE, 17, zorder=4)
+    if baseline is not None:
+        label = f"baseline: the backbone trained on its own ({_percent(baseline)})"
+        # Hollow, so that it shows around the last exit where both are equally good.
+        hollow = {"markerfacecolor": "none", "markeredgecolor": render.GREY, "markeredgewidth": 1.6, "zorder": 2}
+        render.plot_points(axes, [{**exits[-1], **baseline}], "D", label, render.GREY, 16, **hollow)
+        if baseline["top1"] is not None:
+            axes.axhline(baseline["top1"], color=render.GREY, linestyle=(0, (5, 4)), linewidth=1.3, zorder=2)
+    size = " x ".join(str(side) for side in report["input_size"])
+    macs = [row["macs"] for row in [*exits, ensemble]]
+    render.style_cost(axes, macs, exits[-1]["macs"], f"multiply-accumulates per image of {size}")
+    render.style_accuracy(axes)
+    render.style_axes(axes)
+    render.finish_picture(figure, axes, f"{report['backbone']}, self-distilled: accuracy at every exit")
+    return figure
+
+
+def _tables(report: Report) -> list[render.Table]:
+    """Return the table with a row for each exit, the ensemble and the baseline."""
+    *shallow, last = report["exits"]
+    baseline = report["baseline"]
+    header = ["exit", "top-1 %", "vs. baseline", "top-5 %", "ECE", "params", "MACs", "ms/batch", "speed-up"]
+    rows = [_row(f"{row['index']}: {row['name']}", row, baseline) for row in shallow]
+    rows.append(_row(f"{last['index']}: {last['name']} (backbone)", last, baseline))
+    rows.append(_row("ensemble", report["ensemble"], baseline))
+    if baseline is None:
+        return [[cells[:2] + cells[3:] for cells in [header, *rows]]]
+    return [[header, *rows, _row("baseline", {**last, **baseline}, None)]]
+
+
+def _row(label: str, row: EnsembleRow | ExitRow, baseline: AccuracyRow | None) -> list[str]:
+    return [
+        label,
+        render.number(row["top1"], ".2f"),
+        "" if baseline is None else render.number(_minus(row["top1"], baseline["top1"]), "+.2f"),
+        render.number(row["top5"], ".2f"),
+        render.number(row["ece"], ".3f"),
+        render.with_prefix(row["params"]),
+        render.with_prefix(row["macs"]),
+        f"{row['latency_ms']:.2f}",
+        f"{row['speedup']:.2f}x",
+    ]
+
+
+def _sentences(report: Report) -> list[str]:
+    size = " x ".join(str(side) for side in report["input_size"])
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    found = [
+        f"Accuracy on {report['dataset']} ({report['num_samples']:,} samples), "
+        f"recipe {report['recipe']}, seed {report['seed']}.",
+        f"MACs (multiply-accumulates) are for one image of {size}.",
+        f"Latency is the median of {report['latency_rounds']} runs of a batch of {report['latency_batch_size']} in "
+        f"{report['dtype']} on {report['device']} with {_count(report['threads'], 'thread')}; versions: {versions}.",
+    ]
+    if report["baseline"] is not None:
+        found.append("The baseline is the same backbone, trained on its own; it costs what the last exit costs.")
+    if any(report["num_skipped"].values()):
+        counts = ", ".join(f"{count:,} for {use}" for use, count in report["num_skipped"].items())
+        found.append(f"Images that could not be decoded, and are not counted: {counts}.")
+    if report["num_nonfinite"]:
+        found.append(f"For {_count(report['num_nonfinite'], 'sample')} an output was not a number: counted as wrong.")
+    accuracies: list[AccuracyRow] = [*report["exits"], report["ensemble"], *filter(None, [report["baseline"]])]
+    if any(value is None for row in accuracies for value in row.values()):
+        found.append(f"{render.MISSING} (null in report.json): the value was not a finite number.")
+    return found
+
+
+def _minus(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
+
+
+def _percent(row: AccuracyRow) -> str:
+    return render.number(row["top1"], ".2f") + ("" if row["top1"] is None else " %")
+
+
+def _count(amount: int, noun: str) -> str:
+    return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
+
+
+_PAGE = render.Page(
+    "report", "Scalable depth", "Accuracy of every exit over its compute", _tables, _sentences, draw_report
+)
