@@ -10,6 +10,11 @@ from PIL import Image
 from timm.data import auto_augment as timm_policies
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, crop_or_pad
+from timm_selfdistill.data.batch_policy import Layer, Policy, colour_jitter, timm_policy, torchvision_policy
+from timm_selfdistill.data.colours import OPERATIONS
+from timm_selfdistill.data.cutout import Cutout
+from timm_selfdistill.data.geometry import FILTERS, INTERPOLATIONS, Span, blur, crop, resize, rotation, transform
+from timm_selfdistill.data.order import generators_of_training, seed_generators
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode, autoaugment
@@ -18,11 +23,6 @@ from torchvision.transforms import functional as pil
 from timm_selfdistill.data import InputConfig, batch_augment, batch_policy, train_transform
 from timm_selfdistill.data.batch_augment import split_transform
 from timm_selfdistill.data.batch_crops import PadCrop, ResizeAndCrop, ResizedCrop
-from timm_selfdistill.data.batch_policy import Layer, Policy, colour_jitter, timm_policy, torchvision_policy
-from timm_selfdistill.data.colours import OPERATIONS
-from timm_selfdistill.data.cutout import Cutout
-from timm_selfdistill.data.geometry import FILTERS, INTERPOLATIONS, Span, blur, crop, resize, rotation, transform
-from timm_selfdistill.data.order import generators_of_training, seed_generators
 from timm_selfdistill.recipe import AugmentSection
 
 CPU = torch.device("cpu")

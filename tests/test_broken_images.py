@@ -27,7 +27,7 @@ from timm_selfdistill.data import (
     merge_skipped,
     open_dataset,
 )
-from timm_selfdistill.data.collate import Collate
+from timm_selfdistill.data.batches import Collate
 from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.data.skipped import SkippedImage
 from timm_selfdistill.metrics import IGNORED, ExitMetrics

@@ -1,9 +1,9 @@
 """From a recipe's data section to batches: open and split a data set, transform its images, load them."""
 
+from timm_selfdistill.data.batches import Arrangement, TrainingOrder
 from timm_selfdistill.data.decode import check_pillow, decode, read_file
 from timm_selfdistill.data.image_files import image_endings
 from timm_selfdistill.data.loaders import Loaders, build_loaders
-from timm_selfdistill.data.order import Arrangement, TrainingOrder
 from timm_selfdistill.data.skipped import SKIPPED, SkipList, merge_skipped
 from timm_selfdistill.data.sources import is_on_hub
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit, open_dataset
