@@ -28,27 +28,15 @@ _MODES = ("L", "RGB")
 
 @dataclass(frozen=True, eq=False)
 class CachedSplit(Dataset[Batch]):
-    """A split whose images are on a device; it is indexed by whole batches.
-
-    Images that cannot be decoded are treated as `Collate` treats them.
-
-    Args:
-        split: The split.
-        use: What its batches are for.
-        images: Its images [N, C, H, W] of uint8, black where one is skipped.
-        targets: Their class indices [N], on the same device.
-        skipped: Which are skipped [N].
-        transform: What is done to every batch.
-        seed: With the epoch and the first row, decides how a training batch is augmented.
-    """
+    """A split whose images are on a device; it is indexed by whole batches, and skips images as `Collate` does."""
 
     split: ImageSplit
     use: Use
-    images: Tensor
-    targets: Tensor
-    skipped: NDArray[np.bool_]
+    images: Tensor  # [N, C, H, W] of uint8, black where one is skipped
+    targets: Tensor  # class indices [N], on the same device
+    skipped: NDArray[np.bool_]  # [N]
     transform: BatchTransform
-    seed: int
+    seed: int  # with the epoch and the first row, decides how a training batch is augmented
 
     def __len__(self) -> int:
         return len(self.split)
@@ -88,11 +76,11 @@ def cache_splits(
     Args:
         splits: The splits by what they are for.
         collates: Decodes and transforms their samples; what is random of the transform is left for the batches.
-        device: The device.
+        device: Where the images are kept.
         auto_augment: The recipe's `augment.auto_augment`, for messages.
         seed: With the epoch and the first row, decides how a training batch is augmented.
         workers: Loader processes that decode.
-        show_progress: Show a progress bar.
+        show_progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If a setting of the augmentation is unknown to batches, if images have different sizes where they

@@ -27,9 +27,6 @@ from timm_selfdistill.recipe import AugmentSection, DataSection
 class Loaders:
     """Loaders of (images [B, C, H, W] float, targets [B] int64).
 
-    An image that cannot be decoded is an error or, with `data.on_error=skip`, left out as `Collate` says: of the
-    training batches another image takes its place, of the others its target is IGNORED.
-
     Args:
         train: Shuffled; every batch is full.
         validation: In order, to the last sample; None if the recipe wants none.
@@ -66,15 +63,12 @@ def build_loaders(
     every process, because their length is unknown beforehand, so their metrics need no gathering.
 
     Augmentation draws from the generators of `random`, NumPy and torch. For rows with an index they are seeded for each
-    batch, and what training draws from them in this process is left alone. For a stream they are those of the workers,
-    which are seeded differently for every process and epoch, or of this process without workers.
-
-    With `data.cache=device` the splits are decoded here, and batches are made on the device, each by a generator of its
-    own.
+    batch and then set back. For a stream they are those of the workers, which are seeded differently for every process
+    and epoch, or of this process without workers.
 
     Args:
         data: What `open_dataset` returned.
-        section: The recipe's `data`.
+        section: The recipe's `data`; with `cache=device` the splits are decoded here.
         augment: The recipe's `augment`.
         input: What the model expects.
         batch_size: Samples of one process and micro step.
@@ -86,8 +80,7 @@ def build_loaders(
 
     Raises:
         ValueError: If the training split is smaller than one batch of all processes or of unknown length, if an odd
-            batch is to be mixed, if Pillow was told to accept truncated images, or if the images cannot be kept on the
-            device.
+            batch is to be mixed, if Pillow was told to accept truncated images, or if `cache_splits` raises it.
     """
     check_pillow()
     process, processes = accelerator_shards

@@ -20,6 +20,11 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """The image mode that has as many channels as the model takes."""
 
 _TORCHVISION_POLICIES = ("imagenet", "cifar10", "svhn")
+# Of the recipe's `augment`, by the names of timm's `create_transform`.
+_TIMM_SETTINGS = (
+    *("train_crop_mode", "scale", "ratio", "hflip", "vflip", "auto_augment"),
+    *("color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "re_prob", "re_mode", "re_count"),
+)
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
 _CROP_MODES = ("center", "squash", "border")
 # timm's models crop between 0.8 and 1; images resized to far more than is kept of them would fill the memory.
@@ -135,30 +140,23 @@ def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:
     from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop
 
     height, width = config.image_size
+    settings = {name: getattr(augment, name) for name in _TIMM_SETTINGS}
+    if pad:
+        # After it timm's random resized crop has to take the whole image.
+        settings |= {"train_crop_mode": "rrc", "scale": (1.0, 1.0), "ratio": (width / height, width / height)}
     policy = augment.auto_augment if augment.auto_augment in _TORCHVISION_POLICIES else None
-    if augment.auto_augment is not None and policy is None:
+    if policy is not None:
+        settings["auto_augment"] = None
+    elif augment.auto_augment is not None:
         _check_policy(augment.auto_augment)
     geometric, colours, to_tensor = create_transform(
         config.image_size,
         is_training=True,
-        # After `pad` timm's random resized crop has to take the whole image.
-        train_crop_mode="rrc" if pad else augment.train_crop_mode,
-        scale=(1.0, 1.0) if pad else augment.scale,
-        ratio=(width / height, width / height) if pad else augment.ratio,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter,  # type: ignore[arg-type]  # None is none, as timm's code reads it
-        color_jitter_prob=augment.color_jitter_prob,
-        grayscale_prob=augment.grayscale_prob,
-        gaussian_blur_prob=augment.gaussian_blur_prob,
-        auto_augment=augment.auto_augment if policy is None else None,
         interpolation=config.interpolation,
         mean=config.mean,
         std=config.std,
-        re_prob=augment.re_prob,
-        re_mode=augment.re_mode,
-        re_count=augment.re_count,
         separate=True,
+        **settings,
     )
     steps = [geometric, colours, to_tensor]
     if pad:
