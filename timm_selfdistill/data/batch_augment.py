@@ -226,7 +226,7 @@ def _posterize(images: Tensor, bits: int) -> Tensor:
 
 
 def _solarize(images: Tensor, threshold: int) -> Tensor:
-    return torch.where(images < threshold, images, 255 - images)
+    return torch.where(images.int() < threshold, images, 255 - images)  # up to 256, which a byte would not hold
 
 
 def _solarize_add(images: Tensor, add: int) -> Tensor:
