@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from timm_selfdistill import SelfDistillationTask
-from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
+from timm_selfdistill.data.loaders import build_loaders
+from timm_selfdistill.data.splits import open_dataset
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import synchronize
 from timm_selfdistill.train.build import build_model

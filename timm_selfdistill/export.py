@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 
 from timm_selfdistill.data.transforms import InputConfig
+from timm_selfdistill.failures import ReportedError
 from timm_selfdistill.hub import check_finite, class_names, complete_names, from_pretrained, is_exported, save_exported
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.truncation import TruncatedModel, truncate
@@ -31,7 +32,7 @@ Run = Callable[[Tensor], Tensor]
 _TOLERANCE: Final = 1e-4  # largest difference of the logits, as a share of the largest logit
 
 
-class ExportError(RuntimeError):
+class ExportError(ReportedError):
     """A network that torch or ONNX cannot write, or that gave other logits once it was written; no file was left."""
 
 
@@ -118,20 +119,10 @@ def export_folder(
     overwrite: bool = False,
     default_folder: str | Path | None = None,
 ) -> Path:
-    """Write a saved model, cut off after an exit, as `export_model` does.
+    """Write a saved model, of a run's folder, a model folder or a repository on the Hub, as `export_model` does.
 
-    Args:
-        source: A run's folder, the model folder in it, or a repository on the Hub.
-        exit: Index of the exit; the backbone's own classifier by default.
-        output: Where to write; by default "exit-K" and the format's ending, in the folder, or here for the Hub's.
-        default_folder: What stands for `source` in the default of `output`.
-
-    Returns:
-        The path that was written.
-
-    Raises:
-        ValueError, ExportError: As `export_model`; ValueError also if there is no model in the folder.
-        HubError: If the repository cannot be loaded.
+    By default, the backbone's own classifier is written to "exit-K" and the format's ending in the folder, or in
+    `default_folder`; for a repository, in the working directory.
     """
     _check_format(format, dynamic_batch)  # before the model is loaded
     folder = Path(source)

@@ -20,6 +20,12 @@ _LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socke
 _AGAIN = "run the same command again to go on"
 
 
+class ReportedError(RuntimeError):
+    """An error whose message is all that a user needs: a command prints it and ends with `exit_status`."""
+
+    exit_status = 2
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of the machine or of a GPU is at its end."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

@@ -193,15 +193,10 @@ def _run(model: SelfDistillModel | EarlyExit, exit_index: int, images: Tensor) -
 
 
 def find_images(arguments: Sequence[str], lines: Iterable[str]) -> list[str]:
-    """Return the image files that a command line names.
+    """Return the image files that a command line names, whatever their names are, and those in its folders, sorted.
 
-    Args:
-        arguments: Files, whatever their names are; folders, of which all images are taken, those in folders inside
-            too, in the order of their names; and "-", which stands for `lines`.
-        lines: Files and folders, one a line; what does not exist there is returned too, and fails when it is read.
-
-    Raises:
-        ValueError: If an argument does not exist, or there is no image.
+    "-" stands for the lines, a file or folder each; what does not exist there is returned too, and fails when it is
+    read. An argument that does not exist is a ValueError, and so is no image at all.
     """
     files: list[str] = []
     for argument in arguments:
@@ -244,27 +239,18 @@ def print_predictions(
     workers: int | None = None,
     as_json: bool = False,
 ) -> int:
-    """Classify the images of a command line and print the answers; errors go to the error output.
+    """Classify images and print the answers, as the command `predict` does; errors go to the error output.
 
-    Without `exit`, the early-exit settings that are saved with the model hold, if there are any; otherwise its
-    backbone's own classifier answers.
+    Arguments are those of `find_images` and `predict_images`, and:
 
     Args:
-        source: A run's folder, the model folder in it, or a repository on the Hub.
-        images: Files, folders and "-", as in `find_images`.
-        exit: Index of the one exit that answers.
+        source: A run's folder, the model folder in it, or a repository on the Hub. Without `exit`, the early-exit
+            settings that are saved with it hold, if there are any.
         threshold: Let images leave early from this confidence on, at every exit, whatever is saved.
-        top_k: How many classes to print of each image.
-        batch_size: As in `predict_images`.
-        workers: As in `predict_images`.
         as_json: Print one JSON object a line.
 
     Returns:
         0, or 1 if there is an image without an answer.
-
-    Raises:
-        ValueError: If there is no image or no model, or an argument is not allowed.
-        HubError: If the repository cannot be loaded.
     """
     files = find_images(images, sys.stdin)
     model = _load(source, exit, threshold)

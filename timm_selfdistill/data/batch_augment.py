@@ -41,13 +41,10 @@ Step = Callable[[Tensor, np.random.Generator], Tensor]
 
 @dataclass(frozen=True)
 class BatchTransform:
-    """Transforms batches on a device.
+    """Transforms batches on a device, by steps in order.
 
     Parameters are drawn on the CPU, and from none of the generators that training draws from. Except for the noise that
     fills erased rectangles, every device draws the same.
-
-    Args:
-        steps: What is done, in order.
     """
 
     steps: Sequence[Step]
@@ -63,7 +60,7 @@ class BatchTransform:
 def split_transform(
     transform: Transform, device: torch.device, auto_augment: str | None = None
 ) -> tuple[Transform, BatchTransform]:
-    """Split a transform into what is the same every time and what is to be done for every batch.
+    """Split the transform of an image into what is the same every time and what is to be done for every batch.
 
     Args:
         transform: What `train_transform` or `eval_transform` built.
@@ -74,7 +71,7 @@ def split_transform(
         From a PIL image to a uint8 tensor [C, H, W], and from batches of them to float images.
 
     Raises:
-        ValueError: If there is a transform that batches cannot have.
+        ValueError: If batches cannot have one of the transforms.
     """
     parts = list(flatten(transform))
     number = next(index for index, part in enumerate(parts) if not _is_fixed(part))
@@ -172,9 +169,6 @@ def policy_of_tensors(policy: Any, auto_augment: str | None = None) -> Any:
     """Return timm's RandAugment or AutoAugment with torchvision's operations on tensors in place of Pillow's.
 
     timm's own code draws: which operations, how many, with which probability and magnitude.
-
-    Raises:
-        ValueError: If it has an operation or an interpolation that batches do not have.
     """
     policy = copy(policy)
     match policy:

@@ -23,19 +23,12 @@ _WEIGHT_BITS: Final = 22  # of the fixed-point numbers that Pillow resizes with
 
 
 class Side(NamedTuple):
-    """Which part of one side of each image is resized to what, and which of its pixels are wanted.
+    """Which part of one side of each image is resized to what, and which of its pixels are wanted."""
 
-    Args:
-        start: First pixel of the part [B].
-        extent: Number of its pixels [B].
-        size: Number of pixels it is resized to [B].
-        wanted: Indices of the wanted ones among these [B, N].
-    """
-
-    start: Indices
-    extent: Indices
-    size: Indices
-    wanted: Indices
+    start: Indices  # first pixel of the part [B]
+    extent: Indices  # number of its pixels [B]
+    size: Indices  # number of pixels it is resized to [B]
+    wanted: Indices  # indices of the wanted ones among these [B, N]
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -126,16 +119,9 @@ def draw_sizes(
 
 
 def resize(images: Tensor, rows: Side, columns: Side, interpolation: str) -> Tensor:
-    """Cut parts out of images and resize them, as `Image.crop` and `Image.resize` do.
+    """Cut parts out of images [B, C, H, W] of uint8 and resize them, as `Image.crop` and `Image.resize` do.
 
-    Args:
-        images: Images [B, C, H, W] of uint8, on a device that computes in float64.
-        rows: From H rows to N of them.
-        columns: From W columns to M of them.
-        interpolation: A key of `FILTERS`, or "nearest".
-
-    Returns:
-        Images [B, C, N, M].
+    The interpolation is a key of `FILTERS`, or "nearest"; the device has to compute in float64.
     """
     if not _is_whole(columns, images.shape[3]):
         weights = _weights(columns, images.shape[3], interpolation, images.device)

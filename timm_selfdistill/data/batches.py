@@ -168,22 +168,14 @@ class Collate:
     target and another augmentation (a batch without any is an error); elsewhere, a blank image holds the place, and its
     target is IGNORED, so that no metric counts it. What cannot be read, because a file is missing or the storage fails,
     is always an error: it may be readable at the next attempt.
-
-    Args:
-        use: What the batches are for.
-        split: The split's name, for messages.
-        mode: The mode of an image that has as many channels as the model takes.
-        transform: From an image to a tensor.
-        skipped: Lists the images that are skipped; None to skip none.
-        class_index: The class index of every label; None where targets are class indices already.
     """
 
     use: Use
     split: str
-    mode: str
+    mode: str  # of an image that has as many channels as the model takes
     transform: Transform
-    skipped: SkipList | None
-    class_index: Mapping[int | str, int] | None = None
+    skipped: SkipList | None  # None to skip none
+    class_index: Mapping[int | str, int] | None = None  # of every label; None where targets are class indices already
 
     def __call__(self, samples: list[dict[str, Any]]) -> Batch:
         if "seed" not in samples[0]:

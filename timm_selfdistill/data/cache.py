@@ -71,16 +71,7 @@ def cache_splits(
     workers: int,
     show_progress: bool,
 ) -> dict[Use, CachedSplit]:
-    """Decode splits and keep them on a device.
-
-    Args:
-        splits: The splits by what they are for.
-        collates: Decodes and transforms their samples; what is random of the transform is left for the batches.
-        device: Where the images are kept.
-        auto_augment: The recipe's `augment.auto_augment`, for messages.
-        seed: With the epoch and the first row, decides how a training batch is augmented.
-        workers: Loader processes that decode.
-        show_progress: Whether to show a progress bar.
+    """Decode splits and keep them on a device; what is random of their transforms is left for the batches.
 
     Raises:
         ValueError: If a setting of the augmentation is unknown to batches, if images have different sizes where they

@@ -1,6 +1,5 @@
 """What happens to an image between its pixels and the batch: channels, timm's transforms, Cutout, Mixup."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -12,6 +11,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor, nn
 
+from timm_selfdistill.checks import is_number
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 Transform = Callable[[Image.Image], Tensor]
@@ -63,7 +63,7 @@ class InputConfig:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ValueError(f"data.{name} has {len(values)} values for {self.channels} channels: {values}.")
-            if not all(_is_number(value) and (name == "mean" or value > 0) for value in values):
+            if not all(is_number(value) and (name == "mean" or value > 0) for value in values):
                 raise ValueError(f"data.{name} must be {'' if name == 'mean' else 'positive '}numbers, got {values}.")
         if not all(isinstance(side, int) and side > 0 for side in self.image_size):
             raise ValueError(f"The image size must be a height and a width in pixels, got {self.image_size}.")
@@ -71,7 +71,7 @@ class InputConfig:
             raise ValueError(
                 f"data.interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {self.interpolation!r}."
             )
-        if not _is_number(self.crop_pct) or not _SMALLEST_CROP <= self.crop_pct <= _LARGEST_CROP:
+        if not is_number(self.crop_pct) or not _SMALLEST_CROP <= self.crop_pct <= _LARGEST_CROP:
             raise ValueError(
                 f"data.crop_pct must be from {_SMALLEST_CROP} to {_LARGEST_CROP}, as images are resized to image_size "
                 f"divided by it, got {self.crop_pct!r}."
@@ -81,14 +81,10 @@ class InputConfig:
 
     @classmethod
     def from_model(cls, backbone: nn.Module, section: DataSection | None = None) -> Self:
-        """Take what the recipe says and, where it says nothing, the model's own.
+        """Take what the recipe's `data` says and, where it says nothing, a timm model's own values.
 
         The model's own `crop_pct` is often 0.875 or 0.95: evaluation then resizes an image to more than `image_size`
         and cuts its border. For small images that are stored at `image_size` say `crop_pct: 1.0`.
-
-        Args:
-            backbone: A timm model.
-            section: The recipe's `data`; by default all is the model's own.
         """
         section = DataSection(path="none") if section is None else section
         channels = _input_channels(backbone)
@@ -252,10 +248,6 @@ def _check_policy(policy: str) -> None:
             "rand-m9-mstd0.5-inc1, augmix-m3-w3, original, originalr, v0, v0r and 3a with their settings, and "
             f"{', '.join(_TORCHVISION_POLICIES)}."
         ) from error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _per_channel(given: tuple[float, ...] | None, own: tuple[float, ...], channels: int) -> tuple[float, ...]:

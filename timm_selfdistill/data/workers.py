@@ -19,13 +19,10 @@ _LEFT_TO_MAIN: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def worker_options(workers: int, init: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Return the arguments of a `DataLoader` whose processes leave signals to this one.
+    """Return the arguments of a `DataLoader` whose processes leave signals to this one; 0 loads in this one.
 
-    Such a process ends when this one ends it or is gone, as any loader process does.
-
-    Args:
-        workers: How many processes; 0 loads in this one.
-        init: Called in each process with its index.
+    Such a process ends when this one ends it or is gone, as any loader process does. `init` is called in each with its
+    index.
     """
     # Read in a way that does not choose it for the rest of the program.
     method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
@@ -39,6 +36,8 @@ def worker_options(workers: int, init: Callable[[int], None] | None = None) -> d
 
 def signal_free_context(method: str) -> context.BaseContext:
     """Return a context of a start method whose processes have the signals blocked from their first moment on."""
+    if method != "fork":
+        resource_tracker.ensure_running()  # a start in the body of `_blocked` would unblock the signals
     start_context, process = _START_METHODS[method]
     free: Any = start_context()
     free.Process = process
@@ -73,25 +72,23 @@ def _blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class _SignalFree:
+    def start(self) -> None:
+        with _blocked():
+            super().start()  # type: ignore[misc]  # of the process that this class is mixed into
+
+
 # At module level each, because a spawned process is pickled by the name of its class.
-class _ForkProcess(context.ForkProcess):
-    def start(self) -> None:
-        with _blocked():
-            super().start()
+class _ForkProcess(_SignalFree, context.ForkProcess):
+    pass
 
 
-class _SpawnProcess(context.SpawnProcess):
-    def start(self) -> None:
-        resource_tracker.ensure_running()  # if it started in the body, it would unblock the signals
-        with _blocked():
-            super().start()
+class _SpawnProcess(_SignalFree, context.SpawnProcess):
+    pass
 
 
-class _ForkServerProcess(context.ForkServerProcess):
-    def start(self) -> None:
-        resource_tracker.ensure_running()
-        with _blocked():
-            super().start()
+class _ForkServerProcess(_SignalFree, context.ForkServerProcess):
+    pass
 
 
 _START_METHODS: Final = {
