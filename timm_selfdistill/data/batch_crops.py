@@ -48,9 +48,9 @@ def pad_crop(size: tuple[int, int], padding: int, fill: int, images: Tensor, rng
         upload(start, images.device)[:, None] + torch.arange(wanted, device=images.device)
         for start, wanted in zip(corners, size, strict=True)
     )
-    batch = torch.arange(len(images), device=images.device)[:, None, None]
-    # Indices around a slice put the channels last.
-    return padded[batch, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2).contiguous()
+    pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None]).flatten(1)
+    index = pixels[:, None].expand(-1, images.shape[1], -1)
+    return padded.flatten(2).gather(2, index).view(*images.shape[:2], *size)
 
 
 def resize_boxes(part: RandomResizedCropAndInterpolation, images: Tensor, rng: np.random.Generator) -> Tensor:
