@@ -11,7 +11,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Any
 
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from timm_selfdistill import SelfDistillationTask
-from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
+from timm_selfdistill.data.loaders import build_loaders
+from timm_selfdistill.data.splits import open_dataset
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import synchronize
 from timm_selfdistill.train.build import build_model
@@ -71,21 +73,23 @@ def main() -> int:
     parser.add_argument("--only-input", action="store_true", help="train nothing")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="torch's number of CPU threads")
+    parser.add_argument("--cpu-time", action="store_true", help="count this process's CPU time: for a busy machine")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if recipe.precision == "fp16" or recipe.augment.mixes:
         parser.error("this benchmark neither scales losses for precision=fp16 nor mixes images")
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     batches, steps = _prepare(recipe, arguments.device)
     uses = USES[:1] if arguments.only_input else USES
     cells = [(way, use) for use in uses for way in WAYS if (way, use) != (WAYS[2], USES[0])]
     for way, use in cells:
-        _rate(batches[way], steps.get(use), WARM_UP_STEPS, arguments.device)
+        _rate(batches[way], steps.get(use), WARM_UP_STEPS, arguments.device, clock)
     rates: dict[tuple[str, str], list[float]] = {cell: [] for cell in cells}
     for _ in range(arguments.rounds):
         for way, use in cells:
-            rates[way, use].append(_rate(batches[way], steps.get(use), arguments.batches, arguments.device))
+            rates[way, use].append(_rate(batches[way], steps.get(use), arguments.batches, arguments.device, clock))
     _print(rates, recipe, arguments)
     return 0
 
@@ -123,17 +127,19 @@ def _endless(loader: DataLoader[Any]) -> Iterator[Batch]:
         yield from loader
 
 
-def _rate(batches: Iterator[Batch], step: Step | None, count: int, device: torch.device) -> float:
-    """Return the images per second over so many batches, which a step trains on, if any."""
+def _rate(
+    batches: Iterator[Batch], step: Step | None, count: int, device: torch.device, clock: Callable[[], float]
+) -> float:
+    """Return the images per second of a number of batches, which a step trains on, if any."""
     synchronize(device)
-    start, images = time.perf_counter(), 0
+    start, images = clock(), 0
     for _ in range(count):
         batch = next(batches)
         images += len(batch[0])
         if step is not None:
             step(*batch)
     synchronize(device)
-    return images / (time.perf_counter() - start)
+    return images / (clock() - start)
 
 
 def _print(rates: dict[tuple[str, str], list[float]], recipe: Recipe, arguments: argparse.Namespace) -> None:

@@ -14,9 +14,9 @@ from test_timm_families import ENCODERS, MEMBERS
 from timm.data import resolve_model_data_config
 
 import timm_selfdistill as sd
+from timm_selfdistill import export as exporting
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.export import METADATA, graphs
-from timm_selfdistill.export import run as running
+from timm_selfdistill.export import METADATA
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -231,7 +231,7 @@ def test_what_exists_is_not_replaced_unless_it_is_an_export(model, tmp_path):
 
 @pytest.mark.parametrize("format", SUFFIXES)
 def test_other_logits_are_an_error_and_leave_nothing(model, tmp_path, monkeypatch, format):
-    monkeypatch.setattr(running, "TOLERANCE", -1.0)
+    monkeypatch.setattr(exporting, "_TOLERANCE", -1.0)
     with pytest.raises(sd.ExportError, match=f"exported to {format}, gives other logits for a batch of 1"):
         export(model, 0, tmp_path, format)
     assert list(tmp_path.iterdir()) == []
@@ -239,7 +239,7 @@ def test_other_logits_are_an_error_and_leave_nothing(model, tmp_path, monkeypatc
 
 def test_a_graph_that_the_optimizer_breaks_is_written_without_it(model, images, tmp_path, monkeypatch):
     tried = []
-    save = graphs._save_onnx
+    save = exporting._save_onnx
 
     def save_unless_optimized(*args, optimize):
         tried.append(optimize)
@@ -247,7 +247,7 @@ def test_a_graph_that_the_optimizer_breaks_is_written_without_it(model, images, 
             raise sd.ExportError
         return save(*args, optimize=optimize)
 
-    monkeypatch.setattr(graphs, "_save_onnx", save_unless_optimized)
+    monkeypatch.setattr(exporting, "_save_onnx", save_unless_optimized)
     path = export(model, 0, tmp_path, "onnx", dynamic_batch=True)
     assert tried == [True, False]
     with torch.no_grad():
@@ -335,10 +335,10 @@ def test_command_refuses_what_cannot_work(run, tmp_path, capsys, monkeypatch):
 
     assert "There is no exit 4" in fails(str(run), "--format", "onnx", "--exit", "4")
     assert "holds no model" in fails(str(tmp_path), "--format", "onnx")
-    monkeypatch.setattr(running, "TOLERANCE", -1.0)
+    monkeypatch.setattr(exporting, "_TOLERANCE", -1.0)
     assert "gives other logits" in fails(str(run), "--format", "torch-export", "--output", str(tmp_path / "a.pt2"))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(running, "from_pretrained", None)
+    monkeypatch.setattr(exporting, "from_pretrained", None)
     assert "pip install 'timm_selfdistill[onnx]'" in fails(str(run), "--format", "onnx")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit) as error:

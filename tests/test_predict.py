@@ -272,7 +272,7 @@ def test_command_refuses_what_cannot_work(run, images, tmp_path, capsys, monkeyp
     assert "There is no exit 7" in fails(str(run), images[0], "--exit", "7")
     assert "holds no model" in fails(str(tmp_path), images[0])
     assert "top_k is 0" in fails(str(run), images[0], "--top-k", "0")
-    monkeypatch.setattr("timm_selfdistill.predict.command.load_with_early_exit", None)
+    monkeypatch.setattr("timm_selfdistill.predict.load_with_early_exit", None)
     assert "There is no image in" in fails(str(run), str(tmp_path))
     with pytest.raises(SystemExit) as error:
         cli(["predict", str(run), images[0], "--exit", "1", "--threshold", "0.5"])

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from timm_selfdistill.data import worker_options
-from timm_selfdistill.data.workers import _CONTEXTS
+from timm_selfdistill.data.workers import signal_free_context
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -57,7 +57,7 @@ def test_a_signal_to_loader_processes_changes_nothing(method: str, monkeypatch: 
 
 def test_the_signals_are_blocked_from_the_first_moment_on() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    context = _CONTEXTS["fork"]()
+    context = signal_free_context("fork")
     answers = context.SimpleQueue()
     process = context.Process(target=mask_of_this_process, args=(answers,))
     process.start()

@@ -1,15 +1,19 @@
 """The transforms of one image, turned into those of a batch on a device.
 
-What timm and torchvision were told is read off their transforms, so a setting has one home and what has no counterpart
-here is refused.
+Settings are read off the transforms of timm and torchvision, so each has one home. Crops, flips, erasing and cutout are
+drawn for each image; policies, jitter and blur, which torchvision carries out, for each group of `GROUP` images.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import numpy as np
 import torch
+from PIL.Image import Resampling
 from timm.data import auto_augment as timm_policies
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import (
@@ -21,72 +25,73 @@ from timm.data.transforms import (
 )
 from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
-from timm_selfdistill.data.batch_crops import ATTEMPTS, PadCrop, ResizeAndCrop, ResizedCrop, first_fit
-from timm_selfdistill.data.batch_policy import colour_jitter, timm_policy, torchvision_policy
-from timm_selfdistill.data.colours import luma
-from timm_selfdistill.data.cutout import Cutout
-from timm_selfdistill.data.geometry import blur, upload
-from timm_selfdistill.data.sources import Indices
-from timm_selfdistill.data.transforms import Transform
+from timm_selfdistill.data.batch_crops import cut_out, erase, pad_crop, resize_and_crop, resize_boxes, upload
+from timm_selfdistill.data.batches import seeded_generators
+from timm_selfdistill.data.transforms import Cutout, Transform
+
+GROUP: Final = 8
+"""Neighbours in a batch that share what a policy, the colour jitter or the blur draws."""
 
 Step = Callable[[Tensor, np.random.Generator], Tensor]
-"""From images [B, C, H, W], uint8 or normalised, to images, drawing from the generator for each image."""
+"""From images [B, C, H, W], uint8 or normalised, to images; it draws from the generator."""
 
 
 @dataclass(frozen=True)
 class BatchTransform:
-    """Transforms batches on a device, every image by a draw of its own.
+    """Transforms batches on a device, by steps in order.
 
-    Parameters are drawn on the CPU, and from none of the generators that training draws from. But for the noise that
-    fills erased rectangles, a batch is augmented alike on any device.
-
-    Args:
-        steps: What is done, in order.
+    Parameters are drawn on the CPU, and from none of the generators that training draws from. Except for the noise that
+    fills erased rectangles, every device draws the same.
     """
 
     steps: Sequence[Step]
 
     def __call__(self, images: Tensor, seed: Sequence[int]) -> Tensor:
-        """Transform images.
-
-        Args:
-            images: Images [B, C, H, W] of uint8.
-            seed: Decides what is drawn.
-
-        Returns:
-            Float images [B, C, H, W].
-        """
+        """Return float images [B, C, H, W] from images of uint8; the seed decides what is drawn."""
         rng = np.random.default_rng(seed)
         for step in self.steps:
             images = step(images, rng)
         return images
 
 
-def split_transform(transform: Transform, device: torch.device) -> tuple[Transform, BatchTransform]:
-    """Split a transform into what is the same every time and what is to be done for every batch.
+def split_transform(
+    transform: Transform, device: torch.device, auto_augment: str | None = None
+) -> tuple[Transform, BatchTransform]:
+    """Split the transform of an image into what is the same every time and what is to be done for every batch.
 
     Args:
         transform: What `train_transform` or `eval_transform` built.
         device: Where the batches are.
+        auto_augment: The recipe's `augment.auto_augment`, for messages.
 
     Returns:
         From a PIL image to a uint8 tensor [C, H, W], and from batches of them to float images.
 
     Raises:
-        ValueError: If there is a transform that batches do not know.
+        ValueError: If batches cannot have one of the transforms.
     """
-    parts = list(_flatten(transform))
+    parts = list(flatten(transform))
     number = next(index for index, part in enumerate(parts) if not _is_fixed(part))
     fixed = transforms.Compose([*parts[:number], MaybePILToTensor()])
-    return fixed, BatchTransform(tuple(_steps(parts[number:], device)))
+    following = iter(parts[number:])
+    steps: list[Step] = []
+    for part in following:
+        if isinstance(part, ResizeKeepRatio):
+            # Only after the crop do images have one size again.
+            steps.append(partial(resize_and_crop, part, next(following)))
+        else:
+            steps.append(_step(part, device, auto_augment))
+    return fixed, BatchTransform(tuple(steps))
 
 
-def _flatten(transform: Any) -> Iterator[Any]:
+def flatten(transform: Any) -> Iterator[Any]:
+    """Yield the transforms that a transform is composed of."""
     if isinstance(transform, transforms.Compose):
         for part in transform.transforms:
-            yield from _flatten(part)
+            yield from flatten(part)
     else:
         yield transform
 
@@ -97,136 +102,168 @@ def _is_fixed(transform: Any) -> bool:
     return isinstance(transform, transforms.Resize | transforms.CenterCrop | CenterCropOrPad)
 
 
-def _steps(parts: Sequence[Any], device: torch.device) -> Iterator[Step]:
-    """Return the counterparts of transforms, in their order."""
-    following = iter(parts)
-    for part in following:
-        # Only behind the crop do images have one size again.
-        yield ResizeAndCrop(part, next(following)) if isinstance(part, ResizeKeepRatio) else _step(part, device)
-
-
-def _step(part: Any, device: torch.device) -> Step:
-    """Return the counterpart of a transform."""
+def _step(part: Any, device: torch.device, auto_augment: str | None) -> Step:
+    """Return what a transform is for a batch."""
     match part:
         case transforms.RandomCrop():
-            return PadCrop(tuple(part.size), part.padding, part.fill)
+            return partial(pad_crop, tuple(part.size), part.padding, part.fill)
         case RandomResizedCropAndInterpolation():
-            return ResizedCrop(part.size, part.scale, part.ratio, InterpolationMode(part.interpolation).value)
+            if isinstance(part.interpolation, tuple):
+                raise ValueError(
+                    "data.interpolation 'random' is unknown to data.cache=device: name one, such as bilinear or bicubic"
+                    ", or set data.cache: null."
+                )
+            return partial(resize_boxes, part)
         case transforms.RandomHorizontalFlip():
-            return _Sometimes(part.p, lambda images, rng: images.flip(3))
+            return partial(_sometimes, part.p, lambda images, rng: images.flip(3))
         case transforms.RandomVerticalFlip():
-            return _Sometimes(part.p, lambda images, rng: images.flip(2))
+            return partial(_sometimes, part.p, lambda images, rng: images.flip(2))
         case transforms.RandomGrayscale():
-            return _Sometimes(part.p, lambda images, rng: luma(images).expand_as(images))
+            return partial(_sometimes, part.p, _to_grey)
         case transforms.RandomApply():
             (only,) = part.transforms
-            return _Sometimes(part.p, _step(only, device))
-        case transforms.ColorJitter():
-            return colour_jitter(part, device)
-        case transforms.GaussianBlur():
-            return _Blur(part.sigma, part.kernel_size[0])
+            return partial(_sometimes, part.p, _step(only, device, auto_augment))
+        case transforms.ColorJitter() | transforms.GaussianBlur():
+            return partial(in_groups, part)
         case transforms.AutoAugment():
-            return torchvision_policy(part, device)
-        case timm_policies.RandAugment() | timm_policies.AutoAugment():
-            return timm_policy(part, device)
+            return partial(in_groups, v2.AutoAugment(part.policy, part.interpolation, part.fill))
+        case timm_policies.RandAugment() | timm_policies.AutoAugment() | timm_policies.AugMixAugment():
+            return partial(in_groups, policy_of_tensors(part, auto_augment))
         case MaybeToTensor():
-            return _Affine(torch.zeros((), device=device), torch.tensor(255.0, device=device))
+            return partial(_normalize, torch.zeros((), device=device), torch.tensor(255.0, device=device))
         case transforms.Normalize():
             mean, std = (torch.as_tensor(values)[:, None, None].to(device) for values in (part.mean, part.std))
-            return _Affine(mean, std)
+            return partial(_normalize, mean, std)
         case RandomErasing():
-            return _Erase(part)
+            return partial(erase, part)
         case Cutout():
-            return _BatchCutout(part.side, part.fill.to(device))
-        case timm_policies.AugMixAugment():
-            raise ValueError(
-                "augment.auto_augment augmix is unknown to data.cache=device; allowed are timm's other policies, such "
-                "as rand-m9-mstd0.5-inc1, and torchvision's cifar10, imagenet and svhn."
-            )
-    raise ValueError(f"data.cache=device knows no counterpart of the transform {part!r}.")
+            return partial(cut_out, part.side, part.fill.to(device))
+    raise ValueError(f"data.cache=device does not know the transform {part!r} for batches; set data.cache: null.")
 
 
-@dataclass(frozen=True)
-class _Sometimes:
+def _sometimes(probability: float, step: Step, images: Tensor, rng: np.random.Generator) -> Tensor:
     """Do a step for some of the images only, each with a probability."""
-
-    probability: float
-    step: Step
-
-    def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        chosen = np.flatnonzero(rng.random(len(images)) < self.probability)
-        if len(chosen) == 0:
-            return images
-        rows = upload(chosen, images.device)
-        return images.index_copy(0, rows, self.step(images[rows], rng))
-
-
-@dataclass(frozen=True)
-class _Blur:
-    """`torchvision.transforms.GaussianBlur`."""
-
-    sigma: tuple[float, float]
-    kernel_size: int
-
-    def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        return blur(images, rng.uniform(*self.sigma, len(images)), self.kernel_size)
-
-
-@dataclass(frozen=True)
-class _Affine:
-    """Subtract and divide, by tensors: a GPU multiplies by the rounded reciprocal of a number."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        return images.float().sub(self.mean).div(self.std)
-
-
-class _Erase:
-    """`timm.data.random_erasing.RandomErasing`."""
-
-    def __init__(self, erasing: RandomErasing) -> None:
-        self._erasing = erasing
-
-    def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        erasing = self._erasing
-        batch, channels, height, width = images.shape
-        noise = torch.Generator(images.device).manual_seed(int(rng.integers(2**63)))
-        erased = rng.random(batch) <= erasing.probability
-        count = rng.integers(erasing.min_count, erasing.max_count + 1, size=batch)
-        for index in range(erasing.max_count):
-            area = rng.uniform(erasing.min_area, erasing.max_area, (batch, ATTEMPTS)) * height * width / count[:, None]
-            aspect = np.exp(rng.uniform(*erasing.log_aspect_ratio, (batch, ATTEMPTS)))
-            heights, widths = np.sqrt(area * aspect).round().astype(int), np.sqrt(area / aspect).round().astype(int)
-            found, first = first_fit((heights < height) & (widths < width))
-            here = erased & (index < count) & found
-            heights, widths = np.where(here, heights[first], 0), np.where(here, widths[first], 0)
-            top, left = rng.integers(height - heights + 1), rng.integers(width - widths + 1)
-            fill = torch.zeros((), device=images.device)
-            if erasing.rand_color or erasing.per_pixel:
-                size = (height, width) if erasing.per_pixel else (1, 1)
-                fill = torch.randn((batch, channels, *size), generator=noise, device=images.device)
-            images = torch.where(_rectangles(images, top, left, heights, widths), fill, images)
+    chosen = np.flatnonzero(rng.random(len(images)) < probability)
+    if len(chosen) == 0:
         return images
+    rows = upload(chosen, images.device)
+    return images.index_copy(0, rows, step(images[rows], rng))
 
 
-@dataclass(frozen=True)
-class _BatchCutout:
-    """`timm_selfdistill.data.cutout.Cutout`."""
-
-    side: int
-    fill: Tensor
-
-    def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        top, left = (rng.integers(length, size=len(images)) - self.side // 2 for length in images.shape[2:])
-        side = np.full(len(images), self.side)
-        return torch.where(_rectangles(images, top, left, side, side), self.fill, images)
+def in_groups(transform: Callable[[Tensor], Tensor], images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Call a random transform, which draws from the global generators, on each group of the images."""
+    with seeded_generators(rng.integers(2**32, size=4).tolist()):
+        return torch.cat([transform(group) for group in torch.split(images, GROUP)])
 
 
-def _rectangles(images: Tensor, top: Indices, left: Indices, height: Indices, width: Indices) -> Tensor:
-    """Return which pixels of each image are in its rectangle [B, 1, H, W]."""
-    corners = upload(np.stack([top, left, top + height, left + width]), images.device)[:, :, None]
-    y, x = (torch.arange(length, device=images.device) for length in images.shape[2:])
-    rows, columns = (y >= corners[0]) & (y < corners[2]), (x >= corners[1]) & (x < corners[3])
-    return (rows[:, :, None] & columns[:, None])[:, None]
+def _to_grey(images: Tensor, rng: np.random.Generator) -> Tensor:
+    return functional.rgb_to_grayscale(images, images.shape[1])  # type: ignore[no-any-return]
+
+
+def _normalize(mean: Tensor, std: Tensor, images: Tensor, rng: np.random.Generator) -> Tensor:
+    """Subtract and divide by tensors: a GPU would multiply by the rounded reciprocal of a number."""
+    return images.float().sub(mean).div(std)
+
+
+def policy_of_tensors(policy: Any, auto_augment: str | None = None) -> Any:
+    """Return timm's RandAugment or AutoAugment with torchvision's operations on tensors in place of Pillow's.
+
+    timm's own code draws: which operations, how many, with which probability and magnitude.
+    """
+    policy = copy(policy)
+    match policy:
+        case timm_policies.RandAugment():
+            policy.ops = [_operation_on_tensors(operation, auto_augment) for operation in policy.ops]
+        case timm_policies.AutoAugment():
+            policy.policy = [[_operation_on_tensors(one, auto_augment) for one in pair] for pair in policy.policy]
+        case _:
+            raise _unknown_policy(auto_augment, type(policy).__name__)
+    return policy
+
+
+def _operation_on_tensors(operation: Any, auto_augment: str | None) -> Any:
+    name = operation.aug_fn.__name__
+    if name not in COLOURS and name not in MOVES:
+        raise _unknown_policy(auto_augment, operation.name)
+    resample = operation.kwargs["resample"]
+    resample = Resampling.BICUBIC if isinstance(resample, tuple) else Resampling(resample)
+    if resample not in _INTERPOLATIONS:
+        raise ValueError(
+            f"data.interpolation {resample.name.lower()!r} is none that augment.auto_augment moves pixels with; "
+            "allowed are nearest, bilinear, bicubic, or set data.cache: null."
+        )
+    fill = torch.tensor(operation.kwargs["fillcolor"]).reshape(-1).tolist()
+    operation = copy(operation)
+    operation.aug_fn = COLOURS.get(name) or MOVES[name]
+    operation.kwargs = {} if name in COLOURS else {"interpolation": _INTERPOLATIONS[resample], "fill": fill}
+    return operation
+
+
+def _unknown_policy(auto_augment: str | None, what: str) -> ValueError:
+    return ValueError(
+        f"augment.auto_augment {auto_augment!r} is unknown to data.cache=device, because of {what}; allowed are timm's "
+        "rand-..., v0, v0r, original and originalr, but no blur, and torchvision's cifar10, imagenet and svhn. For "
+        "others set data.cache: null."
+    )
+
+
+# torchvision moves the pixels of tensors by no other ways.
+_INTERPOLATIONS: Final = {
+    Resampling.NEAREST: v2.InterpolationMode.NEAREST,
+    Resampling.BILINEAR: v2.InterpolationMode.BILINEAR,
+    Resampling.BICUBIC: v2.InterpolationMode.BILINEAR,
+}
+
+
+def _posterize(images: Tensor, bits: int) -> Tensor:
+    return functional.posterize(images, min(max(bits, 0), 8))  # type: ignore[no-any-return]
+
+
+def _solarize(images: Tensor, threshold: int) -> Tensor:
+    return torch.where(images.int() < threshold, images, 255 - images)  # up to 256, which a byte would not hold
+
+
+def _solarize_add(images: Tensor, add: int) -> Tensor:
+    return torch.where(images < 128, images + add, images)  # at most 127 + 128
+
+
+def _desaturate(images: Tensor, share: float) -> Tensor:
+    return functional.adjust_saturation(images, min(1.0, max(0.0, 1.0 - share)))  # type: ignore[no-any-return]
+
+
+COLOURS: Final[Mapping[str, Callable[..., Tensor]]] = {
+    "auto_contrast": functional.autocontrast,
+    "brightness": functional.adjust_brightness,
+    "color": functional.adjust_saturation,
+    "contrast": functional.adjust_contrast,
+    "desaturate": _desaturate,
+    "equalize": functional.equalize,
+    "invert": functional.invert,
+    "posterize": _posterize,
+    "sharpness": functional.adjust_sharpness,
+    "solarize": _solarize,
+    "solarize_add": _solarize_add,
+}
+"""timm's operations on colours, as functions of images [..., C, H, W] of uint8 and timm's argument."""
+
+
+def _move(
+    images: Tensor, *, x: float = 0.0, y: float = 0.0, shear_x: float = 0.0, shear_y: float = 0.0, **settings: Any
+) -> Tensor:
+    """Move pixels to the left and up, and shear, as `Image.transform` with an affine matrix does."""
+    shear = [math.degrees(math.atan(share)) for share in (shear_x, shear_y)]
+    return functional.affine(  # type: ignore[no-any-return]
+        images, angle=0.0, translate=[-x, -y], scale=1.0, shear=shear, center=[0, 0], **settings
+    )
+
+
+MOVES: Final[Mapping[str, Callable[..., Tensor]]] = {
+    "rotate": functional.rotate,
+    "shear_x": lambda images, share, **settings: _move(images, shear_x=share, **settings),
+    "shear_y": lambda images, share, **settings: _move(images, shear_y=share, **settings),
+    "translate_x_abs": lambda images, pixels, **settings: _move(images, x=pixels, **settings),
+    "translate_x_rel": lambda images, share, **settings: _move(images, x=share * images.shape[-1], **settings),
+    "translate_y_abs": lambda images, pixels, **settings: _move(images, y=pixels, **settings),
+    "translate_y_rel": lambda images, share, **settings: _move(images, y=share * images.shape[-2], **settings),
+}
+"""timm's operations that move pixels, as functions of images, timm's argument, interpolation and fill."""

@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from timm_selfdistill.data.batch_augment import BatchTransform, split_transform
-from timm_selfdistill.data.collate import Batch, Collate
+from timm_selfdistill.data.batch_crops import upload
+from timm_selfdistill.data.batches import Batch, Collate, Draw, no_good_image
 from timm_selfdistill.data.errors import SampleError
-from timm_selfdistill.data.geometry import upload
-from timm_selfdistill.data.order import Draw
 from timm_selfdistill.data.skipped import Use
 from timm_selfdistill.data.splits import ImageSplit
 from timm_selfdistill.data.workers import worker_options
@@ -26,33 +25,18 @@ from timm_selfdistill.metrics import IGNORED
 _DECODED_AT_ONCE = 256
 _MODES = ("L", "RGB")
 
-Decoded = list[NDArray[np.uint8] | None]
-"""Images [C, H, W], None where one is skipped."""
-
 
 @dataclass(frozen=True, eq=False)
 class CachedSplit(Dataset[Batch]):
-    """A split whose images are on a device; what is asked of it are whole batches.
-
-    Images that cannot be decoded are treated as `Collate` treats them.
-
-    Args:
-        split: The split.
-        use: What its batches are for.
-        images: Its images [N, C, H, W] of uint8, black where one is skipped.
-        targets: Their class indices [N], on the same device.
-        skipped: Which are skipped [N].
-        transform: What is done to every batch.
-        seed: With the epoch and the first row, decides how a training batch is augmented.
-    """
+    """A split whose images are on a device; it is indexed by whole batches, and skips images as `Collate` does."""
 
     split: ImageSplit
     use: Use
-    images: Tensor
-    targets: Tensor
-    skipped: NDArray[np.bool_]
+    images: Tensor  # [N, C, H, W] of uint8, black where one is skipped
+    targets: Tensor  # class indices [N], on the same device
+    skipped: NDArray[np.bool_]  # [N]
     transform: BatchTransform
-    seed: int
+    seed: int  # with the epoch and the first row, decides how a training batch is augmented
 
     def __len__(self) -> int:
         return len(self.split)
@@ -69,13 +53,11 @@ class CachedSplit(Dataset[Batch]):
         return self.transform(self.images[places], seed), self.targets[places]
 
     def _with_substitutes(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Put the next image of the batch that is not skipped, after the last one the first, in the place of others."""
+        """Replace skipped images by the next image of the batch that is not, after the last one by the first."""
         good = np.flatnonzero(~self.skipped[positions])
         if len(good) == 0:
-            raise SampleError(
-                f"Split {self.split.name!r}, row {self.split.indices[positions[0]]}: none of the {len(positions)} "
-                "images of a training batch can be decoded, so nothing can take their places. Repair or remove them."
-            )
+            row = self.split.indices[positions[0]]
+            raise no_good_image(f"Split {self.split.name!r}, row {row}", len(positions))
         return positions[good[np.searchsorted(good, np.arange(len(positions))) % len(good)]]
 
 
@@ -84,19 +66,12 @@ def cache_splits(
     collates: Mapping[Use, Collate],
     device: torch.device,
     *,
+    auto_augment: str | None,
     seed: int,
     workers: int,
     show_progress: bool,
 ) -> dict[Use, CachedSplit]:
-    """Decode splits and keep them on a device.
-
-    Args:
-        splits: The splits by what they are for.
-        collates: Decodes and transforms their samples; what is random of the transform is left for the batches.
-        device: The device.
-        seed: With the epoch and the first row, decides how a training batch is augmented.
-        workers: Loader processes that decode.
-        show_progress: Show a progress bar.
+    """Decode splits and keep them on a device; what is random of their transforms is left for the batches.
 
     Raises:
         ValueError: If a setting of the augmentation is unknown to batches, if images have different sizes where they
@@ -104,12 +79,12 @@ def cache_splits(
     """
     if device.type == "mps":
         raise ValueError("data.cache=device computes in float64, which an mps device cannot: leave it out.")
-    batched: dict[Use, BatchTransform] = {}
+    transforms: dict[Use, BatchTransform] = {}
     decoders: dict[Use, Collate] = {}
     for use, collate in collates.items():
         if collate.mode not in _MODES:
             raise ValueError("data.cache=device knows images of 1 or 3 channels, and the model takes 4: leave it out.")
-        fixed, batched[use] = split_transform(collate.transform, device)
+        fixed, transforms[use] = split_transform(collate.transform, device, auto_augment)
         decoders[use] = replace(collate, transform=fixed)
     shapes = {use: _first_shape(split, decoders[use]) for use, split in splits.items()}
     _check_memory({use: (len(split), *shapes[use]) for use, split in splits.items()}, device)
@@ -118,7 +93,7 @@ def cache_splits(
         images = torch.zeros((len(split), *shapes[use]), dtype=torch.uint8, device=device)
         skipped = _decode(split, decoders[use], images, workers, show_progress)
         targets = split.targets if use == "training" else np.where(skipped, IGNORED, split.targets)
-        cached[use] = CachedSplit(split, use, images, upload(targets, device), skipped, batched[use], seed)
+        cached[use] = CachedSplit(split, use, images, upload(targets, device), skipped, transforms[use], seed)
     return cached
 
 
@@ -173,7 +148,7 @@ def _decode(
     return skipped
 
 
-def _decode_all(samples: list[dict[str, Any]], decoder: Collate) -> Decoded:
+def _decode_all(samples: list[dict[str, Any]], decoder: Collate) -> list[NDArray[np.uint8] | None]:
     """Decode samples, to arrays: each tensor from a loader process would be a file in shared memory."""
     loaded = [decoder.load(sample) for sample in samples]
     return [None if pair is None else pair[0].numpy() for pair in loaded]

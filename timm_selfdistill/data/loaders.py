@@ -1,6 +1,6 @@
 """Batches from splits: loaders that Accelerate shards, or that already hold this process's share of a stream."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -12,11 +12,10 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset
 
+from timm_selfdistill.data.batches import Batch, Collate, DrawnSamples, TrainingOrder, seed_generators
 from timm_selfdistill.data.cache import CachedSplit, cache_splits
-from timm_selfdistill.data.collate import Batch, Collate
 from timm_selfdistill.data.decode import check_pillow
 from timm_selfdistill.data.errors import SampleError
-from timm_selfdistill.data.order import DrawnSamples, TrainingOrder, seed_generators
 from timm_selfdistill.data.skipped import SkipList, Use
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit
 from timm_selfdistill.data.transforms import MODES, InputConfig, eval_transform, train_transform
@@ -27,9 +26,6 @@ from timm_selfdistill.recipe import AugmentSection, DataSection
 @dataclass(frozen=True)
 class Loaders:
     """Loaders of (images [B, C, H, W] float, targets [B] int64).
-
-    An image that cannot be decoded is an error or, with `data.on_error=skip`, left out as `Collate` says: of the
-    training batches another image takes its place, of the others its target is IGNORED.
 
     Args:
         train: Shuffled; every batch is full.
@@ -64,18 +60,15 @@ def build_loaders(
     Loaders of rows with an index hold every sample: `accelerator.prepare` gives each process its share. Loaders of a
     stream must not be prepared. There the training loader holds this process's share and gives every process the same
     number of batches, starting over or stopping early where shares differ; validation and evaluation are read whole by
-    every process, because nobody knows their length beforehand, so their metrics need no gathering.
+    every process, because their length is unknown beforehand, so their metrics need no gathering.
 
     Augmentation draws from the generators of `random`, NumPy and torch. For rows with an index they are seeded for each
-    batch, and what training draws from them in this process is left alone. For a stream they are those of the workers,
-    which are seeded apart for every process and epoch, or of this process without workers.
-
-    With `data.cache=device` the splits are decoded here, and batches are made on the device, each by a generator of its
-    own.
+    batch and then set back. For a stream they are those of the workers, which are seeded differently for every process
+    and epoch, or of this process without workers.
 
     Args:
         data: What `open_dataset` returned.
-        section: The recipe's `data`.
+        section: The recipe's `data`; with `cache=device` the splits are decoded here.
         augment: The recipe's `augment`.
         input: What the model expects.
         batch_size: Samples of one process and micro step.
@@ -87,12 +80,63 @@ def build_loaders(
 
     Raises:
         ValueError: If the training split is smaller than one batch of all processes or of unknown length, if an odd
-            batch is to be mixed, if Pillow was told to accept truncated images, or if the images cannot be kept on the
-            device.
+            batch is to be mixed, if Pillow was told to accept truncated images, or if `cache_splits` raises it.
     """
     check_pillow()
-    skip_list = SkipList() if skipped is None else skipped
     process, processes = accelerator_shards
+    steps = _steps_per_epoch(data, augment, batch_size, processes)
+    splits: dict[Use, ImageSplit | StreamSplit] = {"training": data.train}
+    if data.validation is not None:
+        splits["validation"] = data.validation
+    splits["evaluation"] = data.eval
+    collates = _build_collates(splits, section, augment, input, skipped)
+    cached: dict[Use, CachedSplit] = {}
+    if section.cache == "device":
+        cached = cache_splits(
+            {use: split for use, split in splits.items() if isinstance(split, ImageSplit)},
+            collates,
+            torch.device(device),
+            auto_augment=augment.auto_augment,
+            seed=seed,
+            workers=section.workers,
+            show_progress=process == 0,
+        )
+    order = None
+    if isinstance(data.train, ImageSplit):
+        order = TrainingOrder(data.train.targets, batch_size, processes, accumulate, seed)
+    loaders: dict[Use, DataLoader[Any]] = {}
+    for use, split in splits.items():
+        training = use == "training"
+        batching = {"batch_size": batch_size, "drop_last": training}
+        options: dict[str, Any] = {
+            **({"batch_sampler": order} if training and order is not None else batching),
+            # Its own, because starting a loader draws a number: from the global generator, that would change what
+            # training draws next.
+            "generator": torch.Generator().manual_seed(seed),
+        }
+        if use in cached:
+            # Without workers: other processes could not use the device.
+            loaders[use] = DataLoader(cached[use], **options, collate_fn=_keep)
+            continue
+        options |= {"collate_fn": collates[use], "pin_memory": torch.cuda.is_available()}
+        seed_worker = partial(_seed_worker, process=process)
+        if isinstance(split, ImageSplit):
+            options |= worker_options(section.workers, seed_worker)
+            samples = DrawnSamples(split, seed) if training else split
+            loaders[use] = DataLoader(samples, **options, persistent_workers=section.workers > 0)
+            continue
+        rows = _training_rows(split.rows, section, seed, accelerator_shards) if training else split.rows
+        workers = min(section.workers, rows.num_shards)  # a shard is read by one worker
+        options |= {"dataset": _Stream(rows, f"{data.name}, split {split.name!r}")}
+        options |= worker_options(workers, seed_worker)
+        # Those of a training stream are started, and so seeded, anew in every epoch: one can then be repeated.
+        loaders[use] = (
+            _SteadyLoader(steps, seed, **options) if training else DataLoader(**options, persistent_workers=workers > 0)
+        )
+    return Loaders(loaders["training"], loaders.get("validation"), loaders["evaluation"], steps, order)
+
+
+def _steps_per_epoch(data: ImageData, augment: AugmentSection, batch_size: int, processes: int) -> int:
     if augment.mixes and batch_size % 2:
         raise ValueError(f"Mixup and CutMix need an even batch size per process and micro step, received {batch_size}.")
     size = len(data.train) if isinstance(data.train, ImageSplit) else data.train.size
@@ -104,13 +148,19 @@ def build_loaders(
             f"The training split has {size} samples, less than one batch of {batch_size} for each of {processes} "
             "process(es)."
         )
+    return steps
 
-    order = None
-    if isinstance(data.train, ImageSplit):
-        order = TrainingOrder(data.train.targets, batch_size, processes, accumulate, seed)
 
-    def collate(split: ImageSplit | StreamSplit, use: Use) -> Collate:
-        return Collate(
+def _build_collates(
+    splits: Mapping[Use, ImageSplit | StreamSplit],
+    section: DataSection,
+    augment: AugmentSection,
+    input: InputConfig,
+    skipped: SkipList | None,
+) -> dict[Use, Collate]:
+    skip_list = SkipList() if skipped is None else skipped
+    return {
+        use: Collate(
             use,
             split.name,
             MODES[input.channels],
@@ -118,63 +168,16 @@ def build_loaders(
             skip_list if section.on_error == "skip" else None,
             split.class_index if isinstance(split, StreamSplit) else None,
         )
+        for use, split in splits.items()
+    }
 
-    uses: dict[Use, ImageSplit | StreamSplit | None]
-    uses = {"training": data.train, "validation": data.validation, "evaluation": data.eval}
-    cached: dict[Use, CachedSplit] = {}
-    if section.cache == "device":
-        kept = {use: split for use, split in uses.items() if isinstance(split, ImageSplit)}
-        cached = cache_splits(
-            kept,
-            {use: collate(split, use) for use, split in kept.items()},
-            torch.device(device),
-            seed=seed,
-            workers=section.workers,
-            show_progress=process == 0,
-        )
 
-    def loader(split: ImageSplit | StreamSplit, use: Use) -> DataLoader[Any]:
-        training = use == "training"
-        build: Callable[..., DataLoader[Any]] = DataLoader
-        samples: Any = split
-        workers = section.workers
-        persistent = workers > 0
-        if isinstance(split, ImageSplit):
-            samples = DrawnSamples(split, seed) if training else split
-        else:
-            samples = split.rows
-            if training:
-                build = partial(_SteadyLoader, steps, seed)
-                samples = samples.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
-                samples = split_dataset_by_node(samples, rank=process, world_size=processes)
-            workers = min(workers, samples.num_shards)  # a shard is read by one worker
-            samples = _Stream(samples, f"{data.name}, split {split.name!r}")
-            # Those of a stream are started, and so seeded, anew in every epoch: one can then be repeated.
-            persistent = workers > 0 and not training
-        ordered = training and order is not None
-        batches = {"batch_sampler": order} if ordered else {"batch_size": batch_size, "drop_last": training}
-        if use in cached:
-            # Other processes could not use the device, and its batches need no way to it.
-            samples, workers, persistent = cached[use], 0, False
-        return build(
-            samples,
-            **batches,
-            **worker_options(workers, partial(_seed_worker, process=process)),
-            persistent_workers=persistent,
-            collate_fn=_as_it_is if use in cached else collate(split, use),
-            pin_memory=torch.cuda.is_available() and use not in cached,
-            # Its own, because starting a loader draws a number: from the global generator, that would change what
-            # training draws next.
-            generator=torch.Generator().manual_seed(seed),
-        )
-
-    return Loaders(
-        train=loader(data.train, "training"),
-        validation=None if data.validation is None else loader(data.validation, "validation"),
-        eval=loader(data.eval, "evaluation"),
-        steps_per_epoch=steps,
-        order=order,
-    )
+def _training_rows(
+    rows: datasets.IterableDataset, section: DataSection, seed: int, shards: tuple[int, int]
+) -> datasets.IterableDataset:
+    """Return this process's share of a stream, shuffled."""
+    rows = rows.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
+    return split_dataset_by_node(rows, rank=shards[0], world_size=shards[1])
 
 
 class _Stream(IterableDataset[dict[str, Any]]):
@@ -197,8 +200,8 @@ class _Stream(IterableDataset[dict[str, Any]]):
 class _SteadyLoader(DataLoader[Any]):
     """A loader of a stream that gives exactly `steps` batches an epoch: it starts over or stops early."""
 
-    def __init__(self, steps: int, seed: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, steps: int, seed: int, **options: Any) -> None:
+        super().__init__(**options)
         self.steps, self.seed = steps, seed
 
     def __len__(self) -> int:
@@ -223,8 +226,8 @@ class _SteadyLoader(DataLoader[Any]):
         self.generator.manual_seed(int(words[0]))
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    """What collates batches that are whole."""
+def _keep(batch: Any) -> Any:
+    """Collate a batch that is whole already."""
     return batch
 
 

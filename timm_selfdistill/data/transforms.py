@@ -1,32 +1,34 @@
-"""What happens to an image between its pixels and the batch: channels, timm's transforms, Mixup."""
+"""What happens to an image between its pixels and the batch: channels, timm's transforms, Cutout, Mixup."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import torch
 from PIL import Image
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.model_config import resolve_input_data_config
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor, nn
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop
 
-from timm_selfdistill.data.cutout import Cutout
+from timm_selfdistill.checks import is_number
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 Transform = Callable[[Image.Image], Tensor]
 
-_POLICY_SIZE = 32  # of no consequence: to look at a policy, some size is needed
-_POLICIES = {policy.value: policy for policy in AutoAugmentPolicy}
-
-# The image mode that has as many channels as the model takes.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""The image mode that has as many channels as the model takes."""
 
+_TORCHVISION_POLICIES = ("imagenet", "cifar10", "svhn")
+# Of the recipe's `augment`, by the names of timm's `create_transform`.
+_TIMM_SETTINGS = (
+    *("train_crop_mode", "scale", "ratio", "hflip", "vflip", "auto_augment"),
+    *("color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "re_prob", "re_mode", "re_count"),
+)
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
 _CROP_MODES = ("center", "squash", "border")
 # timm's models crop between 0.8 and 1; images resized to far more than is kept of them would fill the memory.
-_LEAST_CROP, _LARGEST_CROP = 0.1, 2.0
+_SMALLEST_CROP, _LARGEST_CROP = 0.1, 2.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class InputConfig:
         crop_mode: How the evaluation crops: center, squash or border.
 
     Raises:
-        ValueError: If there is no image mode with that many channels, mean or std do not fit them, or another value is
-            none that images can be prepared with, as in a configuration that was damaged or made to do harm.
+        ValueError: If there is no image mode with that many channels, mean or std do not fit them, or images cannot be
+            prepared with another value, as in a configuration that was damaged or made to do harm.
     """
 
     channels: int
@@ -61,7 +63,7 @@ class InputConfig:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ValueError(f"data.{name} has {len(values)} values for {self.channels} channels: {values}.")
-            if not all(_is_number(value) and (name == "mean" or value > 0) for value in values):
+            if not all(is_number(value) and (name == "mean" or value > 0) for value in values):
                 raise ValueError(f"data.{name} must be {'' if name == 'mean' else 'positive '}numbers, got {values}.")
         if not all(isinstance(side, int) and side > 0 for side in self.image_size):
             raise ValueError(f"The image size must be a height and a width in pixels, got {self.image_size}.")
@@ -69,9 +71,9 @@ class InputConfig:
             raise ValueError(
                 f"data.interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {self.interpolation!r}."
             )
-        if not _is_number(self.crop_pct) or not _LEAST_CROP <= self.crop_pct <= _LARGEST_CROP:
+        if not is_number(self.crop_pct) or not _SMALLEST_CROP <= self.crop_pct <= _LARGEST_CROP:
             raise ValueError(
-                f"data.crop_pct must be from {_LEAST_CROP} to {_LARGEST_CROP}, as images are resized to image_size "
+                f"data.crop_pct must be from {_SMALLEST_CROP} to {_LARGEST_CROP}, as images are resized to image_size "
                 f"divided by it, got {self.crop_pct!r}."
             )
         if self.crop_mode not in _CROP_MODES:
@@ -79,14 +81,10 @@ class InputConfig:
 
     @classmethod
     def from_model(cls, backbone: nn.Module, section: DataSection | None = None) -> Self:
-        """Take what the recipe says and, where it says nothing, the model's own.
+        """Take what the recipe's `data` says and, where it says nothing, a timm model's own values.
 
         The model's own `crop_pct` is often 0.875 or 0.95: evaluation then resizes an image to more than `image_size`
         and cuts its border. For small images that are stored at `image_size` say `crop_pct: 1.0`.
-
-        Args:
-            backbone: A timm model.
-            section: The recipe's `data`; by default all is the model's own.
         """
         section = DataSection(path="none") if section is None else section
         channels = _input_channels(backbone)
@@ -135,31 +133,26 @@ def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:
             f"augment.auto_augment {augment.auto_augment!r} and augment.grayscale_prob {augment.grayscale_prob} need 1 "
             "or 3 channels; the model takes 4."
         )
+    from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop
+
     height, width = config.image_size
-    policy = _POLICIES.get(augment.auto_augment or "")
-    if augment.auto_augment is not None and policy is None:
+    settings = {name: getattr(augment, name) for name in _TIMM_SETTINGS}
+    if pad:
+        # After it timm's random resized crop has to take the whole image.
+        settings |= {"train_crop_mode": "rrc", "scale": (1.0, 1.0), "ratio": (width / height, width / height)}
+    policy = augment.auto_augment if augment.auto_augment in _TORCHVISION_POLICIES else None
+    if policy is not None:
+        settings["auto_augment"] = None
+    elif augment.auto_augment is not None:
         _check_policy(augment.auto_augment)
     geometric, colours, to_tensor = create_transform(
         config.image_size,
         is_training=True,
-        # After `pad` timm's random resized crop has to take the whole image.
-        train_crop_mode="rrc" if pad else augment.train_crop_mode,
-        scale=(1.0, 1.0) if pad else augment.scale,
-        ratio=(width / height, width / height) if pad else augment.ratio,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter,  # type: ignore[arg-type]  # None is none, as timm's code reads it
-        color_jitter_prob=augment.color_jitter_prob,
-        grayscale_prob=augment.grayscale_prob,
-        gaussian_blur_prob=augment.gaussian_blur_prob,
-        auto_augment=augment.auto_augment if policy is None else None,
         interpolation=config.interpolation,
         mean=config.mean,
         std=config.std,
-        re_prob=augment.re_prob,
-        re_mode=augment.re_mode,
-        re_count=augment.re_count,
         separate=True,
+        **settings,
     )
     steps = [geometric, colours, to_tensor]
     if pad:
@@ -170,11 +163,35 @@ def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:
         steps = [cover, crop, *steps]
     if policy is not None:
         # Where timm applies its own policies; grey is what the published code fills with.
-        steps.insert(steps.index(colours), AutoAugment(policy, fill=128))
+        steps.insert(steps.index(colours), AutoAugment(AutoAugmentPolicy(policy), fill=128))
     if augment.cutout is not None:
         steps.append(Cutout(augment.cutout, [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]))
     transform: Transform = Compose(steps)
     return transform
+
+
+class Cutout:
+    """Fill a square around a random pixel with one colour; what lies outside the image is cut off.
+
+    Paper: "Improved Regularization of Convolutional Neural Networks with Cutout", https://arxiv.org/abs/1708.04552;
+    code: https://github.com/uoguelph-mlrg/Cutout, where odd sides come out one pixel shorter.
+
+    Args:
+        side: Height and width of the square in pixels.
+        fill: The colour, one value a channel.
+    """
+
+    def __init__(self, side: int, fill: Sequence[float]) -> None:
+        self.side = side
+        self.fill = torch.tensor(fill)[:, None, None]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return an image [C, H, W] with the square in it."""
+        height, width = image.shape[1:]
+        top, left = (int(torch.randint(size, ())) - self.side // 2 for size in (height, width))
+        image = image.clone()
+        image[:, max(0, top) : top + self.side, max(0, left) : left + self.side] = self.fill
+        return image
 
 
 def eval_transform(config: InputConfig) -> Transform:
@@ -191,12 +208,7 @@ def eval_transform(config: InputConfig) -> Transform:
 
 
 def build_mixup(augment: AugmentSection, num_classes: int, label_smoothing: float) -> Mixup | None:
-    """Build what mixes a batch and makes its targets soft, or None if the recipe asks for neither.
-
-    Args:
-        augment: The recipe's `augment`.
-        num_classes: Width of the soft targets.
-        label_smoothing: Smoothing of the soft targets.
+    """Build what mixes a batch and makes its targets soft, with label smoothing, or None if the recipe has no mixing.
 
     Returns:
         A callable (images [B, C, H, W], targets [B]) -> (images, soft targets [B, num_classes]) for even B; it changes
@@ -229,17 +241,13 @@ def _input_channels(backbone: nn.Module) -> int:
 def _check_policy(policy: str) -> None:
     """Refuse a policy that timm does not know, or a setting of one."""
     try:
-        create_transform(_POLICY_SIZE, is_training=True, auto_augment=policy)
+        create_transform(32, is_training=True, auto_augment=policy)
     except Exception as error:  # timm checks by assertions, conversions and look-ups
         raise ValueError(
             f"augment.auto_augment: {policy!r} is no policy of timm's ({str(error) or repr(error)}); allowed are its "
             "rand-m9-mstd0.5-inc1, augmix-m3-w3, original, originalr, v0, v0r and 3a with their settings, and "
-            f"{', '.join(_POLICIES)}."
+            f"{', '.join(_TORCHVISION_POLICIES)}."
         ) from error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _per_channel(given: tuple[float, ...] | None, own: tuple[float, ...], channels: int) -> tuple[float, ...]:
