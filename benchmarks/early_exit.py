@@ -28,8 +28,8 @@ from timm_selfdistill.calibration import (
     collect_logits,
     measure_path_macs,
     measure_path_seconds,
+    replay,
 )
-from timm_selfdistill.calibration.logits import replay
 from timm_selfdistill.data import InputConfig, Loaders, build_loaders, open_dataset
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.report import seconds_of

@@ -177,7 +177,7 @@ def test_settings_can_be_chosen_by_time(run, capsys):
 
 def test_what_takes_long_is_not_asked_where_time_counts(run, monkeypatch):
     slow = PathCosts((0.1, 0.2, 0.3, 1.0), (50.0, 50.0, 0.01))
-    monkeypatch.setattr("timm_selfdistill.calibration.run.measure_path_seconds", lambda *arguments: slow)
+    monkeypatch.setattr("timm_selfdistill.calibration.calibrate.measure_path_seconds", lambda *arguments: slow)
     report = calibrate_folder(run, Goal(speedup=1.05), time_batch_size=1)
     assert report["settings"]["thresholds"][:2] == [None, None]
 
@@ -189,7 +189,7 @@ def test_images_from_all_over_the_split_are_timed(run, monkeypatch):
         seen["images"] = images
         return 1.0
 
-    monkeypatch.setattr("timm_selfdistill.calibration.run.measure_speedup", measure)
+    monkeypatch.setattr("timm_selfdistill.calibration.calibrate.measure_speedup", measure)
     report = calibrate_folder(run, Goal(speedup=1.05), overrides=["max_eval=360"], time_batch_size=1)
     assert (report["num_samples"], report["time"]["num_images"]) == (360, 128)
     recipe = load_recipe(run / "recipe.yaml", ["data.max_eval=360"])

@@ -12,22 +12,18 @@ from timm_selfdistill.calibration import (
     ExitLogits,
     Goal,
     PathCosts,
-    Search,
     choose_settings,
     collect_logits,
-    costs,
     fit_temperatures,
     measure_path_macs,
     measure_path_seconds,
+    path_costs,
     replay,
-    speed,
 )
-from timm_selfdistill.calibration.goal import excess_errors
-from timm_selfdistill.calibration.logits import confidences
-from timm_selfdistill.calibration.risk import binomial_tail, certified, upper_bound
-from timm_selfdistill.calibration.search import share_thresholds
-from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.calibration.choose_settings import certified, excess_errors, upper_bound
+from timm_selfdistill.calibration.threshold_search import Search, share_thresholds
+from timm_selfdistill.early_exit import EarlyExitConfig, exit_confidence
+from timm_selfdistill.measure import MacCounter
 
 MACS = PathCosts(backbone=(200, 400, 700, 1000), heads=(20, 30, 10))
 RULES = ["max-softmax", "margin", "entropy", "patience"]
@@ -81,7 +77,7 @@ def test_replay_and_its_cost_are_those_of_the_network(model, batch, rule, fallba
     temperatures = (0.5, 0.25, 2.0)
     settings = sd.EarlyExitConfig((math.inf,) * 3, rule, temperatures, fallback)
     # Between two images, that let three of eight leave.
-    rows = [row.sort(descending=True).values for row in confidences(stored.logits, settings)]
+    rows = [row.sort(descending=True).values for row in exit_confidence(stored.logits, settings)]
     first, second, third = (1, 1, 1) if rule == "patience" else (float(row[2:4].mean()) for row in rows)
     indices = set()
     for thresholds in ((first, second, third), (math.inf, second, math.inf)):
@@ -112,8 +108,8 @@ def test_macs_of_single_exits_are_those_of_the_report(model):
 def test_seconds_are_those_of_the_parts(model, monkeypatch):
     # A clock on which every part takes longer than the one before, by 2 seconds a batch.
     ticks = iter(range(10**6))
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: float(next(ticks)) ** 2)
-    monkeypatch.setattr(costs, "_SECONDS", 0.0)
+    monkeypatch.setattr(path_costs.time, "perf_counter", lambda: float(next(ticks)) ** 2)
+    monkeypatch.setattr(path_costs, "_SECONDS", 0.0)
     seconds = measure_path_seconds(model, (3, 64, 64), 2)
     assert len(seconds.backbone) == 4
     assert len(seconds.heads) == 3
@@ -134,7 +130,7 @@ def test_the_speedup_is_that_of_what_runs(model, monkeypatch):
     ticks = []
     for module in convolutions:
         module.register_forward_hook(lambda *arguments: ticks.append(None))
-    monkeypatch.setattr("timm_selfdistill.report.cost.time.perf_counter", lambda: float(len(ticks)))
+    monkeypatch.setattr("timm_selfdistill.measure.time.perf_counter", lambda: float(len(ticks)))
 
     def ran(exit):
         before = len(ticks)
@@ -146,17 +142,17 @@ def test_the_speedup_is_that_of_what_runs(model, monkeypatch):
     for exit in range(3):
         config = EarlyExitConfig(tuple(0.0 if index == exit else math.inf for index in range(3)))
         for batch_size in (1, 2, 8):
-            assert speed.measure_speedup(model, config, images, batch_size) == ran(3) / ran(exit)
-    assert speed.images_to_time(1) == 128
-    assert speed.images_to_time(256) == 1024
+            assert path_costs.measure_speedup(model, config, images, batch_size) == ran(3) / ran(exit)
+    assert path_costs.images_to_time(1) == 128
+    assert path_costs.images_to_time(256) == 1024
 
 
 def test_a_head_that_takes_long_is_not_asked_where_time_counts():
     stored = made_up(400, 3, exits=2)
     macs, seconds = PathCosts((200, 400, 1000), (20, 30)), PathCosts((0.2, 0.4, 1.0), (2.0, 0.03))
     goal = Goal(max_accuracy_drop=1.0)
-    assert choose_settings(stored, macs, goal).config.asks(0)
-    assert not choose_settings(stored, seconds, goal).config.asks(0)
+    assert choose_settings(stored, macs, goal).config.runs_head(0)
+    assert not choose_settings(stored, seconds, goal).config.runs_head(0)
 
 
 def test_logits_are_collected_without_images_that_could_not_be_decoded(model, batch):
@@ -311,14 +307,19 @@ def test_what_is_no_number_never_leaves():
 
 
 def test_bounds_of_the_binomial_distribution():
+    def tail(losses, count, rate):
+        return sum(math.comb(count, k) * rate**k * (1 - rate) ** (count - k) for k in range(losses + 1))
+
     for losses, count, rate in ((0, 10, 0.3), (3, 12, 0.2), (7, 9, 0.5)):
-        exact = sum(math.comb(count, k) * rate**k * (1 - rate) ** (count - k) for k in range(losses + 1))
-        assert binomial_tail(losses, count, rate) == pytest.approx(exact)
-        bound = upper_bound(losses, count, 0.9)
-        assert binomial_tail(losses, count, bound) == pytest.approx(0.1)
+        exact = tail(losses, count, rate)
+        assert certified([losses], count, rate, 1 - exact * (1 + 1e-6)) == 1
+        assert certified([losses], count, rate, 1 - exact * (1 - 1e-6)) == 0
+        assert tail(losses, count, upper_bound(losses, count, 0.9)) == pytest.approx(0.1)
     assert upper_bound(0, 100, 0.95) == pytest.approx(1 - 0.05**0.01)
-    assert binomial_tail(5, 5, 0.5) == upper_bound(5, 5, 0.9) == 1
-    assert 0 < binomial_tail(1200, 50000, 0.025) < 1
+    assert upper_bound(5, 5, 0.9) == 1
+    assert certified([5], 5, 0.5, 1e-9) == 0
+    # The tail is 0.08, to two digits.
+    assert [certified([1200], 50000, 0.025, confidence) for confidence in (0.9, 0.95)] == [1, 0]
 
 
 def test_an_unsafe_setting_is_certified_as_seldom_as_promised():
@@ -380,7 +381,7 @@ def test_goals_that_cannot_be_reached_say_what_can():
     poor = ExitLogits(stored.logits * torch.tensor([-9.0, -9, -9, 1]).view(4, 1, 1), stored.targets)
     with pytest.raises(ValueError, match=r"max_accuracy_drop 1 cannot be reached: .* points less"):
         choose_settings(poor, MACS, Goal(max_accuracy_drop=1), fallback="ensemble")
-    with pytest.raises(ValueError, match="rule is 'luck'"):
+    with pytest.raises(ValueError, match="Unknown rule 'luck'; known are"):
         choose_settings(stored, MACS, Goal(speedup=2), rule="luck")
     with pytest.raises(ValueError, match="needs 2 images or more"):
         choose_settings(stored.select(torch.tensor([0])), MACS, Goal(risk=0.1))

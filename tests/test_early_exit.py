@@ -128,7 +128,7 @@ def test_without_a_sure_exit_it_is_the_plain_backbone(model, batch):
 def test_a_backbone_that_needs_its_whole_batch_gives_the_same_answers(make_backbone):
     model = sd.wrap(make_backbone("twins_svt_small", img_size=64, depths=(1, 1, 1, 1))).eval()
     batch = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-    with pytest.warns(UserWarning, match="Twins cannot run on with a part of its batch behind blocks.0, blocks.1"):
+    with pytest.warns(UserWarning, match="Twins cannot run on with a part of its batch after blocks.0, blocks.1"):
         fast = sd.EarlyExit(model, math.inf)
     assert fast.shrinks == (False,) * K
     every = model(batch, return_exits=True).logits
@@ -245,7 +245,7 @@ def test_compiled(model, batch):
         ({"thresholds": [0.5, 0.5, -1]}, "with the rule max-softmax allowed are numbers from 0"),
         ({"thresholds": 90, "rule": "margin"}, "with the rule margin allowed are numbers from 0"),
         ({"thresholds": [1, 1, -1], "rule": "patience"}, "with the rule patience allowed are numbers 0 or more"),
-        ({"rule": "softmax"}, "rule is 'softmax'; allowed are max-softmax, margin, entropy, patience"),
+        ({"rule": "softmax"}, "Unknown rule 'softmax'; known are entropy, margin, max-softmax, patience"),
         ({"fallback": "mean"}, "fallback is 'mean'; allowed are last, ensemble"),
         ({"temperatures": [1.0]}, "3 thresholds, but 1 temperatures"),
         ({"temperatures": [1.0, 0.0, 1.0]}, "allowed are finite numbers above 0"),

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import timm_selfdistill as sd
-from timm_selfdistill.calibration.logits import collect_logits, replay
-from timm_selfdistill.fit_ensemble import _PULL
+from timm_selfdistill.early_exit import replay
+from timm_selfdistill.exit_logits import _PULL, collect_logits
 
 CLASSES = 7
 

@@ -1,9 +1,15 @@
 """Turn any timm backbone into its own teacher: self-distillation with shallow exits."""
 
-from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig, EarlyExitOutput
+from timm_selfdistill.early_exit import (
+    EarlyExit,
+    EarlyExitConfig,
+    EarlyExitOutput,
+    list_rules,
+    register_rule,
+)
+from timm_selfdistill.exit_logits import fit_ensemble
 from timm_selfdistill.exits import ExitPoint, Tap
 from timm_selfdistill.export import ExportError, export_model
-from timm_selfdistill.fit_ensemble import fit_ensemble
 from timm_selfdistill.heads import list_heads, register_head
 from timm_selfdistill.hub import HubError, from_pretrained, load_early_exit, load_exported, push_to_hub, save_pretrained
 from timm_selfdistill.losses import (
@@ -49,6 +55,7 @@ __all__ = [
     "list_losses",
     "list_presets",
     "list_recipes",
+    "list_rules",
     "list_teachers",
     "load_early_exit",
     "load_exported",
@@ -58,6 +65,7 @@ __all__ = [
     "register_divergence",
     "register_head",
     "register_loss",
+    "register_rule",
     "register_teacher",
     "save_pretrained",
     "truncate",

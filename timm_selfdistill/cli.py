@@ -12,7 +12,7 @@ from timm_selfdistill import compare
 from timm_selfdistill.analysis import DRAWS, IMAGES, SIGMAS, analyze_folder, format_analysis
 from timm_selfdistill.background import in_background
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
-from timm_selfdistill.early_exit import FALLBACKS, RULES
+from timm_selfdistill.early_exit import FALLBACKS, list_rules
 from timm_selfdistill.escape import printable
 from timm_selfdistill.export import FORMATS, ExportError, export_folder
 from timm_selfdistill.hub import push_folder
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calibrate.add_argument("--confidence", type=float, help=f"confidence of --risk; {CONFIDENCE} by default")
     calibrate.add_argument("--split", help="split to calibrate on; what the run held out for validation by default")
     calibrate.add_argument("--data", help="data set of both splits: a hub name or a path; the run's own by default")
-    calibrate.add_argument("--rule", choices=list(RULES), default="max-softmax", help="what confidence is")
+    calibrate.add_argument("--rule", choices=list_rules(), default="max-softmax", help="what confidence is")
     calibrate.add_argument("--fallback", choices=FALLBACKS, default="last", help="who answers when no exit is sure")
     calibrate.add_argument(
         "--by-time", type=int, metavar="N", help="choose by the time of batches of N images here, in place of MACs"

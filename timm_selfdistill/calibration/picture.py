@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-from timm_selfdistill.calibration.report import CalibrationReport, Point
+from timm_selfdistill.calibration.calibration_report import CalibrationReport, Point
 from timm_selfdistill.escape import each_text, plot_text
 from timm_selfdistill.palette import BLUE, GREEN, GREY, GRID, INK, ORANGE
 

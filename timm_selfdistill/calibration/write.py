@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from timm_selfdistill.calibration.calibration_report import CalibrationReport, Point
 from timm_selfdistill.calibration.picture import draw_calibration
-from timm_selfdistill.calibration.report import CalibrationReport, Point
+from timm_selfdistill.early_exit import get_rule
 from timm_selfdistill.escape import each_text, markdown_text, printable
 from timm_selfdistill.files import write_results
 from timm_selfdistill.tables import align, markdown, with_prefix
@@ -85,16 +86,16 @@ def _settings(report: CalibrationReport) -> list[list[str]]:
         cells = ["", ""]
         if row is not exits[-1]:
             threshold = settings["thresholds"][row["index"]]
-            cells = [f"{temperatures[row['index']]:.3f}", _threshold(threshold)]
+            cells = [f"{temperatures[row['index']]:.3f}", _threshold(settings["rule"], threshold)]
         rows.append([f"{row['index']}: {row['name']}", *cells, f"{share:.1%}", f"{ideal:.1%}"])
     return rows
 
 
-def _threshold(value: float | None) -> str:
+def _threshold(rule: str, value: float | None) -> str:
     """Return a threshold, in words where it lets no image leave, or every one."""
     if value is None:
         return "never"
-    return f"{value:.4f}" if value > 0 else "always"
+    return "always" if value <= get_rule(rule).always else f"{value:.4f}"
 
 
 def _notes(report: CalibrationReport) -> list[str]:

@@ -2,30 +2,35 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from timm_selfdistill.calibration.costs import measure_path_macs, measure_path_seconds
-from timm_selfdistill.calibration.goal import Goal, choose_settings
-from timm_selfdistill.calibration.logits import collect_logits
-from timm_selfdistill.calibration.report import CalibrationReport, Timing, build_calibration_report
-from timm_selfdistill.calibration.speed import images_to_time, measure_speedup
+from timm_selfdistill.calibration.calibration_report import CalibrationReport, Timing, build_calibration_report
+from timm_selfdistill.calibration.choose_settings import Goal, choose_settings
+from timm_selfdistill.calibration.path_costs import (
+    images_to_time,
+    measure_path_macs,
+    measure_path_seconds,
+    measure_speedup,
+)
 from timm_selfdistill.calibration.write import write_calibration
 from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, SkipList, open_dataset
+from timm_selfdistill.exit_logits import collect_logits
 from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
 from timm_selfdistill.report import device_name
 from timm_selfdistill.train.from_checkpoint import opened_run
-from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
+from timm_selfdistill.train.saved import check_classes, evaluation_loaders, warn_of_other_data
 
 # What decides which rows a run trained on, and which it held out.
-_FIXED = ("path", "name", "target", "train_split", "eval_fraction", "validation")
+_FIXED: Final = ("path", "name", "target", "train_split", "eval_fraction", "validation")
 
 
 def calibrate_folder(
@@ -43,7 +48,7 @@ def calibrate_folder(
 ) -> CalibrationReport:
     """Choose the early-exit settings of a saved model, keep them with it, and report what they give on other images.
 
-    The settings go to the model's `config.json`; its weights are not touched. The report goes to `calibration.json`,
+    The settings go to the model's `config.json`; its weights are not changed. The report goes to `calibration.json`,
     `calibration.md` and `calibration.png`.
 
     Args:
@@ -53,12 +58,12 @@ def calibrate_folder(
         split: The split to calibrate on; by default the images that the run held out for validation.
         overrides: Fields of the recipe's data section, as "key=value", such as "eval_split=test".
         rule: What confidence is, as in `EarlyExitConfig`.
-        fallback: Who answers for images that no exit is sure of, as there.
-        time_batch_size: Choose by the time that batches of so many images take on this machine, in place of
+        fallback: Who answers for images that left at no exit, as there.
+        time_batch_size: Choose by the time that batches of this size take on this machine, in place of
             multiply-accumulates.
         output: Folder for the report; the run's by default, or the model's where there is no run.
-        from_checkpoint: Take the run's newest checkpoint instead of its model, such as of a run that was stopped. The
-            report tells the settings; there is no saved model to keep them with.
+        from_checkpoint: Take the run's newest checkpoint instead of its model, for example of a run that was stopped.
+            There is then no saved model to keep the settings with; the report has them.
 
     Returns:
         The report.
@@ -71,91 +76,67 @@ def calibrate_folder(
         raise ValueError(f"time_batch_size is {time_batch_size}; it must be a number of images, 1 or more.")
     if time_batch_size is not None and goal.macs_budget is not None:
         raise ValueError("macs_budget is a number of MACs, but the thresholds are to be chosen by time: give speedup.")
-    asked = _Asked(data_path, split, overrides, rule, fallback, time_batch_size)
     with opened_run(folder, from_checkpoint) as saved:
-        return _calibrate(saved, goal, asked, saved.output if output is None else output.expanduser())
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What `calibrate_folder` is asked for beside the goal; its arguments."""
-
-    data_path: str | None
-    split: str | None
-    overrides: Sequence[str]
-    rule: str
-    fallback: str
-    time_batch_size: int | None
-
-
-def _calibrate(saved: SavedRun, goal: Goal, asked: _Asked, output: Path) -> CalibrationReport:
-    """Choose the settings of a saved model."""
-    time_batch_size = asked.time_batch_size
-    model = from_pretrained(saved.model_folder)
-    plan = _plan(saved.recipe_path, model, asked.data_path, asked.split, asked.overrides)
-    data = _open(plan)
-    check_classes(saved.model_folder, data)
-    if asked.data_path is None:
-        warn_of_other_data(saved, plan.recipe, data)
-    input = InputConfig.from_model(model.backbone, plan.recipe.data)
-    input_size = (input.channels, *input.image_size)
-    loaders = evaluation_loaders(data, plan.recipe, AugmentSection(), input, SkipList())
-    assert loaders.validation is not None
-    model = model.to(PartialState().device)
-    macs = measure_path_macs(model, input_size)
-    calibration = collect_logits(model, loaders.validation, "calibrate")
-    costs = macs if time_batch_size is None else measure_path_seconds(model, input_size, time_batch_size)
-    choice = choose_settings(calibration, costs, goal, rule=asked.rule, fallback=asked.fallback)
-    evaluation = collect_logits(model, loaders.eval, "evaluate")
-    time: Timing | None = None
-    if time_batch_size is not None:
-        images = _images_to_time(data, plan.recipe, input, time_batch_size)
-        speedup = measure_speedup(model, choice.config, images, time_batch_size)
-        device = device_name(PartialState().device)
-        time = {"batch_size": time_batch_size, "device": device, "speedup": speedup, "num_images": len(images)}
-    dataset = f"{data.name}, {plan.recipe.data.eval_split}"
-    report = build_calibration_report(
-        choice,
-        goal,
-        macs,
-        calibration,
-        evaluation,
-        exit_names=model.exit_names,
-        baseline_top1=_baseline(saved.folder / "report.json", dataset, len(evaluation)),
-        origin={
-            "dataset": dataset,
-            "backbone": model.pretrained_cfg["architecture"],
-            "recipe": saved.output.name,
-            "seed": plan.recipe.seed,
-            "input_size": input_size,
-        },
-        calibration_dataset=f"{data.name}, {plan.title}",
-        time=time,
-    )
-    save_early_exit(saved.model_folder, choice.config)
-    write_calibration(report, output)
+        model = from_pretrained(saved.model_folder)
+        plan = _plan(saved.recipe_path, model, data_path, split, overrides)
+        data = _open(plan)
+        check_classes(saved.model_folder, data)
+        if data_path is None:
+            warn_of_other_data(saved, plan.recipe, data)
+        input_config = InputConfig.from_model(model.backbone, plan.recipe.data)
+        input_size = (input_config.channels, *input_config.image_size)
+        loaders = evaluation_loaders(data, plan.recipe, AugmentSection(), input_config, SkipList())
+        assert loaders.validation is not None
+        model = model.to(PartialState().device)
+        macs = measure_path_macs(model, input_size)
+        calibration = collect_logits(model, loaders.validation, "calibrate")
+        costs = macs if time_batch_size is None else measure_path_seconds(model, input_size, time_batch_size)
+        choice = choose_settings(calibration, costs, goal, rule=rule, fallback=fallback)
+        evaluation = collect_logits(model, loaders.eval, "evaluate")
+        time: Timing | None = None
+        if time_batch_size is not None:
+            images = _images_to_time(data, plan.recipe, input_config, images_to_time(time_batch_size))
+            speedup = measure_speedup(model, choice.config, images, time_batch_size)
+            device = device_name(PartialState().device)
+            time = {"batch_size": time_batch_size, "device": device, "speedup": speedup, "num_images": len(images)}
+        dataset = f"{data.name}, {plan.recipe.data.eval_split}"
+        report = build_calibration_report(
+            choice,
+            goal,
+            macs,
+            calibration,
+            evaluation,
+            calibration_dataset=f"{data.name}, {plan.title}",
+            exit_names=model.exit_names,
+            baseline_top1=_baseline(saved.folder / "report.json", dataset, len(evaluation)),
+            time=time,
+            origin={
+                "dataset": dataset,
+                "backbone": model.pretrained_cfg["architecture"],
+                "recipe": saved.output.name,
+                "seed": plan.recipe.seed,
+                "input_size": input_size,
+            },
+        )
+        save_early_exit(saved.model_folder, choice.config)
+        write_calibration(report, saved.output if output is None else output.expanduser())
     return report
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Which data to read.
-
-    Args:
-        recipe: The recipe.
-        whole_train: Whether the split that it calls the training split is the one to calibrate on.
-        title: What the report calls the images to calibrate on.
+class _Plan(NamedTuple):
+    """Which data to read: a recipe, what the report calls the images to calibrate on, and whether they are all of what
+    the recipe calls the training split, or those that it holds out for validation.
     """
 
     recipe: Recipe
-    whole_train: bool
     title: str
+    whole_train: bool = False
 
 
 def _plan(
     saved: Path | None, model: SelfDistillModel, data_path: str | None, split: str | None, overrides: Sequence[str]
 ) -> _Plan:
-    """Decide which images to calibrate on and which to report on, and refuse what cannot be sound."""
+    """Decide which images to calibrate on and which to report on, and refuse what was trained on or is reported on."""
     fixed = sorted({override.partition("=")[0].strip() for override in overrides} & set(_FIXED))
     if data_path is not None:
         fixed = [key for key in fixed if key in ("path", "train_split", "validation")]
@@ -165,39 +146,36 @@ def _plan(
             "calibrate on with --split, and another data set with --data."
         )
     changes = [f"data.{override}" for override in overrides]
-    ran = None if saved is None else load_recipe(saved)
     if data_path is None:
-        return _plan_of_run(saved, ran, split, changes)
+        return _plan_of_run(saved, split, changes)
     if split is None:
         raise ValueError(f"Name the split of {data_path} to calibrate on with --split.")
-    if ran is not None and _same_data(ran.data, data_path) and split == ran.data.train_split:
+    ran = None if saved is None else load_recipe(saved).data
+    if ran is not None and _is_same_data(ran, data_path) and split == ran.train_split:
         raise ValueError(
-            f"--split {split} of {data_path} is what the model was trained on, where it is surer than elsewhere: name "
-            "a split that was held out, or leave --data and --split out, for the run's own validation images."
+            f"--split {split} of {data_path} is what the model was trained on, where its confidence is higher than "
+            "elsewhere: name a split that was held out, or leave --data and --split out, for the run's own validation "
+            "images."
         )
     # Of the recipe only the data counts; "none" stands for what was trained on, which is not read.
     mapping = {"model": {"name": type(model.backbone).__name__}, "data": {"path": data_path, "train_split": "none"}}
     recipe = load_recipe(mapping, changes)
     _check_apart(recipe.data, split)
-    only = {
-        "train_split": split,
-        "validation": 0.0,
-        "max_train": recipe.data.max_eval,
-        "allow_empty_classes": True,
-    }
-    return _Plan(_with(recipe, **only), whole_train=True, title=split)
+    most = recipe.data.max_eval
+    recipe = _with_data(recipe, train_split=split, validation=0.0, max_train=most, allow_empty_classes=True)
+    return _Plan(recipe, split, whole_train=True)
 
 
-def _plan_of_run(saved: Path | None, ran: Recipe | None, split: str | None, changes: Sequence[str]) -> _Plan:
+def _plan_of_run(saved: Path | None, split: str | None, changes: Sequence[str]) -> _Plan:
     """Decide which images of the run's own data to take."""
-    if saved is None or ran is None:
+    if saved is None:
         raise ValueError("There is no recipe.yaml beside the model: name the data set with --data and --split.")
     recipe = load_recipe(saved, changes)
     if split is not None:
-        if split == ran.data.train_split:
+        if split == load_recipe(saved).data.train_split:
             raise ValueError(f"--split {split} is the split that the model was trained on: name one that was held out.")
         _check_apart(recipe.data, split)
-        return _Plan(_with(recipe, validation=split), whole_train=False, title=split)
+        return _Plan(_with_data(recipe, validation=split), split)
     if not recipe.data.validation:
         raise ValueError(
             "The run held out no images for validation (data.validation is 0), and thresholds must not be chosen by "
@@ -205,9 +183,8 @@ def _plan_of_run(saved: Path | None, ran: Recipe | None, split: str | None, chan
             "another data set with --data and --split."
         )
     if isinstance(recipe.data.validation, str):
-        return _Plan(recipe, whole_train=False, title=recipe.data.validation)
-    title = f"the {100 * recipe.data.validation:g} % of {recipe.data.train_split} that the run held out"
-    return _Plan(recipe, whole_train=False, title=title)
+        return _Plan(recipe, recipe.data.validation)
+    return _Plan(recipe, f"the {100 * recipe.data.validation:g} % of {recipe.data.train_split} that the run held out")
 
 
 def _check_apart(section: DataSection, split: str) -> None:
@@ -219,11 +196,11 @@ def _check_apart(section: DataSection, split: str) -> None:
         )
 
 
-def _same_data(section: DataSection, path: str) -> bool:
+def _is_same_data(section: DataSection, path: str) -> bool:
     return section.path == path or Path(section.path).expanduser().resolve() == Path(path).expanduser().resolve()
 
 
-def _with(recipe: Recipe, **changes: object) -> Recipe:
+def _with_data(recipe: Recipe, **changes: object) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
 
 
@@ -243,14 +220,13 @@ def _open(plan: _Plan) -> ImageData:
     return data
 
 
-def _images_to_time(data: ImageData, recipe: Recipe, input: InputConfig, batch_size: int) -> Tensor:
+def _images_to_time(data: ImageData, recipe: Recipe, input_config: InputConfig, count: int) -> Tensor:
     """Return some of the images that are reported on: from all over the split, or the first of a stream."""
-    count = images_to_time(batch_size)
     if isinstance(data.eval, ImageSplit):
         places = np.linspace(0, len(data.eval) - 1, min(count, len(data.eval))).round().astype(np.int64)
         data = replace(data, eval=data.eval.select(places))
     found: list[Tensor] = []
-    for images, _ in evaluation_loaders(data, recipe, AugmentSection(), input, SkipList()).eval:
+    for images, _ in evaluation_loaders(data, recipe, AugmentSection(), input_config, SkipList()).eval:
         found.append(images)
         if sum(map(len, found)) >= count:
             break

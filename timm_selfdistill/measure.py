@@ -1,0 +1,100 @@
+"""Measure what a run costs: its multiply-accumulates and its time."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
+
+
+class MacCounter(FlopCounterMode):
+    """Counts the multiply-accumulates of convolutions, matrix products, attention and LSTMs inside a `with` block.
+
+    Only the sum is counted: torch's counter per module fails on CaiT and PiT, and loses its place when an exception
+    ends a forward. LSTMs, for which torch has no formula, are added. `macs` may be read at any time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False, custom_mapping=_RNN_FORMULAS)
+        self.mod_tracker = _WholeRun()
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates since the block was entered."""
+        return int(self.get_total_flops()) // 2
+
+
+def median_seconds(
+    measure: Callable[[], Sequence[float]], *, warm_up: int, rounds: int, seconds: float
+) -> tuple[list[float], int]:
+    """Measure several things in turns, so that a machine that slows down meanwhile slows all of them.
+
+    `torch.utils.benchmark.Timer` measures one thing at a time and warms up before each measurement.
+
+    Args:
+        measure: Returns the seconds of each of them, once.
+        warm_up: Rounds that do not count.
+        rounds: The least number of rounds that count.
+        seconds: The least time that these take together.
+
+    Returns:
+        The median seconds of each, and the number of rounds.
+    """
+    for _ in range(warm_up):
+        measure()
+    found = []
+    deadline = time.perf_counter() + seconds
+    while len(found) < rounds or time.perf_counter() < deadline:
+        found.append(measure())
+    return [statistics.median(taken) for taken in zip(*found, strict=True)], len(found)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Return how long something takes on a device, which is idle before and after."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class _WholeRun(ModuleTracker):
+    """Tells the counter that everything belongs to the whole run, and hangs no hooks on any module."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        return None
+
+
+def _onednn_rnn_flops(input: Sequence[int], *weights: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Count one direction of one layer: two weight matrices (and two biases) applied at every step."""
+    return _rnn_flops(input, weights[:4])
+
+
+def _cudnn_rnn_flops(
+    input: Sequence[int], weights: Sequence[Sequence[int]], *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Count all directions and layers: two weight matrices each."""
+    return _rnn_flops(input, weights)
+
+
+def _rnn_flops(input: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
+    steps = input[0] * input[1]
+    return sum(2 * steps * shape[0] * shape[1] for shape in weights if len(shape) == 2)
+
+
+_RNN_FORMULAS = {
+    torch.ops.aten.mkldnn_rnn_layer: _onednn_rnn_flops,
+    torch.ops.aten._cudnn_rnn: _cudnn_rnn_flops,
+}
