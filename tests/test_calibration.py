@@ -14,7 +14,6 @@ from timm_selfdistill.calibration import (
     PathCosts,
     choose_settings,
     collect_logits,
-    fit_temperatures,
     measure_path_macs,
     measure_path_seconds,
     path_costs,
@@ -22,7 +21,8 @@ from timm_selfdistill.calibration import (
 )
 from timm_selfdistill.calibration.choose_settings import certified, excess_errors, upper_bound
 from timm_selfdistill.calibration.threshold_search import Search, share_thresholds
-from timm_selfdistill.early_exit import EarlyExitConfig, exit_confidence
+from timm_selfdistill.early_exit import EarlyExitConfig, Rule, exit_confidence
+from timm_selfdistill.early_exit.rules import _RULES
 from timm_selfdistill.measure import MacCounter
 
 MACS = PathCosts(backbone=(200, 400, 700, 1000), heads=(20, 30, 10))
@@ -49,8 +49,9 @@ def cost(config, stored, macs=MACS):
 
 
 @pytest.fixture
-def model(make_backbone):
-    return sd.wrap(make_backbone("resnet18"), image_size=64).eval()
+def model():
+    torch.manual_seed(0)
+    return sd.wrap("test_resnet", num_classes=5, image_size=64).eval()
 
 
 @pytest.fixture
@@ -155,59 +156,6 @@ def test_a_head_that_takes_long_is_not_asked_where_time_counts():
     assert not choose_settings(stored, seconds, goal).config.runs_head(0)
 
 
-def test_logits_are_collected_without_images_that_could_not_be_decoded(model, batch):
-    targets = torch.arange(8) % 5
-    targets[[2, 7]] = -100
-    stored = collect_logits(model, zip(batch.split(5), targets.split(5), strict=True))
-    whole = collect_logits(model, [(batch, torch.arange(8) % 5)])
-    kept = [0, 1, 3, 4, 5, 6]
-    assert stored.num_skipped == 2
-    assert torch.equal(stored.targets, whole.targets[kept])
-    torch.testing.assert_close(stored.logits, whole.logits[:, kept])
-    with pytest.raises(ValueError, match=r"no images to calibrate on \(5 could not"):
-        collect_logits(model, [(batch[:5], torch.full((5,), -100))])
-    with pytest.raises(ValueError, match=r"must lie in 0..4; got 0 to 5"):
-        collect_logits(model, [(batch[:6], torch.arange(6))])
-
-
-def test_temperatures_minimise_the_cross_entropy():
-    stored = made_up(200)
-    found = fit_temperatures(stored.logits, stored.targets)
-    grid = torch.logspace(math.log10(0.05), math.log10(20), 801)
-    for logits, temperature in zip(stored.logits.double(), found, strict=True):
-        rest = 1 / 202
-        wanted = torch.full((200, 10), rest / 9, dtype=torch.float64)
-        wanted[torch.arange(200), stored.targets] = 1 - rest
-        losses = torch.stack([-(wanted * (logits / t).log_softmax(-1)).sum(-1).mean() for t in grid])
-        assert temperature == pytest.approx(float(grid[losses.argmin()]), rel=5e-3)
-    # Twice the logits need twice the temperature, which gives the same probabilities.
-    assert fit_temperatures(2 * stored.logits, stored.targets) == pytest.approx([2 * t for t in found], rel=1e-5)
-
-
-def test_a_temperature_is_found_again():
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(1, 20000, 10, generator=generator)
-    targets = logits[0].softmax(-1).multinomial(1, generator=generator).squeeze(1)
-    assert fit_temperatures(3 * logits, targets) == pytest.approx([3], rel=0.03)
-
-
-def test_temperatures_of_logits_that_tell_nothing():
-    targets = torch.arange(8) % 4
-    perfect = 10.0 * torch.nn.functional.one_hot(targets, 4).float()
-    wrong = perfect.roll(1, 1)
-    damaged = perfect.clone()
-    damaged[0, 0], damaged[1, 1] = math.nan, math.inf
-    none = torch.full_like(perfect, math.nan)
-    of_perfect, of_wrong, of_damaged, of_none, of_equal = fit_temperatures(
-        torch.stack([perfect, wrong, damaged, none, torch.ones_like(perfect)]), targets
-    )
-    # Right on all 8 images: sure to 1 - 1 / 10, as the target of the fit is.
-    assert float((perfect / of_perfect).softmax(-1).amax(-1)[0]) == pytest.approx(0.9)
-    assert of_wrong == pytest.approx(20, rel=1e-6)
-    assert float((perfect / of_damaged).softmax(-1).amax(-1)[0]) == pytest.approx(1 - 1 / 8)
-    assert (of_none, of_equal) == (1, 1)
-
-
 CONFIDENCE = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [0.1, 0.2, 0.9, 0.8, 0.7, 0.6]])
 
 
@@ -284,6 +232,30 @@ def test_goals_are_kept(rule):
     assert cost(budgeted, stored) <= 600
     assert budgeted.rule == rule
     assert (budgeted.temperatures is None) == (rule == "patience")
+
+
+@pytest.mark.parametrize("fallback", ["last", "ensemble"])
+@pytest.mark.parametrize(
+    "goal", [Goal(max_accuracy_drop=1), Goal(speedup=1.5), Goal(risk=0.05)], ids=lambda goal: next(iter(goal.to_json()))
+)
+def test_other_scales_of_confidence_give_the_same_choice(monkeypatch, goal, fallback):
+    class LogSoftmax(Rule):
+        """The logarithm of "max-softmax": the same order, but from -infinity to 0."""
+
+        lowest, highest = -math.inf, 0.0
+
+        def confidence(self, logits, state):
+            return logits.softmax(-1).amax(-1).log(), ()
+
+    monkeypatch.setattr(_RULES, "_entries", dict(_RULES._entries))
+    sd.register_rule("log-softmax")(LogSoftmax)
+    stored = made_up(1000)
+    own = choose_settings(stored, MACS, goal, rule="log-softmax", fallback=fallback)
+    usual = choose_settings(stored, MACS, goal, fallback=fallback)
+    assert own.tested == usual.tested
+    assert len(own.curve) == len(usual.curve) > 5
+    for one, other in zip((own.config, *own.curve), (usual.config, *usual.curve), strict=True):
+        assert torch.equal(replay(one, stored.logits).exit_index, replay(other, stored.logits).exit_index)
 
 
 def test_a_tie_goes_to_the_cheapest():
@@ -385,18 +357,3 @@ def test_goals_that_cannot_be_reached_say_what_can():
         choose_settings(stored, MACS, Goal(speedup=2), rule="luck")
     with pytest.raises(ValueError, match="needs 2 images or more"):
         choose_settings(stored.select(torch.tensor([0])), MACS, Goal(risk=0.1))
-
-
-@pytest.mark.parametrize(
-    ("logits", "targets", "message"),
-    [
-        (torch.zeros(2, 3, 4), torch.zeros(4, dtype=torch.int64), "Expected logits"),
-        (torch.zeros(1, 3, 4), torch.zeros(3, dtype=torch.int64), "needs an added exit"),
-        (torch.zeros(2, 3, 1), torch.zeros(3, dtype=torch.int64), "2 classes; got 1 and 1"),
-        (torch.zeros(2, 0, 4), torch.zeros(0, dtype=torch.int64), "There are no images"),
-        (torch.zeros(2, 3, 4), torch.tensor([0, -1, 2]), "got -1 to 2"),
-    ],
-)
-def test_logits_that_do_not_fit(logits, targets, message):
-    with pytest.raises(ValueError, match=message):
-        ExitLogits(logits, targets)

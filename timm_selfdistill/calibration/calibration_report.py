@@ -1,4 +1,4 @@
-"""The report of a calibration: early exit on images that nothing was chosen by, compared with fixed exits and others."""
+"""The report of a calibration: early exit on images that nothing was chosen by, and what to compare it with."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict

@@ -52,19 +52,18 @@ class PathCosts:
         return self.backbone[index] + (self.heads[index] if index < len(self.heads) else 0)
 
     def paths(self, heads_run: Sequence[bool]) -> Tensor:
-        """Return what an image costs that leaves at each exit [K + 1], float64.
-
-        Args:
-            heads_run: Whether the head of each of the K exits runs, if an image gets there.
-        """
+        """Return what an image costs that leaves at each exit [K + 1], float64, if these of the K heads run."""
         heads = [cost if runs else 0.0 for cost, runs in zip(self.heads, heads_run, strict=True)]
         backbone = torch.tensor(self.backbone, dtype=torch.float64)
         return backbone + torch.tensor([*heads, 0.0], dtype=torch.float64).cumsum(0)
 
+    def paths_under(self, config: EarlyExitConfig) -> Tensor:
+        """Return what an image costs that leaves at each exit [K + 1] under these settings."""
+        return self.paths([config.runs_head(index) for index in range(len(self.heads))])
+
     def mean(self, config: EarlyExitConfig, exit_index: Tensor) -> float:
         """Return the mean over images that leave at these exits [N] under these settings, each as if it came alone."""
-        heads_run = [config.runs_head(index) for index in range(len(self.heads))]
-        return float(self.paths(heads_run)[exit_index].mean())
+        return float(self.paths_under(config)[exit_index].mean())
 
 
 @torch.no_grad()
@@ -114,9 +113,9 @@ def measure_speedup(model: SelfDistillModel, config: EarlyExitConfig, images: Te
 
     Args:
         model: The wrapped model, in eval mode.
-        config: When images leave.
-        images: Images [N, C, H, W], drawn like those that the answer is for; if there are fewer than `batch_size`, they
-            are repeated, and what does not fill a batch is left out.
+        config: The settings.
+        images: Images [N, C, H, W]; if there are fewer than `batch_size`, they are repeated, and what does not fill a
+            batch is left out.
         batch_size: Images in a batch.
 
     Returns:

@@ -15,13 +15,9 @@ from timm_selfdistill.early_exit import EarlyExitConfig, exit_confidence, first_
 from timm_selfdistill.early_exit.rules import ROUNDING
 from timm_selfdistill.exit_logits import ExitLogits
 
+# From the images that get a good answer [J], and what all images together cost [J], how good outcomes are: the larger
+# the better, -inf for those that are not allowed.
 Score = Callable[[Tensor, Tensor], Tensor]
-"""How good outcomes are, the larger the better, -inf for those that are not allowed.
-
-Args:
-    good: Images that get a good answer [J].
-    costs: What all images together cost [J].
-"""
 
 # Of the thresholds of an exit that are tried, each lets at least twice as many images more leave than the one before as
 # the square root of their number, the size of chance's part in it: finer steps would overfit these images.
@@ -30,9 +26,9 @@ _MAX_LEVELS: Final = 100
 # What a cost is worth, as the share of good answers that a whole backbone may cost.
 _PRICES: Final = tuple(10 ** (-4 + step / 5) for step in range(26))
 _BASES: Final = tuple(10 ** (-2 + step / 6) for step in range(25))
-# Logarithms of MSDNet's base that a budget is searched among: from 1e-6 to 1e6.
-_LARGEST_LOG_BASE: Final = math.log(1e6)
-_LOG_BASE_STEPS: Final = 2**40
+# MSDNet's base for a budget lies between 1 / this and this.
+_LARGEST_BASE: Final = 1e6
+_BASE_STEPS: Final = 2**40
 
 
 class Candidate(NamedTuple):
@@ -56,7 +52,7 @@ class Search:
         against_backbone: What good is.
 
     Raises:
-        ValueError: If a confidence is out of the range that the rule tells.
+        ValueError: If a confidence is out of the rule's range.
     """
 
     def __init__(
@@ -71,45 +67,28 @@ class Search:
         self.confidence = confidence.nan_to_num(nan=-math.inf)
         correct = stored.correct
         last = stored.ensemble_correct if settings.fallback == "ensemble" else correct[-1]
-        self._good = torch.cat([correct[:-1], last.unsqueeze(0)])
-        if against_backbone:
-            self._good |= ~correct[-1]
+        good = torch.cat([correct[:-1], last.unsqueeze(0)])
+        self._good = (good | ~correct[-1] if against_backbone else good).double()
         self._costs = costs
-        self._order = self.confidence.argsort(-1, descending=True)
-        self._levels = [self._thresholds_to_try(index) for index in range(self.num_exits)]
-        # How many images each of them lets leave, if all get there.
-        self._counts = [
-            (row >= levels.unsqueeze(1)).sum(1) for row, levels in zip(self.confidence, self._levels, strict=True)
-        ]
+        self._levels = [self._thresholds_to_try(row) for row in self.confidence]
 
     def candidate(self, thresholds: Sequence[float]) -> Candidate:
         """Return what thresholds give."""
         index = first_confident(self.confidence, thresholds)
         cost = self._paths(thresholds)[index].sum()
-        return Candidate(tuple(thresholds), int(self._goodness(index).sum()), float(cost) / self.num_images)
-
-    def only(self, exit: int) -> Candidate:
-        """Return what the thresholds give under which every image leaves at one exit."""
-        return self.candidate(_with(self.never, exit, self.settings.rule_object.always))
+        return Candidate(tuple(thresholds), int(self._is_good(index).sum()), float(cost) / self.num_images)
 
     def shares(self, base: float) -> Candidate:
         """Return what MSDNet's thresholds give under which a share of base^k leaves at exit k."""
         return self.candidate(share_thresholds(self.confidence, base, self.settings.rule_object.discrete))
 
     def shares_within(self, budget: float) -> Candidate | None:
-        """Return what MSDNet's thresholds give for a budget: the largest base that keeps to it on these images.
-
-        Args:
-            budget: Mean cost of an image, at most.
-
-        Returns:
-            The candidate, or None if not even the first exit keeps to the budget.
-        """
+        """Return what MSDNet's thresholds give with the largest base that keeps to a mean cost of an image, if any."""
 
         def shares(step: int) -> Candidate:
-            return self.shares(math.exp(_LARGEST_LOG_BASE * (2 * step / _LOG_BASE_STEPS - 1)))
+            return self.shares(_LARGEST_BASE ** (2 * step / _BASE_STEPS - 1))
 
-        steps = bisect_right(range(_LOG_BASE_STEPS), budget, key=lambda step: shares(step).cost)
+        steps = bisect_right(range(_BASE_STEPS), budget, key=lambda step: shares(step).cost)
         best = shares(steps - 1) if steps else self.shares(0.0)
         return best if best.cost <= budget else None
 
@@ -117,8 +96,9 @@ class Search:
         """Return thresholds of many costs: those of fixed exits and of MSDNet's shares, and what `climb` makes of these
         for many prices.
         """
+        always = self.settings.rule_object.always
         found = [self.candidate(self.never)]
-        found += [self.only(index) for index in range(self.num_exits)]
+        found += [self.candidate(_with(self.never, exit, always)) for exit in range(self.num_exits)]
         found += [self.shares(base) for base in _BASES]
         for price in _PRICES:
             score = partial(self._worth, price)
@@ -133,37 +113,36 @@ class Search:
         improved = True
         while improved:
             improved = False
-            for index in reversed(range(self.num_exits)):
-                scores = score(*self._scan(thresholds, index))
+            for exit in reversed(range(self.num_exits)):
+                scores = score(*self._try_levels(thresholds, exit))
                 choice = int(scores.argmax())
                 if float(scores[choice]) > best:
                     best, improved = float(scores[choice]), True
-                    thresholds = _with(thresholds, index, float(self._levels[index][choice]))
+                    thresholds = _with(thresholds, exit, float(self._levels[exit][choice]))
         return self.candidate(thresholds)
 
-    def _scan(self, thresholds: tuple[float, ...], exit: int) -> tuple[Tensor, Tensor]:
+    def _try_levels(self, thresholds: tuple[float, ...], exit: int) -> tuple[Tensor, Tensor]:
         """Return good answers [J] and costs [J] for each threshold that is tried at an exit."""
+        levels = self._levels[exit]
         index = first_confident(self.confidence, _with(thresholds, exit, math.inf))
-        arrive = index > exit
         paths = self._paths(_with(thresholds, exit, self.settings.rule_object.always))
-        stay_good, stay_costs = self._goodness(index), paths[index]
-        # What changes as one image after the other, the most confident first, leaves here.
-        order = self._order[exit]
-        gained = ((self._good[exit].long() - stay_good.long()) * arrive)[order].cumsum(0)
-        saved = ((stay_costs - paths[exit]) * arrive)[order].cumsum(0)
-        counts = self._counts[exit]
-        good = stay_good.sum() + torch.cat([gained.new_zeros(1), gained])[counts]
-        costs = stay_costs.sum() - torch.cat([saved.new_zeros(1), saved])[counts]
+        stay_good, stay_costs = self._is_good(index), paths[index]
+        # What changes as each image that gets here leaves.
+        changes = torch.stack([self._good[exit] - stay_good, paths[exit] - stay_costs], 1)
+        arrive = index > exit
+        leave = self.confidence[exit, arrive] >= levels.unsqueeze(1)
+        good, costs = (leave.double() @ changes[arrive]).unbind(1)
+        costs += stay_costs.sum()
         if not self.settings.runs_head(exit):
             # The first threshold is infinity: no image leaves, and the head does not run.
             costs[0] -= self._costs.heads[exit] * int(arrive.sum())
-        return good.double(), costs
+        return good + stay_good.sum(), costs
 
-    def _thresholds_to_try(self, exit: int) -> Tensor:
+    def _thresholds_to_try(self, confidence: Tensor) -> Tensor:
         """Return infinity, thresholds that let about equally many images more leave each, and one that lets all."""
         rule = self.settings.rule_object
-        values = self.confidence[exit][self._order[exit]]
-        values, counts = torch.unique_consecutive(values[values > -math.inf], return_counts=True)
+        values, counts = torch.unique(confidence[confidence > -math.inf], return_counts=True)
+        values, counts = values.flip(0), counts.flip(0)
         # A threshold can only lie between two different values: how many images are above each of these places.
         above = counts.cumsum(0)[:-1]
         images = int(counts.sum())
@@ -175,10 +154,9 @@ class Search:
         return torch.tensor([math.inf, *levels, rule.always], dtype=values.dtype)
 
     def _paths(self, thresholds: Sequence[float]) -> Tensor:
-        config = replace(self.settings, thresholds=tuple(thresholds))
-        return self._costs.paths([config.runs_head(index) for index in range(self.num_exits)])
+        return self._costs.paths_under(replace(self.settings, thresholds=tuple(thresholds)))
 
-    def _goodness(self, index: Tensor) -> Tensor:
+    def _is_good(self, index: Tensor) -> Tensor:
         return self._good[index, torch.arange(self.num_images)]
 
     def _totals(self, candidate: Candidate) -> tuple[Tensor, Tensor]:
@@ -201,9 +179,6 @@ def share_thresholds(confidence: Tensor, base: float, discrete: bool = False) ->
         confidence: Confidence of every exit [K, N], -inf for never.
         base: 0 lets all leave at the first exit; the larger, the more go on.
         discrete: Whether thresholds must be confidences.
-
-    Returns:
-        K thresholds.
     """
     exits, images = confidence.shape
     # Written with the smaller of base and 1 / base: no power is too large.
@@ -233,16 +208,13 @@ def frontier(found: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _check_range(confidence: Tensor, settings: EarlyExitConfig) -> None:
-    """Refuse confidences out of the range of which the rule tells that its ends let all images leave, or none."""
-    rule = settings.rule_object
-    known = confidence[~confidence.isnan()]
-    if not len(known):
-        return
-    low, high = float(known.min()), float(known.max())
-    if low < rule.always or high > rule.highest + ROUNDING or math.isinf(high):
+    """Refuse a confidence below the threshold that is to let every image leave, or above the rule's range."""
+    rule, known = settings.rule_object, confidence[~confidence.isnan()].tolist()
+    low, high = min(known, default=rule.always), max(known, default=rule.always)
+    if low < rule.always or high > rule.highest + ROUNDING or high == math.inf:
         raise ValueError(
-            f"The rule {settings.rule} gives confidences from {low:g} to {high:g}, but says that they lie between "
-            f"{rule.lowest:g} and {rule.highest:g}; allowed are finite numbers in this range, and NaN."
+            f"The rule {settings.rule} gives confidences from {low:g} to {high:g}, but its range is {rule.lowest:g} to "
+            f"{rule.highest:g}; allowed are finite numbers in it, and NaN."
         )
 
 
