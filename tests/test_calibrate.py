@@ -193,7 +193,7 @@ def test_a_rule_of_another_package_calibrates_and_is_restored(run, example_rules
     assert report["settings"]["rule"] == rule
     assert (report["settings"]["temperatures"] is None) == (rule == "logit-margin")
     assert report["calibration"]["top1"] >= report["calibration"]["backbone_top1"] - 3
-    assert 0 < report["early_exit"]["shares"][-1] < 1
+    assert sum(share > 0 for share in report["early_exit"]["shares"]) > 1
     check_stored(run, report)
     # A threshold that lets every image leave is told as such, whatever its value is.
     assert cli(["calibrate", str(run), "--max-accuracy-drop", "100", "--rule", rule]) == 0

@@ -50,7 +50,7 @@ def cost(config, stored, macs=MACS):
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
+    torch.manual_seed(4)  # with which the untrained exits agree on some images, and not on others
     return sd.wrap("test_resnet", num_classes=5, image_size=64).eval()
 
 
@@ -236,7 +236,7 @@ def test_goals_are_kept(rule):
 
 @pytest.mark.parametrize("fallback", ["last", "ensemble"])
 @pytest.mark.parametrize(
-    "goal", [Goal(max_accuracy_drop=1), Goal(speedup=1.5), Goal(risk=0.05)], ids=lambda goal: next(iter(goal.to_json()))
+    "goal", [Goal(max_accuracy_drop=10), Goal(speedup=1.5), Goal(risk=0.2)], ids=lambda goal: next(iter(goal.to_json()))
 )
 def test_other_scales_of_confidence_give_the_same_choice(monkeypatch, goal, fallback):
     class LogSoftmax(Rule):

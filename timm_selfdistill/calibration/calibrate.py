@@ -21,6 +21,7 @@ from timm_selfdistill.calibration.path_costs import (
 )
 from timm_selfdistill.calibration.write import write_calibration
 from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, SkipList, open_dataset
+from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.exit_logits import collect_logits
 from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel
@@ -76,6 +77,7 @@ def calibrate_folder(
         raise ValueError(f"time_batch_size is {time_batch_size}; it must be a number of images, 1 or more.")
     if time_batch_size is not None and goal.macs_budget is not None:
         raise ValueError("macs_budget is a number of MACs, but the thresholds are to be chosen by time: give speedup.")
+    EarlyExitConfig((), rule, fallback=fallback)  # refuses unknown names before anything runs
     with opened_run(folder, from_checkpoint) as saved:
         model = from_pretrained(saved.model_folder)
         plan = _plan(saved.recipe_path, model, data_path, split, overrides)
