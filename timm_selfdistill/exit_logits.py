@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.model import Ensemble, SelfDistillModel
 
-# The label of an image that does not count, as in PyTorch's cross-entropy.
-_IGNORED: Final = -100
 _LOWEST_TEMPERATURE: Final = 0.05
 _HIGHEST_TEMPERATURE: Final = 20.0
 # How strongly the weights are held together, in nats for a deviation of 1: as much as a few dozen images say.
@@ -58,7 +57,7 @@ class ExitLogits:
     def of_labelled(cls, logits: Tensor, labels: Tensor, ensemble: Ensemble | None = None) -> "ExitLogits":
         """Leave out the images whose label is -100."""
         _check_shapes(logits, labels)
-        known = labels != _IGNORED
+        known = labels != IGNORED
         return cls(logits[:, known], labels[known].long(), int((~known).sum()), ensemble)
 
     def __len__(self) -> int:

@@ -108,17 +108,17 @@ def calibrate_folder(
             macs,
             calibration,
             evaluation,
-            calibration_dataset=f"{data.name}, {plan.title}",
-            exit_names=model.exit_names,
-            baseline_top1=_baseline(saved.folder / "report.json", dataset, len(evaluation)),
-            time=time,
-            origin={
+            {
                 "dataset": dataset,
                 "backbone": model.pretrained_cfg["architecture"],
                 "recipe": saved.output.name,
                 "seed": plan.recipe.seed,
-                "input_size": input_size,
+                "input_size": list(input_size),
             },
+            calibration_dataset=f"{data.name}, {plan.title}",
+            exit_names=model.exit_names,
+            baseline_top1=_baseline(saved.folder / "report.json", dataset, len(evaluation)),
+            time=time,
         )
         save_early_exit(saved.model_folder, choice.config)
         write_calibration(report, saved.output if output is None else output.expanduser())

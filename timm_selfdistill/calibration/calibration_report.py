@@ -1,6 +1,6 @@
 """The report of a calibration: early exit on images that nothing was chosen by, and what to compare it with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -40,7 +40,7 @@ class EarlyExitRow(Point):
 
 
 class CurvePoint(Point):
-    """Other thresholds with the same temperatures; null stands for infinity."""
+    """Other thresholds with the same temperatures; None stands for infinity."""
 
     thresholds: list[float | None]
 
@@ -72,7 +72,17 @@ class Timing(TypedDict):
     num_images: int
 
 
-class CalibrationReport(TypedDict):
+class Origin(TypedDict):
+    """The images that are reported on, and the network; `input_size` is channels, height and width of one image."""
+
+    dataset: str
+    backbone: str
+    recipe: str
+    seed: int
+    input_size: list[int]
+
+
+class CalibrationReport(Origin):
     """The content of `calibration.json`.
 
     All but `calibration` is about the images that are reported on, which nothing was chosen by. `settings` is what
@@ -92,13 +102,8 @@ class CalibrationReport(TypedDict):
     oracle: EarlyExitRow
     curve: list[CurvePoint]
     time: Timing | None
-    dataset: str
     num_samples: int
     num_skipped: int
-    backbone: str
-    recipe: str
-    seed: int
-    input_size: list[int]
     versions: dict[str, str]
 
 
@@ -108,26 +113,17 @@ def build_calibration_report(
     macs: PathCosts,
     calibration: ExitLogits,
     evaluation: ExitLogits,
+    origin: Origin,
     *,
     calibration_dataset: str,
     exit_names: Sequence[str],
     baseline_top1: float | None,
     time: Timing | None,
-    origin: Mapping[str, Any],
 ) -> CalibrationReport:
     """Compare the chosen settings with fixed exits, ensemble, baseline and oracle.
 
-    Args:
-        choice: What `choose_settings` returned.
-        goal: Its goal.
-        macs: What the path to each exit costs, in multiply-accumulates.
-        calibration: The images that it chose by.
-        evaluation: Others, to report on.
-        calibration_dataset: What the report calls the former.
-        exit_names: K + 1 names.
-        baseline_top1: Accuracy of the plain backbone trained on its own, on the latter, in percent.
-        time: What was timed, if the settings were chosen by it.
-        origin: `dataset`, `backbone`, `recipe`, `seed` and `input_size` of the report.
+    `calibration` holds the images that the settings were chosen by, `evaluation` those to report on; `baseline_top1` is
+    of the latter, in percent.
     """
     correct = evaluation.correct
     tested, lost = choice.tested or (None, None)
@@ -153,13 +149,9 @@ def build_calibration_report(
         "oracle": _oracle(macs, evaluation),
         "curve": [_curve_point(config, macs, evaluation) for config in choice.curve],
         "time": time,
-        "dataset": origin["dataset"],
+        **origin,
         "num_samples": len(evaluation),
         "num_skipped": evaluation.num_skipped,
-        "backbone": origin["backbone"],
-        "recipe": origin["recipe"],
-        "seed": origin["seed"],
-        "input_size": list(origin["input_size"]),
         "versions": versions(),
     }
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig
-from timm_selfdistill.exits import untouched
-from timm_selfdistill.heads import ExitHead
+from timm_selfdistill.exits import unchanged
 from timm_selfdistill.measure import MacCounter, median_seconds, seconds_of, synchronize
 from timm_selfdistill.model import SelfDistillModel
 
@@ -74,7 +73,7 @@ def measure_path_macs(model: SelfDistillModel, input_size: tuple[int, int, int])
         model: The wrapped model; left unchanged.
         input_size: Channels, height and width of one image.
     """
-    with untouched(model), MacCounter() as counter:
+    with unchanged(model), MacCounter() as counter:
         return _to_costs(_measure_parts(model, _blank(model, 1, input_size), lambda: counter.macs))
 
 
@@ -96,7 +95,7 @@ def measure_path_seconds(model: SelfDistillModel, input_size: tuple[int, int, in
         synchronize(batch.device)
         return time.perf_counter()
 
-    with untouched(model):
+    with unchanged(model):
         measure = partial(_measure_parts, model, batch, now)
         parts, _ = median_seconds(measure, warm_up=_WARM_UP_ROUNDS, rounds=_MIN_ROUNDS, seconds=_SECONDS)
     return _to_costs([seconds / batch_size for seconds in parts])
@@ -146,9 +145,7 @@ def _measure_parts(model: SelfDistillModel, batch: Tensor, meter: Callable[[], f
 
     def visit(index: int, taps: tuple[Tensor, ...]) -> None:
         marks.append(meter())
-        head = model.heads[index]
-        assert isinstance(head, ExitHead)
-        head.classify(*taps)
+        model.head_of(index).classify(*taps)
         marks.append(meter())
 
     marks.append(meter())

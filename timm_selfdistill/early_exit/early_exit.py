@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_selfdistill.early_exit.rules import EarlyExitConfig, RuleState
-from timm_selfdistill.exits import random_images, untouched
-from timm_selfdistill.heads import ExitHead
+from timm_selfdistill.exits import random_images, unchanged
 from timm_selfdistill.model import Ensemble, SelfDistillModel
 
 
@@ -77,15 +76,7 @@ class EarlyExit(nn.Module):
 
     @classmethod
     def from_config(cls, model: SelfDistillModel, config: EarlyExitConfig) -> "EarlyExit":
-        """Return a model with settings that were saved or chosen.
-
-        Args:
-            model: The wrapped model.
-            config: The settings.
-
-        Raises:
-            ValueError: If there is not one threshold for each exit.
-        """
+        """Return a model with settings that were saved or chosen; ValueError if they are for more or fewer exits."""
         return cls(
             model, config.thresholds, rule=config.rule, temperatures=config.temperatures, fallback=config.fallback
         )
@@ -136,12 +127,7 @@ def replay(config: EarlyExitConfig, logits: Tensor, ensemble: Ensemble | None = 
 
 
 def exit_confidence(logits: Tensor, config: EarlyExitConfig) -> Tensor:
-    """Return the confidence of every exit in every image [K, N], whatever the thresholds; NaN for logits that are NaN.
-
-    Args:
-        logits: Logits [K + 1, N, C].
-        config: The rule and the temperatures.
-    """
+    """Return the confidence of every exit for every image [K, N] from logits [K + 1, N, C], whatever the thresholds."""
     state: RuleState = ()
     rows = []
     for index in range(len(logits) - 1):
@@ -198,9 +184,7 @@ class _Batch:
 
     def _run_head(self, exit: int, taps: tuple[Tensor, ...]) -> None:
         """Run an exit's head, and answer for the images that it is confident enough of."""
-        head = self._model.heads[exit]
-        assert isinstance(head, ExitHead)
-        logits = head.classify(*taps)
+        logits = self._model.head_of(exit).classify(*taps)
         if self._config.fallback == "ensemble":
             weighted = self._model.ensemble.weights[exit] * logits
             self._sum = weighted if self._sum is None else self._sum + weighted
@@ -218,7 +202,7 @@ class _Batch:
 def _find_shrinking_exits(model: SelfDistillModel) -> tuple[bool, ...]:
     """Return, for each exit, whether the backbone gives the same answers on a part of the batch after it."""
     images = random_images(model.backbone, model.wrap_config.image_size, 4)
-    with untouched(model):
+    with unchanged(model):
         expected = model(images)
         shrinks = tuple(_shrinks(model, images, expected, exit) for exit in range(model.num_exits))
     if not all(shrinks):

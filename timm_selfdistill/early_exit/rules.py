@@ -1,9 +1,9 @@
-"""When an image leaves the network: rules that compute an exit's confidence, and the settings of early exit."""
+"""Early-exit rules, which compute the confidence of an exit, and the settings of early exit."""
 
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Final
 
@@ -20,19 +20,18 @@ RuleState = tuple[Tensor, ...]
 
 
 class Rule:
-    """How confident an exit is of each image: the base class of early-exit rules.
+    """The confidence of an exit in its answers: the base class of early-exit rules.
 
-    A subclass is registered with `register_rule` and made without arguments. One object serves all batches and threads,
-    so it must keep nothing about images; what it has to know at the next exit goes through `state`.
+    A subclass is registered with `register_rule` and made without arguments. One object serves all batches and threads;
+    what it has to know at the next exit goes through `state`.
 
     Attributes:
-        lowest: No confidence is below it; as a threshold, it lets every image leave. -infinity: there is no bound.
-        highest: No confidence is above it. Infinity: there is no bound.
-        discrete: Whether confidences take few values, such as counts. A threshold is then chosen from these values;
-            else between two of them.
-        uses_temperatures: Whether calibration fits a temperature for each exit, which logits are divided by first.
-        keeps_state: Whether the rule needs the logits of every exit that an image passes. Otherwise the head of an
-            exit where no image may leave does not run.
+        lowest: No confidence is below it: as a threshold, it lets every image leave. -infinity if there is no bound.
+        highest: No confidence is above it. Infinity if there is no bound.
+        discrete: Whether confidences are counts or the like. Thresholds are then chosen among them, not between them.
+        uses_temperatures: Whether calibration fits temperatures, which logits are divided by first.
+        keeps_state: Whether it needs the logits of every exit on the way. The heads of exits where no image may leave
+            run only then.
     """
 
     lowest: ClassVar[float] = 0.0
@@ -42,14 +41,12 @@ class Rule:
     keeps_state: ClassVar[bool] = False
 
     def confidence(self, logits: Tensor, state: RuleState) -> tuple[Tensor, RuleState]:
-        """Return the confidence of one exit.
+        """Return the confidence [B], NaN where a logit is NaN or the largest is infinite, and the state for the next exit.
 
         Args:
             logits: Logits [B, C] of the exit, divided by its temperature, at least float32.
-            state: What the rule returned at the exit before, for the images that are left; empty at the first.
-
-        Returns:
-            Confidence [B], NaN where a logit is NaN or the largest is infinite, and the state: tensors with B rows.
+            state: What was returned at the exit before, for the images that are left: tensors with B rows; empty at
+                the first exit.
         """
         raise NotImplementedError
 
@@ -66,7 +63,7 @@ def register_rule(name: str) -> Callable[[type[Rule]], type[Rule]]:
     """Return a decorator that registers a subclass of `Rule`.
 
     Args:
-        name: What `EarlyExitConfig.rule`, `EarlyExit` and `calibrate --rule` call it.
+        name: Its name for `EarlyExit`, `EarlyExitConfig` and `calibrate --rule`.
 
     Raises:
         ValueError: If the name is taken.
@@ -80,11 +77,7 @@ def list_rules() -> list[str]:
 
 
 def get_rule(name: str) -> Rule:
-    """Return the early-exit rule that is registered as `name`.
-
-    Raises:
-        ValueError: If there is none, or it is no subclass of `Rule`.
-    """
+    """Return the early-exit rule of this name; ValueError if there is none, or it is no subclass of `Rule`."""
     rule = _RULES.get(name)
     if not (isinstance(rule, type) and issubclass(rule, Rule)):
         raise ValueError(f"Rule {name!r} is {rule!r:.100}; allowed is a subclass of timm_selfdistill.early_exit.Rule.")
@@ -187,11 +180,7 @@ class EarlyExitConfig:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "EarlyExitConfig":
-        """Return the settings that `to_json` gave.
-
-        Raises:
-            ValueError: If a value is not allowed, or a key is missing or unknown.
-        """
+        """Return the settings that `to_json` gave; ValueError if a value is not allowed, or a key missing or unknown."""
         names = {field.name for field in fields(cls)}
         if not isinstance(saved, Mapping) or set(saved) != names:
             raise ValueError(f"it is {saved!r:.300}; it must be an object with the keys {', '.join(sorted(names))}.")
@@ -201,21 +190,15 @@ class EarlyExitConfig:
                 f"thresholds are {thresholds!r:.300} and temperatures {temperatures!r:.300}; allowed are lists "
                 "of numbers, for temperatures also null."
             )
-        return cls(
-            thresholds=tuple(math.inf if value is None else value for value in thresholds),
-            rule=saved["rule"],
-            temperatures=None if temperatures is None else tuple(temperatures),
-            fallback=saved["fallback"],
-        )
+        thresholds = tuple(math.inf if value is None else value for value in thresholds)
+        temperatures = None if temperatures is None else tuple(temperatures)
+        return cls(**{**saved, "thresholds": thresholds, "temperatures": temperatures})
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON, where null stands for a threshold of infinity."""
-        return {
-            "thresholds": [None if value == math.inf else value for value in self.thresholds],
-            "rule": self.rule,
-            "temperatures": None if self.temperatures is None else list(self.temperatures),
-            "fallback": self.fallback,
-        }
+        thresholds = [None if value == math.inf else value for value in self.thresholds]
+        temperatures = None if self.temperatures is None else list(self.temperatures)
+        return {**asdict(self), "thresholds": thresholds, "temperatures": temperatures}
 
     @cached_property
     def rule_object(self) -> Rule:
@@ -234,15 +217,8 @@ class EarlyExitConfig:
         return self.thresholds[exit] < math.inf or self.fallback == "ensemble" or self.rule_object.keeps_state
 
     def confidence(self, logits: Tensor, exit: int, state: RuleState) -> tuple[Tensor, RuleState]:
-        """Return an exit's confidence of each image [B], and the rule's state for the next exit.
-
-        Computed in at least float32, so that a large probability is not rounded to 1.
-
-        Args:
-            logits: Logits [B, C] of the exit.
-            exit: Its index.
-            state: What this method returned at the exit before, for the same images; empty at the first.
-        """
+        """Return an exit's confidence [B] in its logits [B, C], and the rule's state for the next exit."""
+        # In half precision, a large probability would be rounded to 1.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperatures is not None:
             logits = logits / self.temperatures[exit]
@@ -250,7 +226,6 @@ class EarlyExitConfig:
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a number that a float can hold."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return value == math.inf or abs(value) <= sys.float_info.max  # false for NaN
+    """Whether it is a number that a float can hold, and not NaN."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and (value == math.inf or abs(value) <= sys.float_info.max)

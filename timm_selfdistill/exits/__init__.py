@@ -2,7 +2,7 @@
 
 from timm_selfdistill.exits.candidates import Backbone, Classifier
 from timm_selfdistill.exits.choose import BackboneTaps, Exits, choose, find_exit_points, named_modules
-from timm_selfdistill.exits.dry_run import pool_feature, random_images, untouched
+from timm_selfdistill.exits.dry_run import pool_feature, random_images, unchanged, untouched
 from timm_selfdistill.exits.points import ExitPoint, Exploration, Tap, explore
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "named_modules",
     "pool_feature",
     "random_images",
+    "unchanged",
     "untouched",
 ]

@@ -205,3 +205,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+unchanged = untouched

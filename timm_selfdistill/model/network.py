@@ -121,6 +121,12 @@ class SelfDistillModel(nn.Module):
         assert isinstance(head, ExitHead)
         return head.classify(*call.taps[exit])
 
+    def head_of(self, exit: int) -> ExitHead:
+        """Return the head of an added exit."""
+        head = self.heads[exit]
+        assert isinstance(head, ExitHead)
+        return head
+
     def forward_while(self, x: Tensor, visit: Visit) -> Tensor | None:
         """Run the backbone, letting images leave the batch at the exits.
 
