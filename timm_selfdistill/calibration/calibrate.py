@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
 from timm_selfdistill.report import device_name
 from timm_selfdistill.train.from_checkpoint import opened_run
-from timm_selfdistill.train.saved import check_classes, evaluation_loaders, warn_of_other_data
+from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
 
 # What decides which rows a run trained on, and which it held out.
 _FIXED: Final = ("path", "name", "target", "train_split", "eval_fraction", "validation")
@@ -80,14 +80,14 @@ def calibrate_folder(
     EarlyExitConfig((), rule, fallback=fallback)  # refuses unknown names before anything runs
     with opened_run(folder, from_checkpoint) as saved:
         model = from_pretrained(saved.model_folder)
-        plan = _plan(saved.recipe_path, model, data_path, split, overrides)
-        data = _open(plan)
+        recipe, title = _choose_images(saved, model, data_path, split, overrides)
+        data = _open(recipe)
         check_classes(saved.model_folder, data)
         if data_path is None:
-            warn_of_other_data(saved, plan.recipe, data)
-        input_config = InputConfig.from_model(model.backbone, plan.recipe.data)
+            warn_of_other_data(saved, recipe, data)
+        input_config = InputConfig.from_model(model.backbone, recipe.data)
         input_size = (input_config.channels, *input_config.image_size)
-        loaders = evaluation_loaders(data, plan.recipe, AugmentSection(), input_config, SkipList())
+        loaders = evaluation_loaders(data, recipe, AugmentSection(), input_config, SkipList())
         assert loaders.validation is not None
         model = model.to(PartialState().device)
         macs = measure_path_macs(model, input_size)
@@ -97,11 +97,11 @@ def calibrate_folder(
         evaluation = collect_logits(model, loaders.eval, "evaluate")
         time: Timing | None = None
         if time_batch_size is not None:
-            images = _images_to_time(data, plan.recipe, input_config, images_to_time(time_batch_size))
+            images = _images_to_time(data, recipe, input_config, images_to_time(time_batch_size))
             speedup = measure_speedup(model, choice.config, images, time_batch_size)
             device = device_name(PartialState().device)
             time = {"batch_size": time_batch_size, "device": device, "speedup": speedup, "num_images": len(images)}
-        dataset = f"{data.name}, {plan.recipe.data.eval_split}"
+        dataset = f"{data.name}, {recipe.data.eval_split}"
         report = build_calibration_report(
             choice,
             goal,
@@ -112,10 +112,10 @@ def calibrate_folder(
                 "dataset": dataset,
                 "backbone": model.pretrained_cfg["architecture"],
                 "recipe": saved.output.name,
-                "seed": plan.recipe.seed,
+                "seed": recipe.seed,
                 "input_size": list(input_size),
             },
-            calibration_dataset=f"{data.name}, {plan.title}",
+            calibration_dataset=f"{data.name}, {title}",
             exit_names=model.exit_names,
             baseline_top1=_baseline(saved.folder / "report.json", dataset, len(evaluation)),
             time=time,
@@ -125,20 +125,12 @@ def calibrate_folder(
     return report
 
 
-class _Plan(NamedTuple):
-    """Which data to read: a recipe, what the report calls the images to calibrate on, and whether they are all of what
-    the recipe calls the training split, or those that it holds out for validation.
+def _choose_images(
+    saved: SavedRun, model: SelfDistillModel, data_path: str | None, split: str | None, overrides: Sequence[str]
+) -> tuple[Recipe, str]:
+    """Return the recipe of which the validation images are to calibrate on, of another data set the training images,
+    and what the report calls them; refuse images that were trained on or are reported on.
     """
-
-    recipe: Recipe
-    title: str
-    whole_train: bool = False
-
-
-def _plan(
-    saved: Path | None, model: SelfDistillModel, data_path: str | None, split: str | None, overrides: Sequence[str]
-) -> _Plan:
-    """Decide which images to calibrate on and which to report on, and refuse what was trained on or is reported on."""
     fixed = sorted({override.partition("=")[0].strip() for override in overrides} & set(_FIXED))
     if data_path is not None:
         fixed = [key for key in fixed if key in ("path", "train_split", "validation")]
@@ -147,69 +139,46 @@ def _plan(
             f"{', '.join(fixed)} cannot be changed here: it decides which images were trained on. Name the split to "
             "calibrate on with --split, and another data set with --data."
         )
-    changes = [f"data.{override}" for override in overrides]
-    if data_path is None:
-        return _plan_of_run(saved, split, changes)
-    if split is None:
+    if data_path is not None and split is None:
         raise ValueError(f"Name the split of {data_path} to calibrate on with --split.")
-    ran = None if saved is None else load_recipe(saved).data
-    if ran is not None and _is_same_data(ran, data_path) and split == ran.train_split:
-        raise ValueError(
-            f"--split {split} of {data_path} is what the model was trained on, where its confidence is higher than "
-            "elsewhere: name a split that was held out, or leave --data and --split out, for the run's own validation "
-            "images."
-        )
-    # Of the recipe only the data counts; "none" stands for what was trained on, which is not read.
-    mapping = {"model": {"name": type(model.backbone).__name__}, "data": {"path": data_path, "train_split": "none"}}
-    recipe = load_recipe(mapping, changes)
-    _check_apart(recipe.data, split)
-    most = recipe.data.max_eval
-    recipe = _with_data(recipe, train_split=split, validation=0.0, max_train=most, allow_empty_classes=True)
-    return _Plan(recipe, split, whole_train=True)
-
-
-def _plan_of_run(saved: Path | None, split: str | None, changes: Sequence[str]) -> _Plan:
-    """Decide which images of the run's own data to take."""
-    if saved is None:
+    own = None if saved.recipe_path is None else load_recipe(saved.recipe_path).data
+    if data_path is None and own is None:
         raise ValueError("There is no recipe.yaml beside the model: name the data set with --data and --split.")
-    recipe = load_recipe(saved, changes)
-    if split is not None:
-        if split == load_recipe(saved).data.train_split:
-            raise ValueError(f"--split {split} is the split that the model was trained on: name one that was held out.")
-        _check_apart(recipe.data, split)
-        return _Plan(_with_data(recipe, validation=split), split)
-    if not recipe.data.validation:
+    recipe = saved.evaluation_recipe(model, data_path, overrides)
+    section = recipe.data
+    if split is None:
+        if not section.validation:
+            raise ValueError(
+                "The run held out no images for validation (data.validation is 0), and thresholds must not be chosen "
+                f"by those it trained on or reports on ({section.eval_split}): name another split with --split, or "
+                "another data set with --data and --split."
+            )
+        if isinstance(section.validation, str):
+            return recipe, section.validation
+        return recipe, f"the {100 * section.validation:g} % of {section.train_split} that the run held out"
+    if own is not None and split == own.train_split and (data_path is None or _is_same_data(own, data_path)):
+        which = "is the split that" if data_path is None else f"of {data_path} is what"
         raise ValueError(
-            "The run held out no images for validation (data.validation is 0), and thresholds must not be chosen by "
-            f"those it trained on or reports on ({recipe.data.eval_split}): name another split with --split, or "
-            "another data set with --data and --split."
+            f"--split {split} {which} the model was trained on, where its confidence is higher than elsewhere: name a "
+            "split that was held out, or leave --data and --split out, for the run's own validation images."
         )
-    if isinstance(recipe.data.validation, str):
-        return _Plan(recipe, recipe.data.validation)
-    return _Plan(recipe, f"the {100 * recipe.data.validation:g} % of {recipe.data.train_split} that the run held out")
-
-
-def _check_apart(section: DataSection, split: str) -> None:
-    """Refuse to calibrate on the split that is reported on."""
     if section.eval_fraction is None and split == section.eval_split:
         raise ValueError(
             f"--split {split} is the split that is reported on: thresholds that were chosen by it would look better "
             "than they are. Name another one to calibrate on, or report on another one with eval_split=NAME."
         )
+    changed = section.model_copy(update={"validation" if data_path is None else "train_split": split})
+    return recipe.model_copy(update={"data": changed}), split
 
 
 def _is_same_data(section: DataSection, path: str) -> bool:
     return section.path == path or Path(section.path).expanduser().resolve() == Path(path).expanduser().resolve()
 
 
-def _with_data(recipe: Recipe, **changes: object) -> Recipe:
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
-
-
-def _open(plan: _Plan) -> ImageData:
+def _open(recipe: Recipe) -> ImageData:
     """Open the data, its split for validation being the one to calibrate on; it must share no row with the other."""
-    data = open_dataset(plan.recipe.data, plan.recipe.seed)
-    if plan.whole_train:
+    data = open_dataset(recipe.data, recipe.seed)
+    if not recipe.data.validation:
         data = replace(data, validation=data.train)
     one, other = data.validation, data.eval
     if isinstance(one, ImageSplit) and isinstance(other, ImageSplit) and one.name == other.name:

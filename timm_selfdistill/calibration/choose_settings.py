@@ -24,12 +24,12 @@ class Goal:
     Args:
         max_accuracy_drop: The cheapest thresholds whose accuracy is at most this many percentage points below that of
             the backbone's own classifier, both on the calibration images.
-        speedup: The most accurate thresholds with which an image costs at most what the plain backbone does, divided by
-            this, in the mean over the calibration images.
-        macs_budget: The same for a mean number of multiply-accumulates.
-        risk: The cheapest thresholds of which a test shows, with the given confidence, that a new image is answered
-            wrong although the backbone's own classifier gets it right with at most this probability.
-        confidence: The confidence of that.
+        speedup: The most accurate thresholds with which the mean calibration image costs at most what it costs in the
+            plain backbone, divided by this.
+        macs_budget: The same for a number of multiply-accumulates.
+        risk: The cheapest thresholds that pass a test: at most this share of new images is answered wrong that the
+            backbone's own classifier gets right.
+        confidence: The confidence of the test.
 
     Raises:
         ValueError: If none or more than one is given, or a number is out of range.
@@ -73,7 +73,7 @@ class Choice:
 
     Args:
         config: The settings.
-        curve: Settings of the same rule and temperatures, in the order of their cost: other trade-offs.
+        curve: Others with the same rule and temperatures, in the order of their cost.
         tested: How many images the risk was tested on, and how many of them were lost; None for other goals.
     """
 
@@ -87,12 +87,12 @@ def choose_settings(
 ) -> Choice:
     """Choose temperatures, then thresholds, by held-out images.
 
-    The thresholds are those of a search, one exit after the other, whose result is at least as good on these images as
-    every fixed exit and as MSDNet's budget solver.
+    A search sets one threshold after the other; on these images, its result is at least as good as every fixed exit and
+    as MSDNet's budget solver.
 
     For a risk, one half of the images, drawn at random, chooses the temperatures and an order of settings from safe to
-    cheap, and the other half tests them in this order. The guarantee holds for images drawn like these, whatever their
-    distribution: over the draw of these images, it fails with a probability of at most 1 - `goal.confidence`.
+    cheap, and the other half tests them in this order. For images drawn like these, whatever their distribution, the
+    guarantee fails with a probability of at most 1 - `goal.confidence`, over the draw of these images.
 
     Args:
         stored: The logits of images that were not trained on and are not reported on.
@@ -130,13 +130,7 @@ def excess_errors(config: EarlyExitConfig, stored: ExitLogits) -> Tensor:
 
 
 def upper_bound(losses: int, count: int, confidence: float) -> float:
-    """Return the bound of Clopper and Pearson: with this confidence, the rate of losses is at most this.
-
-    Args:
-        losses: How many images were lost.
-        count: Of how many, drawn independently.
-        confidence: Above 0 and below 1.
-    """
+    """Return the bound of Clopper and Pearson: with this confidence, the rate of losses is at most this."""
     from scipy.stats import binomtest
 
     interval = binomtest(losses, count, alternative="less").proportion_ci(confidence, method="exact")
@@ -144,19 +138,13 @@ def upper_bound(losses: int, count: int, confidence: float) -> float:
 
 
 def certified(losses: Sequence[int], count: int, risk: float, confidence: float) -> int:
-    """Return how many settings of a sequence, from its start, are safe, all of them with this confidence.
+    """Return how many settings, from the start of a sequence, lose at most the share `risk`, all with this confidence.
 
-    A fixed sequence of exact tests: one setting after the other, until one cannot be told from one whose rate of losses
-    is above `risk`. As the first unsafe one is taken for safe with probability 1 - `confidence` at most, and no later
-    one is tested unless it was, no correction for their number is needed.
+    Fixed-sequence testing, with an exact test of each setting's losses among `count` images, until one fails. No
+    correction for their number is needed: the first unsafe setting passes with probability 1 - `confidence` at most,
+    and no later one is tested unless it does. The sequence must not have been chosen by these images.
 
-    Paper: "Learn then Test", https://arxiv.org/abs/2110.01052. The sequence must not have been chosen by these images.
-
-    Args:
-        losses: How many of the images each setting lost.
-        count: Number of images, drawn independently.
-        risk: The rate of losses that is allowed, above 0 and below 1.
-        confidence: Above 0 and below 1.
+    Paper: "Learn then Test", https://arxiv.org/abs/2110.01052
     """
     from scipy.stats import binom
 
@@ -224,8 +212,8 @@ def _choose_by_risk(
     proposing, testing = (stored.select(half) for half in order.chunk(2))
     search = Search(proposing, costs, _with_temperatures(settings, proposing), against_backbone=True)
     found = search.explore()
-    # From safe to cheap. Thresholds under which few leave and nothing is lost come first, although others are cheaper
-    # and lose nothing either on the half that proposes: the first one that fails ends the test.
+    # From safe to cheap. Thresholds that lose nothing and let few images leave come first, although cheaper ones lose
+    # nothing either on the half that proposes: the first that fails ends the test.
     lossless = [item for item in found if item.good == len(proposing)]
     proposed = sorted({*lossless, *frontier(found)}, key=lambda item: (-item.good, -item.cost, item.thresholds))
     configs = [_apply(search, item) for item in proposed]

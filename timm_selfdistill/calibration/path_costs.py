@@ -67,7 +67,7 @@ class PathCosts:
 
 @torch.no_grad()
 def measure_path_macs(model: SelfDistillModel, input_size: tuple[int, int, int]) -> PathCosts:
-    """Count the multiply-accumulates of each part of the path, in one forward of one image.
+    """Count the multiply-accumulates of backbone and heads, in one forward of one image.
 
     Args:
         model: The wrapped model; left unchanged.
@@ -79,7 +79,7 @@ def measure_path_macs(model: SelfDistillModel, input_size: tuple[int, int, int])
 
 @torch.no_grad()
 def measure_path_seconds(model: SelfDistillModel, input_size: tuple[int, int, int], batch_size: int) -> PathCosts:
-    """Time each part of the path, on the model's device, in forwards of whole batches.
+    """Time backbone and heads, on the model's device, in forwards of whole batches.
 
     Args:
         model: The wrapped model; left unchanged.
@@ -108,17 +108,10 @@ def images_to_time(batch_size: int) -> int:
 
 @torch.no_grad()
 def measure_speedup(model: SelfDistillModel, config: EarlyExitConfig, images: Tensor, batch_size: int) -> float:
-    """Time a model with early exit and its plain backbone on the same images, batch by batch in turns.
+    """Return the time of the plain backbone over that with early exit: the median of three rounds over images
+    [N, C, H, W], batch by batch in turns.
 
-    Args:
-        model: The wrapped model, in eval mode.
-        config: The settings.
-        images: Images [N, C, H, W]; if there are fewer than `batch_size`, they are repeated, and what does not fill a
-            batch is left out.
-        batch_size: Images in a batch.
-
-    Returns:
-        The backbone's time over that with early exit: the median of three rounds over the images.
+    Images fewer than a batch are repeated; those that do not fill a batch are left out.
     """
     images = images.repeat(-(-batch_size // len(images)), 1, 1, 1).to(next(model.parameters()))
     batches = [batch for batch in torch.split(images, batch_size) if len(batch) == batch_size]

@@ -41,10 +41,11 @@ class Rule:
     keeps_state: ClassVar[bool] = False
 
     def confidence(self, logits: Tensor, state: RuleState) -> tuple[Tensor, RuleState]:
-        """Return the confidence [B], NaN where a logit is NaN or the largest is infinite, and the state for the next exit.
+        """Return the confidence [B] of an exit, and the state for the next one.
 
         Args:
-            logits: Logits [B, C] of the exit, divided by its temperature, at least float32.
+            logits: Logits [B, C] of the exit, divided by its temperature, at least float32. Where one is NaN or the
+                largest is infinite, the confidence must be NaN.
             state: What was returned at the exit before, for the images that are left: tensors with B rows; empty at
                 the first exit.
         """
@@ -180,7 +181,7 @@ class EarlyExitConfig:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> "EarlyExitConfig":
-        """Return the settings that `to_json` gave; ValueError if a value is not allowed, or a key missing or unknown."""
+        """Return the settings that `to_json` gave; ValueError if a key or a value is not allowed."""
         names = {field.name for field in fields(cls)}
         if not isinstance(saved, Mapping) or set(saved) != names:
             raise ValueError(f"it is {saved!r:.300}; it must be an object with the keys {', '.join(sorted(names))}.")
@@ -227,5 +228,6 @@ class EarlyExitConfig:
 
 def _is_number(value: object) -> bool:
     """Whether it is a number that a float can hold, and not NaN."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and (value == math.inf or abs(value) <= sys.float_info.max)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == math.inf or abs(value) <= sys.float_info.max
