@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from timm_selfdistill.exits import unchanged
 from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.model import Ensemble, SelfDistillModel
 
@@ -85,13 +86,15 @@ class ExitLogits:
 
 
 @torch.no_grad()
-def collect_logits(model: SelfDistillModel, loader: Iterable[tuple[Tensor, Tensor]], title: str = "run") -> ExitLogits:
+def collect_logits(
+    model: SelfDistillModel, loader: Iterable[tuple[Tensor, Tensor]], title: str | None = "run"
+) -> ExitLogits:
     """Run a model over a split once.
 
     Args:
         model: The wrapped model; left in eval mode.
         loader: Batches (images [B, C, H, W], targets [B]); targets of -100 are left out.
-        title: Shown by the progress bar.
+        title: Shown by the progress bar; None for no bar.
 
     Returns:
         The logits, on the CPU and in the model's own precision.
@@ -103,7 +106,7 @@ def collect_logits(model: SelfDistillModel, loader: Iterable[tuple[Tensor, Tenso
     device = next(model.parameters()).device
     logits = [torch.empty(model.num_exits + 1, 0, model.num_classes)]
     labels = [torch.empty(0, dtype=torch.int64)]
-    for images, targets in tqdm(loader, desc=title, leave=False):
+    for images, targets in tqdm(loader, desc=title, leave=False, disable=title is None):
         logits.append(torch.stack(model(images.to(device), return_exits=True).logits).cpu())
         labels.append(targets.cpu())
     return ExitLogits.of_labelled(torch.cat(logits[1:] or logits, 1), torch.cat(labels), model.ensemble)
@@ -157,11 +160,8 @@ def fit_ensemble(
         ValueError: If there are neither images nor logits or both, or shapes, classes or values do not fit.
     """
     if loader is not None and model is not None and logits is None and target is None:
-        training = model.training
-        try:
-            stored = collect_logits(model, loader, "fit the ensemble")
-        finally:
-            model.train(training)
+        with unchanged(model):
+            stored = collect_logits(model, loader, None)
     elif loader is None and logits is not None and target is not None:
         stored = ExitLogits.of_labelled(torch.stack([member.detach().cpu() for member in logits]), target.cpu())
     else:
