@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import timm_selfdistill as sd
+from timm_selfdistill.early_exit import Rule
+from timm_selfdistill.early_exit.rules import _RULES
 
 K = 3
 
@@ -142,9 +144,17 @@ def test_a_backbone_that_needs_its_whole_batch_gives_the_same_answers(make_backb
         torch.testing.assert_close(out.logits, logits)
 
 
-@pytest.mark.parametrize("rule", ["max-softmax", "margin", "entropy", "patience"])
+@pytest.mark.parametrize("rule", ["max-softmax", "margin", "entropy", "patience", "logit-margin"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_no_number_is_never_sure(model, batch, rule, bad):
+def test_what_is_no_number_is_never_sure(model, batch, rule, bad, monkeypatch):
+    class LogitMargin(Rule):
+        highest = math.inf
+
+        def confidence(self, logits, state):
+            first, second = logits.topk(2).values.unbind(-1)
+            return first - second, ()
+
+    monkeypatch.setattr(_RULES, "_entries", {**_RULES._entries, "logit-margin": LogitMargin})
     for head in model.heads:
         head.classifier.bias.fill_(bad)
     out = sd.EarlyExit(model, 0, rule=rule)(batch)

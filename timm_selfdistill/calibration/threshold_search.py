@@ -63,8 +63,8 @@ class Search:
         self.settings = replace(settings, thresholds=self.never)
         confidence = exit_confidence(stored.logits, settings)
         _check_range(confidence, settings)
-        # NaN reaches no threshold.
-        self.confidence = confidence.nan_to_num(nan=-math.inf)
+        # What is not finite reaches no threshold.
+        self.confidence = confidence.where(confidence.isfinite(), -math.inf)
         correct = stored.correct
         last = stored.ensemble_correct if settings.fallback == "ensemble" else correct[-1]
         good = torch.cat([correct[:-1], last.unsqueeze(0)])
@@ -209,12 +209,12 @@ def frontier(found: Sequence[Candidate]) -> list[Candidate]:
 
 def _check_range(confidence: Tensor, settings: EarlyExitConfig) -> None:
     """Refuse a confidence below the threshold that is to let every image leave, or above the rule's range."""
-    rule, known = settings.rule_object, confidence[~confidence.isnan()].tolist()
+    rule, known = settings.rule_object, confidence[confidence.isfinite()].tolist()
     low, high = min(known, default=rule.always), max(known, default=rule.always)
-    if low < rule.always or high > rule.highest + ROUNDING or high == math.inf:
+    if low < rule.always or high > rule.highest + ROUNDING:
         raise ValueError(
-            f"The rule {settings.rule} gives confidences from {low:g} to {high:g}, but its range is {rule.lowest:g} to "
-            f"{rule.highest:g}; allowed are finite numbers in it, and NaN."
+            f"The rule {settings.rule} gives confidences from {low:g} to {high:g}; its range is {rule.lowest:g} to "
+            f"{rule.highest:g}."
         )
 
 

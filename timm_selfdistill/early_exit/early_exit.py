@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.early_exit.rules import EarlyExitConfig, RuleState
+from timm_selfdistill.early_exit.rules import EarlyExitConfig, RuleState, reaches
 from timm_selfdistill.exits import random_images, unchanged
 from timm_selfdistill.model import Ensemble, SelfDistillModel
 
@@ -139,7 +139,7 @@ def exit_confidence(logits: Tensor, config: EarlyExitConfig) -> Tensor:
 def first_confident(confidence: Tensor, thresholds: Sequence[float]) -> Tensor:
     """Return the first exit whose confidence [K, N] reaches its threshold for each image [N], K where none does."""
     # In the precision of the confidence, as a comparison with a number is.
-    reached = confidence >= torch.tensor(thresholds, dtype=confidence.dtype).unsqueeze(1)
+    reached = reaches(confidence, torch.tensor(thresholds, dtype=confidence.dtype).unsqueeze(1))
     return torch.cat([reached, torch.ones_like(reached[:1])]).to(torch.uint8).argmax(0)
 
 
@@ -189,13 +189,13 @@ class _Batch:
             weighted = self._model.ensemble.weights[exit] * logits
             self._sum = weighted if self._sum is None else self._sum + weighted
         confidence, self._state = self._config.confidence(logits, exit, self._state)
-        # False for NaN.
-        leaving = (confidence >= self._config.thresholds[exit]) & self._waiting
+        leaving = reaches(confidence, self._config.thresholds[exit]) & self._waiting
         self._answer(exit, leaving, logits)
         self._waiting = self._waiting & ~leaving
 
     def _answer(self, exit: int, leaving: Tensor, logits: Tensor) -> None:
-        self._answers.append((exit, self._present[leaving], logits[leaving]))
+        rows = leaving.nonzero().squeeze(1)
+        self._answers.append((exit, self._present[rows], logits[rows]))
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class Rule:
 
         Args:
             logits: Logits [B, C] of the exit, divided by its temperature, at least float32. Where one is NaN or the
-                largest is infinite, the confidence must be NaN.
+                largest is infinite, the confidence must be NaN or infinite: the image then stays.
             state: What was returned at the exit before, for the images that are left: tensors with B rows; empty at
                 the first exit.
         """
@@ -224,6 +224,11 @@ class EarlyExitConfig:
         if self.temperatures is not None:
             logits = logits / self.temperatures[exit]
         return self.rule_object.confidence(logits, state)
+
+
+def reaches(confidence: Tensor, threshold: Tensor | float) -> Tensor:
+    """Whether images leave at a threshold; they never do where the confidence is NaN or infinite."""
+    return (confidence >= threshold) & (confidence < math.inf)
 
 
 def _is_number(value: object) -> bool:
