@@ -159,8 +159,8 @@ class Liar(Rule):
 ENTRY_POINTS = """
 [timm_selfdistill.rules]
 negative-entropy = example_rules:NegativeEntropy
-logit-margin = example_rules:LogitMargin
-sum-of-logs = example_rules:SumOfLogs
+example-margin = example_rules:LogitMargin
+example-sum = example_rules:SumOfLogs
 liar = example_rules:Liar
 missing = example_rules:Missing
 no-rule = math:sqrt
@@ -181,17 +181,17 @@ def example_rules(tmp_path, monkeypatch):
     with monkeypatch.context() as installed:
         installed.syspath_prepend(tmp_path / "site")
         with pytest.warns(UserWarning, match="rule 'missing' cannot be loaded"):
-            assert {"logit-margin", "max-softmax", "no-rule"} <= set(sd.list_rules())
+            assert {"example-margin", "max-softmax", "no-rule"} <= set(sd.list_rules())
         yield
     sys.modules.pop("example_rules")
 
 
-@pytest.mark.parametrize("rule", ["negative-entropy", "logit-margin", "sum-of-logs"])
+@pytest.mark.parametrize("rule", ["negative-entropy", "example-margin", "example-sum"])
 def test_a_rule_of_another_package_calibrates_and_is_restored(run, example_rules, rule, capsys):
     assert cli(["calibrate", str(run), "--max-accuracy-drop", "3", "--rule", rule]) == 0
     report = json.loads((run / "calibration.json").read_text())
     assert report["settings"]["rule"] == rule
-    assert (report["settings"]["temperatures"] is None) == (rule == "logit-margin")
+    assert (report["settings"]["temperatures"] is None) == (rule == "example-margin")
     assert report["calibration"]["top1"] >= report["calibration"]["backbone_top1"] - 3
     assert sum(share > 0 for share in report["early_exit"]["shares"]) > 1
     check_stored(run, report)
@@ -211,10 +211,10 @@ def test_rules_that_cannot_be_used_are_named(run, example_rules, monkeypatch, ca
     ):
         with pytest.raises(ValueError, match=message):
             calibrate_folder(run, Goal(speedup=1.1), rule=rule)
-    calibrate_folder(run, Goal(speedup=1.1), rule="logit-margin")
+    calibrate_folder(run, Goal(speedup=1.1), rule="example-margin")
     # Without the package, the saved settings cannot be used, and say why.
-    monkeypatch.setattr(_RULES, "_entries", {name: rule for name, rule in _RULES._entries.items() if name[0] != "l"})
-    with pytest.raises(ValueError, match=r"Unknown rule 'logit-margin'; known are .*entropy, margin, max-softmax"):
+    monkeypatch.delitem(_RULES._entries, "example-margin")
+    with pytest.raises(ValueError, match=r"Unknown rule 'example-margin'; known are .*entropy, .*margin, max-softmax"):
         sd.load_early_exit(run / "model")
     assert len(sd.from_pretrained(run / "model").heads) == 3
 
