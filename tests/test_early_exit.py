@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import timm_selfdistill as sd
+from timm_selfdistill.early_exit import Rule
+from timm_selfdistill.early_exit.rules import _RULES
 
 K = 3
 
@@ -128,7 +130,7 @@ def test_without_a_sure_exit_it_is_the_plain_backbone(model, batch):
 def test_a_backbone_that_needs_its_whole_batch_gives_the_same_answers(make_backbone):
     model = sd.wrap(make_backbone("twins_svt_small", img_size=64, depths=(1, 1, 1, 1))).eval()
     batch = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(5))
-    with pytest.warns(UserWarning, match="Twins cannot run on with a part of its batch behind blocks.0, blocks.1"):
+    with pytest.warns(UserWarning, match="Twins cannot run on with a part of its batch after blocks.0, blocks.1"):
         fast = sd.EarlyExit(model, math.inf)
     assert fast.shrinks == (False,) * K
     every = model(batch, return_exits=True).logits
@@ -142,9 +144,17 @@ def test_a_backbone_that_needs_its_whole_batch_gives_the_same_answers(make_backb
         torch.testing.assert_close(out.logits, logits)
 
 
-@pytest.mark.parametrize("rule", ["max-softmax", "margin", "entropy", "patience"])
+@pytest.mark.parametrize("rule", ["max-softmax", "margin", "entropy", "patience", "logit-margin"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_no_number_is_never_sure(model, batch, rule, bad):
+def test_what_is_no_number_is_never_sure(model, batch, rule, bad, monkeypatch):
+    class LogitMargin(Rule):
+        highest = math.inf
+
+        def confidence(self, logits, state):
+            first, second = logits.topk(2).values.unbind(-1)
+            return first - second, ()
+
+    monkeypatch.setattr(_RULES, "_entries", {**_RULES._entries, "logit-margin": LogitMargin})
     for head in model.heads:
         head.classifier.bias.fill_(bad)
     out = sd.EarlyExit(model, 0, rule=rule)(batch)
@@ -245,7 +255,8 @@ def test_compiled(model, batch):
         ({"thresholds": [0.5, 0.5, -1]}, "with the rule max-softmax allowed are numbers from 0"),
         ({"thresholds": 90, "rule": "margin"}, "with the rule margin allowed are numbers from 0"),
         ({"thresholds": [1, 1, -1], "rule": "patience"}, "with the rule patience allowed are numbers 0 or more"),
-        ({"rule": "softmax"}, "rule is 'softmax'; allowed are max-softmax, margin, entropy, patience"),
+        ({"rule": "softmax"}, "Unknown rule 'softmax'; known are .*entropy, .*margin, max-softmax, patience"),
+        ({"rule": ["margin"]}, r"rule is \['margin'\]; allowed are .*entropy"),
         ({"fallback": "mean"}, "fallback is 'mean'; allowed are last, ensemble"),
         ({"temperatures": [1.0]}, "3 thresholds, but 1 temperatures"),
         ({"temperatures": [1.0, 0.0, 1.0]}, "allowed are finite numbers above 0"),

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from timm_selfdistill.calibration import Goal, PathCosts, calibrate_folder, coll
 from timm_selfdistill.calibration.write import format_calibration_markdown
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
+from timm_selfdistill.early_exit.rules import _RULES
 from timm_selfdistill.hub import folder as hub_folder
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import train
@@ -95,6 +98,11 @@ def test_the_stored_network_does_what_the_report_says(run, options, capsys):
     assert set(after) - set(before) == set(FILES)
 
     assert sum(share > 0 for share in report["early_exit"]["shares"]) > 1
+    check_stored(run, report)
+
+
+def check_stored(run: Path, report: dict[str, Any]) -> None:
+    """The network with the settings that were stored does on the evaluation split what the report says."""
     fast = sd.load_early_exit(run / "model")
     assert fast.config.to_json() == report["settings"]
     data, batches = loaders(run)
@@ -107,6 +115,108 @@ def test_the_stored_network_does_what_the_report_says(run, options, capsys):
     assert report["early_exit"]["top1"] == pytest.approx(100 * right / 90)
     assert report["early_exit"]["shares"] == [index.count(exit) / 90 for exit in range(4)]
     assert len(data.eval) == report["num_samples"] == 90
+
+
+RULES = """
+import math
+
+import torch
+
+from timm_selfdistill.early_exit import Rule
+
+
+class NegativeEntropy(Rule):
+    lowest = -math.inf
+    highest = 0.0
+
+    def confidence(self, logits, state):
+        return -torch.special.entr(logits.softmax(-1)).sum(-1), ()
+
+
+class LogitMargin(Rule):
+    highest = math.inf
+    uses_temperatures = False
+
+    def confidence(self, logits, state):
+        first, second = logits.topk(2).values.unbind(-1)
+        return first - second, ()
+
+
+class SumOfLogs(Rule):
+    lowest = -math.inf
+    highest = 0.0
+    keeps_state = True
+
+    def confidence(self, logits, state):
+        total = logits.log_softmax(-1).amax(-1) + (state[0] if state else -1.0)
+        return total, (total,)
+
+
+class Liar(Rule):
+    def confidence(self, logits, state):
+        return -logits.amax(-1), ()
+"""
+ENTRY_POINTS = """
+[timm_selfdistill.rules]
+negative-entropy = example_rules:NegativeEntropy
+example-margin = example_rules:LogitMargin
+example-sum = example_rules:SumOfLogs
+liar = example_rules:Liar
+missing = example_rules:Missing
+no-rule = math:sqrt
+"""
+
+
+@pytest.fixture
+def example_rules(tmp_path, monkeypatch):
+    """Another package with rules, as pip installs it."""
+    info = tmp_path / "site" / "example_rules-1.0.dist-info"
+    info.mkdir(parents=True)
+    (tmp_path / "site" / "example_rules.py").write_text(RULES)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: example-rules\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS)
+    monkeypatch.setattr(_RULES, "_entries", dict(_RULES._entries))
+    monkeypatch.setattr(_RULES, "_broken", {})
+    monkeypatch.setattr(_RULES, "_entry_points_loaded", False)
+    with monkeypatch.context() as installed:
+        installed.syspath_prepend(tmp_path / "site")
+        with pytest.warns(UserWarning, match="rule 'missing' cannot be loaded"):
+            assert {"example-margin", "max-softmax", "no-rule"} <= set(sd.list_rules())
+        yield
+    sys.modules.pop("example_rules")
+
+
+@pytest.mark.parametrize("rule", ["negative-entropy", "example-margin", "example-sum"])
+def test_a_rule_of_another_package_calibrates_and_is_restored(run, example_rules, rule, capsys):
+    assert cli(["calibrate", str(run), "--max-accuracy-drop", "3", "--rule", rule]) == 0
+    report = json.loads((run / "calibration.json").read_text())
+    assert report["settings"]["rule"] == rule
+    assert (report["settings"]["temperatures"] is None) == (rule == "example-margin")
+    assert report["calibration"]["top1"] >= report["calibration"]["backbone_top1"] - 3
+    assert sum(share > 0 for share in report["early_exit"]["shares"]) > 1
+    check_stored(run, report)
+    # A threshold that lets every image leave is told as such, whatever its value is.
+    assert cli(["calibrate", str(run), "--max-accuracy-drop", "100", "--rule", rule]) == 0
+    report = json.loads((run / "calibration.json").read_text())
+    assert report["early_exit"]["shares"] == [1, 0, 0, 0]
+    assert re.search(r"^0: layer1 .* always  ", capsys.readouterr().out, re.M)
+    check_stored(run, report)
+
+
+def test_rules_that_cannot_be_used_are_named(run, example_rules, monkeypatch, capsys):
+    for rule, message in (
+        ("liar", r"The rule liar gives confidences from -.* to .*; its range is 0 to 1"),
+        ("missing", "rule 'missing' is installed but cannot be loaded: example_rules:Missing"),
+        ("no-rule", r"Rule 'no-rule' is <.*sqrt>; allowed is a subclass of timm_selfdistill.early_exit.Rule"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate_folder(run, Goal(speedup=1.1), rule=rule)
+    calibrate_folder(run, Goal(speedup=1.1), rule="example-margin")
+    # Without the package, the saved settings cannot be used, and say why.
+    monkeypatch.delitem(_RULES._entries, "example-margin")
+    with pytest.raises(ValueError, match=r"Unknown rule 'example-margin'; known are .*entropy, .*margin, max-softmax"):
+        sd.load_early_exit(run / "model")
+    assert len(sd.from_pretrained(run / "model").heads) == 3
 
 
 def test_what_is_reported(run):
@@ -177,7 +287,7 @@ def test_settings_can_be_chosen_by_time(run, capsys):
 
 def test_what_takes_long_is_not_asked_where_time_counts(run, monkeypatch):
     slow = PathCosts((0.1, 0.2, 0.3, 1.0), (50.0, 50.0, 0.01))
-    monkeypatch.setattr("timm_selfdistill.calibration.run.measure_path_seconds", lambda *arguments: slow)
+    monkeypatch.setattr("timm_selfdistill.calibration.calibrate.measure_path_seconds", lambda *arguments: slow)
     report = calibrate_folder(run, Goal(speedup=1.05), time_batch_size=1)
     assert report["settings"]["thresholds"][:2] == [None, None]
 
@@ -189,7 +299,7 @@ def test_images_from_all_over_the_split_are_timed(run, monkeypatch):
         seen["images"] = images
         return 1.0
 
-    monkeypatch.setattr("timm_selfdistill.calibration.run.measure_speedup", measure)
+    monkeypatch.setattr("timm_selfdistill.calibration.calibrate.measure_speedup", measure)
     report = calibrate_folder(run, Goal(speedup=1.05), overrides=["max_eval=360"], time_batch_size=1)
     assert (report["num_samples"], report["time"]["num_images"]) == (360, 128)
     recipe = load_recipe(run / "recipe.yaml", ["data.max_eval=360"])

@@ -1,4 +1,4 @@
-"""The fitted ensemble: what is minimised, what few images give, and what is refused."""
+"""Logits of a split, the temperatures and the ensemble that are fitted on them: what is minimised, what is refused."""
 
 import copy
 import json
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import timm_selfdistill as sd
-from timm_selfdistill.calibration.logits import collect_logits, replay
-from timm_selfdistill.fit_ensemble import _PULL
+from timm_selfdistill.early_exit import replay
+from timm_selfdistill.exit_logits import _PULL, ExitLogits, collect_logits, fit_temperatures
 
 CLASSES = 7
 
@@ -166,3 +166,74 @@ def test_early_exit_answers_with_it_where_no_exit_is_sure() -> None:
     torch.testing.assert_close(replay(fast.config, stored.logits, stored.ensemble).logits, out.logits)
     assert stored.ensemble_correct.tolist() == (out.logits.argmax(-1) == target).tolist()
     assert stored.select(torch.tensor([1, 2])).ensemble == model.ensemble
+
+
+def test_logits_are_collected_without_images_that_could_not_be_decoded() -> None:
+    torch.manual_seed(0)
+    model = sd.wrap("test_resnet", num_classes=5, image_size=64)
+    batch = torch.randn(8, 3, 64, 64)
+    targets = torch.arange(8) % 5
+    targets[[2, 7]] = -100
+    stored = collect_logits(model, zip(batch.split(5), targets.split(5), strict=True))
+    whole = collect_logits(model, [(batch, torch.arange(8) % 5)])
+    kept = [0, 1, 3, 4, 5, 6]
+    assert stored.num_skipped == 2
+    assert torch.equal(stored.targets, whole.targets[kept])
+    torch.testing.assert_close(stored.logits, whole.logits[:, kept])
+    with pytest.raises(ValueError, match=r"no images to calibrate on \(5 could not"):
+        collect_logits(model, [(batch[:5], torch.full((5,), -100))])
+    with pytest.raises(ValueError, match=r"must lie in 0..4; got 0 to 5"):
+        collect_logits(model, [(batch[:6], torch.arange(6))])
+
+
+def test_temperatures_minimise_the_cross_entropy() -> None:
+    logits, target = answers(200, (3.0, 2.0, 1.0))
+    found = fit_temperatures(logits, target)
+    grid = torch.logspace(math.log10(0.05), math.log10(20), 801)
+    for row, temperature in zip(logits.double(), found, strict=True):
+        rest = 1 / 202
+        wanted = torch.full((200, CLASSES), rest / (CLASSES - 1), dtype=torch.float64)
+        wanted[torch.arange(200), target] = 1 - rest
+        losses = torch.stack([-(wanted * (row / t).log_softmax(-1)).sum(-1).mean() for t in grid])
+        assert temperature == pytest.approx(float(grid[losses.argmin()]), rel=5e-3)
+    # Twice the logits need twice the temperature, which gives the same probabilities.
+    assert fit_temperatures(2 * logits, target) == pytest.approx([2 * t for t in found], rel=1e-5)
+
+
+def test_a_temperature_is_found_again() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1, 20000, 10, generator=generator)
+    targets = logits[0].softmax(-1).multinomial(1, generator=generator).squeeze(1)
+    assert fit_temperatures(3 * logits, targets) == pytest.approx([3], rel=0.03)
+
+
+def test_temperatures_of_logits_that_tell_nothing() -> None:
+    targets = torch.arange(8) % 4
+    perfect = 10.0 * torch.nn.functional.one_hot(targets, 4).float()
+    wrong = perfect.roll(1, 1)
+    damaged = perfect.clone()
+    damaged[0, 0], damaged[1, 1] = math.nan, math.inf
+    none = torch.full_like(perfect, math.nan)
+    of_perfect, of_wrong, of_damaged, of_none, of_equal = fit_temperatures(
+        torch.stack([perfect, wrong, damaged, none, torch.ones_like(perfect)]), targets
+    )
+    # Right on all 8 images: sure to 1 - 1 / 10, as the target of the fit is.
+    assert float((perfect / of_perfect).softmax(-1).amax(-1)[0]) == pytest.approx(0.9)
+    assert of_wrong == pytest.approx(20, rel=1e-6)
+    assert float((perfect / of_damaged).softmax(-1).amax(-1)[0]) == pytest.approx(1 - 1 / 8)
+    assert (of_none, of_equal) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "message"),
+    [
+        (torch.zeros(2, 3, 4), torch.zeros(4, dtype=torch.int64), "Expected logits"),
+        (torch.zeros(1, 3, 4), torch.zeros(3, dtype=torch.int64), "needs an added exit"),
+        (torch.zeros(2, 3, 1), torch.zeros(3, dtype=torch.int64), "2 classes; got 1 and 1"),
+        (torch.zeros(2, 0, 4), torch.zeros(0, dtype=torch.int64), "There are no images"),
+        (torch.zeros(2, 3, 4), torch.tensor([0, -1, 2]), "got -1 to 2"),
+    ],
+)
+def test_logits_that_do_not_fit(logits: Tensor, targets: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExitLogits(logits, targets)

@@ -1,4 +1,4 @@
-"""A network that stops when it knows: images leave the batch at the first exit that is sure of them."""
+"""A network with early exit: images leave the batch at the first exit that is confident enough of them."""
 
 import warnings
 from collections.abc import Sequence
@@ -7,19 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.early_exit.settings import EarlyExitConfig, State
-from timm_selfdistill.exits import random_images, untouched
-from timm_selfdistill.heads import ExitHead
-from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.early_exit.rules import EarlyExitConfig, RuleState, reaches
+from timm_selfdistill.exits import random_images, unchanged
+from timm_selfdistill.model import Ensemble, SelfDistillModel
 
 
 class EarlyExitOutput(NamedTuple):
-    """What a network with early exit returns, in the order of the input.
+    """The answers of a network with early exit, in the order of the input.
 
     Attributes:
         logits: Logits [B, num_classes].
-        exit_index: Which exit gave them [B], int64, 0 the shallowest. K, the number of added exits, means that no exit
-            was sure: the backbone's own classifier, or the ensemble, as the settings say.
+        exit_index: Which exit gave them [B], int64, 0 the shallowest; K, the number of added exits, stands for the
+            fallback: the backbone's own classifier, or the ensemble.
     """
 
     logits: Tensor
@@ -27,27 +26,28 @@ class EarlyExitOutput(NamedTuple):
 
 
 class EarlyExit(nn.Module):
-    """A wrapped model in which each image stops at the first exit that is sure of it.
+    """A wrapped model in which each image leaves at the first exit whose confidence reaches the exit's threshold.
 
-    Images that stop leave the batch, and the rest of the backbone runs on those that are left; when none is left, the
-    forward ends. Every image gets the answer that it would get if everything ran and the exit were chosen afterwards
-    (to rounding, as kernels differ between batch sizes).
+    The rest of the backbone runs on the images that are left; when none is left, the forward ends. Every image gets the
+    answer that it would get if everything ran and the exit were chosen afterwards (to rounding, as kernels differ
+    between batch sizes).
 
-    Whether the backbone runs on with a part of its batch is tried for each exit when the object is made, by forwards of
-    a few random images. Behind an exit where it does not (some networks read the batch size once, at their start), the
-    whole batch runs on until all of it is sure; the answers are the same, and a warning says what is lost.
+    When the object is made, forwards of a few random images find out after which exits the backbone runs on with a part
+    of its batch. Where it does not (some networks read the batch size once, at their start), images that have their
+    answer stay in the batch until a later exit, or until none is left without an answer; a warning names these exits.
 
     Args:
         model: The wrapped model.
         thresholds: K numbers, one for each added exit, or one number for all; infinity lets no image leave.
-        rule: What confidence is: "max-softmax", "margin", "entropy" or "patience", as `EarlyExitConfig` describes.
+        rule: What confidence is: a name of `list_rules`, such as "max-softmax", "margin", "entropy" or "patience", as
+            `EarlyExitConfig` describes.
         temperatures: K numbers that the exits' logits are divided by before their confidence is taken; 1 by default.
             The logits that are returned are not divided.
-        fallback: Who answers for images that no exit was sure of: "last" or "ensemble".
+        fallback: Who answers for images that left at no exit: "last" or "ensemble".
 
     Attributes:
         config: The settings, as an `EarlyExitConfig`.
-        shrinks: For each added exit, whether the backbone runs on with a part of the batch behind it.
+        shrinks: For each added exit, whether the backbone runs on with a part of the batch after it.
 
     Raises:
         ValueError: If a setting is not allowed, or there is not one threshold or temperature for each exit.
@@ -66,25 +66,17 @@ class EarlyExit(nn.Module):
         if isinstance(thresholds, int | float):
             thresholds = [thresholds] * model.num_exits
         if model.num_classes < 2:
-            raise ValueError(f"Early exit needs a choice, but the model has {model.num_classes} class.")
+            raise ValueError(f"Early exit needs 2 classes or more, but the model has {model.num_classes} class.")
         temperatures = None if temperatures is None else tuple(temperatures)
         self.config = EarlyExitConfig(tuple(thresholds), rule, temperatures, fallback)
         self.config.check_exits(model.exit_names[:-1])
         self.model = model
         self.training = model.training
-        self.shrinks = _try_to_shrink(model)
+        self.shrinks = _find_shrinking_exits(model)
 
     @classmethod
     def from_config(cls, model: SelfDistillModel, config: EarlyExitConfig) -> "EarlyExit":
-        """Return a model with settings that were saved or chosen.
-
-        Args:
-            model: The wrapped model.
-            config: The settings.
-
-        Raises:
-            ValueError: If there is not one threshold for each exit.
-        """
+        """Return a model with settings that were saved or chosen; ValueError if they are for more or fewer exits."""
         return cls(
             model, config.thresholds, rule=config.rule, temperatures=config.temperatures, fallback=config.fallback
         )
@@ -105,32 +97,70 @@ class EarlyExit(nn.Module):
             raise RuntimeError("Early exit is for inference, but the model is in train mode: call eval() first.")
         if not len(x):
             return EarlyExitOutput(x.new_empty(0, self.model.num_classes), x.new_empty(0, dtype=torch.int64))
-        journey = _Journey(self, x)
-        logits = self.model.forward_while(x, journey.visit)
+        batch = _Batch(self, x)
+        logits = self.model.forward_while(x, batch.visit)
         if logits is not None:
-            journey.arrive(logits)
-        return journey.output()
+            batch.finish(logits)
+        return batch.output()
 
 
-class _Journey:
-    """One batch on its way through a network.
+def replay(config: EarlyExitConfig, logits: Tensor, ensemble: Ensemble | None = None) -> EarlyExitOutput:
+    """Return what `EarlyExit` with these settings answers for images whose logits are known.
 
-    Images are known by their place in the input. `present` are those that the backbone still runs on, [P]; `waiting`
-    says which of them have no answer yet.
+    Args:
+        config: The settings.
+        logits: Logits [K + 1, N, C] of all exits.
+        ensemble: The model's; the mean by default.
+
+    Returns:
+        Logits [N, C] and the exits that gave them [N]: those of `EarlyExit`, to rounding.
+
+    Raises:
+        ValueError: If there is not one threshold for each exit.
+    """
+    config.check_exits([str(index) for index in range(len(logits) - 1)])
+    index = first_confident(exit_confidence(logits, config), config.thresholds)
+    ensemble = ensemble or Ensemble.mean(len(logits))
+    last = ensemble(logits) if config.fallback == "ensemble" else logits[-1]
+    answers = torch.cat([logits[:-1], last.unsqueeze(0)])
+    return EarlyExitOutput(answers[index, torch.arange(len(index))], index)
+
+
+def exit_confidence(logits: Tensor, config: EarlyExitConfig) -> Tensor:
+    """Return the confidence of every exit for every image [K, N] from logits [K + 1, N, C], whatever the thresholds."""
+    state: RuleState = ()
+    rows = []
+    for index in range(len(logits) - 1):
+        confidence, state = config.confidence(logits[index], index, state)
+        rows.append(confidence)
+    return torch.stack(rows)
+
+
+def first_confident(confidence: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Return the first exit whose confidence [K, N] reaches its threshold for each image [N], K where none does."""
+    # In the precision of the confidence, as a comparison with a number is.
+    reached = reaches(confidence, torch.tensor(thresholds, dtype=confidence.dtype).unsqueeze(1))
+    return torch.cat([reached, torch.ones_like(reached[:1])]).to(torch.uint8).argmax(0)
+
+
+class _Batch:
+    """The images of one forward, known by their place in the input.
+
+    `_present` are those that the backbone still runs on, [P]; `_waiting` says which of them have no answer yet.
     """
 
     def __init__(self, network: EarlyExit, x: Tensor) -> None:
         self._model, self._config, self._shrinks = network.model, network.config, network.shrinks
         self._present = torch.arange(len(x), device=x.device)
         self._waiting = torch.ones_like(self._present, dtype=torch.bool)
-        self._state: State = ()
+        self._state: RuleState = ()
         self._sum: Tensor | None = None
         self._answers: list[tuple[int, Tensor, Tensor]] = []
 
     def visit(self, exit: int, taps: tuple[Tensor, ...]) -> Tensor | None:
         """Let images leave at an exit; return the rows of those that go on, or None for all."""
-        if self._config.asks(exit):
-            self._ask(exit, taps)
+        if self._config.runs_head(exit):
+            self._run_head(exit, taps)
         rows = self._waiting.nonzero().squeeze(1)
         if len(rows) == len(self._present) or (len(rows) and not self._shrinks[exit]):
             return None
@@ -139,8 +169,8 @@ class _Journey:
         self._sum = None if self._sum is None else self._sum[rows]
         return rows
 
-    def arrive(self, logits: Tensor) -> None:
-        """Answer for the images that no exit was sure of, from the backbone's own logits [P, num_classes]."""
+    def finish(self, logits: Tensor) -> None:
+        """Answer for the images that left at no exit, from the backbone's own logits [P, num_classes]."""
         if self._sum is not None:
             logits = self._sum + self._model.ensemble.weights[-1] * logits
         self._answer(self._model.num_exits, self._waiting, logits)
@@ -152,36 +182,34 @@ class _Journey:
         index = torch.cat([torch.full_like(places, exit) for exit, places, _ in self._answers])
         return EarlyExitOutput(logits[order], index[order])
 
-    def _ask(self, exit: int, taps: tuple[Tensor, ...]) -> None:
-        """Run an exit's head, and answer for the images that it is sure of."""
-        head = self._model.heads[exit]
-        assert isinstance(head, ExitHead)
-        logits = head.classify(*taps)
+    def _run_head(self, exit: int, taps: tuple[Tensor, ...]) -> None:
+        """Run an exit's head, and answer for the images that it is confident enough of."""
+        logits = self._model.head_of(exit).classify(*taps)
         if self._config.fallback == "ensemble":
             weighted = self._model.ensemble.weights[exit] * logits
             self._sum = weighted if self._sum is None else self._sum + weighted
         confidence, self._state = self._config.confidence(logits, exit, self._state)
-        # NaN is never sure.
-        sure = (confidence >= self._config.thresholds[exit]) & self._waiting
-        self._answer(exit, sure, logits)
-        self._waiting = self._waiting & ~sure
+        leaving = reaches(confidence, self._config.thresholds[exit]) & self._waiting
+        self._answer(exit, leaving, logits)
+        self._waiting = self._waiting & ~leaving
 
     def _answer(self, exit: int, leaving: Tensor, logits: Tensor) -> None:
-        self._answers.append((exit, self._present[leaving], logits[leaving]))
+        rows = leaving.nonzero().squeeze(1)
+        self._answers.append((exit, self._present[rows], logits[rows]))
 
 
 @torch.no_grad()
-def _try_to_shrink(model: SelfDistillModel) -> tuple[bool, ...]:
-    """Return, for each exit, whether the backbone gives the same answers on a part of the batch behind it."""
+def _find_shrinking_exits(model: SelfDistillModel) -> tuple[bool, ...]:
+    """Return, for each exit, whether the backbone gives the same answers on a part of the batch after it."""
     images = random_images(model.backbone, model.wrap_config.image_size, 4)
-    with untouched(model):
+    with unchanged(model):
         expected = model(images)
         shrinks = tuple(_shrinks(model, images, expected, exit) for exit in range(model.num_exits))
     if not all(shrinks):
         stuck = [name for name, fine in zip(model.exit_names[:-1], shrinks, strict=True) if not fine]
         warnings.warn(
-            f"{type(model.backbone).__name__} cannot run on with a part of its batch behind {', '.join(stuck)}: images "
-            "that are sure there get their answer, but stay in the batch until a later exit, or until none is left.",
+            f"{type(model.backbone).__name__} cannot run on with a part of its batch after {', '.join(stuck)}: images "
+            "that leave there get their answer, but stay in the batch until a later exit, or until all have one.",
             stacklevel=3,
         )
     return shrinks

@@ -1,36 +1,35 @@
-"""What early exit is to achieve, and the settings that achieve it."""
+"""Choose temperatures and thresholds of early exit for a goal, by held-out images."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from timm_selfdistill.calibration.costs import PathCosts
-from timm_selfdistill.calibration.logits import ExitLogits, replay
-from timm_selfdistill.calibration.risk import certified, upper_bound
-from timm_selfdistill.calibration.search import Candidate, Search, frontier
-from timm_selfdistill.calibration.temperature import fit_temperatures
-from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.calibration.path_costs import PathCosts
+from timm_selfdistill.calibration.threshold_search import Candidate, Search, frontier
+from timm_selfdistill.early_exit import EarlyExitConfig, replay
+from timm_selfdistill.exit_logits import ExitLogits, fit_temperatures
 
 CONFIDENCE: Final = 0.9
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What the thresholds are chosen for; one of the four.
+    """What the thresholds are chosen for; one of the first four.
 
     Args:
-        max_accuracy_drop: The cheapest thresholds whose accuracy is at most so many percentage points below that of the
-            backbone's own classifier, both on the calibration images.
-        speedup: The most accurate thresholds with which an image costs at most what the plain backbone does, divided by
-            this, in the mean over the calibration images.
-        macs_budget: The same for a mean number of multiply-accumulates.
-        risk: The cheapest thresholds for which it is certain, with the given confidence, that a new image which the
-            backbone's own classifier gets right is answered wrong with at most this probability.
-        confidence: The confidence of that.
+        max_accuracy_drop: The cheapest thresholds whose accuracy is at most this many percentage points below that of
+            the backbone's own classifier, both on the calibration images.
+        speedup: The most accurate thresholds with which the mean calibration image costs at most what it costs in the
+            plain backbone, divided by this.
+        macs_budget: The same for a number of multiply-accumulates.
+        risk: The cheapest thresholds that pass a test: at most this share of new images is answered wrong that the
+            backbone's own classifier gets right.
+        confidence: The confidence of the test.
 
     Raises:
         ValueError: If none or more than one is given, or a number is out of range.
@@ -74,7 +73,7 @@ class Choice:
 
     Args:
         config: The settings.
-        curve: Settings of the same rule and temperatures, from cheap to dear: what else could be had.
+        curve: Others with the same rule and temperatures, in the order of their cost.
         tested: How many images the risk was tested on, and how many of them were lost; None for other goals.
     """
 
@@ -88,26 +87,26 @@ def choose_settings(
 ) -> Choice:
     """Choose temperatures, then thresholds, by held-out images.
 
-    The thresholds are those of a search, one exit after the other, whose result is at least as good on these images as
-    every fixed exit and as MSDNet's budget solver.
+    A search sets one threshold after the other; on these images, its result is at least as good as every fixed exit and
+    as MSDNet's budget solver.
 
     For a risk, one half of the images, drawn at random, chooses the temperatures and an order of settings from safe to
-    cheap, and the other half tests them in this order. The guarantee holds for images drawn like these, whatever their
-    distribution, and for the choice of these images: of all the times that it is made, it fails in a share of at most
-    1 - `goal.confidence`.
+    cheap, and the other half tests them in this order. For images drawn like these, whatever their distribution, the
+    guarantee fails with a probability of at most 1 - `goal.confidence`, over the draw of these images.
 
     Args:
         stored: The logits of images that were not trained on and are not reported on.
-        costs: What the way to each exit costs, in multiply-accumulates or in seconds.
+        costs: What the path to each exit costs, in multiply-accumulates or in seconds.
         goal: What is to be achieved.
         rule: What confidence is, as in `EarlyExitConfig`.
-        fallback: Who answers for images that no exit is sure of, as there.
+        fallback: Who answers for images that left at no exit, as there.
 
     Returns:
         The settings.
 
     Raises:
-        ValueError: If the goal cannot be reached with these exits and images; says what can.
+        ValueError: If the goal cannot be reached with these exits and images, and what can; or if the rule is unknown
+            or gives confidences out of its range.
     """
     # Refuses an unknown rule or fallback.
     settings = EarlyExitConfig((math.inf,) * stored.num_exits, rule, fallback=fallback)
@@ -121,8 +120,7 @@ def choose_settings(
         budget = costs.full / goal.speedup if goal.speedup is not None else goal.macs_budget
         assert budget is not None
         chosen = _most_accurate(search, found, costs, budget)
-    curve = tuple(replace(search.settings, thresholds=item.thresholds) for item in found)
-    return Choice(replace(search.settings, thresholds=chosen.thresholds), curve)
+    return Choice(_apply(search, chosen), tuple(_apply(search, item) for item in found))
 
 
 def excess_errors(config: EarlyExitConfig, stored: ExitLogits) -> Tensor:
@@ -131,11 +129,37 @@ def excess_errors(config: EarlyExitConfig, stored: ExitLogits) -> Tensor:
     return stored.correct[-1] & (answers.argmax(-1) != stored.targets)
 
 
+def upper_bound(losses: int, count: int, confidence: float) -> float:
+    """Return the bound of Clopper and Pearson: with this confidence, the rate of losses is at most this."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(losses, count, alternative="less").proportion_ci(confidence, method="exact")
+    return float(interval.high)
+
+
+def certified(losses: Sequence[int], count: int, risk: float, confidence: float) -> int:
+    """Return how many settings, from the start of a sequence, lose at most the share `risk`, all with this confidence.
+
+    Fixed-sequence testing, with an exact test of each setting's losses among `count` images, until one fails. No
+    correction for their number is needed: the first unsafe setting passes with probability 1 - `confidence` at most,
+    and no later one is tested unless it does. The sequence must not have been chosen by these images.
+
+    Paper: "Learn then Test", https://arxiv.org/abs/2110.01052
+    """
+    from scipy.stats import binom
+
+    failed = binom.cdf(losses, count, risk) > 1 - confidence
+    return int(np.argmax(failed)) if failed.any() else len(losses)
+
+
 def _with_temperatures(settings: EarlyExitConfig, stored: ExitLogits) -> EarlyExitConfig:
-    """Fit the temperatures, which patience does not look at."""
-    if settings.rule == "patience":
+    if not settings.rule_object.uses_temperatures:
         return settings
     return replace(settings, temperatures=fit_temperatures(stored.logits[:-1], stored.targets))
+
+
+def _apply(search: Search, candidate: Candidate) -> EarlyExitConfig:
+    return replace(search.settings, thresholds=candidate.thresholds)
 
 
 def _cheapest(search: Search, found: Sequence[Candidate], stored: ExitLogits, drop: float) -> Candidate:
@@ -149,7 +173,7 @@ def _cheapest(search: Search, found: Sequence[Candidate], stored: ExitLogits, dr
         raise ValueError(
             f"max_accuracy_drop {drop} cannot be reached: of these {len(stored):,} images the backbone's own "
             f"classifier gets {full:,} right, and early exit {best:,} at best, "
-            f"{100 * (full - best) / len(stored):.2f} points less. Allow so much, or take fallback last."
+            f"{100 * (full - best) / len(stored):.2f} points less. Allow that drop, or take fallback last."
         )
 
     def score(good: Tensor, costs: Tensor) -> Tensor:
@@ -188,11 +212,11 @@ def _choose_by_risk(
     proposing, testing = (stored.select(half) for half in order.chunk(2))
     search = Search(proposing, costs, _with_temperatures(settings, proposing), against_backbone=True)
     found = search.explore()
-    # From safe to cheap. Thresholds under which few leave and nothing is lost come first, although others are cheaper
-    # and lose nothing either on the half that proposes: the first one that fails ends the test.
+    # From safe to cheap. Thresholds that lose nothing and let few images leave come first, although cheaper ones lose
+    # nothing either on the half that proposes: the first that fails ends the test.
     lossless = [item for item in found if item.good == len(proposing)]
     proposed = sorted({*lossless, *frontier(found)}, key=lambda item: (-item.good, -item.cost, item.thresholds))
-    configs = [replace(search.settings, thresholds=item.thresholds) for item in proposed]
+    configs = [_apply(search, item) for item in proposed]
     losses = [int(excess_errors(config, testing).sum()) for config in configs]
     safe = certified(losses, len(testing), risk, confidence)
     if not safe:
@@ -203,5 +227,5 @@ def _choose_by_risk(
             f"{bound:.4f} can be; a smaller one needs more images."
         )
     chosen = min(range(safe), key=lambda place: proposed[place].cost)
-    curve = tuple(replace(search.settings, thresholds=item.thresholds) for item in frontier(found))
+    curve = tuple(_apply(search, item) for item in frontier(found))
     return Choice(configs[chosen], curve, (len(testing), losses[chosen]))

@@ -1,20 +1,20 @@
-"""What early exit gives on images that its settings were not chosen by, beside what it is to be compared with."""
+"""The report of a calibration: early exit on images that nothing was chosen by, and what to compare it with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from timm_selfdistill.calibration.costs import PathCosts
-from timm_selfdistill.calibration.goal import Choice, Goal, excess_errors
-from timm_selfdistill.calibration.logits import ExitLogits, replay
-from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.calibration.choose_settings import Choice, Goal, excess_errors
+from timm_selfdistill.calibration.path_costs import PathCosts
+from timm_selfdistill.early_exit import EarlyExitConfig, replay
+from timm_selfdistill.exit_logits import ExitLogits
 from timm_selfdistill.report.build import versions
 
 
 class Point(TypedDict):
-    """How good and how dear: `top1` in percent, `macs` the mean multiply-accumulates of an image, `speedup` the plain
+    """Accuracy and cost: `top1` in percent, `macs` the mean multiply-accumulates of an image, `speedup` the plain
     backbone's over these.
     """
 
@@ -40,17 +40,17 @@ class EarlyExitRow(Point):
 
 
 class CurvePoint(Point):
-    """Other thresholds with the same temperatures; null stands for infinity."""
+    """Other thresholds with the same temperatures; None stands for infinity."""
 
     thresholds: list[float | None]
 
 
 class Calibrated(EarlyExitRow):
-    """The images that the settings were chosen by: their data set and split, their number, and how many more could not
-    be decoded; what the chosen settings give on them, and in `backbone_top1` the backbone's own classifier.
+    """Early exit on the images that the settings were chosen by: their data set and split, their number, how many more
+    could not be decoded, and in `backbone_top1` the accuracy of the backbone's own classifier.
 
-    `tested` and `lost` are the number of those among them that a risk was tested on, and how many of these were
-    answered wrong that the backbone gets right; None for other goals.
+    `tested` of them tested a risk, and `lost` of these were answered wrong that the backbone gets right; None for other
+    goals.
     """
 
     dataset: str
@@ -62,8 +62,8 @@ class Calibrated(EarlyExitRow):
 
 
 class Timing(TypedDict):
-    """What the settings gain in the time that they were chosen by: that of batches of so many images on a device.
-    `speedup` is the plain backbone's time over that with early exit, of `num_images` of the images reported on.
+    """The time that the settings were chosen by, that of batches of this size on a device. `speedup` is the plain
+    backbone's time over that with early exit, of `num_images` of the images reported on.
     """
 
     batch_size: int
@@ -72,13 +72,23 @@ class Timing(TypedDict):
     num_images: int
 
 
-class CalibrationReport(TypedDict):
+class Origin(TypedDict):
+    """The images that are reported on, and the network; `input_size` is channels, height and width of one image."""
+
+    dataset: str
+    backbone: str
+    recipe: str
+    seed: int
+    input_size: list[int]
+
+
+class CalibrationReport(Origin):
     """The content of `calibration.json`.
 
-    All but `calibration` is of the images that are reported on, which nothing was chosen by. `settings` is what
+    All but `calibration` is about the images that are reported on, which nothing was chosen by. `settings` is what
     `load_early_exit` takes. `oracle` lets each image leave at the first exit that is right, at the last where none is.
     `exits` holds the fixed exits, the last the backbone's own classifier. `baseline` is the plain backbone trained on
-    its own, where the run's `report.json` tells of the same images. `curve` goes from cheap to dear. `time` is None
+    its own, where the run's `report.json` has it for the same images. `curve` is in the order of cost. `time` is None
     where the settings were chosen by multiply-accumulates.
     """
 
@@ -92,13 +102,8 @@ class CalibrationReport(TypedDict):
     oracle: EarlyExitRow
     curve: list[CurvePoint]
     time: Timing | None
-    dataset: str
     num_samples: int
     num_skipped: int
-    backbone: str
-    recipe: str
-    seed: int
-    input_size: list[int]
     versions: dict[str, str]
 
 
@@ -108,42 +113,33 @@ def build_calibration_report(
     macs: PathCosts,
     calibration: ExitLogits,
     evaluation: ExitLogits,
+    origin: Origin,
     *,
+    calibration_dataset: str,
     exit_names: Sequence[str],
     baseline_top1: float | None,
-    origin: Mapping[str, Any],
-    calibration_dataset: str,
-    time: Timing | None = None,
+    time: Timing | None,
 ) -> CalibrationReport:
-    """Put the chosen settings beside fixed exits, ensemble, baseline and oracle.
+    """Compare the chosen settings with fixed exits, ensemble, baseline and oracle.
 
-    Args:
-        choice: What `choose_settings` returned.
-        goal: What it was asked for.
-        macs: What the way to each exit costs, in multiply-accumulates.
-        calibration: The images that it chose by.
-        evaluation: Others, to report on.
-        exit_names: K + 1 names.
-        baseline_top1: Accuracy of the plain backbone trained on its own, on the latter, in percent.
-        origin: `dataset`, `backbone`, `recipe`, `seed` and `input_size` of the report.
-        calibration_dataset: What the report calls the former.
-        time: What was timed, if the settings were chosen by it.
+    `calibration` holds the images that the settings were chosen by, `evaluation` those to report on; `baseline_top1` is
+    of the latter, in percent.
     """
-    config, correct = choice.config, evaluation.correct
+    correct = evaluation.correct
     tested, lost = choice.tested or (None, None)
     return {
         "goal": goal.to_json(),
-        "settings": config.to_json(),
+        "settings": choice.config.to_json(),
         "calibration": {
             "dataset": calibration_dataset,
             "num_samples": len(calibration),
             "num_skipped": calibration.num_skipped,
-            **_early_exit(config, macs, calibration),
+            **_early_exit(choice.config, macs, calibration),
             "backbone_top1": _percent(calibration.correct[-1]),
             "tested": tested,
             "lost": lost,
         },
-        "early_exit": _early_exit(config, macs, evaluation),
+        "early_exit": _early_exit(choice.config, macs, evaluation),
         "exits": [
             {"index": index, "name": name, **_point(_percent(correct[index]), macs.exit(index), macs)}
             for index, name in enumerate(exit_names)
@@ -153,13 +149,9 @@ def build_calibration_report(
         "oracle": _oracle(macs, evaluation),
         "curve": [_curve_point(config, macs, evaluation) for config in choice.curve],
         "time": time,
-        "dataset": origin["dataset"],
+        **origin,
         "num_samples": len(evaluation),
         "num_skipped": evaluation.num_skipped,
-        "backbone": origin["backbone"],
-        "recipe": origin["recipe"],
-        "seed": origin["seed"],
-        "input_size": list(origin["input_size"]),
         "versions": versions(),
     }
 
@@ -184,8 +176,8 @@ def _oracle(macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:
 
 def _curve_point(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) -> CurvePoint:
     row = _early_exit(config, macs, stored)
-    point: Point = {"top1": row["top1"], "macs": row["macs"], "speedup": row["speedup"]}
-    return {**point, "thresholds": config.to_json()["thresholds"]}
+    thresholds = config.to_json()["thresholds"]
+    return {"top1": row["top1"], "macs": row["macs"], "speedup": row["speedup"], "thresholds": thresholds}
 
 
 def _point(top1: float, cost: float, macs: PathCosts) -> Point:

@@ -1,0 +1,215 @@
+"""Calibrate the early exit of a saved model: choose by one split, report on another, keep the settings."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from timm_selfdistill.calibration.calibration_report import CalibrationReport, Timing, build_calibration_report
+from timm_selfdistill.calibration.choose_settings import Goal, choose_settings
+from timm_selfdistill.calibration.path_costs import (
+    images_to_time,
+    measure_path_macs,
+    measure_path_seconds,
+    measure_speedup,
+)
+from timm_selfdistill.calibration.write import write_calibration
+from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, SkipList, open_dataset
+from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.exit_logits import collect_logits
+from timm_selfdistill.hub import from_pretrained, save_early_exit
+from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
+from timm_selfdistill.report import device_name
+from timm_selfdistill.train.from_checkpoint import opened_run
+from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
+
+# What decides which rows a run trained on, and which it held out.
+_FIXED: Final = ("path", "name", "target", "train_split", "eval_fraction", "validation")
+
+
+def calibrate_folder(
+    folder: Path,
+    goal: Goal,
+    *,
+    data_path: str | None = None,
+    split: str | None = None,
+    overrides: Sequence[str] = (),
+    rule: str = "max-softmax",
+    fallback: str = "last",
+    time_batch_size: int | None = None,
+    output: Path | None = None,
+    from_checkpoint: bool = False,
+) -> CalibrationReport:
+    """Choose the early-exit settings of a saved model, keep them with it, and report what they give on other images.
+
+    The settings go to the model's `config.json`; its weights are not changed. The report goes to `calibration.json`,
+    `calibration.md` and `calibration.png`.
+
+    Args:
+        folder: A run's folder, or the model folder in it.
+        goal: What is to be achieved.
+        data_path: Hub name or path of another data set than the run's; `split` must then be given.
+        split: The split to calibrate on; by default the images that the run held out for validation.
+        overrides: Fields of the recipe's data section, as "key=value", such as "eval_split=test".
+        rule: What confidence is, as in `EarlyExitConfig`.
+        fallback: Who answers for images that left at no exit, as there.
+        time_batch_size: Choose by the time that batches of this size take on this machine, in place of
+            multiply-accumulates.
+        output: Folder for the report; the run's by default, or the model's where there is no run.
+        from_checkpoint: Take the run's newest checkpoint instead of its model, for example of a run that was stopped.
+            There is then no saved model to keep the settings with; the report has them.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If the model or the data cannot be read, the data has other classes than the model, the images to
+            calibrate on were trained on, are reported on or do not exist, or the goal cannot be reached.
+    """
+    if time_batch_size is not None and time_batch_size < 1:
+        raise ValueError(f"time_batch_size is {time_batch_size}; it must be a number of images, 1 or more.")
+    if time_batch_size is not None and goal.macs_budget is not None:
+        raise ValueError("macs_budget is a number of MACs, but the thresholds are to be chosen by time: give speedup.")
+    EarlyExitConfig((), rule, fallback=fallback)  # refuses unknown names before anything runs
+    with opened_run(folder, from_checkpoint) as saved:
+        model = from_pretrained(saved.model_folder)
+        recipe, title = _choose_images(saved, model, data_path, split, overrides)
+        data = _open(recipe)
+        check_classes(saved.model_folder, data)
+        if data_path is None:
+            warn_of_other_data(saved, recipe, data)
+        input_config = InputConfig.from_model(model.backbone, recipe.data)
+        input_size = (input_config.channels, *input_config.image_size)
+        loaders = evaluation_loaders(data, recipe, AugmentSection(), input_config, SkipList())
+        assert loaders.validation is not None
+        model = model.to(PartialState().device)
+        macs = measure_path_macs(model, input_size)
+        calibration = collect_logits(model, loaders.validation, "calibrate")
+        costs = macs if time_batch_size is None else measure_path_seconds(model, input_size, time_batch_size)
+        choice = choose_settings(calibration, costs, goal, rule=rule, fallback=fallback)
+        evaluation = collect_logits(model, loaders.eval, "evaluate")
+        time: Timing | None = None
+        if time_batch_size is not None:
+            images = _images_to_time(data, recipe, input_config, images_to_time(time_batch_size))
+            speedup = measure_speedup(model, choice.config, images, time_batch_size)
+            device = device_name(PartialState().device)
+            time = {"batch_size": time_batch_size, "device": device, "speedup": speedup, "num_images": len(images)}
+        dataset = f"{data.name}, {recipe.data.eval_split}"
+        report = build_calibration_report(
+            choice,
+            goal,
+            macs,
+            calibration,
+            evaluation,
+            {
+                "dataset": dataset,
+                "backbone": model.pretrained_cfg["architecture"],
+                "recipe": saved.output.name,
+                "seed": recipe.seed,
+                "input_size": list(input_size),
+            },
+            calibration_dataset=f"{data.name}, {title}",
+            exit_names=model.exit_names,
+            baseline_top1=_baseline(saved.folder / "report.json", dataset, len(evaluation)),
+            time=time,
+        )
+        save_early_exit(saved.model_folder, choice.config)
+        write_calibration(report, saved.output if output is None else output.expanduser())
+    return report
+
+
+def _choose_images(
+    saved: SavedRun, model: SelfDistillModel, data_path: str | None, split: str | None, overrides: Sequence[str]
+) -> tuple[Recipe, str]:
+    """Return the recipe of which the validation images are to calibrate on, of another data set the training images,
+    and what the report calls them; refuse images that were trained on or are reported on.
+    """
+    fixed = sorted({override.partition("=")[0].strip() for override in overrides} & set(_FIXED))
+    if data_path is not None:
+        fixed = [key for key in fixed if key in ("path", "train_split", "validation")]
+    if fixed:
+        raise ValueError(
+            f"{', '.join(fixed)} cannot be changed here: it decides which images were trained on. Name the split to "
+            "calibrate on with --split, and another data set with --data."
+        )
+    if data_path is not None and split is None:
+        raise ValueError(f"Name the split of {data_path} to calibrate on with --split.")
+    own = None if saved.recipe_path is None else load_recipe(saved.recipe_path).data
+    if data_path is None and own is None:
+        raise ValueError("There is no recipe.yaml beside the model: name the data set with --data and --split.")
+    recipe = saved.evaluation_recipe(model, data_path, overrides)
+    section = recipe.data
+    if split is None:
+        if not section.validation:
+            raise ValueError(
+                "The run held out no images for validation (data.validation is 0), and thresholds must not be chosen "
+                f"by those it trained on or reports on ({section.eval_split}): name another split with --split, or "
+                "another data set with --data and --split."
+            )
+        if isinstance(section.validation, str):
+            return recipe, section.validation
+        return recipe, f"the {100 * section.validation:g} % of {section.train_split} that the run held out"
+    if own is not None and split == own.train_split and (data_path is None or _is_same_data(own, data_path)):
+        which = "is the split that" if data_path is None else f"of {data_path} is what"
+        raise ValueError(
+            f"--split {split} {which} the model was trained on, where its confidence is higher than elsewhere: name a "
+            "split that was held out, or leave --data and --split out, for the run's own validation images."
+        )
+    if section.eval_fraction is None and split == section.eval_split:
+        raise ValueError(
+            f"--split {split} is the split that is reported on: thresholds that were chosen by it would look better "
+            "than they are. Name another one to calibrate on, or report on another one with eval_split=NAME."
+        )
+    changed = section.model_copy(update={"validation" if data_path is None else "train_split": split})
+    return recipe.model_copy(update={"data": changed}), split
+
+
+def _is_same_data(section: DataSection, path: str) -> bool:
+    return section.path == path or Path(section.path).expanduser().resolve() == Path(path).expanduser().resolve()
+
+
+def _open(recipe: Recipe) -> ImageData:
+    """Open the data, its split for validation being the one to calibrate on; it must share no row with the other."""
+    data = open_dataset(recipe.data, recipe.seed)
+    if not recipe.data.validation:
+        data = replace(data, validation=data.train)
+    one, other = data.validation, data.eval
+    if isinstance(one, ImageSplit) and isinstance(other, ImageSplit) and one.name == other.name:
+        shared = np.intersect1d(one.indices, other.indices)
+        if len(shared):
+            raise ValueError(
+                f"{len(shared)} images of split {one.name!r} are both to calibrate on and to report on: name other "
+                "splits with --split and eval_split=NAME."
+            )
+    return data
+
+
+def _images_to_time(data: ImageData, recipe: Recipe, input_config: InputConfig, count: int) -> Tensor:
+    """Return some of the images that are reported on: from all over the split, or the first of a stream."""
+    if isinstance(data.eval, ImageSplit):
+        places = np.linspace(0, len(data.eval) - 1, min(count, len(data.eval))).round().astype(np.int64)
+        data = replace(data, eval=data.eval.select(places))
+    found: list[Tensor] = []
+    for images, _ in evaluation_loaders(data, recipe, AugmentSection(), input_config, SkipList()).eval:
+        found.append(images)
+        if sum(map(len, found)) >= count:
+            break
+    return torch.cat(found)[:count]
+
+
+def _baseline(path: Path, dataset: str, num_samples: int) -> float | None:
+    """Return the accuracy of the run's baseline, if it was evaluated on the same images."""
+    if not path.is_file():
+        return None
+    report = json.loads(path.read_text())
+    if report["baseline"] is None or (report["dataset"], report["num_samples"]) != (dataset, num_samples):
+        return None
+    top1: float | None = report["baseline"]["top1"]
+    return top1
