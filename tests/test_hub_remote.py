@@ -439,7 +439,7 @@ def test_a_push_that_stalls_is_given_up_on_a_signal(hub: HubServer, client: Clie
     # At its end Python would wait for threads of the client.
     answer = client("""
     import os, signal, threading, time
-    from timm_selfdistill.train.stop import Interrupted, StopSignals
+    from timm_selfdistill.stop import Interrupted, StopSignals
     threading.Timer(5, os.kill, [os.getpid(), signal.SIGTERM]).start()
     start = time.monotonic()
     try:

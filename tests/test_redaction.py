@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_selfdistill.escape import PrintableFormatter, printable_message
-from timm_selfdistill.redaction import redact, without_places
+from timm_selfdistill.escape import PrintableFormatter, printable_message, redact, without_places
 
 TOKEN = "hf_" + "aB3" * 11
 

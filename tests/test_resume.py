@@ -23,13 +23,14 @@ from torch import nn
 import timm_selfdistill as sd
 from timm_selfdistill.checkpoint import load_checkpoint, store
 from timm_selfdistill.cli import main as cli
+from timm_selfdistill.failures import NonFiniteLossError
 from timm_selfdistill.losses.self_distillation import _LOSSES
 from timm_selfdistill.recipe import Recipe, load_recipe
+from timm_selfdistill.stop import EXIT_INTERRUPTED, Interrupted, StopSignals
 from timm_selfdistill.train import finished_report, fit, train
 from timm_selfdistill.train.optim import build_optimizer
 from timm_selfdistill.train.parallel import Replicated
 from timm_selfdistill.train.state import PhaseState
-from timm_selfdistill.train.stop import EXIT_INTERRUPTED, Interrupted, NonFiniteLossError, StopSignals
 
 # Four steps an epoch, of a network that draws random numbers itself, on images that are drawn at random. (In bf16,
 # images of 16 px are too small: oneDNN leaves the gradient of weights that only meet padding undefined.)

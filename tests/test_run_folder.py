@@ -17,9 +17,9 @@ from timm_selfdistill.checkpoint import store
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.hub import CONFIG
 from timm_selfdistill.recipe import Recipe, load_recipe
+from timm_selfdistill.stop import Interrupted
 from timm_selfdistill.train import evaluate_folder, finished_report, fit, train
 from timm_selfdistill.train.run_folder import check_folder
-from timm_selfdistill.train.stop import Interrupted
 
 __all__ = ["after_steps"]  # a fixture
 

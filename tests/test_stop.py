@@ -15,13 +15,14 @@ import pytest
 from PIL import Image
 
 import timm_selfdistill as sd
+from timm_selfdistill import stop
 from timm_selfdistill.data import SkipList, collate, image_folder, open_dataset
 from timm_selfdistill.data.collate import Collate
 from timm_selfdistill.exits import dry_run
 from timm_selfdistill.predict import images as predict_images
+from timm_selfdistill.program import run_safely
 from timm_selfdistill.recipe import load_recipe
-from timm_selfdistill.train import run_safely, stop
-from timm_selfdistill.train.stop import Interrupted, StopSignals, end_program
+from timm_selfdistill.stop import Interrupted, StopSignals, end_program
 
 
 def stopped(*args: Any, **kwargs: Any) -> Any:
@@ -140,7 +141,7 @@ def test_a_stopped_program_does_not_wait_for_what_hangs(monkeypatch: pytest.Monk
 def test_a_program_ends_when_all_is_done_and_printed() -> None:
     code = (
         "import atexit, threading, time\n"
-        "from timm_selfdistill.train.stop import end_program\n"
+        "from timm_selfdistill.stop import end_program\n"
         "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
         "atexit.register(print, 'at exit')\n"
         "print('main')\n"

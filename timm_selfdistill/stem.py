@@ -1,11 +1,15 @@
 """The stem of CIFAR ResNets, for images too small to be shrunk four-fold before the first block."""
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
-from timm_selfdistill.exits import Backbone
+if TYPE_CHECKING:
+    # Not at run time: our networks are registered as soon as timm is imported, perhaps by exits itself.
+    from timm_selfdistill.exits import Backbone
 
 
-def use_small_stem(backbone: Backbone) -> None:
+def use_small_stem(backbone: "Backbone") -> None:
     """Replace a ResNet's 7x7 stride-2 stem and its max-pool by one 3x3 stride-1 convolution, in place.
 
     The new convolution is freshly initialised (He, fan-out, as timm's ResNet), also in a pretrained network.
@@ -30,7 +34,7 @@ def use_small_stem(backbone: Backbone) -> None:
     divide_reductions(backbone, 4)
 
 
-def divide_reductions(backbone: Backbone, factor: int) -> None:
+def divide_reductions(backbone: "Backbone", factor: int) -> None:
     """Correct `feature_info` for a stem that shrinks images so many times less, in place.
 
     Args:

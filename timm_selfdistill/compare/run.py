@@ -1,23 +1,18 @@
 """Train one recipe with several losses and seeds, skipping what is done."""
 
-import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 
 from timm_selfdistill.compare.summary import Comparison, summarize
-from timm_selfdistill.compare.variants import check_names, list_variants, with_loss
-from timm_selfdistill.compare.write import format_comparison, write_comparison
-from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.train import add_arguments as add_training_arguments
-from timm_selfdistill.train import build_loss, end_program, finished_report, run_safely, train
+from timm_selfdistill.compare.variants import check_names, with_loss
+from timm_selfdistill.compare.write import write_comparison
+from timm_selfdistill.recipe import Recipe
+from timm_selfdistill.train import build_loss, finished_report, train
 
 _logger = logging.getLogger(__name__)
-
-_DEFAULT = "none,label-smoothing,deep-supervision,byot-iccv2019,byot-tpami2021"
 
 
 def compare(recipe: Recipe, losses: Sequence[str], seeds: Sequence[int]) -> Comparison:
@@ -68,55 +63,3 @@ def _variant(recipe: Recipe, folder: Path, loss: str, seed: int) -> Recipe:
     """Return the recipe of one run."""
     update = {"seed": seed, "baseline": False, "output_dir": str(folder / f"{loss}-seed-{seed}"), "push_to_hub": None}
     return with_loss(recipe, loss).model_copy(update=update)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `RECIPE [key=value ...]` and print the table; the exit status is 2 for what cannot work."""
-    parser = argparse.ArgumentParser(prog="timm_selfdistill.compare", description="Compare losses on one recipe.")
-    add_arguments(parser)
-    status = run_command(parser.parse_intermixed_args(arguments))
-    if arguments is None:
-        end_program(status)
-    return status
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of a comparison."""
-    add_training_arguments(parser)
-    parser.add_argument(
-        "--losses",
-        type=_names,
-        default=_DEFAULT,
-        help=f"what to compare, separated by commas, of {', '.join(list_variants())}; by default {_DEFAULT}",
-    )
-    parser.add_argument("--seeds", type=_numbers, default="0,1,2", help="separated by commas; by default 0,1,2")
-
-
-def run_command(arguments: argparse.Namespace) -> int:
-    """Compare as the parsed arguments say."""
-
-    def run() -> None:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
-        if not any(override.startswith("output_dir=") for override in arguments.overrides):
-            recipe = recipe.model_copy(update={"output_dir": f"{recipe.output_dir}-compare"})
-        comparison = compare(recipe, arguments.losses, arguments.seeds)
-        if PartialState().is_main_process:
-            print(format_comparison(comparison))
-            print(f"\nWritten to {recipe.output_dir}: comparison.json, comparison.md, comparison.png")
-
-    return run_safely(run)
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in _names(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, got {text!r}") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from datasets.utils.file_utils import is_local_path, xopen
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
@@ -67,6 +66,8 @@ def read(value: Any) -> bytes:
     """
     if isinstance(value, dict):
         if value["bytes"] is None and value["path"] is not None:
+            from datasets.utils.file_utils import is_local_path, xopen
+
             if is_local_path(value["path"]):
                 return read_file(value["path"])
             with xopen(value["path"], "rb") as file:

@@ -2,10 +2,11 @@
 
 from torch import nn
 
+from timm_selfdistill.failures import ReportedError
 from timm_selfdistill.truncation import TruncatedModel
 
 
-class ExportError(RuntimeError):
+class ExportError(ReportedError):
     """A network that torch or ONNX cannot write, or that was not the same once it was written; no file was left."""
 
 

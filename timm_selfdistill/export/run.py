@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.data import InputConfig
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.export.errors import ExportError, first_line, name_of
 from timm_selfdistill.export.graphs import write_onnx, write_torch_export
 from timm_selfdistill.hub import check_finite, class_names, complete_names, from_pretrained, is_exported, save_exported

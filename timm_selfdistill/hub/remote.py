@@ -16,12 +16,13 @@ from huggingface_hub.errors import (
 )
 
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig
+from timm_selfdistill.escape import redact, without_places
+from timm_selfdistill.failures import ReportedError
 from timm_selfdistill.hub.card import card_for_repository
 from timm_selfdistill.hub.folder import BACKBONE, CARD, EXITS, load_folder, read_early_exit, save_pretrained
 from timm_selfdistill.hub.saved import CONFIG
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import LICENSE, REPO_ID, RecipeError, load_recipe
-from timm_selfdistill.redaction import redact, without_places
 
 _RECIPE = "recipe.yaml"
 _TEXTS = (".md", ".yaml", ".json")
@@ -36,7 +37,7 @@ _BY_STATUS = {
 }
 
 
-class HubError(RuntimeError):
+class HubError(ReportedError):
     """The Hub could not be reached, or did not do what was asked; what is stored locally is as it was."""
 
 

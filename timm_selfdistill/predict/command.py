@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from timm_selfdistill.data import image_endings
+from timm_selfdistill.data.image_files import image_endings
 from timm_selfdistill.early_exit import EarlyExit
 from timm_selfdistill.escape import printable
 from timm_selfdistill.hub import load_with_early_exit

@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import (
-    MODES,
-    InputConfig,
-    Transform,
-    check_pillow,
-    decode,
-    eval_transform,
-    read_file,
-    worker_options,
-)
+from timm_selfdistill.data.decode import check_pillow, decode, read_file
+from timm_selfdistill.data.transforms import MODES, InputConfig, Transform, eval_transform
+from timm_selfdistill.data.workers import worker_options
 from timm_selfdistill.early_exit import EarlyExit
 from timm_selfdistill.escape import printable
 from timm_selfdistill.hub import class_names

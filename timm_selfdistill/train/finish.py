@@ -9,6 +9,7 @@ from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.recipe import AugmentSection
 from timm_selfdistill.report import Report, build_report, write_report
+from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.from_checkpoint import CheckpointModel, load_newest
 from timm_selfdistill.train.launch import fresh_accelerate
@@ -17,7 +18,6 @@ from timm_selfdistill.train.publish import ModelWriter
 from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, check_folder
 from timm_selfdistill.train.run_record import read_record
 from timm_selfdistill.train.saved import evaluation_loaders
-from timm_selfdistill.train.stop import StopSignals
 
 
 def finish_folder(folder: Path) -> Report:

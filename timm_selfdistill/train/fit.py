@@ -14,6 +14,7 @@ from timm_selfdistill.checkpoint import CheckpointError
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
+from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import SelfDistillationTask, unwrapped_model
 from timm_selfdistill.train.agreement import Agreement
 from timm_selfdistill.train.batch_norm import share_buffers
@@ -29,7 +30,6 @@ from timm_selfdistill.train.run_folder import CHECKPOINTS
 from timm_selfdistill.train.run_record import ENTRY, RunRecord
 from timm_selfdistill.train.running import RunningTerms
 from timm_selfdistill.train.state import PhaseState
-from timm_selfdistill.train.stop import StopSignals
 from timm_selfdistill.train.writer import CheckpointWriter
 
 _logger = logging.getLogger(__name__)

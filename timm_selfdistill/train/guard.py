@@ -4,11 +4,11 @@ import json
 import logging
 from pathlib import Path
 
+from timm_selfdistill.failures import NonFiniteLossError
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.train.agreement import Verdict
 from timm_selfdistill.train.feed import Feed
 from timm_selfdistill.train.progress import Progress
-from timm_selfdistill.train.stop import NonFiniteLossError
 
 _logger = logging.getLogger(__name__)
 

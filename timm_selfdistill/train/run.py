@@ -26,6 +26,7 @@ from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.report import Report, build_report, write_report
+from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import check_loss
 from timm_selfdistill.train.batch_norm import check_one_image, synchronize_batch_norm
 from timm_selfdistill.train.build import build_model
@@ -40,7 +41,6 @@ from timm_selfdistill.train.publish import ModelWriter, Publisher
 from timm_selfdistill.train.run_folder import MODEL, check_folder, check_run, remove_leftovers, write_recipe
 from timm_selfdistill.train.run_record import RunRecord, flat
 from timm_selfdistill.train.sharding import Sharded, asks_for_sharding, refuse_loss
-from timm_selfdistill.train.stop import StopSignals
 
 _logger = logging.getLogger(__name__)
 

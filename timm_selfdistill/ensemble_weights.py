@@ -6,10 +6,8 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
-from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.model import Ensemble, SelfDistillModel
 
 # How strongly the weights are held together, in nats for a deviation of 1: as much as a few dozen images say.
@@ -87,6 +85,8 @@ def _checked(logits: Tensor, target: Tensor, model: SelfDistillModel | None) -> 
             f"The model has {model.num_exits + 1} outputs and {model.num_classes} classes; the logits are of "
             f"{len(logits)} and {logits.shape[2]}."
         )
+    from timm_selfdistill.metrics import IGNORED
+
     kept = (target != IGNORED) & logits.isfinite().all(-1).all(0)
     logits, target = logits[:, kept], target[kept]
     if not len(target):
@@ -114,6 +114,8 @@ def _fit(logits: Tensor, target: Tensor) -> tuple[float, ...]:
         return float(value), slope.numpy()
 
     outputs = len(logits)
+    from scipy.optimize import minimize
+
     found = minimize(
         objective, np.full(outputs, 1 / outputs), jac=True, method="L-BFGS-B", bounds=[(0, None)] * outputs
     )

@@ -1,4 +1,4 @@
-"""What ends a run before its end: signals, which let it save first, and losses that are no numbers."""
+"""Stop a program by a signal: at a place where all is saved, with one line and an exit status that says so."""
 
 import atexit
 import os
@@ -6,10 +6,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeVar
+
+T = TypeVar("T")
 
 EXIT_PREEMPTED: Final = 75  # EX_TEMPFAIL: run the same command again
 EXIT_INTERRUPTED: Final = 130
@@ -24,9 +27,8 @@ _PATIENCE_SECONDS = 10.0
 class Interrupted(BaseException):
     """A run was stopped by a signal; what it had done by then is saved.
 
-    It is no `Exception`, as `KeyboardInterrupt` is none: a signal that comes while a model is tried or an image is
-    decoded must not be taken for a fault of the model or of the image. What calls `train` and is to go on after a
-    signal names it.
+    Like `KeyboardInterrupt`, this is not an `Exception`: a signal that arrives while a model is tried or an image is
+    decoded must not be taken for a fault of the model or of the image.
 
     Args:
         signal_name: Which one, such as "SIGTERM".
@@ -38,19 +40,15 @@ class Interrupted(BaseException):
         self.exit_status = exit_status
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss was NaN or infinite."""
-
-
 class StopSignals:
     """Turns SIGTERM, SIGUSR1 and Ctrl-C into a stop at a place where everything is saved.
 
-    While training steps are taken (`deferred`), a signal is only noted, to be asked for after the step; anywhere else
+    During training steps (`deferred`), a signal is only noted, for the caller to check after the step; anywhere else
     nothing is lost by stopping, and it raises `Interrupted` at once. A second Ctrl-C always stops at once.
 
-    Use it in a `with` block, which puts the former handlers back, and raises `Interrupted` once more at its end if it
-    stopped nobody: what is raised in a destructor, Python only prints. Outside the main thread, where Python handles no
-    signals, it does nothing, and neither in processes that are forked in the block.
+    Use it in a `with` block. At the block's end the former handlers are back, and `Interrupted` is raised again if it
+    stopped nothing: what is raised in a destructor, Python only prints. It does nothing outside the main thread, where
+    Python handles no signals, and in processes that are forked in the block.
     """
 
     def __init__(self) -> None:
@@ -112,19 +110,43 @@ class StopSignals:
             raise self.interruption()
 
 
-def end_program(status: int) -> NoReturn:
-    """End a command that is the whole program, whose exit status is known.
-
-    What is to be done at exit is done, and then the process ends at once: while Python takes itself down, which lasts
-    seconds with torch, a signal would end it with a status that says nothing. A signal that comes before ends it with
-    its own status. A stopped run does not wait for threads that hang, such as those of a stalled download.
+def in_background(work: Callable[[], T], name: str) -> Future[T]:
+    """Start work on a thread that, unlike an executor's, neither a signal nor the end of the program waits for.
 
     Args:
-        status: The exit status.
+        work: What to do.
+        name: Name of the thread.
+
+    Returns:
+        What the work will return or raise; a signal reaches the waiting caller even if the work itself stalls.
     """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # raised again where the result is taken
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+def leave_on_signals() -> None:
+    """From now on, let a signal end the process at once, with one line and its exit status; nothing is unsaved."""
     if threading.current_thread() is threading.main_thread():
         for number in (*_PREEMPTIONS, signal.SIGINT):
             signal.signal(number, _leave)
+
+
+def end_program(status: int) -> NoReturn:
+    """End a command that is the whole program, whose exit status is known.
+
+    Exit functions run, then the process ends at once: Python's own shutdown takes seconds with torch, and a signal
+    during it would end the process with a meaningless status. A signal before that ends it with its own status. A
+    stopped run does not wait for threads that hang, such as those of a stalled download.
+    """
+    leave_on_signals()
     if status in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
         timer = threading.Timer(_PATIENCE_SECONDS, os._exit, [status])
         timer.daemon = True
