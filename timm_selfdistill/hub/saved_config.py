@@ -1,4 +1,4 @@
-"""`config.json` of a saved model: timm's, with one more key of ours; a stranger's is checked before anything is built."""
+"""`config.json` of a saved model: timm's, with one more key of ours; checked before anything is built."""
 
 import itertools
 import json
