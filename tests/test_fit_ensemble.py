@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import timm_selfdistill as sd
 from timm_selfdistill.calibration.logits import collect_logits, replay
-from timm_selfdistill.ensemble_weights import _PULL
+from timm_selfdistill.exit_logits import _PULL
 
 CLASSES = 7
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
 from timm_selfdistill.cli.options import add_data_overrides, add_from_checkpoint, add_run_folder
-from timm_selfdistill.early_exit import FALLBACKS, RULES
+from timm_selfdistill.early_exit import FALLBACKS, list_rules
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--confidence", type=float, help=f"confidence of --risk; {CONFIDENCE} by default")
     parser.add_argument("--split", help="split to calibrate on; what the run held out for validation by default")
     parser.add_argument("--data", help="data set of both splits: a hub name or a path; the run's own by default")
-    parser.add_argument("--rule", choices=list(RULES), default="max-softmax", help="what confidence is")
+    parser.add_argument("--rule", choices=list_rules(), default="max-softmax", help="what confidence is")
     parser.add_argument(
         "--fallback", choices=FALLBACKS, default="last", help="who answers when no exit reaches its threshold"
     )
