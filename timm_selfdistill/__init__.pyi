@@ -3,9 +3,9 @@
 from timm_selfdistill.early_exit import EarlyExit as EarlyExit
 from timm_selfdistill.early_exit import EarlyExitConfig as EarlyExitConfig
 from timm_selfdistill.early_exit import EarlyExitOutput as EarlyExitOutput
-from timm_selfdistill.exit_logits import fit_ensemble as fit_ensemble
 from timm_selfdistill.early_exit import list_rules as list_rules
 from timm_selfdistill.early_exit import register_rule as register_rule
+from timm_selfdistill.exit_logits import fit_ensemble as fit_ensemble
 from timm_selfdistill.exits import ExitPoint as ExitPoint
 from timm_selfdistill.exits import Tap as Tap
 from timm_selfdistill.export import ExportError as ExportError

@@ -1,4 +1,4 @@
-"""Failures that a command explains in a sentence: of the machine, such as a full disk, and those with a status."""
+"""Failures that a command explains in a sentence: of the machine, such as a full disk, and reported ones."""
 
 import errno
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
-# How Python and Rust write the number of an error of the system, where only the message is left of it.
+# How Python and Rust write the number of a system error, where only its message is left.
 _ERRNO = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
 # torch raises a plain RuntimeError for all of these.
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory: you tried to allocate|out of memory|_ALLOC_FAILED")
@@ -79,7 +79,7 @@ def _failure(error: BaseException) -> str | None:
         return f"The memory is full: {reason}. A smaller batch_size, fewer data.workers or a smaller model need less."
     if from_torch and (lost := _LOST_WORKER.search(text)):
         return (
-            f"A loader process {lost[1].replace('is killed', 'was killed')}. Where the system killed it for want of "
+            f"A loader process {lost[1].replace('is killed', 'was killed')}. Where the system killed it for lack of "
             f"memory, fewer data.workers need less; {_AGAIN}."
         )
     if number in _FULL:

@@ -37,10 +37,7 @@ def run_safely(run: Callable[[], int | None]) -> int:
     """Run a command; return its exit status, and say in one sentence what stopped it.
 
     Warnings, and which data is read, are shown on the error output. An error of an unknown kind is a fault of the code,
-    and is raised.
-
-    Args:
-        run: What to do; returns the exit status, or None for 0.
+    and is raised. `run` returns the exit status, or None for 0.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))

@@ -28,11 +28,7 @@ class Interrupted(BaseException):
     """A run was stopped by a signal; what it had done by then is saved.
 
     Like `KeyboardInterrupt`, this is not an `Exception`: a signal that arrives while a model is tried or an image is
-    decoded must not be taken for a fault of the model or of the image.
-
-    Args:
-        signal_name: Which one, such as "SIGTERM".
-        exit_status: What a command ends with.
+    decoded must not be taken for a fault of the model or of the image. A command ends with `exit_status`.
     """
 
     def __init__(self, signal_name: str, exit_status: int) -> None:
@@ -113,12 +109,7 @@ class StopSignals:
 def in_background(work: Callable[[], T], name: str) -> Future[T]:
     """Start work on a thread that, unlike an executor's, neither a signal nor the end of the program waits for.
 
-    Args:
-        work: What to do.
-        name: Name of the thread.
-
-    Returns:
-        What the work will return or raise; a signal reaches the waiting caller even if the work itself stalls.
+    A signal reaches the caller that waits for the result, even if the work itself stalls.
     """
     future: Future[T] = Future()
 

@@ -19,7 +19,6 @@ def add_model_source(parser: argparse.ArgumentParser) -> None:
 
 
 def add_from_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that takes a stopped run's newest checkpoint."""
     parser.add_argument(
         "--from-checkpoint", action="store_true", help="take the newest checkpoint of a run that was stopped"
     )
@@ -33,7 +32,6 @@ def add_data_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_size(parser: argparse.ArgumentParser) -> None:
-    """Add the size of images, as height and width."""
     parser.add_argument("--image-size", type=_size, metavar="N or HxW", help="side of the image in pixels, or both")
 
 

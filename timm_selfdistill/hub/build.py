@@ -46,9 +46,6 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
         saved: What `read_config` read there.
         weights: What is in each file of weights, by its name: those of the backbone and the exits, or, with
             `saved.exit`, those of the network that ends there.
-
-    Raises:
-        ValueError: If it cannot be built, or the weights do not fit it.
     """
     where = f"The model that {folder / CONFIG} describes cannot be built"
     tensors = sum(map(len, weights.values()))
@@ -128,7 +125,6 @@ def _create(folder: Path) -> Any:
 
 
 def _is_ours(head: str) -> bool:
-    """Whether a head is one of this package's own."""
     return head == "auto" or HEADS.get(head).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
@@ -146,9 +142,8 @@ def _wrap(backbone: Any, saved: Saved) -> SelfDistillModel:
 
 def _parts(model: SelfDistillModel, saved: Saved, files: list[str]) -> dict[str, nn.Module]:
     """Return the module whose weights are in each of the files."""
-    if saved.exit is not None:
-        return dict(zip(files, [truncate(model, saved.exit)], strict=True))
-    return dict(zip(files, [model.backbone, model.heads], strict=True))
+    modules = [model.backbone, model.heads] if saved.exit is None else [truncate(model, saved.exit)]
+    return dict(zip(files, modules, strict=True))
 
 
 @contextmanager

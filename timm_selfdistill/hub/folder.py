@@ -102,19 +102,9 @@ def save_exported(
     label_names: Sequence[str] | None,
     data_config: Mapping[str, Any],
 ) -> None:
-    """Write a model, cut off after an exit, to a folder: `config.json` and `model.safetensors`.
+    """Write a model, cut off after an exit, as `config.json` and `model.safetensors`; see `save_pretrained`.
 
-    For the backbone's own classifier, plain timm loads the folder too.
-
-    Args:
-        model: The wrapped model.
-        exit: Index of the exit; `num_exits` is the backbone's own classifier.
-        folder: Where to write, as in `save_pretrained`.
-        label_names: Class names, in the order of the logits.
-        data_config: Preprocessing, as in `save_pretrained`.
-
-    Raises:
-        ValueError: If there is no such exit, or `data_config` does not fit the backbone.
+    For the backbone's own classifier (exit `num_exits`), plain timm loads the folder too.
     """
     _check(model, "network")
     small = truncate(model, exit).cpu().to(memory_format=torch.contiguous_format)
@@ -201,10 +191,6 @@ def save_early_exit(folder: str | Path, early_exit: EarlyExitConfig) -> None:
     """Keep early-exit settings with a model that is saved already; its weights are not written again.
 
     `config.json` is replaced first, then the model card, where it still has the lines that tell how to load the model.
-
-    Args:
-        folder: A folder that `save_pretrained` wrote.
-        early_exit: When images leave early.
 
     Raises:
         ValueError: If the folder holds no whole model, or there is not one threshold for each of its exits.

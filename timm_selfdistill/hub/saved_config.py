@@ -136,13 +136,7 @@ def read_json(path: Path) -> Any:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raise ValueError if a configuration has arguments that are too large, refused, or of a kind that JSON lacks.
-
-    How large the model itself is, its weights tell.
-
-    Args:
-        config: timm's configuration, with our key or without.
-    """
+    """Raise ValueError if timm's configuration has arguments that are too large, refused, or not of JSON's kinds."""
     arguments = config.get("model_args") or {}
     pretrained = config.get("pretrained_cfg") or {}
     for name, value in (("model_args", arguments), ("pretrained_cfg", pretrained)):
@@ -179,9 +173,6 @@ def class_names(model: SelfDistillModel) -> tuple[str, ...] | None:
     """Return a model's class names in the order of the logits, or None where none were saved with it.
 
     Names that the backbone had before its classifier was replaced are not the model's.
-
-    Raises:
-        ValueError: If there are more than classes.
     """
     config = getattr(model.backbone, "pretrained_cfg", {})
     names = config.get("label_names")
@@ -195,11 +186,7 @@ def class_names(model: SelfDistillModel) -> tuple[str, ...] | None:
 
 
 def complete_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
-    """Return a name for each class: those given, and their indices for the rest, which no data had.
-
-    Raises:
-        ValueError: If there are more names than classes.
-    """
+    """Return a name for each class: those given, and for the rest, which no data had, their indices."""
     if len(names) > num_classes:
         raise ValueError(
             f"{len(names)} label_names ({', '.join(map(str, names[:5])):.200}, ...) for {num_classes} classes: give at "
