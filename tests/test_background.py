@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from timm_selfdistill.background import in_background
-from timm_selfdistill.train.stop import Interrupted, StopSignals
+from timm_selfdistill.stop import Interrupted, StopSignals, in_background
 
 
 def test_what_work_returns_or_raises_is_handed_on() -> None:

@@ -1,7 +1,8 @@
-"""Names from elsewhere, where they are shown: they change nothing but their own place."""
+"""What is shown or shared: names from elsewhere change only their own place, and no token or private path is told."""
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,15 @@ from timm_selfdistill.escape import (
     markdown_text,
     plot_text,
     printable,
+    printable_message,
+    redact,
+    without_places,
 )
 from timm_selfdistill.hub import Training, model_card
 from timm_selfdistill.predict import Prediction
 from timm_selfdistill.report import draw_report, format_markdown, format_table
 
+TOKEN = "hf_" + "aB3" * 11
 ESCAPES = "\x1b]0;OWNED\x07\x1b[2Jcat"
 HOSTILE = f"{ESCAPES}\n| [x](http://evil) <script>`**$\\frac$\t\u202egnp.\u2066_a_ ---\r\n# title\x9b2J\udce9"
 
@@ -131,3 +136,40 @@ def test_a_card_of_hostile_names_is_valid() -> None:
     assert text.replace("\n", "").isprintable()
     assert "[me/x\\](http://evil)](https://huggingface.co/me/x%5D%28http://evil%29)" in text
     assert f"````yaml\n{recipe}````" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        (f"Illegal header value b'Bearer {TOKEN}\\n'", "Illegal header value b'Bearer ***\\n'"),
+        ("b'Bearer other-kind-of-token\\n'", "b'Bearer ***\\n'"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic ***"),
+        ("{'authorization': 'Bearer abc.def'}", "{'authorization': 'Bearer ***'}"),
+        (f"https://me:{TOKEN}@huggingface.co/me/net", "https://***@huggingface.co/me/net"),
+        ("https://h/x?a=1&X-Amz-Signature=0af&token=t&b=2", "https://h/x?a=1&X-Amz-Signature=***&token=***&b=2"),
+        ("no bearer tokens here, basic as it is: hf_hub_download, hf-hub:me/net, a@b.c, https://h/a@main", None),
+    ],
+)
+def test_what_looks_like_a_token_is_left_out(text: str, clean: str | None) -> None:
+    assert redact(text) == (text if clean is None else clean)
+
+
+def test_tokens_that_are_known_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert redact("a secret1 b", ["secret1\n"]) == "a *** b"
+    monkeypatch.setenv("HF_TOKEN", "plain-token\n")
+    assert redact("x plain-token\\n y") == "x ***\\n y"
+    assert printable_message("plain-token\n\x1b") == "***\n\\x1b"
+    record = logging.LogRecord("x", logging.WARNING, "f", 1, "push with %s", ("plain-token",), None)
+    assert PrintableFormatter("%(message)s").format(record) == "push with ***"
+
+
+def test_places_are_named_by_what_stands_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/alice")
+    places = {"/home/alice/client/imgs": "imgs", "/home/alice/client": "client"}
+    text = (
+        "`/home/alice/client/imgs` /home/alice/client/run /home/alicex /home/alice/x/y.txt, /home/alice /srv/home/alice"
+    )
+    assert without_places(text, places) == "`imgs` client/run /home/alicex y.txt, ~ /srv/home/alice"
+    monkeypatch.setenv("HOME", "/")
+    assert without_places("/ a/b", {}) == "/ a/b"
+    assert without_places(str(Path("/a/b")), {"/a": "\\1"}) == "\\1/b"

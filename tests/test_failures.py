@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from timm_selfdistill.failures import failure_of_machine, is_out_of_memory, message_of
+from timm_selfdistill.failures import NonFiniteLossError, failure_of_machine, is_out_of_memory, message_of
 from timm_selfdistill.hub import HubError
-from timm_selfdistill.train import run_safely
-from timm_selfdistill.train.stop import NonFiniteLossError
+from timm_selfdistill.program import run_safely
 
 WORKER = "DataLoader worker (pid 123) is killed by signal: {}"
 

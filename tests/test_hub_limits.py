@@ -14,7 +14,7 @@ from torch import nn
 import timm_selfdistill as sd
 from timm_selfdistill.heads import HEADS
 from timm_selfdistill.hub import CONFIG
-from timm_selfdistill.hub.limits import read_json
+from timm_selfdistill.hub.saved_config import read_json
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""End the building of a model that has more parts than it may."""
+"""Stop building a model that has too many parts."""
 
 import sys
 import threading
@@ -12,13 +12,11 @@ from torch.nn.modules.module import (
 
 
 class TooLargeError(BaseException):
-    """A model has too many parts, the kind of which is its text; nothing that builds it may catch this and go on."""
+    """A model has too many parts, of the kind that is the text; no `Exception`, so that no builder catches it."""
 
 
 class BuildLimit:
-    """Ends what builds models in a `with` block, in this thread, by `TooLargeError` at a limit.
-
-    It may be entered again, and goes on counting.
+    """Raises `TooLargeError` in a `with` block when this thread builds more than a limit; may be entered again.
 
     Args:
         parameters: Most parameters that are registered with modules.

@@ -1,14 +1,12 @@
-"""What the machine, and neither the code nor what it was given, is to blame for: recognised, and said in a sentence."""
+"""Failures that a command explains in a sentence: of the machine, such as a full disk, and reported ones."""
 
 import errno
 import re
 from collections.abc import Iterator
 
-import torch
-
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
-# How Python and Rust write the number of an error of the system, where only the message is left of it.
+# How Python and Rust write the number of a system error, where only its message is left.
 _ERRNO = re.compile(r"\[Errno (\d+)\]|\(os error (\d+)\)")
 # torch raises a plain RuntimeError for all of these.
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory: you tried to allocate|out of memory|_ALLOC_FAILED")
@@ -20,9 +18,21 @@ _LOST_PROCESS = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socke
 _AGAIN = "run the same command again to go on"
 
 
+class ReportedError(RuntimeError):
+    """An error whose message is all that a user needs: a command prints it and ends with `exit_status`."""
+
+    exit_status = 2
+
+
+class NonFiniteLossError(ReportedError):
+    """The loss was NaN or infinite."""
+
+    exit_status = 1
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of the machine or of a GPU is at its end."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    """Whether an error says that the memory of the machine or of a GPU is full."""
+    if isinstance(error, MemoryError) or _is_of_torch(error, "OutOfMemoryError"):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -30,17 +40,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def failure_of_machine(error: BaseException) -> str | None:
-    """Return what happened and what to do, if the machine is to blame for an error; None if it is not.
-
-    Args:
-        error: The error; what it was raised from is looked at too.
-    """
+    """Return what happened and what to do, if the machine caused an error or what it was raised from; else None."""
     said = (_failure(link) for link in _chain(error))
     return next((sentence for sentence in said if sentence is not None), None)
 
 
 def message_of(error: BaseException) -> str:
-    """Return an error's message; of one from a loader process, whose message is its whole traceback, the last line."""
+    """Return an error's message: for one from a loader process, the last line of the traceback that it holds."""
     text = str(error).strip() or repr(error)
     return text.splitlines()[-1].strip() if "Traceback (most recent call last)" in text else text
 
@@ -57,7 +63,7 @@ def _failure(error: BaseException) -> str | None:
     text, reason = str(error), message_of(error).splitlines()[0].rstrip(".")
     number = _errno_of(error)
     from_torch = isinstance(error, RuntimeError) and type(error).__module__.startswith(("builtins", "torch"))
-    if isinstance(error, torch.OutOfMemoryError):
+    if _is_of_torch(error, "OutOfMemoryError"):
         return (
             f"The GPU's memory is full: {reason}. A smaller batch_size, a larger optimizer.accumulate or "
             "precision=bf16 need less."
@@ -73,14 +79,19 @@ def _failure(error: BaseException) -> str | None:
         return f"The memory is full: {reason}. A smaller batch_size, fewer data.workers or a smaller model need less."
     if from_torch and (lost := _LOST_WORKER.search(text)):
         return (
-            f"A loader process {lost[1].replace('is killed', 'was killed')}. Where the system killed it for want of "
+            f"A loader process {lost[1].replace('is killed', 'was killed')}. Where the system killed it for lack of "
             f"memory, fewer data.workers need less; {_AGAIN}."
         )
     if number in _FULL:
         return f"The disk is full: {reason}. Make room, and {_AGAIN}."
-    if from_torch and (isinstance(error, torch.distributed.DistError) or _LOST_PROCESS.search(text)):
+    if from_torch and (_is_of_torch(error, "DistError") or _LOST_PROCESS.search(text)):
         return f"Another process of the run is gone: {reason}. What it said tells why; {_AGAIN}."
     return None
+
+
+def _is_of_torch(error: BaseException, name: str) -> bool:
+    """Whether an error is of a class of torch, without importing torch, which takes seconds."""
+    return any(kind.__name__ == name and kind.__module__.startswith("torch") for kind in type(error).__mro__)
 
 
 def _errno_of(error: BaseException) -> int | None:

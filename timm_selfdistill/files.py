@@ -4,9 +4,10 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -19,7 +20,7 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def write_results(folder: Path, name: str, values: Mapping[str, Any], text: str, figure: Figure) -> None:
+def write_results(folder: Path, name: str, values: Mapping[str, Any], text: str, figure: "Figure") -> None:
     """Write what came out as `NAME.json`, `NAME.md` and `NAME.png`.
 
     Args:

@@ -2,6 +2,6 @@
 
 import sys
 
-from timm_selfdistill.compare.run import main
+from timm_selfdistill.compare.command import main
 
 sys.exit(main())

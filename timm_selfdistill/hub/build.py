@@ -1,5 +1,6 @@
-"""Build the model that a stranger's configuration describes, once it is known to be that of the weights beside it."""
+"""Build the model that a downloaded configuration describes, once it is known to fit the weights beside it."""
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import safetensors.torch
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from timm_selfdistill.build_limit import BuildLimit, TooLargeError
 from timm_selfdistill.heads import HEADS
-from timm_selfdistill.hub.limits import check_image
-from timm_selfdistill.hub.saved import CONFIG, Saved
+from timm_selfdistill.hub.saved_config import CONFIG, Saved, check_image
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.stem import use_small_stem
 from timm_selfdistill.truncation import truncate
@@ -27,25 +29,23 @@ _MODULES: Final = (8, 9_000)
 # Calls of functions while a model is built and run on no memory: 15 million at most for all but one of timm's models,
 # 41 million for tiny_vit_21m_512, which lists the offsets of its attention in Python.
 _CALLS: Final = 60_000_000
-# Tensors that are computed and not saved, such as positions and masks; and the layers behind an exit.
+# Tensors that are computed and not saved, such as positions and masks; and the layers after an exit.
 _UNSAVED_BYTES: Final = 2**30
 _UNSAVED_SHARE: Final = 32
+_STATISTICS: Final = {"mean": 0.5, "std": 0.5}
 
 
 def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]]) -> SelfDistillModel:
     """Build the model that a folder's configuration describes, with random weights.
 
-    It is built on the meta device first, which takes no memory, with a limit for its parts, and compared with the
-    weights: only a model that they fit is given memory.
+    It is first built on the meta device, which takes no memory, with a limit for its parts: only a model that the
+    weights fit is given memory.
 
     Args:
         folder: The folder.
         saved: What `read_config` read there.
-        weights: By its name, what is in each file of weights: those of the backbone and the exits, or, with
+        weights: What is in each file of weights, by its name: those of the backbone and the exits, or, with
             `saved.exit`, those of the network that ends there.
-
-    Raises:
-        ValueError: If it cannot be built, or the weights do not fit it.
     """
     where = f"The model that {folder / CONFIG} describes cannot be built"
     tensors = sum(map(len, weights.values()))
@@ -55,16 +55,16 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
         backbone = _create(folder)
     first = next(iter(weights))
     if saved.exit is None and backbone.state_dict().keys() != weights[first].keys():
-        # Another one, which need not be run to be told so.
+        # Another network: refused before it is run.
         _check_shapes(folder / first, backbone, weights[first])
     with _explained(where, tensors), torch.device("meta"), limit:
         ours = _is_ours(saved.head)
-        # A body of another package may compute numbers while it is built, which the meta device has none of.
+        # A head of another package may compute numbers while it is built, which fails on the meta device.
         blank = _wrap(backbone, saved if ours else replace(saved, head="linear", head_kwargs={}))
         check_image("input_size", resolve_input_data_config(blank.backbone, _STATISTICS)["input_size"][1:])
         parts = _parts(blank, saved, list(weights))
     for name, module in parts.items():
-        # What is behind another package's head is compared when it is loaded.
+        # The weights of another package's head are compared when they are loaded.
         if ours or module is blank.backbone:
             _check_shapes(folder / name, module, weights[name])
     in_file = sum(map(_size, itertools.chain.from_iterable(held.values() for held in weights.values())))
@@ -75,7 +75,7 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
         backbone = _create(folder)
         if saved.small_stem:
             use_small_stem(backbone)
-        # Exits are where the dry run on the meta device found them: the same dry run would find them here again.
+        # Exits are where the dry run on the meta device found them.
         config = replace(blank.wrap_config, head=saved.head, head_kwargs=saved.head_kwargs)
         model = SelfDistillModel(backbone, blank.taps, config)
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
@@ -83,7 +83,41 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
     return model
 
 
-_STATISTICS: Final = {"mean": 0.5, "std": 0.5}
+def read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file whose checksum is known."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing.")
+    data = path.read_bytes()
+    if sha256_of(data) != digest:
+        raise ValueError(f"{path} is damaged or was exchanged: its sha256 is not the one in {CONFIG}.")
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Load weights that were read from a file into a module."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model that {CONFIG} describes: {error}") from error
+
+
+def check_finite(module: nn.Module) -> None:
+    """Raise ValueError unless all weights of a module are finite numbers."""
+    damaged = [name for name, weight in module.named_parameters() if not weight.isfinite().all()]
+    damaged += [name for name, buffer in module.named_buffers() if buffer.isnan().any()]
+    if damaged:
+        listed = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+        raise ValueError(
+            f"{len(damaged)} tensors of the model hold NaN or infinity, so that it has no answers: {listed}."
+        )
+
+
+def sha256_of(data: bytes) -> str:
+    """Return the checksum of a file's content."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def _create(folder: Path) -> Any:
@@ -91,7 +125,6 @@ def _create(folder: Path) -> Any:
 
 
 def _is_ours(head: str) -> bool:
-    """Whether a head is one of this package's own."""
     return head == "auto" or HEADS.get(head).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
@@ -109,9 +142,8 @@ def _wrap(backbone: Any, saved: Saved) -> SelfDistillModel:
 
 def _parts(model: SelfDistillModel, saved: Saved, files: list[str]) -> dict[str, nn.Module]:
     """Return the module whose weights are in each of the files."""
-    if saved.exit is not None:
-        return dict(zip(files, [truncate(model, saved.exit)], strict=True))
-    return dict(zip(files, [model.backbone, model.heads], strict=True))
+    modules = [model.backbone, model.heads] if saved.exit is None else [truncate(model, saved.exit)]
+    return dict(zip(files, modules, strict=True))
 
 
 @contextmanager

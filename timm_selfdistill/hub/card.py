@@ -19,23 +19,19 @@ _NO_LICENSE = "Licence: not stated."
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run tells a model card.
-
-    Args:
-        dataset: Name of the data set on the Hub, or its path.
-        on_hub: Whether the data set is the Hub's.
-        base_model: Name on the Hub of the pretrained weights that training started from, or None.
-        recipe: The recipe, as YAML.
-        report: What `report.json` holds, or None before the end.
-        table: The report as a section of markdown.
-    """
+    """What a training run tells a model card."""
 
     dataset: str
+    """Name of the data set on the Hub, or its path."""
     on_hub: bool
     base_model: str | None
+    """Name on the Hub of the pretrained weights that training started from."""
     recipe: str
+    """As YAML."""
     report: Mapping[str, Any] | None = None
+    """What `report.json` holds, or None before the end."""
     table: str = ""
+    """The report as a section of markdown."""
 
 
 def model_card(
@@ -45,14 +41,7 @@ def model_card(
     license: str | None = None,
     early_exit: EarlyExitConfig | None = None,
 ) -> str:
-    """Return the model card of a model that is saved in a folder, for which FOLDER stands.
-
-    Args:
-        model: The wrapped model.
-        training: How it was trained and what came out; a card without results by default.
-        license: Licence of the weights, by its identifier on the Hub.
-        early_exit: The early-exit settings that are saved with the model, if any.
-    """
+    """Return the model card of a model that is saved in a folder, which the card calls FOLDER."""
     names = ", ".join(map(markdown_code, model.exit_names))
     text = (
         f"---\n{_metadata(model, training, license)}\n---\n\n"
@@ -68,13 +57,7 @@ def model_card(
 
 
 def card_with_early_exit(card: str, model: SelfDistillModel, early_exit: EarlyExitConfig) -> str:
-    """Return the model card of a saved model that loads the early-exit settings saved with it; the rest stays.
-
-    Args:
-        card: The text of the card, perhaps edited.
-        model: The model.
-        early_exit: The settings.
-    """
+    """Return a model card that loads the early-exit settings saved with the model; the rest, perhaps edited, stays."""
     return card.replace(_usage(model, None, None), _usage(model, None, early_exit))
 
 
@@ -92,7 +75,7 @@ def card_for_repository(
         card: The text of the card of a saved model, perhaps edited.
         model: The model.
         repo_id: The repository, as "namespace/name".
-        license: Licence to state instead of the one in the card, by its identifier on the Hub.
+        license: Licence to state instead of the one in the card.
         early_exit: The early-exit settings that are saved with the model, if any.
     """
     card = card.replace(_usage(model, None, early_exit), _usage(model, repo_id, early_exit))

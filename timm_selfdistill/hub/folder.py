@@ -1,30 +1,33 @@
-"""A saved model: a folder that plain timm loads too."""
+"""A saved model, whole or cut off at an exit: a folder that plain timm loads too."""
 
 import copy
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import safetensors.torch
 import timm
 import torch
 from timm.models import save_for_hf
-from torch import nn
+from torch import Tensor, nn
 
+from timm_selfdistill.compat import save_config_for_hf
 from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.hub.build import build
+from timm_selfdistill.hub.build import build, check_finite, load_weights, read_weights, sha256_of
 from timm_selfdistill.hub.card import card_with_early_exit, model_card
-from timm_selfdistill.hub.labels import complete_names
-from timm_selfdistill.hub.limits import check_config
-from timm_selfdistill.hub.saved import CONFIG, KEY, check_finite, describe, read_config, read_weights, sha256_of
+from timm_selfdistill.hub.saved_config import CONFIG, KEY, Saved, check_config, complete_names, describe, read_config
 from timm_selfdistill.model import Ensemble, SelfDistillModel
+from timm_selfdistill.truncation import truncate
 
-BACKBONE, EXITS, CARD = "model.safetensors", "exits.safetensors", "README.md"
+BACKBONE: Final = "model.safetensors"
+EXITS: Final = "exits.safetensors"
+CARD: Final = "README.md"
 
 
 def save_pretrained(
@@ -43,13 +46,13 @@ def save_pretrained(
     keys), `exits.safetensors` and `README.md`. Each file is written beside its place and then renamed, the
     configuration, which holds the weights' checksums, last.
 
-    A backbone with `small_stem` is one that timm cannot build from a name: there, plain timm needs the three lines
-    that the model card shows.
+    timm cannot build a backbone with `small_stem` from a name: there, plain timm needs the three lines that the model
+    card shows.
 
     Args:
         model: The wrapped model; what it is wrapped in (DDP, compile) must be removed first.
         folder: Where to write; made if it does not exist.
-        label_names: Class names, in the order of the logits; classes behind the last are named by their index.
+        label_names: Class names, in the order of the logits; the classes after them are named by their index.
         data_config: Preprocessing of the training run (`input_size`, `mean`, `std`, `interpolation`, `crop_pct`).
         early_exit: When images leave early, for `load_early_exit`; the `config` of an `EarlyExit`.
         card: Text of the model card; a short one by default.
@@ -63,78 +66,64 @@ def save_pretrained(
             timm would build it with; if `early_exit` has not one threshold for each exit, there are more names than
             classes, or a weight is no finite number.
     """
-    if not hasattr(model.backbone, "pretrained_cfg"):
-        raise ValueError(f"A saved model must have a backbone of timm's, got {type(model.backbone).__name__}.")
+    _check(model, "model")
     if early_exit is not None:
         early_exit.check_exits(model.exit_names[:-1])
-    check_finite(model)
     names = None if label_names is None else complete_names(label_names, model.num_classes)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Saved as stored on disk by plain timm: on the CPU and in the default memory format.
+    # Saved as plain timm stores it: on the CPU and in the default memory format.
     backbone = copy.deepcopy(model.backbone).cpu().to(memory_format=torch.contiguous_format)
-    backbone.register_state_dict_post_hook(unshare)
+    backbone.register_state_dict_post_hook(_unshare)
     exits = {name: tensor.cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-        staged = Path(temporary)
+    with _staged(folder, (BACKBONE, EXITS, CARD, CONFIG)) as staged:
         save_for_hf(
             backbone,
             str(staged),
-            model_config=truthful_config(names),
+            model_config=_truthful_config(names),
             safe_serialization=True,
             data_config=dict(data_config or {}),
         )
         _check_can_be_built(staged, backbone)
         safetensors.torch.save_file(exits, staged / EXITS)
-        config = json.loads((staged / CONFIG).read_text())
         sha256 = {name: sha256_of((staged / name).read_bytes()) for name in (BACKBONE, EXITS)}
-        # It stands beside `model_args` too: transformers' wrapper of timm hands over both, and then fails.
+        config = json.loads((staged / CONFIG).read_text())
+        # It is also outside `model_args`: transformers' wrapper of timm hands over both, and then fails.
         config["model_args"].pop("num_classes", None)
-        config[KEY] = asdict(describe(model, sha256, early_exit=early_exit, run=run))
-        check_config(config)
-        (staged / CONFIG).write_text(json.dumps(config, indent=2))
+        _write_config(staged, config, describe(model, sha256, early_exit=early_exit, run=run))
         (staged / CARD).write_text(card if card is not None else model_card(model, early_exit=early_exit))
-        for name in (BACKBONE, EXITS, CARD, CONFIG):
-            # safetensors makes files that only their owner can read, whatever the umask.
-            shutil.copymode(staged / CONFIG, staged / name)
-            os.replace(staged / name, folder / name)
     return folder
 
 
-def _check_can_be_built(folder: Path, backbone: nn.Module) -> None:
-    """Refuse a backbone that timm would not build from a folder with the names of its weights.
+def save_exported(
+    model: SelfDistillModel,
+    exit: int,
+    folder: Path,
+    *,
+    label_names: Sequence[str] | None,
+    data_config: Mapping[str, Any],
+) -> None:
+    """Write a model, cut off after an exit, as `config.json` and `model.safetensors`; see `save_pretrained`.
 
-    Raises:
-        ValueError: Naming one of them.
+    For the backbone's own classifier (exit `num_exits`), plain timm loads the folder too.
     """
-    try:
-        with torch.device("meta"):
-            built = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    except Exception:  # of whatever kind: some networks cannot be built without memory
-        return
-    differing = sorted(set(built.state_dict()) ^ set(backbone.state_dict()))
-    if differing:
-        raise ValueError(
-            f"{type(backbone).__name__} could not be loaded again: {len(differing)} of its weights, such as "
-            f"{differing[0]!r}, have other names than in the network that timm builds. It was fused or changed: save "
-            "it before that."
+    _check(model, "network")
+    small = truncate(model, exit).cpu().to(memory_format=torch.contiguous_format)
+    small.register_state_dict_post_hook(_unshare)  # type: ignore[no-untyped-call]
+    with _staged(folder, (BACKBONE, CONFIG)) as staged:
+        safetensors.torch.save_file(small.state_dict(), staged / BACKBONE)
+        save_config_for_hf(
+            model.backbone,
+            str(staged / CONFIG),
+            model_config=_truthful_config(label_names),
+            data_config=dict(data_config),
         )
+        config = json.loads((staged / CONFIG).read_text())
+        sha256 = {BACKBONE: sha256_of((staged / BACKBONE).read_bytes())}
+        _write_config(staged, config, describe(model, sha256, exit=exit))
 
 
 def load_folder(folder: str | Path) -> SelfDistillModel:
-    """Load a model that `save_pretrained` wrote, in eval mode.
-
-    Nothing is unpickled or executed.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        The wrapped model.
-
-    Raises:
-        ValueError: If the folder or a file is missing, damaged, of a newer format, or from something else.
-    """
+    """Load a model that `save_pretrained` wrote, in eval mode; nothing is unpickled or executed."""
     folder = Path(folder)
     saved = read_config(folder)
     if saved.exit is not None:
@@ -150,44 +139,45 @@ def load_folder(folder: str | Path) -> SelfDistillModel:
     return model.eval()
 
 
-def _ensemble(folder: Path, value: Any, outputs: int) -> Ensemble:
-    """Return the ensemble that was saved with a model of so many outputs."""
-    try:
-        ensemble = Ensemble.from_json(value)
-        if len(ensemble.weights) != outputs:
-            raise ValueError(f"it has {len(ensemble.weights)} weights for {outputs} outputs")
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} holds an ensemble that is not allowed: {error}") from error
-    return ensemble
+def load_exported(folder: str | Path) -> nn.Module:
+    """Load a network that `export_model` wrote as safetensors, in eval mode.
 
+    Nothing is unpickled or executed.
 
-def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Load weights that were read from a file into a module.
+    Args:
+        folder: The folder.
+
+    Returns:
+        What `truncate` gave: a `TruncatedModel` or, for the backbone's own classifier, the timm model.
 
     Raises:
-        ValueError: If they do not fit it.
+        ValueError: If the folder or a file is missing, damaged, of a newer format, or from something else.
     """
+    folder = Path(folder)
+    saved = read_config(folder)
+    if saved.exit is None:
+        raise ValueError(f"{folder} holds a whole model: load it by sd.from_pretrained.")
+    weights = read_weights(folder / BACKBONE, saved.sha256.get(BACKBONE))
+    small = truncate(build(folder, saved, {BACKBONE: weights}), saved.exit)
+    load_weights(small, weights, folder / BACKBONE)
+    return small.eval()
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder holds a network that ends at an exit, rather than a whole model or anything else."""
     try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model that {CONFIG} describes: {error}") from error
+        return read_config(folder).exit is not None
+    except ValueError:
+        return False
 
 
 def read_run(folder: str | Path) -> Any:
-    """Return what the training run that saved a model said of itself, or None if no run did.
-
-    Raises:
-        ValueError: If the folder holds no model.
-    """
+    """Return what the training run that saved a model said of itself, or None if no run did."""
     return read_config(Path(folder)).run
 
 
 def read_early_exit(folder: str | Path) -> EarlyExitConfig | None:
-    """Return the early-exit settings that were saved with a model, or None if there are none.
-
-    Raises:
-        ValueError: If the folder holds no model, or the settings are not allowed.
-    """
+    """Return the early-exit settings that were saved with a model, or None if there are none."""
     saved = read_config(Path(folder)).early_exit
     if saved is None:
         return None
@@ -201,10 +191,6 @@ def save_early_exit(folder: str | Path, early_exit: EarlyExitConfig) -> None:
     """Keep early-exit settings with a model that is saved already; its weights are not written again.
 
     `config.json` is replaced first, then the model card, where it still has the lines that tell how to load the model.
-
-    Args:
-        folder: A folder that `save_pretrained` wrote.
-        early_exit: When images leave early.
 
     Raises:
         ValueError: If the folder holds no whole model, or there is not one threshold for each of its exits.
@@ -225,8 +211,60 @@ def save_early_exit(folder: str | Path, early_exit: EarlyExitConfig) -> None:
             os.replace(staged, folder / name)
 
 
-def unshare(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: dict[str, Any]) -> None:
-    """Give tensors that share memory, as CoaT's position encodings do, a copy each: safetensors refuses them else."""
+def _check(model: SelfDistillModel, what: str) -> None:
+    if not hasattr(model.backbone, "pretrained_cfg"):
+        raise ValueError(f"A saved {what} must have a backbone of timm's, got {type(model.backbone).__name__}.")
+    check_finite(model)
+
+
+@contextmanager
+def _staged(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Give the body a place to write files, which are then put into the folder in this order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        staged = Path(temporary)
+        yield staged
+        for name in names:
+            # safetensors makes files that only their owner can read, whatever the umask.
+            shutil.copymode(staged / CONFIG, staged / name)
+            os.replace(staged / name, folder / name)
+
+
+def _write_config(folder: Path, config: dict[str, Any], saved: Saved) -> None:
+    config[KEY] = asdict(saved)
+    check_config(config)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def _check_can_be_built(folder: Path, backbone: nn.Module) -> None:
+    """Refuse a backbone that timm would not build from a folder with the names of its weights."""
+    try:
+        with torch.device("meta"):
+            built = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except Exception:  # of whatever kind: some networks cannot be built without memory
+        return
+    differing = sorted(set(built.state_dict()) ^ set(backbone.state_dict()))
+    if differing:
+        raise ValueError(
+            f"{type(backbone).__name__} could not be loaded again: {len(differing)} of its weights, such as "
+            f"{differing[0]!r}, have other names than in the network that timm builds. It was fused or changed: save "
+            "it before that."
+        )
+
+
+def _ensemble(folder: Path, value: Any, outputs: int) -> Ensemble:
+    """Return the ensemble that was saved with a model of this number of outputs."""
+    try:
+        ensemble = Ensemble.from_json(value)
+        if len(ensemble.weights) != outputs:
+            raise ValueError(f"it has {len(ensemble.weights)} weights for {outputs} outputs")
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} holds an ensemble that is not allowed: {error}") from error
+    return ensemble
+
+
+def _unshare(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    """Copy tensors that share memory, as CoaT's position encodings do: safetensors refuses them."""
     seen: set[int] = set()
     for name, tensor in state.items():
         address = tensor.untyped_storage().data_ptr()
@@ -235,7 +273,7 @@ def unshare(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, meta
         seen.add(address)
 
 
-def truthful_config(label_names: Sequence[str] | None) -> dict[str, Any]:
+def _truthful_config(label_names: Sequence[str] | None) -> dict[str, Any]:
     """Return what replaces, in timm's configuration, that which was true of the pretrained weights only."""
     config: dict[str, Any] = {
         "pretrained_cfg": {"tag": "selfdistill", "license": None, "origin_url": None, "paper_ids": "arXiv:1905.08094"}

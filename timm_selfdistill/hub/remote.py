@@ -1,13 +1,11 @@
-"""Models on the Hugging Face Hub: push one, load one."""
+"""Load a model from a folder or from the Hugging Face Hub, and say what the Hub's errors mean."""
 
-import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, snapshot_download
+from huggingface_hub import constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -16,19 +14,13 @@ from huggingface_hub.errors import (
 )
 
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig
-from timm_selfdistill.hub.card import card_for_repository
-from timm_selfdistill.hub.folder import BACKBONE, CARD, EXITS, load_folder, read_early_exit, save_pretrained
-from timm_selfdistill.hub.saved import CONFIG
+from timm_selfdistill.escape import redact
+from timm_selfdistill.failures import ReportedError
+from timm_selfdistill.hub.folder import BACKBONE, EXITS, load_folder, read_early_exit
+from timm_selfdistill.hub.saved_config import CONFIG
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.recipe import LICENSE, REPO_ID, RecipeError, load_recipe
-from timm_selfdistill.redaction import redact, without_places
+from timm_selfdistill.recipe import REPO_ID
 
-_RECIPE = "recipe.yaml"
-_TEXTS = (".md", ".yaml", ".json")
-# What a training run writes beside its model.
-_OF_A_RUN = ("report.json", "report.md", "report.png", "recipe.yaml")
-# What `calibrate` writes there: it tells of the early-exit settings, and goes with them only.
-_OF_SETTINGS = ("calibration.json", "calibration.md", "calibration.png")
 _BY_STATUS = {
     401: "the token is missing or not valid: log in with `hf auth login`, or give another token",
     403: "the token may not do that: give one that may write to it",
@@ -36,7 +28,7 @@ _BY_STATUS = {
 }
 
 
-class HubError(RuntimeError):
+class HubError(ReportedError):
     """The Hub could not be reached, or did not do what was asked; what is stored locally is as it was."""
 
 
@@ -105,161 +97,20 @@ def load_with_early_exit(
     token: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> tuple[SelfDistillModel, EarlyExitConfig | None]:
-    """Load a model, in eval mode, and the early-exit settings that are saved with it, or None where there are none.
-
-    Arguments and errors are those of `from_pretrained`.
-    """
+    """Load a model as `from_pretrained` does, and the early-exit settings that are saved with it, or None."""
     folder = _fetch(source, revision, token, cache_dir)
     return load_folder(folder), read_early_exit(folder)
-
-
-def push_to_hub(
-    model: SelfDistillModel,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    token: str | None = None,
-    commit_message: str | None = None,
-    license: str | None = None,
-    label_names: Sequence[str] | None = None,
-    data_config: Mapping[str, Any] | None = None,
-    early_exit: EarlyExitConfig | None = None,
-) -> str:
-    """Push a model to the Hugging Face Hub in one commit; plain timm loads the backbone from there too.
-
-    Args:
-        model: The wrapped model; what it is wrapped in (DDP, compile) must be removed first.
-        repo_id: The repository, as "namespace/name"; made if it does not exist.
-        private: Whether a repository that is made is private.
-        revision: Branch to push to; the main branch by default.
-        create_pr: Open a pull request instead of changing the branch.
-        token: Access token; the one that is logged in by default.
-        commit_message: What the commit says.
-        license: Licence of the weights, by its identifier on the Hub, such as "apache-2.0".
-        label_names: Class names, in the order of the logits.
-        data_config: Preprocessing of the training run, as in `save_pretrained`.
-        early_exit: When images leave early, as in `save_pretrained`.
-
-    Returns:
-        The address of the commit, or of the pull request.
-
-    Raises:
-        ValueError: If the repository's name is none, or the model cannot be saved.
-        HubError: If the Hub cannot be reached, or does not let the token do this.
-    """
-    _check_repo_id(repo_id)
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, label_names=label_names, data_config=data_config, early_exit=early_exit)
-        return push_folder(
-            folder,
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            token=token,
-            commit_message=commit_message,
-            license=license,
-        )
-
-
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    token: str | None = None,
-    commit_message: str | None = None,
-    license: str | None = None,
-) -> str:
-    """Push a saved model to the Hugging Face Hub in one commit.
-
-    The model is loaded first, so that nothing damaged is pushed. Of a training run, the report and the recipe go with
-    it, and with early-exit settings what `calibrate` wrote of them. The folder itself is only read. The model card
-    tells how to load the model from the Hub; what was edited in it stays.
-
-    Args:
-        folder: A folder that `save_pretrained` or a training run wrote.
-        repo_id: The repository, as "namespace/name"; made if it does not exist.
-        private: Whether a repository that is made is private.
-        revision: Branch to push to; the main branch by default.
-        create_pr: Open a pull request instead of changing the branch.
-        token: Access token; the one that is logged in by default.
-        commit_message: What the commit says.
-        license: Licence of the weights, by its identifier on the Hub, such as "apache-2.0".
-
-    Returns:
-        The address of the commit, or of the pull request.
-
-    Raises:
-        ValueError: If the repository's or licence's name is none, or the folder holds no whole model.
-        HubError: If the Hub cannot be reached, or does not let the token do this.
-    """
-    _check_repo_id(repo_id)
-    if license is not None and not LICENSE.fullmatch(license):
-        raise ValueError(
-            f"A licence is named as on the Hub, such as apache-2.0, mit, cc-by-4.0 or other, not {license!r}."
-        )
-    folder = Path(folder)
-    saved = folder / "model" if (folder / "model" / CONFIG).is_file() else folder
-    model = load_folder(saved)
-    files: dict[str, Path | bytes] = {name: saved / name for name in (CONFIG, BACKBONE, EXITS)}
-    early_exit = read_early_exit(saved)
-    beside = _OF_A_RUN if early_exit is None else (*_OF_A_RUN, *_OF_SETTINGS)
-    files |= {name: folder / name for name in beside if (folder / name).is_file()}
-    if (saved / CARD).is_file():
-        card = (saved / CARD).read_text()
-        files[CARD] = card_for_repository(card, model, repo_id, license=license, early_exit=early_exit).encode()
-    files |= _shareable({name: file for name, file in files.items() if name.endswith(_TEXTS)}, folder)
-    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-    make_repository(repo_id, private=private, token=token)
-    api = HfApi(token=_bare(token), library_name="timm_selfdistill")
-    with _explained(f"Pushing to {repo_id}", revision, token):
-        parent = api.repo_info(repo_id, revision=revision).sha
-        for operation in operations:
-            # One file at a time: for several, the client starts threads, whose end a signal would have to wait for.
-            if operation.path_in_repo in (BACKBONE, EXITS):
-                api.preupload_lfs_files(repo_id, [operation], revision=revision, create_pr=create_pr)
-        commit = api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message or f"Add {model.pretrained_cfg['architecture']}, self-distilled",
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=parent,
-        )
-    return str(commit.pr_url or commit.commit_url)
-
-
-def make_repository(repo_id: str, *, private: bool = False, token: str | None = None) -> None:
-    """Make a repository on the Hugging Face Hub where there is none yet.
-
-    Args:
-        repo_id: The repository, as "namespace/name".
-        private: Whether it is private.
-        token: Access token; the one that is logged in by default.
-
-    Raises:
-        ValueError: If the repository's name is none.
-        HubError: If the Hub cannot be reached, or does not let the token do this.
-    """
-    _check_repo_id(repo_id)
-    with _explained(f"Pushing to {repo_id}", None, token):
-        HfApi(token=_bare(token), library_name="timm_selfdistill").create_repo(repo_id, private=private, exist_ok=True)
 
 
 def _fetch(source: str | Path, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Path:
     """Return the folder of a saved model, downloaded first where it is a repository on the Hub."""
     if not Path(source).is_dir() and REPO_ID.fullmatch(str(source)):
-        with _explained(f"Loading {source}", revision, token):
+        with explained(f"Loading {source}", revision, token):
             return Path(
                 snapshot_download(
                     str(source),
                     revision=revision,
-                    token=_bare(token),
+                    token=bare(token),
                     cache_dir=cache_dir,
                     allow_patterns=[CONFIG, BACKBONE, EXITS],
                     library_name="timm_selfdistill",
@@ -270,44 +121,18 @@ def _fetch(source: str | Path, revision: str | None, token: str | None, cache_di
     return Path(source)
 
 
-def _shareable(files: Mapping[str, Path | bytes], folder: Path) -> dict[str, bytes]:
-    """Return texts without what tells of this machine: where the run, its data and its models are, and tokens.
-
-    Runs of earlier versions have it in their recipe and card.
-    """
-    texts = {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
-    places = {str(path): folder.resolve().name for path in (folder.resolve(), folder) if path.is_absolute()}
-    try:
-        recipe = load_recipe(folder / _RECIPE)
-    except RecipeError:  # none, or that of another version
-        recipe = None
-    if recipe is not None:
-        shared = recipe.without_local_paths()
-        names = ((recipe.data.path, shared.data.path), (recipe.model.name, shared.model.name))
-        places |= {full: short for full, short in names if full != short}
-        if recipe.output_dir is not None and Path(recipe.output_dir).is_absolute():
-            places[recipe.output_dir] = Path(recipe.output_dir).name
-        if _RECIPE in texts:
-            texts[_RECIPE] = shared.to_yaml().encode()
-    return {
-        # What cannot be decoded is no text of this library's, and is kept byte by byte.
-        name: redact(without_places(text.decode(errors="surrogateescape"), places)).encode(errors="surrogateescape")
-        for name, text in texts.items()
-    }
-
-
-def _check_repo_id(repo_id: str) -> None:
+def check_repo_id(repo_id: str) -> None:
     if not REPO_ID.fullmatch(repo_id):
         raise ValueError(f"A repository on the Hub is named namespace/name, such as me/my-net, not {repo_id!r}.")
 
 
-def _bare(token: str | None) -> str | None:
+def bare(token: str | None) -> str | None:
     """Return a token without the line break that it was read with, which no header takes."""
     return token.strip() if isinstance(token, str) else token
 
 
 @contextmanager
-def _explained(doing: str, revision: str | None, token: str | None) -> Iterator[None]:
+def explained(doing: str, revision: str | None, token: str | None) -> Iterator[None]:
     """Say what the Hub's errors mean, and no token."""
     try:
         yield

@@ -1,0 +1,166 @@
+"""Push a model to the Hugging Face Hub in one commit."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.escape import redact, without_places
+from timm_selfdistill.hub.card import card_for_repository
+from timm_selfdistill.hub.folder import BACKBONE, CARD, EXITS, load_folder, read_early_exit, save_pretrained
+from timm_selfdistill.hub.remote import bare, check_repo_id, explained
+from timm_selfdistill.hub.saved_config import CONFIG
+from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.recipe import LICENSE, RecipeError, load_recipe
+
+_RECIPE: Final = "recipe.yaml"
+_TEXTS: Final = (".md", ".yaml", ".json")
+# What a training run writes beside its model.
+_OF_A_RUN: Final = ("report.json", "report.md", "report.png", _RECIPE)
+# What `calibrate` writes there: it describes the early-exit settings, and is pushed only with them.
+_OF_SETTINGS: Final = ("calibration.json", "calibration.md", "calibration.png")
+
+
+def push_to_hub(
+    model: SelfDistillModel,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+    license: str | None = None,
+    label_names: Sequence[str] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+    early_exit: EarlyExitConfig | None = None,
+) -> str:
+    """Push a model to the Hugging Face Hub in one commit; plain timm loads the backbone from there too.
+
+    Args:
+        model: The wrapped model; what it is wrapped in (DDP, compile) must be removed first.
+        repo_id: The repository, as "namespace/name"; made if it does not exist.
+        private: Whether a repository that is made is private.
+        revision: Branch to push to; the main branch by default.
+        create_pr: Open a pull request instead of changing the branch.
+        token: Access token; the one that is logged in by default.
+        commit_message: What the commit says.
+        license: Licence of the weights, by its identifier on the Hub, such as "apache-2.0".
+        label_names: Class names, in the order of the logits.
+        data_config: Preprocessing of the training run, as in `save_pretrained`.
+        early_exit: When images leave early, as in `save_pretrained`.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        ValueError: If the name of the repository or licence is not allowed, or the model cannot be saved.
+        HubError: If the Hub cannot be reached, or does not let the token do this.
+    """
+    check_repo_id(repo_id)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder, label_names=label_names, data_config=data_config, early_exit=early_exit)
+        return push_folder(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            token=token,
+            commit_message=commit_message,
+            license=license,
+        )
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+    license: str | None = None,
+) -> str:
+    """Push a folder that `save_pretrained` or a training run wrote, which is only read, in one commit.
+
+    The model is loaded first, so that nothing damaged is pushed. The report and the recipe of a training run go with
+    it, and with early-exit settings what `calibrate` wrote. The model card tells how to load the model from the Hub;
+    what was edited in it stays. Arguments, return value and errors are those of `push_to_hub`.
+    """
+    check_repo_id(repo_id)
+    if license is not None and not LICENSE.fullmatch(license):
+        raise ValueError(
+            f"A licence is named as on the Hub, such as apache-2.0, mit, cc-by-4.0 or other, not {license!r}."
+        )
+    folder = Path(folder)
+    saved = folder / "model" if (folder / "model" / CONFIG).is_file() else folder
+    model = load_folder(saved)
+    files = _files(folder, saved, model, repo_id, license)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    make_repository(repo_id, private=private, token=token)
+    api = HfApi(token=bare(token), library_name="timm_selfdistill")
+    with explained(f"Pushing to {repo_id}", revision, token):
+        parent = api.repo_info(repo_id, revision=revision).sha
+        for operation in operations:
+            # One file at a time: for several, the client starts threads, whose end a signal would have to wait for.
+            if operation.path_in_repo in (BACKBONE, EXITS):
+                api.preupload_lfs_files(repo_id, [operation], revision=revision, create_pr=create_pr)
+        commit = api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or f"Add {model.pretrained_cfg['architecture']}, self-distilled",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent,
+        )
+    return str(commit.pr_url or commit.commit_url)
+
+
+def make_repository(repo_id: str, *, private: bool = False, token: str | None = None) -> None:
+    """Make a repository on the Hugging Face Hub where there is none yet; arguments and errors as in `push_to_hub`."""
+    check_repo_id(repo_id)
+    with explained(f"Pushing to {repo_id}", None, token):
+        HfApi(token=bare(token), library_name="timm_selfdistill").create_repo(repo_id, private=private, exist_ok=True)
+
+
+def _files(
+    folder: Path, saved: Path, model: SelfDistillModel, repo_id: str, license: str | None
+) -> dict[str, Path | bytes]:
+    """Return what to push, by its name in the repository."""
+    early_exit = read_early_exit(saved)
+    beside = _OF_A_RUN if early_exit is None else (*_OF_A_RUN, *_OF_SETTINGS)
+    files: dict[str, Path | bytes] = {name: saved / name for name in (CONFIG, BACKBONE, EXITS)}
+    files |= {name: folder / name for name in beside if (folder / name).is_file()}
+    if (saved / CARD).is_file():
+        card = (saved / CARD).read_text()
+        files[CARD] = card_for_repository(card, model, repo_id, license=license, early_exit=early_exit).encode()
+    texts = {name: file for name, file in files.items() if name.endswith(_TEXTS)}
+    return files | _shareable(texts, folder)
+
+
+def _shareable(files: Mapping[str, Path | bytes], folder: Path) -> dict[str, bytes]:
+    """Return texts without tokens and this machine's paths, which recipes and cards of earlier versions hold."""
+    texts = {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
+    places = {str(path): folder.resolve().name for path in (folder.resolve(), folder) if path.is_absolute()}
+    try:
+        recipe = load_recipe(folder / _RECIPE)
+    except RecipeError:  # none, or that of another version
+        recipe = None
+    if recipe is not None:
+        shared = recipe.without_local_paths()
+        names = ((recipe.data.path, shared.data.path), (recipe.model.name, shared.model.name))
+        places |= {full: short for full, short in names if full != short}
+        if recipe.output_dir is not None and Path(recipe.output_dir).is_absolute():
+            places[recipe.output_dir] = Path(recipe.output_dir).name
+        if _RECIPE in texts:
+            texts[_RECIPE] = shared.to_yaml().encode()
+    return {
+        # Bytes that cannot be decoded are kept.
+        name: redact(without_places(text.decode(errors="surrogateescape"), places)).encode(errors="surrogateescape")
+        for name, text in texts.items()
+    }
