@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import timm_selfdistill as sd
 from timm_selfdistill.exits import BackboneTaps, ExitPoint, Exits
-from timm_selfdistill.exits.candidates import resolve_feature_info
+from timm_selfdistill.exits.layout import resolve_feature_info
 from timm_selfdistill.flops import MacCounter
 from timm_selfdistill.heads import as_map, choose_head
 
@@ -222,7 +222,7 @@ def check_layouts(model: sd.SelfDistillModel, x: Tensor, taps: Sequence[tuple[Te
     """
     candidates = resolve_feature_info(model.backbone).values()
     aligned = len(candidates) == len(model.feature_info)
-    indices = {c.name: c.indices for c in candidates if c.promises or aligned}
+    indices = {c.name: c.indices for c in candidates if c.entries or aligned}
     counts: dict[str, Any] = {"taps": sum(len(point.taps) for point in model.points), "same_shape": 0, "same_values": 0}
     try:
         features = model.backbone.forward_intermediates(x, output_fmt="NCHW", intermediates_only=True)

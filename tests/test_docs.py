@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import timm_selfdistill as sd
+from timm_selfdistill.checks import Section
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.heads import HEADS
-from timm_selfdistill.losses import PRESETS, divergences, presets, self_distillation, teachers
+from timm_selfdistill.losses import PRESETS, divergences, protocol, teachers
 from timm_selfdistill.recipe import EmaSection, PushSection, Recipe, RecipeError, load_recipe
-from timm_selfdistill.recipe.fields import Section
 from timm_selfdistill.recipe.plain_yaml import parse
 from timm_selfdistill.train import train
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
-REGISTRIES = (HEADS, divergences._DIVERGENCES, teachers._TEACHERS, self_distillation._LOSSES)
+REGISTRIES = (HEADS, divergences._DIVERGENCES, teachers._TEACHERS, protocol._LOSSES)
 TRAIN_PAGE = ROOT / "docs" / "train.md"
 
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -211,7 +211,7 @@ def test_weights_of_the_presets_are_those_of_the_code():
     rows = {unquoted(cells[0]): cells[3] for cells in table_rows(ROOT / "docs" / "losses.md", "## Presets")}
     assert set(rows) == set(PRESETS)
     for name in ("byot-iccv2019", "byot-tpami2021"):
-        config = presets.PRESETS[name]
+        config = PRESETS[name]
         a, temperature, hint = (
             float(re.search(rf"\b{symbol} = (?:[^,]* = )?([\d.e-]+)", rows[name])[1]) for symbol in "aTl"
         )

@@ -1,0 +1,99 @@
+"""Private interfaces of other libraries that have no public counterpart, each with its reason.
+
+Checked with torch 2.15, timm 1.0.31, torchvision 0.29, accelerate 1.15 and datasets 5.2. Only torch and timm are
+loaded here; what needs another library imports it in the function.
+"""
+
+from collections.abc import Callable, Sequence
+from timm.models import _hub
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the only way to see every operand
+from torch.utils._pytree import tree_leaves as tree_leaves  # flattens the arguments that a dispatch mode is given
+from torch.utils._pytree import tree_map_only as tree_map_only  # torch has no public way to map nested tensors
+from typing import Any
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place: autograd's counter, which has no public name."""
+    return tensor._version
+
+
+def forward_hooks(module: Any, pre: bool, path: Sequence[str] = ()) -> dict[int, Callable[..., Any]]:
+    """Return the ordered dict of the hooks of a module, or of the one at a path in it; an empty one if there is none.
+
+    torch has no public way to list, reorder or move hooks. `get_submodule` is several times slower, and this runs for
+    every hook in every forward; a wrapper such as torch.compile's may hand on the names inside it.
+    """
+    for name in path:
+        module = module._modules.get(name) or getattr(module, name, None)
+        if module is None:
+            return {}
+    hooks: dict[int, Callable[..., Any]] = module._forward_pre_hooks if pre else module._forward_hooks
+    return hooks
+
+
+def data_config_traits(backbone: nn.Module) -> dict[str, Any]:
+    """Return what timm's `resolve_input_data_config` reads a model's image size from."""
+    return dict(getattr(backbone, "_traits", {}))
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether a tensor is a view for autograd; torch has no public name for it. Checked with torch 2.15."""
+    return tensor._is_view()
+
+
+def copy_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Register a module's forward hooks with another one; torch cannot list hooks. Checked with torch 2.15."""
+    for hook in source._forward_hooks.values():
+        target.register_forward_hook(hook)
+    for pre_hook in source._forward_pre_hooks.values():
+        target.register_forward_pre_hook(pre_hook)
+
+
+def accelerate_states(*, of_processes: bool) -> list[dict[str, Any]]:
+    """Return the dicts in which Accelerate keeps the state of the whole program. Checked with accelerate 1.15.
+
+    Its public names only read them, and it refuses another precision or device once they are filled.
+
+    Args:
+        of_processes: Return those about processes and devices too.
+    """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    classes = [AcceleratorState, GradientState, *([PartialState] if of_processes else [])]
+    return [cls._shared_state for cls in classes]
+
+
+save_config_for_hf = _hub.save_config_for_hf
+"""Writes timm's `config.json` of a backbone: the public `save_for_hf` writes all of the backbone's weights too."""
+
+
+def read_remote(path: str) -> bytes | None:
+    """Return the bytes at an address that `datasets` streams from, with its credentials; None for a local path.
+
+    `datasets` stores addresses such as `zip://a.png::hf://datasets/...`, which only its own `xopen` opens.
+    """
+    from datasets.utils.file_utils import is_local_path, xopen
+
+    if is_local_path(path):
+        return None
+    with xopen(path, "rb") as file:
+        return bytes(file.read())
+
+
+def dataset_of_table(table: Any, features: Any) -> Any:
+    """Return a `datasets.Dataset` of a pyarrow table in memory.
+
+    `Dataset(table)` without a fingerprint pickles the whole table to make one.
+    """
+    import datasets
+    from datasets.fingerprint import generate_random_fingerprint
+    from datasets.table import InMemoryTable
+
+    info = datasets.DatasetInfo(features=features)
+    return datasets.Dataset(InMemoryTable(table), info, fingerprint=generate_random_fingerprint())
+
+
+def stored_positions(rows: Any, taken: Any) -> Any:
+    """Return where rows of a `datasets.Dataset` are stored in its table: `select` and `shuffle` only keep a list."""
+    return taken if rows._indices is None else rows._indices.column(0).take(taken)
