@@ -30,7 +30,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.profiler import ProfilerActivity, profile
 
 import timm_selfdistill as sd
-from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.measure import MacCounter
 
 # The heads of each network; "none" is the plain network, "auto" are the default heads.
 MODELS = {

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 import timm_selfdistill as sd
 from timm_selfdistill.exits import BackboneTaps, ExitPoint, Exits
 from timm_selfdistill.exits.layout import resolve_feature_info
-from timm_selfdistill.flops import MacCounter
 from timm_selfdistill.heads import as_map, choose_head
+from timm_selfdistill.measure import MacCounter
 
 NUM_CLASSES = 10
 BATCH_SIZE = 2

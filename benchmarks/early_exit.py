@@ -29,10 +29,10 @@ from timm_selfdistill.calibration import (
     measure_path_macs,
     measure_path_seconds,
 )
-from timm_selfdistill.calibration.logits import replay
 from timm_selfdistill.data import InputConfig, Loaders, build_loaders, open_dataset
+from timm_selfdistill.early_exit.early_exit import replay
+from timm_selfdistill.measure import seconds_of
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.report import seconds_of
 
 DROPS = (0.0, 0.5, 1.0)
 

@@ -20,7 +20,7 @@ import timm_selfdistill as sd
 from timm_selfdistill.calibration import collect_logits
 from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
 from timm_selfdistill.recipe import load_recipe
-from timm_selfdistill.tables import align
+from timm_selfdistill.render import align
 
 
 @torch.inference_mode()

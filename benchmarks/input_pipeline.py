@@ -25,9 +25,9 @@ from timm_selfdistill import SelfDistillationTask
 from timm_selfdistill.data.loaders import build_loaders
 from timm_selfdistill.data.splits import open_dataset
 from timm_selfdistill.data.transforms import InputConfig
+from timm_selfdistill.measure import synchronize
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.report import synchronize
-from timm_selfdistill.train.build import build_model
+from timm_selfdistill.train.builders import build_model
 from timm_selfdistill.train.phases import build_loss, label_smoothing
 
 WARM_UP_STEPS = 3

@@ -19,8 +19,8 @@ from typing import Any
 import datasets
 import numpy as np
 
+from timm_selfdistill.data.file_rows import path_rows
 from timm_selfdistill.data.image_folder import load_image_folder
-from timm_selfdistill.data.path_rows import path_rows
 from timm_selfdistill.recipe import DataSection
 
 

@@ -27,9 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import timm_selfdistill
 from timm_selfdistill import SelfDistillationLoss, SelfDistillationTask, list_heads, wrap
-from timm_selfdistill.flops import MacCounter
-from timm_selfdistill.report import seconds_of, synchronize
-from timm_selfdistill.stem import use_small_stem
+from timm_selfdistill.backbones import use_small_stem
+from timm_selfdistill.measure import MacCounter, seconds_of, synchronize
 
 WARM_UP_STEPS = 3
 MIN_ROUNDS = 2

@@ -31,7 +31,7 @@ from timm_selfdistill.cli import main as cli
 from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import build_loss, train
-from timm_selfdistill.train.saved import SavedRun
+from timm_selfdistill.train.saved_run import SavedRun
 
 SMALL = (
     "epochs=2",

@@ -15,7 +15,7 @@ import timm_selfdistill as sd
 from timm_selfdistill.backbones import use_small_stem
 from timm_selfdistill.model import wrap
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.train.build import build_model
+from timm_selfdistill.train.builders import build_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
 COMMANDS = [

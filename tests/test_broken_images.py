@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.data import open_dataset
-from timm_selfdistill.data.collate import Collate
+from timm_selfdistill.data.batches import Collate
 from timm_selfdistill.data.decode import SkipList, SkippedImage, decode, merge_skipped, read
 from timm_selfdistill.data.loaders import Loaders, build_loaders
 from timm_selfdistill.data.transforms import InputConfig, eval_transform

@@ -18,9 +18,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from timm_selfdistill.data import StreamSplit, open_dataset
+from timm_selfdistill.data.batches import TrainingOrder
 from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.data.loaders import Loaders, build_loaders
-from timm_selfdistill.data.order import TrainingOrder
 from timm_selfdistill.data.transforms import InputConfig, build_mixup, eval_transform, train_transform
 from timm_selfdistill.recipe import AugmentSection, DataSection
 

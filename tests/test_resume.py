@@ -25,7 +25,7 @@ import timm_selfdistill as sd
 from timm_selfdistill import checkpoint
 from timm_selfdistill.checkpoint import load_checkpoint
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.losses.self_distillation import _LOSSES
+from timm_selfdistill.losses.protocol import _LOSSES
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.train import builders, finished_report, train, trainer
 from timm_selfdistill.train.builders import build_optimizer

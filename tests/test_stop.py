@@ -16,8 +16,8 @@ from PIL import Image
 
 import timm_selfdistill as sd
 from timm_selfdistill.data import SkipList, collate, image_folder, open_dataset
-from timm_selfdistill.data.collate import Collate
-from timm_selfdistill.exits import dry_run
+from timm_selfdistill.data.batches import Collate
+from timm_selfdistill.exits.probe import dry_run
 from timm_selfdistill.predict import images as predict_images
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import run_safely, stop

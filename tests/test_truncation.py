@@ -8,7 +8,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.report.cost import measure_costs
+from timm_selfdistill.report.report_content import measure_costs
 from timm_selfdistill.truncation import TruncatedModel
 
 

@@ -5,12 +5,13 @@ loaded here; what needs another library imports it in the function.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
 from timm.models import _hub
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the only way to see every operand
 from torch.utils._pytree import tree_leaves as tree_leaves  # flattens the arguments that a dispatch mode is given
 from torch.utils._pytree import tree_map_only as tree_map_only  # torch has no public way to map nested tensors
-from typing import Any
 
 
 def version_of(tensor: Tensor) -> int:

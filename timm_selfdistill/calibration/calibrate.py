@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from timm_selfdistill.calibration.calibration_page import write_calibration
 from timm_selfdistill.calibration.calibration_report import CalibrationReport, Timing, build_calibration_report
 from timm_selfdistill.calibration.choose_settings import Goal, choose_settings
 from timm_selfdistill.calibration.path_costs import (
@@ -19,7 +20,6 @@ from timm_selfdistill.calibration.path_costs import (
     measure_path_seconds,
     measure_speedup,
 )
-from timm_selfdistill.calibration.write import write_calibration
 from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, SkipList, open_dataset
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.exit_logits import collect_logits
@@ -27,8 +27,7 @@ from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
 from timm_selfdistill.report import device_name
-from timm_selfdistill.train.from_checkpoint import opened_run
-from timm_selfdistill.train.saved import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
+from timm_selfdistill.train.saved_run import SavedRun, check_classes, evaluation_loaders, opened_run, warn_of_other_data
 
 # What decides which rows a run trained on, and which it held out.
 _FIXED: Final = ("path", "name", "target", "train_split", "eval_fraction", "validation")

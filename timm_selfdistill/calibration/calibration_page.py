@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from timm_selfdistill import render
-from timm_selfdistill.calibration.report import CalibrationReport
+from timm_selfdistill.calibration.calibration_report import CalibrationReport
 from timm_selfdistill.early_exit import get_rule
 from timm_selfdistill.escape import each_text, plot_text
 

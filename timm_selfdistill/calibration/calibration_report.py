@@ -10,7 +10,7 @@ from timm_selfdistill.calibration.choose_settings import Choice, Goal, excess_er
 from timm_selfdistill.calibration.path_costs import PathCosts
 from timm_selfdistill.early_exit import EarlyExitConfig, replay
 from timm_selfdistill.exit_logits import ExitLogits
-from timm_selfdistill.report.build import versions
+from timm_selfdistill.report.report_content import versions
 
 
 class Point(TypedDict):

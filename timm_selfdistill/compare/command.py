@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 from accelerate import PartialState
 
-from timm_selfdistill.compare.run import compare
-from timm_selfdistill.compare.variants import list_variants
-from timm_selfdistill.compare.write import format_comparison
+from timm_selfdistill.compare.comparison import format_comparison
+from timm_selfdistill.compare.run_losses import compare, list_variants
 from timm_selfdistill.program import run_program
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train.command import add_arguments as add_training_arguments

@@ -1,15 +1,15 @@
 """From a recipe's data section to batches: open and split a data set, transform its images, load them."""
 
+from timm_selfdistill.data.batches import Arrangement as Arrangement
+from timm_selfdistill.data.batches import TrainingOrder as TrainingOrder
+from timm_selfdistill.data.decode import SKIPPED as SKIPPED
+from timm_selfdistill.data.decode import SkipList as SkipList
 from timm_selfdistill.data.decode import check_pillow as check_pillow
+from timm_selfdistill.data.decode import merge_skipped as merge_skipped
 from timm_selfdistill.data.decode import read_file as read_file
 from timm_selfdistill.data.image_files import image_endings as image_endings
 from timm_selfdistill.data.loaders import Loaders as Loaders
 from timm_selfdistill.data.loaders import build_loaders as build_loaders
-from timm_selfdistill.data.order import Arrangement as Arrangement
-from timm_selfdistill.data.order import TrainingOrder as TrainingOrder
-from timm_selfdistill.data.skipped import SKIPPED as SKIPPED
-from timm_selfdistill.data.skipped import SkipList as SkipList
-from timm_selfdistill.data.skipped import merge_skipped as merge_skipped
 from timm_selfdistill.data.sources import is_on_hub as is_on_hub
 from timm_selfdistill.data.splits import ImageData as ImageData
 from timm_selfdistill.data.splits import ImageSplit as ImageSplit

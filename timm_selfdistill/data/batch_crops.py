@@ -16,7 +16,7 @@ from timm.data.transforms import CenterCropOrPad, RandomCropOrPad, RandomResized
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from timm_selfdistill.data.sources import Indices
+from timm_selfdistill.data.names import Indices
 
 _ATTEMPTS: Final = 10  # of timm, to draw a rectangle that fits
 _WEIGHT_BITS: Final = 22  # of the fixed-point numbers that Pillow resizes with

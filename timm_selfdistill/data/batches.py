@@ -17,10 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from timm_selfdistill.data.decode import decode, read
-from timm_selfdistill.data.errors import SampleError
-from timm_selfdistill.data.skipped import SkipList, SkippedImage, Use
-from timm_selfdistill.data.sources import Indices
+from timm_selfdistill.data.decode import SampleError, SkipList, SkippedImage, Use, decode, read
+from timm_selfdistill.data.names import Indices
 from timm_selfdistill.data.splits import ImageSplit
 from timm_selfdistill.data.transforms import Transform
 from timm_selfdistill.metrics import IGNORED

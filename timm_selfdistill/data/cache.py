@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 from timm_selfdistill.data.batch_augment import BatchTransform, split_transform
 from timm_selfdistill.data.batch_crops import upload
 from timm_selfdistill.data.batches import Batch, Collate, Draw, no_good_image
-from timm_selfdistill.data.errors import SampleError
-from timm_selfdistill.data.skipped import Use
+from timm_selfdistill.data.decode import SampleError, Use
 from timm_selfdistill.data.splits import ImageSplit
 from timm_selfdistill.data.workers import worker_options
 from timm_selfdistill.metrics import IGNORED

@@ -14,9 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from timm_selfdistill.data.batches import Batch, Collate, DrawnSamples, TrainingOrder, seed_generators
 from timm_selfdistill.data.cache import CachedSplit, cache_splits
-from timm_selfdistill.data.decode import check_pillow
-from timm_selfdistill.data.errors import SampleError
-from timm_selfdistill.data.skipped import SkipList, Use
+from timm_selfdistill.data.decode import SampleError, SkipList, Use, check_pillow
 from timm_selfdistill.data.splits import ImageData, ImageSplit, StreamSplit
 from timm_selfdistill.data.transforms import MODES, InputConfig, eval_transform, train_transform
 from timm_selfdistill.data.workers import worker_options

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_selfdistill.compat import version_of
 from timm_selfdistill.failures import is_out_of_memory
-from timm_selfdistill.flops import MacCounter
+from timm_selfdistill.measure import MacCounter
 
 # A torch module that follows timm's contract, for which timm has no base class.
 Backbone = Any

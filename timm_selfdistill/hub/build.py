@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
+from timm_selfdistill.backbones import use_small_stem
 from timm_selfdistill.build_limit import BuildLimit, TooLargeError
 from timm_selfdistill.heads import HEADS
 from timm_selfdistill.hub.saved_config import CONFIG, Saved, check_image
 from timm_selfdistill.model import SelfDistillModel, wrap
-from timm_selfdistill.stem import use_small_stem
 from timm_selfdistill.truncation import truncate
 
 # timm's models have up to 1.1 parameters and 3.1 modules for each tensor that is saved; a network that was cut off at

@@ -1,6 +1,7 @@
 """Training from a recipe, with Accelerate."""
 
-from timm_selfdistill.train.command import add_arguments, main, run_command, run_safely
+from timm_selfdistill.program import run_safely
+from timm_selfdistill.train.command import add_arguments, main, run_command
 from timm_selfdistill.train.evaluation import evaluate_folder, evaluate_model, finish_folder
 from timm_selfdistill.train.phases import build_loss
 from timm_selfdistill.train.run import train

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from timm_selfdistill.background import in_background
 from timm_selfdistill.data import ImageData, InputConfig, is_on_hub
 from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.escape import redact
 from timm_selfdistill.hub import (
     HubError,
     Training,
@@ -26,8 +26,8 @@ from timm_selfdistill.hub import (
 )
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import RECIPE, PushSection, Recipe
-from timm_selfdistill.redaction import redact
 from timm_selfdistill.report import Report, format_markdown
+from timm_selfdistill.stop import in_background
 from timm_selfdistill.train.run_folder import MODEL, RunRecord
 
 _logger = logging.getLogger(__name__)
