@@ -19,8 +19,8 @@ from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
 from timm_selfdistill.recipe import load_recipe
+from timm_selfdistill.stop import Interrupted
 from timm_selfdistill.train import publish, train, trainer
-from timm_selfdistill.train.stop import Interrupted
 
 ASKED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 

@@ -16,9 +16,9 @@ import timm_selfdistill as sd
 from timm_selfdistill.data import InputConfig, open_dataset
 from timm_selfdistill.hub import CARD, HubError
 from timm_selfdistill.recipe import PushSection
+from timm_selfdistill.stop import Interrupted, StopSignals
 from timm_selfdistill.train import publish
 from timm_selfdistill.train.publish import ModelWriter, Publisher
-from timm_selfdistill.train.stop import Interrupted, StopSignals
 
 NARROW = {"channels": [16, 32, 64, 80], "in_chans": 1}
 

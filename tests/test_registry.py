@@ -125,7 +125,7 @@ def test_an_entry_point_that_ends_the_process_is_named_and_skipped(heads, instal
 
 def test_a_signal_while_an_entry_point_is_loaded_is_no_fault_of_it(heads, install):
     class Stopped(BaseException):
-        __module__ = "timm_selfdistill.train.stop"
+        __module__ = "timm_selfdistill.stop"
 
     for signal in (KeyboardInterrupt(), Stopped()):
         heads = Registry("head", "timm_selfdistill.test")

@@ -25,12 +25,13 @@ import timm_selfdistill as sd
 from timm_selfdistill import checkpoint
 from timm_selfdistill.checkpoint import load_checkpoint
 from timm_selfdistill.cli import main as cli
+from timm_selfdistill.failures import NonFiniteLossError
 from timm_selfdistill.losses.protocol import _LOSSES
 from timm_selfdistill.recipe import Recipe, load_recipe
+from timm_selfdistill.stop import EXIT_INTERRUPTED, Interrupted, StopSignals
 from timm_selfdistill.train import builders, finished_report, train, trainer
 from timm_selfdistill.train.builders import build_optimizer
 from timm_selfdistill.train.parallelism import Replicated
-from timm_selfdistill.train.stop import EXIT_INTERRUPTED, Interrupted, NonFiniteLossError, StopSignals
 from timm_selfdistill.train.train_state import PhaseState
 
 # Four steps an epoch, of a network that draws random numbers itself, on images that are drawn at random. (In bf16,

@@ -17,9 +17,9 @@ from timm_selfdistill.checkpoint_format import build_manifest
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.hub import CONFIG
 from timm_selfdistill.recipe import Recipe, load_recipe
+from timm_selfdistill.stop import Interrupted
 from timm_selfdistill.train import evaluate_folder, finished_report, train, trainer
 from timm_selfdistill.train.run_folder import check_folder
-from timm_selfdistill.train.stop import Interrupted
 
 __all__ = ["after_steps", "whole"]  # fixtures
 

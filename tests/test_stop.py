@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 import timm_selfdistill as sd
-from timm_selfdistill.data import SkipList, collate, image_folder, open_dataset
+from timm_selfdistill import predict, stop
+from timm_selfdistill.data import SkipList, batches, image_folder, open_dataset
 from timm_selfdistill.data.batches import Collate
-from timm_selfdistill.exits.probe import dry_run
-from timm_selfdistill.predict import images as predict_images
+from timm_selfdistill.exits import probe
+from timm_selfdistill.program import run_safely
 from timm_selfdistill.recipe import load_recipe
-from timm_selfdistill.train import run_safely, stop
-from timm_selfdistill.train.stop import Interrupted, StopSignals, end_program
+from timm_selfdistill.stop import Interrupted, StopSignals, end_program
 
 
 def stopped(*args: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ def in_a_fork(work: Callable[[], object]) -> int:
 
 
 def test_a_signal_in_the_dry_run_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run.MacCounter, "__enter__", stopped)
+    monkeypatch.setattr(probe.MacCounter, "__enter__", stopped)
     with pytest.raises(Interrupted, match="Stopped by SIGTERM"), StopSignals():
         sd.wrap("test_resnet", num_classes=3)
 
@@ -74,7 +74,7 @@ def test_a_signal_while_an_image_is_decoded_is_no_fault_of_the_image(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: str
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    monkeypatch.setattr(collate, step, stopped)
+    monkeypatch.setattr(batches, step, stopped)
     load = Collate("evaluation", "test", "RGB", lambda image: image, SkipList(tmp_path)).load
     with pytest.raises(Interrupted), StopSignals():
         load({"image": (tmp_path / "a.png").read_bytes(), "target": 0})
@@ -86,7 +86,7 @@ def test_a_signal_while_an_image_is_predicted_is_no_fault_of_the_image(
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     model = sd.wrap("test_resnet", num_classes=3).eval()
-    monkeypatch.setattr(predict_images, "decode", stopped)
+    monkeypatch.setattr(predict, "decode", stopped)
     with pytest.raises(Interrupted), StopSignals():
         list(sd.predict_images(model, [tmp_path / "a.png"]))
 
@@ -140,7 +140,7 @@ def test_a_stopped_program_does_not_wait_for_what_hangs(monkeypatch: pytest.Monk
 def test_a_program_ends_when_all_is_done_and_printed() -> None:
     code = (
         "import atexit, threading, time\n"
-        "from timm_selfdistill.train.stop import end_program\n"
+        "from timm_selfdistill.stop import end_program\n"
         "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
         "atexit.register(print, 'at exit')\n"
         "print('main')\n"

@@ -25,7 +25,7 @@ from timm_selfdistill.data import (
     TrainingOrder,
     build_mixup,
 )
-from timm_selfdistill.exits import untouched
+from timm_selfdistill.exits import unchanged
 from timm_selfdistill.losses import needs_of
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe
@@ -79,15 +79,15 @@ def check_one_image(
         return
     images = torch.zeros(1, input_config.channels, *input_config.image_size)
     for phase in phases:
-        if needs_of(phase.loss).batches == "paired":  # with a second image
+        needs = needs_of(phase.loss)
+        if needs.batches == "paired":  # with a second image
             continue
-        before = [buffer.clone() for buffer in model.buffers()]
-        with untouched(model), torch.no_grad():
+        with unchanged(model, restore_tensors=True), torch.no_grad():
             model.train()
             if phase.regime == "frozen":
                 model.backbone.eval()
             try:
-                model(images, return_exits=bool(getattr(phase.loss, "needs_exits", True)))
+                model(images, return_exits=needs.exits)
             except ValueError as error:  # of torch's batch norm, or of a head
                 raise ValueError(
                     f"batch_size: {recipe.batch_size} leaves one image for each of {num_processes} process(es) and "
@@ -96,9 +96,6 @@ def check_one_image(
                     f"allowed are multiples of {recipe.batch_size} from {2 * recipe.batch_size} on, or fewer micro "
                     "batches."
                 ) from error
-            finally:
-                for buffer, value in zip(model.buffers(), before, strict=True):
-                    buffer.copy_(value)
 
 
 def build_optimizer(model: SelfDistillModel, loss: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, Recipe
 from timm_selfdistill.report import Report, build_report, write_report
+from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.train.launch import fresh_accelerate, locked
 from timm_selfdistill.train.publish import ModelWriter
 from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, check_folder, read_record
@@ -28,7 +29,6 @@ from timm_selfdistill.train.saved_run import (
     opened_run,
     warn_of_other_data,
 )
-from timm_selfdistill.train.stop import StopSignals
 
 
 @torch.no_grad()

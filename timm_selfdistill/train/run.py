@@ -20,6 +20,7 @@ from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, dump_local
 from timm_selfdistill.report import Report, write_report
+from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import check_loss
 from timm_selfdistill.train.builders import build_feed, build_model, check_one_image, synchronize_batch_norm
 from timm_selfdistill.train.evaluation import evaluate_model, report_run
@@ -36,7 +37,6 @@ from timm_selfdistill.train.phases import Phase, baseline_phases, self_distillat
 from timm_selfdistill.train.publish import ModelWriter, Publisher
 from timm_selfdistill.train.run_folder import MODEL, RunRecord, check_folder, check_run, flat, remove_leftovers
 from timm_selfdistill.train.steps import RunContext
-from timm_selfdistill.train.stop import StopSignals
 from timm_selfdistill.train.trainer import Trainer
 
 _logger = logging.getLogger(__name__)

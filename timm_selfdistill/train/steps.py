@@ -13,14 +13,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from timm_selfdistill.failures import NonFiniteLossError
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
+from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import SelfDistillationTask
 from timm_selfdistill.train.builders import Feed, build_optimizer, build_scheduler
 from timm_selfdistill.train.parallelism import Parallelism, share_buffers
 from timm_selfdistill.train.phases import Phase
 from timm_selfdistill.train.run_folder import NONFINITE, RunRecord
-from timm_selfdistill.train.stop import NonFiniteLossError, StopSignals
 from timm_selfdistill.train.train_state import PhaseState, Progress
 
 _logger = logging.getLogger(__name__)

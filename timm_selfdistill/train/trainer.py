@@ -203,7 +203,7 @@ class Trainer:
         share_buffers(model, accelerator)
         if feed.validation is None or eval_model is None:
             return None
-        num_exits, gather = model.num_exits if task.needs_exits else 0, not feed.streaming
+        num_exits, gather = model.num_exits if task.needs.exits else 0, not feed.streaming
         metrics = evaluate_model(
             eval_model, feed.validation, accelerator, num_exits=num_exits, gather=gather, title="validate"
         )
