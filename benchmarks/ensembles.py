@@ -18,7 +18,9 @@ from torch import Tensor
 
 import timm_selfdistill as sd
 from timm_selfdistill.calibration import collect_logits
-from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
+from timm_selfdistill.data import open_dataset
+from timm_selfdistill.data.loaders import build_loaders
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.render import align
 

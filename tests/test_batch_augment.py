@@ -15,7 +15,7 @@ from torchvision import transforms
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode, autoaugment
 from torchvision.transforms import functional as pil
 
-from timm_selfdistill.data import InputConfig, batch_augment, train_transform
+from timm_selfdistill.data import batch_augment
 from timm_selfdistill.data.batch_augment import (
     COLOURS,
     GROUP,
@@ -27,7 +27,7 @@ from timm_selfdistill.data.batch_augment import (
 )
 from timm_selfdistill.data.batch_crops import FILTERS, Side, draw_boxes, draw_sizes, pad_crop, resize, resize_and_crop
 from timm_selfdistill.data.batches import seeded_generators
-from timm_selfdistill.data.transforms import Cutout
+from timm_selfdistill.data.transforms import Cutout, InputConfig, train_transform
 from timm_selfdistill.recipe import AugmentSection
 
 CPU = torch.device("cpu")

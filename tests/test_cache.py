@@ -15,7 +15,10 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 
-from timm_selfdistill.data import InputConfig, Loaders, SkipList, build_loaders, merge_skipped, open_dataset
+from timm_selfdistill.data import open_dataset
+from timm_selfdistill.data.decode import SkipList, merge_skipped
+from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.recipe import AugmentSection, DataSection, load_recipe
 from timm_selfdistill.train import evaluate_folder, train

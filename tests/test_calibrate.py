@@ -16,7 +16,9 @@ import timm_selfdistill as sd
 from timm_selfdistill.calibration import Goal, PathCosts, calibrate_folder, collect_logits, format_calibration
 from timm_selfdistill.calibration.calibration_page import format_calibration_markdown
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.data import InputConfig, build_loaders, open_dataset
+from timm_selfdistill.data import open_dataset
+from timm_selfdistill.data.loaders import build_loaders
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.early_exit.rules import _RULES
 from timm_selfdistill.hub import folder as hub_folder
 from timm_selfdistill.recipe import load_recipe

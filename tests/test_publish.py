@@ -13,7 +13,8 @@ import torch
 from huggingface_hub import ModelCard
 
 import timm_selfdistill as sd
-from timm_selfdistill.data import InputConfig, open_dataset
+from timm_selfdistill.data import open_dataset
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import CARD, HubError
 from timm_selfdistill.recipe import PushSection
 from timm_selfdistill.stop import Interrupted, StopSignals

@@ -16,8 +16,9 @@ from PIL import Image
 
 import timm_selfdistill as sd
 from timm_selfdistill import predict, stop
-from timm_selfdistill.data import SkipList, batches, image_folder, open_dataset
+from timm_selfdistill.data import batches, image_folder, open_dataset
 from timm_selfdistill.data.batches import Collate
+from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.exits import probe
 from timm_selfdistill.program import run_safely
 from timm_selfdistill.recipe import load_recipe

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.data import InputConfig, eval_transform
+from timm_selfdistill.data.transforms import InputConfig, eval_transform
 from timm_selfdistill.metrics import ExitMetrics
 from timm_selfdistill.recipe import load_recipe
 

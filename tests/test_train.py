@@ -17,7 +17,7 @@ from PIL import Image
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.data import InputConfig
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.losses.protocol import _LOSSES
 from timm_selfdistill.recipe import Recipe, list_recipes, load_recipe
 from timm_selfdistill.report import format_markdown

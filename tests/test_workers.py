@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import worker_options
-from timm_selfdistill.data.workers import signal_free_context
+from timm_selfdistill.data.workers import signal_free_context, worker_options
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

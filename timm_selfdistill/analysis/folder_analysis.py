@@ -23,7 +23,9 @@ from timm_selfdistill.analysis.probes import (
     measure_scatter,
     project,
 )
-from timm_selfdistill.data import InputConfig, SkipList, open_dataset
+from timm_selfdistill.data import open_dataset
+from timm_selfdistill.data.decode import SkipList
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.losses import Needs, TrainingTime, needs_of
 from timm_selfdistill.metrics import IGNORED

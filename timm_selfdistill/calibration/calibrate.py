@@ -20,7 +20,9 @@ from timm_selfdistill.calibration.path_costs import (
     measure_path_seconds,
     measure_speedup,
 )
-from timm_selfdistill.data import ImageData, ImageSplit, InputConfig, SkipList, open_dataset
+from timm_selfdistill.data import ImageData, ImageSplit, open_dataset
+from timm_selfdistill.data.decode import SkipList
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.exit_logits import collect_logits
 from timm_selfdistill.hub import from_pretrained, save_early_exit

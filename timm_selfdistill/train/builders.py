@@ -15,16 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from timm_selfdistill.compat import copy_hooks
-from timm_selfdistill.data import (
-    Arrangement,
-    ImageData,
-    ImageSplit,
-    InputConfig,
-    Loaders,
-    StreamSplit,
-    TrainingOrder,
-    build_mixup,
-)
+from timm_selfdistill.data import ImageData, ImageSplit, StreamSplit
+from timm_selfdistill.data.batches import Arrangement, TrainingOrder
+from timm_selfdistill.data.loaders import Loaders
+from timm_selfdistill.data.transforms import InputConfig, build_mixup
 from timm_selfdistill.exits import unchanged
 from timm_selfdistill.losses import needs_of
 from timm_selfdistill.model import SelfDistillModel, wrap

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from accelerate import PartialState
 
-from timm_selfdistill.data import SKIPPED
+from timm_selfdistill.data.decode import SKIPPED
 from timm_selfdistill.escape import printable
 from timm_selfdistill.program import run_program
 from timm_selfdistill.recipe import load_recipe

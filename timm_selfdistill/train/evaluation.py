@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from timm_selfdistill.data import ImageData, InputConfig, SkipList, merge_skipped, open_dataset
+from timm_selfdistill.data import ImageData, open_dataset
+from timm_selfdistill.data.decode import SkipList, merge_skipped
 from timm_selfdistill.data.fingerprint import fingerprint
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
 from timm_selfdistill.model import ExitOutput, SelfDistillModel

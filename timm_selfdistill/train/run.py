@@ -13,8 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from timm_selfdistill.data import ImageData, InputConfig, SkipList, build_loaders, merge_skipped, open_dataset
+from timm_selfdistill.data import ImageData, open_dataset
+from timm_selfdistill.data.decode import SkipList, merge_skipped
 from timm_selfdistill.data.fingerprint import fingerprint
+from timm_selfdistill.data.loaders import build_loaders
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.files import replace_file
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
