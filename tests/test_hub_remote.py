@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -55,81 +54,31 @@ FILES_OF_A_RUN = {CONFIG, BACKBONE, EXITS, CARD, "report.json", "report.md", "re
 Client = Callable[..., dict[str, Any]]
 
 
-# Importing takes most of a client's time: this process imports once, and is forked for each client.
-FORKED = """
-import os, signal, sys, traceback
-import timm_selfdistill.cli.export, timm_selfdistill.cli.predict, timm_selfdistill.cli.push, timm_selfdistill.train
-for line in sys.stdin:
-    request = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(300)
-        os.environ.update(request["environment"])
-        for number in (1, 2):
-            os.dup2(os.open(request["files"][number - 1], os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
-        try:
-            exec(request["code"], globals())
-        except BaseException:
-            traceback.print_exc()
-            sys.exit(1)
-        sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[HubServer]:
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
     with HubServer() as server:
         yield server
 
 
 @pytest.fixture
-def hub(server: HubServer) -> HubServer:
-    server.reset()
-    return server
-
-
-@pytest.fixture(scope="module")
-def environment(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of clients whose Hub is the server."""
-    unset = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    own = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path_factory.mktemp("home")), "HF_HUB_DISABLE_XET": "1"}
-    return {**unset, **own, "HF_TOKEN": "hf_owner"}
-
-
-@pytest.fixture(scope="module")
-def forked(environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", COMMON + FORKED]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-
-
-@pytest.fixture
-def client(
-    hub: HubServer, environment: dict[str, str], forked: subprocess.Popen[str], tmp_path: Path
-) -> Iterator[Client]:
+def client(hub: HubServer, tmp_path: Path) -> Client:
     """A function that runs code in a process whose Hub is the server, and returns what the code answers."""
-    files = [str(tmp_path / "client.out"), str(tmp_path / "client.err")]
 
-    def run(code: str, **changed: str) -> dict[str, Any]:
-        code = textwrap.dedent(code)
-        if changed.keys() & {"HF_ENDPOINT", "HF_HUB_OFFLINE"}:  # which are read when the client is imported
-            command = [sys.executable, "-c", COMMON + code]
-            done = subprocess.run(command, env={**environment, **changed}, capture_output=True, text=True, timeout=300)
-            status, output, errors = done.returncode, done.stdout, done.stderr
-        else:
-            forked.stdin.write(json.dumps({"code": code, "environment": changed, "files": files}) + "\n")
-            forked.stdin.flush()
-            status = int(forked.stdout.readline())
-            output, errors = (Path(file).read_text() for file in files)
-        assert status == 0, errors
-        answers = [line for line in output.splitlines() if line.startswith("ANSWER ")]
+    def run(code: str, **environment: str) -> dict[str, Any]:
+        unset = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        process = subprocess.run(
+            [sys.executable, "-c", COMMON + textwrap.dedent(code)],
+            env={**unset, **own, "HF_TOKEN": "hf_owner", **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert process.returncode == 0, process.stderr
+        answers = [line for line in process.stdout.splitlines() if line.startswith("ANSWER ")]
         return json.loads(answers[-1].removeprefix("ANSWER "))
 
-    yield run
-    shutil.rmtree(Path(environment["HF_HOME"]) / "hub", ignore_errors=True)
+    return run
 
 
 def test_a_pushed_model_is_loaded_bit_for_bit_here_and_in_plain_timm(hub: HubServer, client: Client) -> None:
@@ -239,7 +188,7 @@ def test_a_repository_that_this_version_cannot_read_is_refused(hub: HubServer, c
     assert client(code)["error"].endswith("exits.safetensors is missing.")
 
 
-def test_downloads_are_cached_resumed_and_checked(hub: HubServer, client: Client, environment: dict[str, str]) -> None:
+def test_downloads_are_cached_resumed_and_checked(hub: HubServer, client: Client, tmp_path: Path) -> None:
     client('sd.push_to_hub(make_model(), "me/net"); sd.push_to_hub(make_model(1), "me/net"); answer()')
     first = next(name for name, tree in hub.repos["me/net"].commits.items() if CONFIG in tree)
     hub.cut_after = 100_000
@@ -254,9 +203,7 @@ def test_downloads_are_cached_resumed_and_checked(hub: HubServer, client: Client
     assert client(code) == {"newest": True, "first": True}
     assert not [request for request in hub.requests if request.startswith("GET") and "/resolve/" in request]
 
-    (weights,) = Path(environment["HF_HOME"]).glob(
-        f"hub/models--me--net/snapshots/{hub.repos['me/net'].refs['main']}/{EXITS}"
-    )
+    (weights,) = (tmp_path / "cache").glob(f"hub/models--me--net/snapshots/{hub.repos['me/net'].refs['main']}/{EXITS}")
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.resolve().write_bytes(damaged)
