@@ -489,7 +489,7 @@ def save_for_ever(folder: Path, step: int) -> None:
 
 def start(function: Callable[..., None], *arguments: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm_selfdistill.checkpoint"])
+    context.set_forkserver_preload([__name__])
     process = context.Process(target=function, args=arguments)
     process.start()
     return process
