@@ -244,7 +244,7 @@ def test_early_exit_is_saved_with_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rule": "mood"}, "rule is 'mood'; allowed are"),
+        ({"rule": "mood"}, "Unknown rule 'mood'; known are"),
         ({"thresholds": ["high", 1, 1]}, "allowed are numbers"),
         ({"thresholds": 3}, "thresholds are 3 .* allowed are lists of numbers"),
         ({"thresholds": [0.5]}, "1 thresholds for 3 exits"),

@@ -23,13 +23,13 @@ def count(module):
 
 def test_holds_what_the_exit_needs_and_gives_its_logits(family, make_backbone, images):
     model = sd.wrap(make_backbone(family), hint_adapter=True, image_size=64).eval()
-    costs = measure_costs(model, (3, 64, 64), batch_size=1).exits
+    costs, _ = measure_costs(model, (3, 64, 64), batch_size=1)
     for index in range(model.num_exits):
         small = sd.truncate(model, exit=index)
         assert isinstance(small, TruncatedModel)
         assert (small.exit_name, small.num_classes) == (model.exit_names[index], model.num_classes)
         assert torch.equal(small(images), model.forward_exit(images, index))
-        assert count(small) == costs[index].params < count(model)
+        assert count(small) == costs[index]["params"] < count(model)
         assert resolve_model_data_config(small) == resolve_model_data_config(model)
         kept = dict(small.named_parameters())
         assert small.no_weight_decay() & kept.keys() == model.no_weight_decay() & kept.keys()

@@ -12,8 +12,8 @@ _INTRODUCTION = """\
 
 Written by `python docs/scripts/recipes_page.py` from the files in `recipes/`, which are shipped with the package.
 
-A recipe is a YAML file; [train.md](train.md#fields) tells every field, and the default of what is not written here. Run
-one by its name, with changes behind it, or copy it to a file of your own:
+A recipe is a YAML file; [train.md](train.md#fields) has every field, and the default of what is not written here. Run
+one by its name, followed by changes, or copy it to a file of your own:
 
 ```bash
 timm-selfdistill recipes                                          # their names
