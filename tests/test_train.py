@@ -238,7 +238,10 @@ def test_label_smoothing_is_applied_once(tmp_path):
         ("loss.divergence_kwargs={beta: 8}", "'kl' has no setting beta"),
         ("loss.exit_weights=[1,2]", "exit_weights has 2 values for 3 added exits"),
         ("loss.teacher=ema", "ema: must not be null for this loss"),
-        ("loss={name: cs-kd, kwargs: {temperature: 0}}", "temperature is 0; allowed is a finite number, from 1e-06 to 1000"),
+        (
+            "loss={name: cs-kd, kwargs: {temperature: 0}}",
+            "temperature is 0; allowed is a finite number, from 1e-06 to 1000",
+        ),
         ("loss={name: ps-kd, temperature: 2.0}", "temperature are settings of self-distillation"),
     ],
 )
