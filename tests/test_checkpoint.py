@@ -489,7 +489,8 @@ def save_for_ever(folder: Path, step: int) -> None:
 
 def start(function: Callable[..., None], *arguments: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # What this file imports, so that each process starts with it.
+    context.set_forkserver_preload(["pytest", "timm", "timm_selfdistill.checkpoint"])
     process = context.Process(target=function, args=arguments)
     process.start()
     return process

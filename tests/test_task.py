@@ -427,7 +427,8 @@ def run_process(rank: int, folder: str) -> None:
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
     """A function that returns what both processes made of a case."""
     folder = str(tmp_path_factory.mktemp("distributed"))
-    multiprocessing.set_forkserver_preload([__name__])  # imported once for all processes
+    # Imported once for all processes.
+    multiprocessing.set_forkserver_preload(["pytest", "timm", "timm_selfdistill.task", "timm_selfdistill.losses"])
     torch.multiprocessing.start_processes(run_process, args=(folder,), nprocs=WORLD, start_method="forkserver")
     return lambda case: [torch.load(f"{folder}/{case}-{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
