@@ -155,7 +155,8 @@ def run(recipe: Recipe, folder: Path) -> None:
     found = {name: collect_logits(model, getattr(loaders, name), name) for name in ("validation", "eval")}
     costs = measure_path_macs(model, (size.channels, *size.image_size))
     tensors = {f"{name}.{what}": value for name, one in found.items() for what, value in _stored(one)}
-    facts = {"macs": json.dumps([costs.backbone, costs.heads]), "seconds": str(report["train_seconds"]["self-distilled"])}
+    seconds = report["train_seconds"]["self-distilled"]
+    facts = {"macs": json.dumps([costs.backbone, costs.heads]), "seconds": str(seconds)}
     save_file(tensors, folder / f"{ANSWERS}.part", metadata=facts)
     (folder / f"{ANSWERS}.part").rename(folder / ANSWERS)
 
