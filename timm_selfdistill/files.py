@@ -1,13 +1,6 @@
 """Write files so that nobody reads half of one."""
 
-import io
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -18,22 +11,3 @@ def replace_file(path: Path, content: bytes) -> None:
     with temporary.open("xb") as file:
         file.write(content)
     temporary.replace(path)
-
-
-def write_results(folder: Path, name: str, values: Mapping[str, Any], text: str, figure: "Figure") -> None:
-    """Write what came out as `NAME.json`, `NAME.md` and `NAME.png`.
-
-    Args:
-        folder: Where to write; created if missing.
-        name: What the files are called.
-        values: What JSON can hold, without NaN and infinity.
-        text: Markdown, which shows the picture.
-        figure: The picture.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    # Drawn first: a figure that cannot be drawn leaves all three as they were.
-    figure.savefig(picture, format="png")
-    replace_file(folder / f"{name}.json", json.dumps(values, indent=2, allow_nan=False).encode() + b"\n")
-    replace_file(folder / f"{name}.md", text.encode())
-    replace_file(folder / f"{name}.png", picture.getvalue())

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
+from timm_selfdistill.checks import is_integer
 from timm_selfdistill.exits import ExitPoint, Tap
 from timm_selfdistill.registry import Registry
 
@@ -294,6 +295,6 @@ def _checked_map(body: Bottleneck | SepConvAttention, x: Tensor, stride: int) ->
 
 
 def _checked_width(width: int) -> int:
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+    if not is_integer(width) or width < 1:
         raise ValueError(f"width of a head must be a positive number of channels, got {width!r}.")
     return width

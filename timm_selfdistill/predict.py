@@ -100,8 +100,8 @@ def predict_images(
     network = model.model if isinstance(model, EarlyExit) else model
     if isinstance(model, EarlyExit) and exit is not None:
         raise ValueError(f"exit is {exit}, but the model chooses the exit for each image: give its .model instead.")
-    if exit is not None and not 0 <= exit <= network.num_exits:
-        raise ValueError(f"There is no exit {exit}; allowed are 0 to {network.num_exits} (the backbone's own).")
+    if exit is not None:
+        network.check_exit(exit)
     if network.training:
         raise ValueError("The model is in train mode: call eval() first.")
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):

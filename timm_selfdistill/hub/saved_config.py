@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Final
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from timm.data.model_config import resolve_input_data_config
 
+from timm_selfdistill.checks import is_integer, is_number
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.model import SelfDistillModel
 
@@ -162,7 +162,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 def check_image(name: str, size: Iterable[int]) -> None:
     """Raise ValueError unless height and width of an image are numbers of pixels, and not too many."""
     height, width = size
-    whole = all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in (height, width))
+    whole = all(is_integer(side) and side > 0 for side in (height, width))
     if not whole or height * width > _MAX_PIXELS:
         raise ValueError(
             f"{name} is {height!r:.40} x {width!r:.40}; allowed are whole numbers of pixels, {_MAX_PIXELS:,} in all."
@@ -213,8 +213,7 @@ def _check_input(prefix: str, size: Any, crop_pct: Any) -> None:
     check_image(name, size[1:])
     if crop_pct is None:
         return
-    number = isinstance(crop_pct, int | float) and not isinstance(crop_pct, bool)
-    if not number or not 0 < crop_pct < math.inf or size[1] * size[2] / crop_pct**2 > _MAX_RESIZED_PIXELS:
+    if not is_number(crop_pct) or crop_pct <= 0 or size[1] * size[2] / crop_pct**2 > _MAX_RESIZED_PIXELS:
         raise ValueError(
             f"{prefix}crop_pct is {crop_pct!r:.40} for images of {size[1]} x {size[2]}; allowed is a share by which "
             f"they are resized to {_MAX_RESIZED_PIXELS:,} pixels or less."
