@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pytest
 from PIL import Image
+from test_resume import SMALL
 
 import timm_selfdistill as sd
 from timm_selfdistill import predict, stop
@@ -23,6 +24,8 @@ from timm_selfdistill.exits import probe
 from timm_selfdistill.program import run_safely
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.stop import Interrupted, StopSignals, end_program
+from timm_selfdistill.train import train
+from timm_selfdistill.train.trainer import Trainer
 
 
 def stopped(*args: Any, **kwargs: Any) -> Any:
@@ -107,6 +110,21 @@ def test_a_signal_whose_exception_was_swallowed_stops_at_the_end(monkeypatch: py
 def test_a_process_that_is_forked_meanwhile_leaves_signals_alone() -> None:
     with StopSignals():
         assert in_a_fork(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 7
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["it was told to stop too", "it was told nothing"])
+def test_a_step_that_cannot_end_as_another_process_has_stopped_is_a_stop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: bool
+) -> None:
+    def step(self: Trainer, *args: object) -> bool:
+        if told:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2")
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    kind, message = (Interrupted, "Stopped by SIGINT") if told else (RuntimeError, "Connection closed by peer")
+    with pytest.raises(kind, match=message):
+        train(load_recipe("digits", [*SMALL, f"output_dir={tmp_path}"]))
 
 
 def test_a_launcher_that_hands_ctrl_c_on_does_not_count_as_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has ended."""
+    said_so = _is_of_torch(error, "DistError") or _LOST_PROCESS.search(str(error)) is not None
+    return said_so and _is_from_torch(error)
+
+
 def failure_of_machine(error: BaseException) -> str | None:
     """Return what happened and what to do, if the machine caused an error or what it was raised from; else None."""
     said = (_failure(link) for link in _chain(error))
@@ -62,7 +68,7 @@ def _failure(error: BaseException) -> str | None:
     # torch's messages go on with frames of C++ and advice for other programs.
     text, reason = str(error), message_of(error).splitlines()[0].rstrip(".")
     number = _errno_of(error)
-    from_torch = isinstance(error, RuntimeError) and type(error).__module__.startswith(("builtins", "torch"))
+    from_torch = _is_from_torch(error)
     if _is_of_torch(error, "OutOfMemoryError"):
         return (
             f"The GPU's memory is full: {reason}. A smaller batch_size, a larger optimizer.accumulate or "
@@ -84,9 +90,14 @@ def _failure(error: BaseException) -> str | None:
         )
     if number in _FULL:
         return f"The disk is full: {reason}. Make room, and {_AGAIN}."
-    if from_torch and (_is_of_torch(error, "DistError") or _LOST_PROCESS.search(text)):
+    if is_lost_process(error):
         return f"Another process of the run is gone: {reason}. What it said tells why; {_AGAIN}."
     return None
+
+
+def _is_from_torch(error: BaseException) -> bool:
+    """Whether an error is of a class that torch raises, its own or a plain RuntimeError."""
+    return isinstance(error, RuntimeError) and type(error).__module__.startswith(("builtins", "torch"))
 
 
 def _is_of_torch(error: BaseException, name: str) -> bool:

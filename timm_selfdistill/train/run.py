@@ -2,8 +2,8 @@
 
 import atexit
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from timm_selfdistill.data.decode import SkipList, merge_skipped
 from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.loaders import build_loaders
 from timm_selfdistill.data.transforms import InputConfig
+from timm_selfdistill.failures import is_lost_process
 from timm_selfdistill.files import replace_file
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
@@ -66,13 +67,27 @@ def train(recipe: Recipe) -> Report:
     if recipe.output_dir is None:
         raise ValueError("output_dir: must be a folder.")
     folder = Path(recipe.output_dir)
-    with StopSignals() as signals, fresh_accelerate():
+    with StopSignals() as signals, _stopped_with_others(signals), fresh_accelerate():
         accelerator = start_accelerator(recipe, folder)
         if accelerator.is_main_process:
             check_folder(folder)
         with locked(folder) if accelerator.is_main_process else nullcontext():
             run = _prepare(recipe, folder, accelerator, signals)
             return _finish(run, *_train_networks(run))
+
+
+@contextmanager
+def _stopped_with_others(signals: StopSignals) -> Iterator[None]:
+    """Take a lost process for the stop that it is, if this process was told to stop too.
+
+    One that takes no step stops at once. Another one may have begun a step by then, which can no longer end.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if signals.received is None or not is_lost_process(error):
+            raise
+        raise signals.interruption() from error
 
 
 @dataclass(frozen=True)
