@@ -175,6 +175,7 @@ def make_training() -> Training:
     """Return the results of a run with one exit, whose accuracy was not a number, and the backbone's."""
     rows = [{"index": 0, "name": "layer1", "top1": None}, {"index": 1, "name": "fc", "top1": 81.239}]
     report = {"exits": rows, "ensemble": {"top1": 82.0}, "dataset": "my data, test"}
+    report["fitted_ensemble"] = {"top1": 83.0}
     return Training("/data/my data", False, None, "epochs: 3\n", report, "## The table\n")
 
 
@@ -188,6 +189,7 @@ def test_the_card_of_a_run_holds_its_results_in_the_hubs_form() -> None:
     ] == [
         ("my data, test", "/data/my-data", "accuracy", "top-1 accuracy in percent (exit 1, fc)", 81.24),
         ("my data, test", "/data/my-data", "accuracy", "top-1 accuracy in percent (ensemble)", 82.0),
+        ("my data, test", "/data/my-data", "accuracy", "top-1 accuracy in percent (fitted ensemble)", 83.0),
     ]
     assert "## The table" in card
     assert "```yaml\nepochs: 3\n```" in card

@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from timm_selfdistill.evaluate_metrics import ExpectedCalibrationError
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
-from timm_selfdistill.model import ExitOutput
+from timm_selfdistill.model import Ensemble, ExitOutput
+
+FITTED = Ensemble((0.0, 0.25, 0.5))
 
 
 def outputs(*logits: Tensor) -> ExitOutput:
@@ -139,6 +141,18 @@ def test_compute_without_samples_is_an_error() -> None:
         ExitMetrics(num_outputs=1).compute()
 
 
+def test_a_fitted_ensemble_is_measured_beside_the_mean() -> None:
+    logits, target = samples(40)
+    metrics, plain = ExitMetrics(3, ensemble=FITTED), ExitMetrics(3, ensemble=Ensemble.mean(3))
+    alone = ExitMetrics(1)
+    metrics.update(outputs(*logits.unbind(1)), target)
+    plain.update(outputs(*logits.unbind(1)), target)
+    alone.update(outputs(0.25 * logits[:, 1] + 0.5 * logits[:, 2]), target)
+    found = metrics.compute()
+    assert found["fitted_ensemble"] == alone.compute()["exits"][0]
+    assert plain.compute() == {**found, "fitted_ensemble": None}
+
+
 def test_update_keeps_no_graph() -> None:
     logits = torch.eye(4, requires_grad=True)
     metrics = ExitMetrics(num_outputs=1)
@@ -173,7 +187,7 @@ def evaluate_everything(accelerator: Accelerator) -> dict[str, ExitMetricsResult
 
 def evaluate_prepared(accelerator: Accelerator, size: int) -> ExitMetricsResult:
     loader = accelerator.prepare(DataLoader(TensorDataset(*samples(size)), batch_size=4))
-    metrics = ExitMetrics(3, accelerator)
+    metrics = ExitMetrics(3, accelerator, FITTED)
     for logits, target in loader:
         metrics.update(outputs(*logits.unbind(1)), target)
     return metrics.compute()

@@ -178,6 +178,10 @@ def assert_same_run(alone: Path, together: Path) -> None:
     for a, b in zip(reports[0]["exits"], reports[1]["exits"], strict=True):
         assert a["top1"] == b["top1"]
         assert a["ece"] == pytest.approx(b["ece"], abs=1e-4)
+    fitted = [report["fitted_ensemble"] for report in reports]
+    assert fitted[0]["images"] == fitted[1]["images"] == 39
+    assert fitted[0]["weights"] == pytest.approx(fitted[1]["weights"], abs=1e-4)
+    assert fitted[0]["top1"] == fitted[1]["top1"]
     logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (alone, together)]
     assert len(logs[0]) == len(logs[1]), "more than one process wrote metrics"
 

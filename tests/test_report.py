@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
-from timm_selfdistill.model import wrap
+from timm_selfdistill.model import Ensemble, wrap
 from timm_selfdistill.report import (
     build_report,
     draw_report,
@@ -51,10 +51,11 @@ def entry(top1, top5=99.0, ece=0.05):
     return {"top1": top1, "top5": top5, "ece": ece, "loss": 1.0}
 
 
-def metrics(*top1, ensemble=80.0, num_samples=1234, num_skipped=0, num_nonfinite=0):
+def metrics(*top1, ensemble=80.0, fitted=None, num_samples=1234, num_skipped=0, num_nonfinite=0):
     return {
         "exits": [entry(value) for value in top1],
         "ensemble": entry(ensemble),
+        "fitted_ensemble": None if fitted is None else entry(fitted, ece=0.03),
         "num_samples": num_samples,
         "num_skipped": num_skipped,
         "num_nonfinite": num_nonfinite,
@@ -235,6 +236,26 @@ def test_accuracies_are_those_of_the_metrics(resnet):
     assert report["baseline"] == {"top1": 63.5, "top5": 99.0, "ece": 0.05}
     assert (report["dataset"], report["num_samples"]) == ("digits, test", 1234)
     assert (report["recipe"], report["seed"]) == ("digits", 3)
+
+
+def test_a_fitted_ensemble_has_a_row_and_a_mark_of_its_own(resnet, report):
+    assert report["fitted_ensemble"] is None
+    model = copy.copy(resnet)
+    model.ensemble = Ensemble((0.0, 0.25, 0.5, 0.125), images=1100)
+    found = build(model, metrics(60.0, 65.0, 70.0, 75.0, fitted=82.5), baseline=metrics(74.5))
+    row = {"top1": 82.5, "top5": 99.0, "ece": 0.03, "weights": [0.0, 0.25, 0.5, 0.125], "images": 1100}
+    assert found["fitted_ensemble"] == row
+    assert found["ensemble"]["top1"] == 80.0
+    table = format_table(found)
+    lines = {re.split(" {2,}", line)[0]: re.split(" {2,}", line)[1:] for line in table.splitlines()}
+    assert lines["ensemble, fitted"][:4] == ["82.50", "+8.00", "99.00", "0.030"]
+    assert lines["ensemble, fitted"][4:] == lines["ensemble"][4:]
+    assert "weighs the outputs 0 0.25 0.5 0.125, by 1,100 held-out images" in table
+    (axes,) = [axes for axes in draw_report(found).axes if axes.get_title(loc="left")]
+    (mark,) = [line for line in axes.get_lines() if line.get_label() == "fitted ensemble (82.50 %)"]
+    assert (mark.get_xdata().tolist(), mark.get_ydata().tolist()) == ([found["ensemble"]["macs"]], [82.5])
+    older = {key: value for key, value in found.items() if key != "fitted_ensemble"}
+    assert "fitted" not in format_table(older)
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,17 @@ from PIL import Image
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
+from timm_selfdistill.data import open_dataset
+from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.losses.protocol import _LOSSES
 from timm_selfdistill.recipe import Recipe, list_recipes, load_recipe
 from timm_selfdistill.report import format_markdown
-from timm_selfdistill.train import train, trainer
+from timm_selfdistill.train import evaluate_folder, train, trainer
 from timm_selfdistill.train.builders import check_one_image
 from timm_selfdistill.train.launch import per_process_batch
 from timm_selfdistill.train.phases import build_loss, self_distillation_phases
+from timm_selfdistill.train.saved_run import evaluation_loaders
 
 # In float32: at 16 px, bf16 convolutions of oneDNN leave the gradient of weights that only meet padding undefined.
 SMALL = (
@@ -96,6 +99,26 @@ def test_the_saved_model_is_the_evaluated_one_and_plain_timm_reads_it(trained):
         assert torch.equal(plain(x), ours(x, return_exits=True).logits[-1])
     data_config = timm.data.resolve_model_data_config(plain)
     assert data_config["input_size"] == (1, 16, 16)
+
+
+def test_the_ensemble_is_fitted_on_held_out_images_and_saved_and_reported(tmp_path, trained):
+    report = json.loads((trained / "report.json").read_text())
+    model, recipe = sd.from_pretrained(trained / "model"), load_recipe(trained / "recipe.yaml")
+    data = open_dataset(recipe.data, recipe.seed)
+    assert len(data.validation) == model.ensemble.images == report["fitted_ensemble"]["images"] == 40
+    assert list(model.ensemble.weights) == report["fitted_ensemble"]["weights"]
+    input_config = InputConfig.from_model(model.backbone, recipe.data)
+    batches = evaluation_loaders(data, recipe, recipe.augment, input_config, SkipList()).validation
+    again = sd.fit_ensemble(sd.from_pretrained(trained / "model"), batches)
+    assert model.ensemble.weights == pytest.approx(again.weights, abs=1e-4)
+    assert "fitted ensemble" in (trained / "model" / "README.md").read_text()
+    evaluated = evaluate_folder(trained)
+    for key in ("top1", "ece", "weights", "images"):
+        assert evaluated["fitted_ensemble"][key] == pytest.approx(report["fitted_ensemble"][key]), key
+
+    without = train(small_recipe(tmp_path, "data.validation=0", "schedule.select=last"))
+    assert without["fitted_ensemble"] is None
+    assert sd.from_pretrained(tmp_path / "model").ensemble.is_mean
 
 
 def test_the_loss_falls_and_the_same_seed_gives_the_same_weights(tmp_path):

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -12,8 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from timm_selfdistill.exits import unchanged
+from timm_selfdistill.gather import SampleGatherer
 from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.model import Ensemble, SelfDistillModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _LOWEST_TEMPERATURE: Final = 0.05
 _HIGHEST_TEMPERATURE: Final = 20.0
@@ -87,7 +92,13 @@ class ExitLogits:
 
 @torch.no_grad()
 def collect_logits(
-    model: SelfDistillModel, loader: Iterable[tuple[Tensor, Tensor]], title: str | None = "run"
+    model: SelfDistillModel,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    title: str | None = "run",
+    *,
+    accelerator: "Accelerator | None" = None,
+    gather: bool = True,
+    most: int | None = None,
 ) -> ExitLogits:
     """Run a model over a split once.
 
@@ -95,21 +106,27 @@ def collect_logits(
         model: The wrapped model; left in eval mode.
         loader: Batches (images [B, C, H, W], targets [B]); targets of -100 are left out.
         title: Shown by the progress bar; None for no bar.
+        accelerator: Sets the precision, and gathers the logits of all its processes.
+        gather: Whether each process sees its own share of the images; otherwise every process sees all of them.
+        most: Roughly how many images to keep; where there are more, evenly spaced ones.
 
     Returns:
-        The logits, on the CPU and in the model's own precision.
+        The logits, on the CPU and in at least float32.
 
     Raises:
         ValueError: If the split has no images, or a target is none of the model's classes.
     """
     model.eval()
     device = next(model.parameters()).device
-    logits = [torch.empty(model.num_exits + 1, 0, model.num_classes)]
-    labels = [torch.empty(0, dtype=torch.int64)]
+    samples = SampleGatherer(accelerator if gather else None, most)
+    kept_on = "cpu" if samples.accelerator is None else device
     for images, targets in tqdm(loader, desc=title, leave=False, disable=title is None):
-        logits.append(torch.stack(model(images.to(device), return_exits=True).logits).cpu())
-        labels.append(targets.cpu())
-    return ExitLogits.of_labelled(torch.cat(logits[1:] or logits, 1), torch.cat(labels), model.ensemble)
+        with nullcontext() if accelerator is None else accelerator.autocast():
+            logits = torch.stack(model(images.to(device), return_exits=True).logits, 1)
+        logits = logits.to(kept_on, torch.promote_types(logits.dtype, torch.float32))
+        samples.add(logits, targets.to(kept_on))
+    logits, labels = samples.gather((model.num_exits + 1, model.num_classes))
+    return ExitLogits.of_labelled(logits.transpose(0, 1).cpu(), labels.cpu(), model.ensemble)
 
 
 def fit_temperatures(logits: Tensor, targets: Tensor) -> tuple[float, ...]:
@@ -175,7 +192,7 @@ def fit_ensemble(
     finite = stored.logits.isfinite().all(-1).all(0)
     if not finite.any():
         raise ValueError("There are no images to fit the ensemble on: none has finite logits.")
-    ensemble = Ensemble(_fit_weights(stored.logits[:, finite].double(), stored.targets[finite]))
+    ensemble = Ensemble(_fit_weights(stored.logits[:, finite].double(), stored.targets[finite]), int(finite.sum()))
     if model is not None:
         model.ensemble = ensemble
     return ensemble

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
-from timm_selfdistill.model import ExitOutput
+from timm_selfdistill.gather import SampleGatherer
+from timm_selfdistill.model import Ensemble, ExitOutput
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,7 +24,6 @@ IGNORED: Final = -100
 
 _NUM_RANKED = 5
 _NO_CLASS = -1
-_PADDING = torch.iinfo(torch.int64).min
 
 
 class OutputMetrics(TypedDict):
@@ -39,13 +38,15 @@ class OutputMetrics(TypedDict):
 class ExitMetricsResult(TypedDict):
     """What `ExitMetrics.compute` returns; plain numbers, ready for JSON.
 
-    `exits` holds K + 1 entries, shallow to deep, the last the backbone's own; `ensemble` is None for a model without
-    added exits. `num_samples` counts the samples of the metrics, `num_skipped` those that were left out for their label
-    IGNORED, and `num_nonfinite` the samples for which any output was not a number.
+    `exits` holds K + 1 entries, shallow to deep, the last the backbone's own; `ensemble`, the mean of the logits, is
+    None for a model without added exits, and `fitted_ensemble` where no fitted one was given. `num_samples` counts the
+    samples of the metrics, `num_skipped` those that were left out for their label IGNORED, and `num_nonfinite` the
+    samples for which any output was not a number.
     """
 
     exits: list[OutputMetrics]
     ensemble: OutputMetrics | None
+    fitted_ensemble: OutputMetrics | None
     num_samples: int
     num_skipped: int
     num_nonfinite: int
@@ -67,19 +68,21 @@ class ExitMetrics:
         num_outputs: K + 1, the number of logits the model returns.
         accelerator: Gathers the samples of all its processes; those with which a loader prepared by it fills up the
             last uneven batch are left out. Without it, the samples of this process count.
+        ensemble: The model's, to be measured beside the mean if it was fitted on other samples.
 
     Raises:
         ValueError: If `num_outputs` < 1.
     """
 
-    def __init__(self, num_outputs: int, accelerator: "Accelerator | None" = None) -> None:
+    def __init__(
+        self, num_outputs: int, accelerator: "Accelerator | None" = None, ensemble: Ensemble | None = None
+    ) -> None:
         if num_outputs < 1:
             raise ValueError(f"num_outputs must be 1 or more; got {num_outputs}.")
         self.num_outputs = num_outputs
-        self.accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
+        self.fitted = None if ensemble is None or ensemble.is_mean else ensemble
         self._num_classes: int | None = None
-        self._scores: list[Tensor] = []
-        self._labels: list[Tensor] = []
+        self._samples = SampleGatherer(accelerator)
 
     @torch.no_grad()
     def update(self, out: ExitOutput, target: Tensor) -> None:
@@ -103,11 +106,12 @@ class ExitMetrics:
         if self._num_classes not in (None, logits.shape[2]):
             raise ValueError(f"Expected {self._num_classes} classes as before; got {logits.shape[2]}.")
         self._num_classes = logits.shape[2]
+        rows = [logits]
         if self.num_outputs > 1:
-            logits = torch.cat([logits, logits.mean(dim=0, keepdim=True)])
-        kept = self._num_kept(len(target))
-        self._scores.append(_score(logits, target)[:kept])
-        self._labels.append(target[:kept].long())
+            rows.append(logits.mean(dim=0, keepdim=True))
+        if self.fitted is not None:
+            rows.append(self.fitted(logits).unsqueeze(0))
+        self._samples.add(_score(torch.cat(rows), target), target)
 
     def compute(self) -> ExitMetricsResult:
         """Return the metrics of all samples since the last call; all processes call it together and get the same.
@@ -115,8 +119,10 @@ class ExitMetrics:
         Raises:
             ValueError: If there are no samples or all are ignored, or if labels lie outside the model's classes.
         """
-        scores, labels = self._gather()
-        num_classes, self._num_classes, self._scores, self._labels = self._num_classes, None, [], []
+        mean = self.num_outputs > 1
+        rows = self.num_outputs + mean + (self.fitted is not None)
+        scores, labels = (found.cpu().numpy() for found in self._samples.gather((rows, 2 + _NUM_RANKED)))
+        num_classes, self._num_classes = self._num_classes, None
         if not len(labels):
             raise ValueError("There are no samples to compute metrics of: update() was not called.")
         counted = labels != IGNORED
@@ -135,43 +141,12 @@ class ExitMetrics:
         outputs = [_metrics(scores[:, index], labels) for index in range(scores.shape[1])]
         return {
             "exits": outputs[: self.num_outputs],
-            "ensemble": outputs[-1] if self.num_outputs > 1 else None,
+            "ensemble": outputs[self.num_outputs] if mean else None,
+            "fitted_ensemble": outputs[-1] if self.fitted is not None else None,
             "num_samples": len(labels),
             "num_skipped": num_skipped,
             "num_nonfinite": num_nonfinite,
         }
-
-    def _num_kept(self, batch_size: int) -> int:
-        """Return how many samples of this batch are the process's own; the rest were added by the loader.
-
-        Accelerate's `gather_for_metrics` leaves out the same samples, but gathers every batch.
-        """
-        if self.accelerator is None or not self.accelerator.even_batches:
-            return batch_size
-        state = self.accelerator.gradient_state
-        remainder: int = state.remainder
-        if not state.end_of_dataloader or remainder == 0:
-            return batch_size
-        if remainder < 0:
-            if isinstance(state.active_dataloader.dataset, IterableDataset):
-                logger.warning("The loader does not know its length: repeated samples in its last batch count twice.")
-            return batch_size
-        first: int = self.accelerator.process_index * batch_size
-        return min(max(remainder - first, 0), batch_size)
-
-    def _gather(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        num_tables = self.num_outputs + (self.num_outputs > 1)
-        device = None if self.accelerator is None else self.accelerator.device
-        scores = torch.cat([torch.empty(0, num_tables, 2 + _NUM_RANKED, device=device), *self._scores])
-        labels = torch.cat([torch.empty(0, dtype=torch.int64, device=device), *self._labels])
-        if self.accelerator is not None:
-            padded = self.accelerator.pad_across_processes(scores)
-            scores, labels = self.accelerator.gather(
-                (padded, self.accelerator.pad_across_processes(labels, pad_index=_PADDING))
-            )
-            real = labels != _PADDING
-            scores, labels = scores[real], labels[real]
-        return scores.cpu().numpy(), labels.cpu().numpy()
 
 
 def top_k_accuracy(ranked: npt.NDArray[Any], labels: npt.NDArray[Any], k: Sequence[int]) -> dict[str, float]:

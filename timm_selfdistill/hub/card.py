@@ -125,6 +125,8 @@ def _licence(license: str | None) -> str:
 def _results(training: Training, report: Mapping[str, Any]) -> list[EvalResult]:
     rows = [(f"exit {row['index']}, {row['name']}", row["top1"]) for row in report["exits"]]
     rows.append(("ensemble", report["ensemble"]["top1"]))
+    if fitted := report.get("fitted_ensemble"):  # older reports have no such key
+        rows.append(("fitted ensemble", fitted["top1"]))
     return [
         EvalResult(
             task_type="image-classification",

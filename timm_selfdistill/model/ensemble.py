@@ -7,6 +7,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from timm_selfdistill.checks import is_integer
+
 
 @dataclass(frozen=True)
 class Ensemble:
@@ -14,18 +16,23 @@ class Ensemble:
 
     Args:
         weights: One for each of the K exits, shallow to deep, and one for the backbone's own classifier; at least 0.
+        images: How many held-out images it was fitted on, where that is known.
 
     Raises:
-        ValueError: If a weight is negative or no finite number, or none is above 0.
+        ValueError: If a weight is negative or no finite number, none is above 0, or the number of images is not
+            positive.
     """
 
     weights: tuple[float, ...]
+    images: int | None = None
 
     def __post_init__(self) -> None:
         if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights) or not any(self.weights):
             raise ValueError(
                 f"The weights of an ensemble are {list(self.weights)}; they must be finite, at least 0 and not all 0."
             )
+        if self.images is not None and not (is_integer(self.images) and self.images > 0):
+            raise ValueError(f"The number of images of an ensemble is {self.images!r:.100}; it must be 1 or more.")
 
     @classmethod
     def mean(cls, outputs: int) -> Self:
@@ -36,14 +43,19 @@ class Ensemble:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Return what `to_json` was called on; raise ValueError for anything else."""
         try:
-            return cls(tuple(float(weight) for weight in value["weights"]))
-        except (LookupError, TypeError) as error:
+            return cls(tuple(float(weight) for weight in value["weights"]), value.get("images"))
+        except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"An ensemble is a mapping with a list 'weights'; got {value!r:.200}.") from error
 
     @property
     def is_mean(self) -> bool:
-        """Whether it is the mean of the logits."""
-        return self == Ensemble.mean(len(self.weights))
+        """Whether it is the plain mean of the logits, which was not fitted."""
+        return self.images is None and self == Ensemble.mean(len(self.weights))
+
+    @property
+    def title(self) -> str:
+        """What answers that it gave are said to come from."""
+        return "ensemble (mean)" if self.is_mean else "ensemble (fitted)"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON holds it."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from timm_selfdistill.exits import unchanged
 from timm_selfdistill.measure import MacCounter, median_seconds, seconds_of
 from timm_selfdistill.metrics import ExitMetricsResult, OutputMetrics
-from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.model import Ensemble, SelfDistillModel
 from timm_selfdistill.model.hooks import watch_usage
 
 _BATCH_SIZE: Final = 16
@@ -46,6 +46,15 @@ class EnsembleRow(AccuracyRow, CostRow):
     """How good the ensemble is and what it costs."""
 
 
+class FittedEnsembleRow(AccuracyRow):
+    """How good the fitted ensemble is, which costs what the mean costs; `weights` are those of the K + 1 outputs,
+    `images` how many held-out images they were fitted on, None where that is not known.
+    """
+
+    weights: list[float]
+    images: int | None
+
+
 class ExitRow(EnsembleRow):
     """How good an exit is and what it costs; `index` counts from the shallowest, `name` is its module path."""
 
@@ -56,7 +65,8 @@ class ExitRow(EnsembleRow):
 class Report(TypedDict):
     """The content of `report.json`: plain numbers, so that writing and reading it again changes nothing.
 
-    `exits` go from shallow to deep; the last is the backbone's own classifier. `baseline` is the plain backbone trained
+    `exits` go from shallow to deep; the last is the backbone's own classifier. `ensemble` is the mean of the logits of
+    all; `fitted_ensemble` is None for a model whose ensemble was not fitted. `baseline` is the plain backbone trained
     on its own, which costs what the last exit costs. `num_skipped` counts the images that could not be decoded, by
     their use ("training", "validation", "evaluation") as far as it is known, `num_nonfinite` the samples for which an
     output was not a finite number. `train_seconds` is the time of the training steps of each network of the run;
@@ -65,6 +75,7 @@ class Report(TypedDict):
 
     exits: list[ExitRow]
     ensemble: EnsembleRow
+    fitted_ensemble: FittedEnsembleRow | None
     baseline: AccuracyRow | None
     backbone: str
     dataset: str
@@ -142,6 +153,7 @@ def build_report(
             for index, (name, entry, cost) in enumerate(zip(names, metrics["exits"], costs[:-1], strict=True))
         ],
         "ensemble": {**_accuracy(metrics["ensemble"]), **costs[-1]},
+        "fitted_ensemble": _fitted(model.ensemble, metrics["fitted_ensemble"]),
         "baseline": None if baseline is None else _accuracy(baseline["exits"][-1]),
         "backbone": _backbone_name(model.backbone),
         "dataset": dataset,
@@ -222,6 +234,12 @@ def _count(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, int]:
 
 def _accuracy(metrics: OutputMetrics) -> AccuracyRow:
     return {"top1": _finite(metrics["top1"]), "top5": _finite(metrics["top5"]), "ece": _finite(metrics["ece"])}
+
+
+def _fitted(ensemble: Ensemble, metrics: OutputMetrics | None) -> FittedEnsembleRow | None:
+    if metrics is None:
+        return None
+    return {**_accuracy(metrics), "weights": list(ensemble.weights), "images": ensemble.images}
 
 
 def _finite(value: float) -> float | None:

@@ -47,7 +47,7 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
 
 
 def draw_report(report: Report) -> "Figure":
-    """Draw top-1 accuracy over multiply-accumulates, with a point for each exit, the ensemble and the baseline.
+    """Draw top-1 accuracy over multiply-accumulates, with a point for each exit, the ensembles and the baseline.
 
     Args:
         report: What `build_report` returned, or `report.json` holds.
@@ -62,6 +62,8 @@ def draw_report(report: Report) -> "Figure":
     render.plot_exits(figure, axes, exits, "-o", "exits")
     label = f"ensemble of all exits ({_percent(ensemble)})"
     render.plot_points(axes, [ensemble], "*", label, render.ORANGE, 17, zorder=4)
+    for row in _fitted_rows(report):
+        render.plot_points(axes, [row], "P", f"fitted ensemble ({_percent(row)})", render.GREEN, 12, zorder=4)
     if baseline is not None:
         label = f"baseline: the backbone trained on its own ({_percent(baseline)})"
         # Hollow, so that it shows around the last exit where both are equally good.
@@ -79,16 +81,25 @@ def draw_report(report: Report) -> "Figure":
 
 
 def _tables(report: Report) -> list[render.Table]:
-    """Return the table with a row for each exit, the ensemble and the baseline."""
+    """Return the table with a row for each exit, the ensembles and the baseline."""
     *shallow, last = report["exits"]
     baseline = report["baseline"]
     header = ["exit", "top-1 %", "vs. baseline", "top-5 %", "ECE", "params", "MACs", "ms/batch", "speed-up"]
     rows = [_row(f"{row['index']}: {row['name']}", row, baseline) for row in shallow]
     rows.append(_row(f"{last['index']}: {last['name']} (backbone)", last, baseline))
     rows.append(_row("ensemble", report["ensemble"], baseline))
+    rows += [_row("ensemble, fitted", row, baseline) for row in _fitted_rows(report)]
     if baseline is None:
         return [[cells[:2] + cells[3:] for cells in [header, *rows]]]
     return [[header, *rows, _row("baseline", {**last, **baseline}, None)]]
+
+
+def _fitted_rows(report: Report) -> list[EnsembleRow]:
+    """Return the row of the fitted ensemble, which costs what the mean costs; none without one, or in older reports."""
+    fitted = report.get("fitted_ensemble")
+    if fitted is None:
+        return []
+    return [{**report["ensemble"], "top1": fitted["top1"], "top5": fitted["top5"], "ece": fitted["ece"]}]
 
 
 def _row(label: str, row: EnsembleRow | ExitRow, baseline: AccuracyRow | None) -> list[str]:
@@ -115,6 +126,10 @@ def _sentences(report: Report) -> list[str]:
         f"Latency is the median of {report['latency_rounds']} runs of a batch of {report['latency_batch_size']} in "
         f"{report['dtype']} on {report['device']} with {_count(report['threads'], 'thread')}; versions: {versions}.",
     ]
+    if fitted := report.get("fitted_ensemble"):
+        weights = " ".join(f"{weight:.3g}" for weight in fitted["weights"])
+        images = "held-out images" if fitted["images"] is None else f"{_count(fitted['images'], 'held-out image')}"
+        found.append(f"The fitted ensemble weighs the outputs {weights}, by {images}; the ensemble is their mean.")
     if report["baseline"] is not None:
         found.append("The baseline is the same backbone, trained on its own; it costs what the last exit costs.")
     if any(report["num_skipped"].values()):
@@ -122,7 +137,8 @@ def _sentences(report: Report) -> list[str]:
         found.append(f"Images that could not be decoded, and are not counted: {counts}.")
     if report["num_nonfinite"]:
         found.append(f"For {_count(report['num_nonfinite'], 'sample')} an output was not a number: counted as wrong.")
-    accuracies: list[AccuracyRow] = [*report["exits"], report["ensemble"], *filter(None, [report["baseline"]])]
+    ensembles = [report["ensemble"], *_fitted_rows(report)]
+    accuracies: list[AccuracyRow] = [*report["exits"], *ensembles, *filter(None, [report["baseline"]])]
     if any(value is None for row in accuracies for value in row.values()):
         found.append(f"{render.MISSING} (null in report.json): the value was not a finite number.")
     return found
@@ -137,7 +153,7 @@ def _percent(row: AccuracyRow) -> str:
 
 
 def _count(amount: int, noun: str) -> str:
-    return f"{amount} {noun}" if amount == 1 else f"{amount} {noun}s"
+    return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
 
 
 _PAGE = render.Page(

@@ -1,8 +1,9 @@
 """Evaluate every exit of a model: over a loader, from a saved folder, or of a run that was stopped."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
@@ -14,12 +15,14 @@ from timm_selfdistill.data import ImageData, open_dataset
 from timm_selfdistill.data.decode import SkipList, merge_skipped
 from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.transforms import InputConfig
+from timm_selfdistill.exit_logits import collect_logits, fit_ensemble
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, Recipe
 from timm_selfdistill.report import Report, build_report, write_report
 from timm_selfdistill.stop import StopSignals
+from timm_selfdistill.task import unwrapped_model
 from timm_selfdistill.train.launch import fresh_accelerate, locked
 from timm_selfdistill.train.publish import ModelWriter
 from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, check_folder, read_record
@@ -32,6 +35,10 @@ from timm_selfdistill.train.saved_run import (
     warn_of_other_data,
 )
 
+_logger = logging.getLogger(__name__)
+
+_MOST_IMAGES: Final = 10_000  # more decide nothing about a few weights, and their logits take memory
+
 
 @torch.no_grad()
 def evaluate_model(
@@ -43,7 +50,7 @@ def evaluate_model(
     gather: bool = True,
     title: str = "evaluate",
 ) -> ExitMetricsResult:
-    """Compute the metrics of every exit and the ensemble.
+    """Compute the metrics of every exit, of their mean and, where there is one, of the fitted ensemble.
 
     Args:
         model: A `SelfDistillModel`, compiled or not; left in eval mode.
@@ -57,13 +64,35 @@ def evaluate_model(
         The metrics, the same on every process.
     """
     model.eval()
-    metrics = ExitMetrics(num_exits + 1, accelerator if gather else None)
+    ensemble = unwrapped_model(model).ensemble if num_exits else None
+    metrics = ExitMetrics(num_exits + 1, accelerator if gather else None, ensemble)
     for images, targets in tqdm(loader, desc=title, leave=False, disable=not accelerator.is_main_process):
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.autocast():
             out = model(images, return_exits=True) if num_exits else ExitOutput((model(images),), ())
         metrics.update(out, targets)
     return metrics.compute()
+
+
+def fit_held_out(
+    model: SelfDistillModel, loader: Iterable[tuple[Tensor, Tensor]] | None, accelerator: Accelerator, *, gather: bool
+) -> None:
+    """Fit the ensemble of a trained model on the images that its run held out, if it did; it stays the mean otherwise.
+
+    Args:
+        model: The model, whose `ensemble` is set; left in eval mode.
+        loader: Batches of the held-out images, as for `evaluate_model`.
+        accelerator: Sets the precision and gathers the logits.
+        gather: As there.
+    """
+    if loader is None:
+        return
+    title = "fit the ensemble" if accelerator.is_main_process else None
+    try:
+        found = collect_logits(model, loader, title, accelerator=accelerator, gather=gather, most=_MOST_IMAGES)
+        fit_ensemble(model, logits=found.logits, target=found.targets)
+    except ValueError as error:  # of images that cannot be decoded, or logits that are not finite
+        _logger.warning("The ensemble is not fitted, and stays the mean: %s", error)
 
 
 def evaluate_folder(
@@ -99,7 +128,7 @@ def evaluate_folder(
         if data_path is None:
             warn_of_other_data(saved, recipe, data)
         evaluation = _Evaluation(model, data, recipe, output)
-        metrics = evaluation.measure(model, model.num_exits)
+        metrics = evaluation.measure(model)
         report = report_run(model, metrics, recipe, data, evaluation.input_config, saved.folder.name)
         if output is not None and evaluation.accelerator.is_main_process:
             write_report(report, output)
@@ -147,8 +176,9 @@ def _finish(folder: Path, found: CheckpointModel) -> Report:
     if baseline_record is not None and baseline_record.epochs_done == record.epochs_done:
         plain = load_newest(folder, "baseline")
         seconds["baseline"] = plain.seconds
-        baseline = evaluation.measure(plain.model, 0)
-    metrics = evaluation.measure(found.model, found.model.num_exits)
+        baseline = evaluation.measure(plain.model, exits=False)
+    evaluation.fit(found.model)
+    metrics = evaluation.measure(found.model)
     stopped = f"stopped after step {found.step}, {record.epochs_done} of {record.epochs} epochs"
     name = folder.name if record.is_finished else f"{folder.name} ({stopped})"
     seconds["self-distilled"] = found.seconds
@@ -189,12 +219,20 @@ class _Evaluation:
         self.input_config = InputConfig.from_model(model.backbone, recipe.data)
         loaders = evaluation_loaders(data, recipe, AugmentSection(), self.input_config, SkipList(output))
         self.accelerator = Accelerator(mixed_precision=recipe.precision)
-        prepared = loaders.eval if data.streaming else self.accelerator.prepare(loaders.eval)
-        self.loader: DataLoader[Any] = prepared
-        self.data, self.recipe = data, recipe
+        self.gather = not data.streaming
+        self.loader: DataLoader[Any] = self._prepared(loaders.eval)
+        self.held_out = None if loaders.validation is None else self._prepared(loaders.validation)
 
-    def measure(self, model: SelfDistillModel, num_exits: int) -> ExitMetricsResult:
-        """Return the metrics of a network."""
+    def measure(self, model: SelfDistillModel, *, exits: bool = True) -> ExitMetricsResult:
+        """Return the metrics of a network, of its backbone alone without `exits`."""
         model = model.to(self.accelerator.device)
-        gather = not self.data.streaming
-        return evaluate_model(model, self.loader, self.accelerator, num_exits=num_exits, gather=gather)
+        num_exits = model.num_exits if exits else 0
+        return evaluate_model(model, self.loader, self.accelerator, num_exits=num_exits, gather=self.gather)
+
+    def fit(self, model: SelfDistillModel) -> None:
+        """Fit the ensemble of a network of the recipe's run."""
+        fit_held_out(model.to(self.accelerator.device), self.held_out, self.accelerator, gather=self.gather)
+
+    def _prepared(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader) if self.gather else loader
+        return prepared

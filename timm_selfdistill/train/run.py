@@ -27,7 +27,7 @@ from timm_selfdistill.report import Report, write_report
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import check_loss
 from timm_selfdistill.train.builders import build_feed, build_model, check_one_image, synchronize_batch_norm
-from timm_selfdistill.train.evaluation import evaluate_model, report_run
+from timm_selfdistill.train.evaluation import evaluate_model, fit_held_out, report_run
 from timm_selfdistill.train.launch import (
     asks_for_sharding,
     fresh_accelerate,
@@ -179,12 +179,15 @@ def _train_networks(run: _Run) -> tuple[SelfDistillModel, dict[str, ExitMetricsR
         trainer = Trainer(context, name, model, phases, on_epoch)
         model = trainer.run()
         seconds[name] = trainer.progress.seconds
+        gather = not context.feed.streaming
+        if is_distilled:
+            fit_held_out(model, context.feed.validation, accelerator, gather=gather)
         results[name] = evaluate_model(
             model,
             run.eval_loader,
             accelerator,
             num_exits=model.num_exits if is_distilled else 0,
-            gather=not context.feed.streaming,
+            gather=gather,
             title=f"evaluate {name}",
         )
     return model, results, seconds
