@@ -93,6 +93,27 @@ def test_the_last_exit_is_the_backbone(model, images, tmp_path, format):
         check(path, model(images), images)
 
 
+@pytest.mark.parametrize("format", SUFFIXES)
+def test_one_graph_runs_all_exits_and_combines_them(model, images, tmp_path, format):
+    model.ensemble = sd.Ensemble((0.1, 0.0, 0.3, 0.5), images=100)
+    path = export(model, "ensemble", tmp_path, format, dynamic_batch=True)
+    with torch.no_grad():
+        logits = model(images, return_exits=True).logits
+    for count in (4, 1):
+        check(path, (0.1 * logits[0] + 0.3 * logits[2] + 0.5 * logits[3])[:count], images[:count])
+    if format == "torch-export":
+        extra = {METADATA: ""}
+        program = torch.export.load(path, extra_files=extra)
+        said = json.loads(extra[METADATA])
+        assert (said["exit"], said["exit_name"]) == ("ensemble", "ensemble (fitted)")
+        held = {name.split(".")[2] for name, _ in program.named_parameters() if name.startswith("model.heads.")}
+        assert held == {"0", "2"}  # exit 1 has no weight
+    with pytest.raises(ValueError, match="allowed for the ensemble are torch-export and onnx"):
+        sd.export_model(model, "ensemble", tmp_path / "net", format="safetensors")
+    with pytest.raises(ValueError, match="There is no exit 'all'; allowed are 0 to 3 and 'ensemble'"):
+        export(model, "all", tmp_path / "new", format)
+
+
 @pytest.mark.parametrize("exit", range(4))
 def test_a_torch_export_graph_holds_what_the_exit_needs_and_no_more(model, tmp_path, exit):
     path = export(model, exit, tmp_path, "torch-export")

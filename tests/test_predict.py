@@ -75,6 +75,23 @@ def test_answers_are_those_of_the_network(model, images, exit):
         assert (one.exit, one.exit_name, one.error) == (index, model.exit_names[index], None)
 
 
+def test_the_ensemble_answers_as_it_was_fitted_or_with_the_mean(images, run, tmp_path, capsys):
+    model = sd.from_pretrained(run / "model")
+    with torch.no_grad():
+        logits = torch.stack(model(batch(model, images), return_exits=True).logits)
+    for weights, title in (((0.25, 0.25, 0.25, 0.25), "mean"), ((0.0, 0.25, 0.5, 0.125), "fitted")):
+        if title == "fitted":
+            model.ensemble = sd.Ensemble(weights, images=9)
+        expected = torch.einsum("k,knc->nc", torch.tensor(weights), logits).softmax(-1).amax(-1).tolist()
+        found = list(sd.predict_images(model, images, exit="ensemble"))
+        assert [one.probabilities[0] for one in found] == pytest.approx(expected, rel=1e-4)
+        assert {(one.exit, one.exit_name) for one in found} == {(3, f"ensemble ({title})")}
+    sd.save_pretrained(model, tmp_path, label_names=NAMES, data_config=INPUT)
+    assert cli(["predict", str(tmp_path), images[0], "--exit", "ensemble"]) == 0
+    ((_, _, probability, exit),) = lines(capsys.readouterr().out)
+    assert (float(probability), exit) == (pytest.approx(expected[0], abs=1e-4), "3: ensemble (fitted)")
+
+
 @pytest.mark.parametrize("fallback", ["last", "ensemble"])
 def test_with_early_exit_each_image_is_answered_by_its_exit(model, images, fallback):
     temperatures = (2.0, 0.5, 3.0)
@@ -89,7 +106,7 @@ def test_with_early_exit_each_image_is_answered_by_its_exit(model, images, fallb
     assert {0, 3} <= set(out.exit_index.tolist())
     found = list(sd.predict_images(fast, images, top_k=9, batch_size=5))
     assert [one.exit for one in found] == out.exit_index.tolist()
-    last = "ensemble" if fallback == "ensemble" else "fc"
+    last = "ensemble (mean)" if fallback == "ensemble" else "fc"
     assert [one.exit_name for one in found] == [(*model.exit_names[:3], last)[one.exit] for one in found]
     for one, logits in zip(found, out.logits, strict=True):
         expected = (logits / (*temperatures, 1.0)[one.exit]).softmax(-1)
@@ -145,6 +162,7 @@ def test_arguments_must_make_sense(model, images):
 
     assert message(exit=4) == "There is no exit 4; allowed are 0 to 3 (the backbone's own)."
     assert message(exit=-1).startswith("There is no exit -1")
+    assert message(exit="all") == "There is no exit 'all'; allowed are 0 to 3 and 'ensemble'."
     assert message(sd.EarlyExit(model, 0.5), exit=1).startswith("exit is 1, but the model chooses")
     assert message(build().train()) == "The model is in train mode: call eval() first."
     assert message(top_k=0) == "top_k is 0; it must be at least 1."

@@ -20,6 +20,7 @@ from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.failures import ReportedError
 from timm_selfdistill.hub import check_finite, class_names, complete_names, from_pretrained, is_exported, save_exported
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.model.all_exits import ENSEMBLE, AllExits, ExitChoice, check_choice
 from timm_selfdistill.truncation import TruncatedModel, truncate
 
 FORMATS: Final = {"safetensors": "", "torch-export": ".pt2", "onnx": ".onnx"}
@@ -38,7 +39,7 @@ class ExportError(ReportedError):
 
 def export_model(
     model: SelfDistillModel,
-    exit: int,
+    exit: ExitChoice,
     path: str | Path,
     *,
     format: str,
@@ -54,7 +55,8 @@ def export_model(
 
     Args:
         model: The wrapped model; it stays as it is.
-        exit: Index of the exit, 0 the shallowest; `num_exits` is the backbone's own classifier.
+        exit: Index of the exit, 0 the shallowest; `num_exits` is the backbone's own classifier. Of a graph also
+            "ensemble": it then runs all exits, and combines them as `model.ensemble` says.
         path: Where to write: a file that ends with ".pt2" or ".onnx", or for safetensors a folder.
         format: "safetensors" (weights and how to build the network, for `load_exported`), "torch-export" or "onnx".
         dynamic_batch: Whether the graph takes batches of any size, or one image.
@@ -72,7 +74,8 @@ def export_model(
         ExportError: If torch or ONNX cannot write the network, or what was written gives other logits.
     """
     path = Path(path)
-    _check_format(format, dynamic_batch)
+    _check_format(format, dynamic_batch, exit)
+    check_choice(model, exit)
     _check_path(path, format, overwrite)
     names = class_names(model) if label_names is None else complete_names(label_names, model.num_classes)
     check_finite(model)
@@ -80,26 +83,27 @@ def export_model(
     if image_size is not None:
         config = replace(config, image_size=(image_size, image_size) if isinstance(image_size, int) else image_size)
     if format == "safetensors":
+        assert isinstance(exit, int)
         save_exported(model, exit, path, label_names=names, data_config=config.to_timm())
         return path
-    small = truncate(model, exit).eval().to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
+    small = AllExits(copy.deepcopy(model)) if isinstance(exit, str) else truncate(model, exit)
+    small = small.eval().to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
+    named = getattr(model.backbone, "pretrained_cfg", {})
     description = {
-        "architecture": getattr(model.backbone, "pretrained_cfg", {}).get(
-            "architecture", type(model.backbone).__name__
-        ),
+        "architecture": named.get("architecture", type(model.backbone).__name__),
         "exit": exit,
-        "exit_name": model.exit_names[exit],
+        "exit_name": model.ensemble.title if isinstance(exit, str) else model.exit_names[exit],
         "num_classes": model.num_classes,
         "label_names": None if names is None else list(names),
         **config.to_timm(),
     }
     metadata = json.dumps(description, indent=2)
     size = (config.channels, *config.image_size)
-    write = _write_onnx if format == "onnx" else _write_torch_export
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder:
         # Under its final name: both formats write names of files into the file.
         staged = Path(folder) / path.name
+        write = _write_onnx if format == "onnx" else _write_torch_export
         run = write(small, size, dynamic_batch, metadata, staged)
         _check_logits(run, small, size, dynamic_batch, format)
         # Weights that ONNX keeps in a separate file come before the graph that names it.
@@ -110,7 +114,7 @@ def export_model(
 
 def export_folder(
     source: str | Path,
-    exit: int | None = None,
+    exit: ExitChoice | None = None,
     output: Path | None = None,
     *,
     format: str,
@@ -121,19 +125,20 @@ def export_folder(
 ) -> Path:
     """Write a saved model, of a run's folder, a model folder or a repository on the Hub, as `export_model` does.
 
-    By default, the backbone's own classifier is written to "exit-K" and the format's ending in the folder, or in
-    `default_folder`; for a repository, in the working directory.
+    By default, the backbone's own classifier is written, to "exit-K" ("ensemble" for all exits) and the format's ending
+    in the folder, or in `default_folder`; for a repository, in the working directory.
     """
-    _check_format(format, dynamic_batch)  # before the model is loaded
+    _check_format(format, dynamic_batch, exit)  # before the model is loaded
     folder = Path(source)
     model = from_pretrained(folder / "model" if (folder / "model").is_dir() else source)
-    index = model.num_exits if exit is None else exit
+    choice = model.num_exits if exit is None else exit
     if output is None:
         beside = folder if default_folder is None else Path(default_folder)
-        output = (beside if beside.is_dir() else Path()) / f"exit-{index}{FORMATS[format]}"
+        name = choice if isinstance(choice, str) else f"exit-{choice}"
+        output = (beside if beside.is_dir() else Path()) / f"{name}{FORMATS[format]}"
     return export_model(
         model,
-        index,
+        choice,
         output.expanduser(),
         format=format,
         dynamic_batch=dynamic_batch,
@@ -142,11 +147,13 @@ def export_folder(
     )
 
 
-def _check_format(name: str, dynamic_batch: bool) -> None:
+def _check_format(name: str, dynamic_batch: bool, exit: ExitChoice | None) -> None:
     if name not in FORMATS:
         raise ValueError(f"There is no format {name!r}; allowed are {', '.join(FORMATS)}.")
     if name == "safetensors" and dynamic_batch:
         raise ValueError("safetensors hold weights, which fit batches of any size: leave out dynamic_batch.")
+    if name == "safetensors" and exit == ENSEMBLE:
+        raise ValueError("safetensors hold one exit; allowed for the ensemble are torch-export and onnx.")
     if name == "onnx":
         missing = [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
         if missing:
@@ -158,13 +165,11 @@ def _check_path(path: Path, format_name: str, overwrite: bool) -> None:
     suffix = FORMATS[format_name]
     if suffix and path.suffix != suffix:
         raise ValueError(f"{path} must end with {suffix} for the format {format_name}.")
-    if not path.exists():
-        return
-    if not overwrite:
+    if path.exists() and not overwrite:
         raise ValueError(f"{path} exists already; it is replaced only with overwrite=True (--force).")
-    if suffix and not path.is_file():
+    if suffix and path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file, so it is not replaced.")
-    if not suffix and not is_exported(path):
+    if not suffix and path.exists() and not is_exported(path):
         raise ValueError(f"{path} was not written by an export, so nothing is written there.")
 
 
@@ -282,6 +287,8 @@ def _check_logits(run: Run, small: nn.Module, size: tuple[int, ...], dynamic_bat
 
 
 def _name_of(small: nn.Module) -> str:
+    if isinstance(small, AllExits):
+        return f"{type(small.model.backbone).__name__} with all its exits"
     if isinstance(small, TruncatedModel):
         return f"{type(small.backbone).__name__} (cut off after {small.exit_name})"
     return type(small).__name__

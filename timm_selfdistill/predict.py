@@ -22,6 +22,7 @@ from timm_selfdistill.early_exit import EarlyExit
 from timm_selfdistill.escape import printable
 from timm_selfdistill.hub import class_names, load_with_early_exit
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.model.all_exits import ENSEMBLE, AllExits, ExitChoice, check_choice
 
 BATCH_SIZE: Final = 32
 _MAX_WORKERS = 4
@@ -38,7 +39,7 @@ class Prediction:
         probabilities: Their probabilities, 0 to 1.
         exit: Index of the exit that answered; K, the number of added exits, is the backbone's own classifier or the
             ensemble.
-        exit_name: Its name.
+        exit_name: Its name; of the ensemble "ensemble (fitted)" or "ensemble (mean)".
         error: Why there is no answer, and all of the above but the path is empty; None if there is one.
     """
 
@@ -74,7 +75,7 @@ def predict_images(
     model: SelfDistillModel | EarlyExit,
     paths: Iterable[str | Path],
     *,
-    exit: int | None = None,
+    exit: ExitChoice | None = None,
     top_k: int = 1,
     batch_size: int = BATCH_SIZE,
     workers: int | None = None,
@@ -84,7 +85,8 @@ def predict_images(
     Args:
         model: The model, in eval mode; with early exit, each image is answered by the first exit that is confident.
         paths: The files.
-        exit: Index of the exit that answers, for a model without early exit; by default the backbone's own classifier.
+        exit: Index of the exit that answers, for a model without early exit, or "ensemble": all of them together, as
+            `model.ensemble` says; by default the backbone's own classifier.
         top_k: How many classes to return for each image; at most those of the model.
         batch_size: Images that run at a time.
         workers: Processes that read and decode images; by default up to four, and none for a single batch.
@@ -101,7 +103,7 @@ def predict_images(
     if isinstance(model, EarlyExit) and exit is not None:
         raise ValueError(f"exit is {exit}, but the model chooses the exit for each image: give its .model instead.")
     if exit is not None:
-        network.check_exit(exit)
+        check_choice(network, exit)
     if network.training:
         raise ValueError("The model is in train mode: call eval() first.")
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
@@ -123,9 +125,8 @@ def predict_images(
         generator=torch.Generator(),
     )
     names = class_names(network) or tuple(map(str, range(network.num_classes)))
-    answer = partial(
-        _answer, model, network.num_exits if exit is None else exit, names, min(top_k, network.num_classes)
-    )
+    choice = network.num_exits if exit is None else exit
+    answer = partial(_answer, model, choice, names, min(top_k, network.num_classes))
     return (prediction for batch in loader for prediction in answer(batch))
 
 
@@ -150,7 +151,7 @@ def _load_image(path: str, mode: str, transform: Transform) -> Tensor | str:
 
 def _answer(
     model: SelfDistillModel | EarlyExit,
-    exit_index: int,
+    choice: ExitChoice,
     classes: Sequence[str],
     top_k: int,
     batch: list[tuple[str, Tensor | str]],
@@ -158,10 +159,10 @@ def _answer(
     """Run a model on the images of a batch that could be loaded."""
     network = model.model if isinstance(model, EarlyExit) else model
     names = network.exit_names
-    if isinstance(model, EarlyExit) and model.config.fallback == "ensemble":
-        names = (*names[:-1], "ensemble")
+    if choice == ENSEMBLE or (isinstance(model, EarlyExit) and model.config.fallback == "ensemble"):
+        names = (*names[:-1], network.ensemble.title)
     images = [image for _, image in batch if isinstance(image, Tensor)]
-    answers = _run(model, exit_index, torch.stack(images)) if images else iter(())
+    answers = _run(model, choice, torch.stack(images)) if images else iter(())
     for path, image in batch:
         if isinstance(image, str):
             yield Prediction(path, error=image)
@@ -176,7 +177,7 @@ def _answer(
 
 
 @torch.inference_mode()
-def _run(model: SelfDistillModel | EarlyExit, exit_index: int, images: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _run(model: SelfDistillModel | EarlyExit, choice: ExitChoice, images: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Return, for each image, the exit that answered and its probabilities [num_classes]."""
     network = model.model if isinstance(model, EarlyExit) else model
     parameter = next(network.parameters())
@@ -186,9 +187,10 @@ def _run(model: SelfDistillModel | EarlyExit, exit_index: int, images: Tensor) -
         # The probabilities that the exits decided by; the last one has no temperature.
         temperatures = model.config.temperatures or (1.0,) * len(model.config.thresholds)
         logits = logits.float() / torch.tensor((*temperatures, 1.0), device=exits.device)[exits].unsqueeze(1)
+    elif isinstance(choice, str):
+        logits, exits = AllExits(model)(images).float(), torch.full((len(images),), model.num_exits)
     else:
-        logits = model.forward_exit(images, exit_index).float()
-        exits = torch.full((len(images),), exit_index)
+        logits, exits = model.forward_exit(images, choice).float(), torch.full((len(images),), choice)
     return iter(zip(exits.tolist(), logits.softmax(-1).cpu(), strict=True))
 
 
@@ -232,7 +234,7 @@ def print_predictions(
     source: str,
     images: Sequence[str],
     *,
-    exit: int | None = None,
+    exit: ExitChoice | None = None,
     threshold: float | None = None,
     top_k: int = 1,
     batch_size: int = BATCH_SIZE,
@@ -270,12 +272,12 @@ def print_predictions(
     return 1 if failed else 0
 
 
-def _load(source: str, exit_index: int | None, threshold: float | None) -> SelfDistillModel | EarlyExit:
+def _load(source: str, exit: ExitChoice | None, threshold: float | None) -> SelfDistillModel | EarlyExit:
     """Load a model, with early exit by what is given or, without that, by what is saved."""
     folder = Path(source) / "model"
     model, settings = load_with_early_exit(folder if folder.is_dir() else source)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if exit_index is not None or (settings is None and threshold is None):
+    if exit is not None or (settings is None and threshold is None):
         return model
     if settings is None:
         assert threshold is not None

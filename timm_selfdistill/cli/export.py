@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from timm_selfdistill.cli.options import add_image_size, add_model_source, model_source
+from timm_selfdistill.cli.options import add_image_size, add_model_source, exit_choice, model_source
 from timm_selfdistill.escape import printable
 from timm_selfdistill.export import FORMATS, export_folder
 
@@ -11,10 +11,17 @@ from timm_selfdistill.export import FORMATS, export_folder
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_source(parser)
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="what to write")
-    parser.add_argument("--exit", type=int, metavar="K", help="index of the exit; the backbone's own by default")
+    parser.add_argument(
+        "--exit",
+        type=exit_choice,
+        metavar="K|ensemble",
+        help="index of the exit, or ensemble: all together; the backbone's own by default",
+    )
     parser.add_argument("--dynamic-batch", action="store_true", help="take batches of any size, not only one image")
     add_image_size(parser)
-    parser.add_argument("--output", type=Path, help="where to write; by default exit-K with an ending, in the folder")
+    parser.add_argument(
+        "--output", type=Path, help="where to write; by default exit-K or ensemble with an ending, in the folder"
+    )
     parser.add_argument("--force", action="store_true", help="replace what an earlier export wrote there")
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 
 def add_run_folder(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,16 @@ def add_data_overrides(parser: argparse.ArgumentParser) -> None:
 
 def add_image_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=_size, metavar="N or HxW", help="side of the image in pixels, or both")
+
+
+def exit_choice(text: str) -> int | Literal["ensemble"]:
+    """Read the index of an exit, or "ensemble"."""
+    if text == "ensemble":
+        return "ensemble"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be the index of an exit or 'ensemble', got {text!r}") from None
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import argparse
 
-from timm_selfdistill.cli.options import add_model_source, model_source
+from timm_selfdistill.cli.options import add_model_source, exit_choice, model_source
 from timm_selfdistill.predict import BATCH_SIZE, print_predictions
 
 
@@ -10,7 +10,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_source(parser)
     parser.add_argument("images", nargs="+", help="files, folders, or - for a list on the standard input, one a line")
     answering = parser.add_mutually_exclusive_group()
-    answering.add_argument("--exit", type=int, metavar="K", help="index of the one exit that answers, 0 the shallowest")
+    answering.add_argument(
+        "--exit",
+        type=exit_choice,
+        metavar="K|ensemble",
+        help="index of the one exit that answers, 0 the shallowest, or ensemble: all together",
+    )
     answering.add_argument(
         "--threshold", type=float, help="let images leave at any exit with this confidence, whatever is saved"
     )
