@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.compare.command import main
+from timm_selfdistill.compare import main
 
 KD_WEIGHT, TEMPERATURE = 0.1, 3.0  # of the preset byot-iccv2019
 LOSSES = ("fixed-weights", "learned-weights", "balanced-gradients")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.build_limit import BuildLimit, TooLargeError
+from timm_selfdistill.measure import BuildLimit, TooLargeError
 
 
 def test_what_builds_too_much_is_ended_whatever_it_catches() -> None:

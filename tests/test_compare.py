@@ -10,11 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_train import SMALL, small_recipe
 
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.compare import Comparison, compare, format_comparison, list_variants, run_losses, summarize
-from timm_selfdistill.compare.comparison import draw_comparison
-from timm_selfdistill.compare.run_losses import with_loss
+from timm_selfdistill.compare import compare, list_variants, with_loss
+from timm_selfdistill.comparison_page import Comparison, draw_comparison, format_comparison, summarize
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.train import build_loss
+from timm_selfdistill.train import build_loss, train
 
 
 def report(seed: int, *top1: float | None, seconds: float = 60.0) -> Any:
@@ -126,13 +125,12 @@ def test_what_is_done_is_skipped_and_what_is_missing_is_trained(
 ) -> None:
     recipe = small_recipe(tmp_path / "cmp")
     trained: list[str] = []
-    train = run_losses.train
 
     def noting(run: Recipe) -> Any:
         trained.append(Path(str(run.output_dir)).name)
         return train(run)
 
-    monkeypatch.setattr(run_losses, "train", noting)
+    monkeypatch.setattr("timm_selfdistill.compare.train", noting)
     first = compare(recipe, ["none", "byot-iccv2019"], [3])
     assert trained == ["none-seed-3", "byot-iccv2019-seed-3"]
     folder = tmp_path / "cmp"

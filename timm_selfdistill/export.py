@@ -17,10 +17,10 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 
 from timm_selfdistill.data.transforms import InputConfig
-from timm_selfdistill.failures import ReportedError
 from timm_selfdistill.hub import check_finite, class_names, complete_names, from_pretrained, is_exported, save_exported
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.model.all_exits import ENSEMBLE, AllExits, ExitChoice, check_choice
+from timm_selfdistill.program import ReportedError
 from timm_selfdistill.truncation import TruncatedModel, truncate
 
 FORMATS: Final = {"safetensors": "", "torch-export": ".pt2", "onnx": ".onnx"}

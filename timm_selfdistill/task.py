@@ -165,7 +165,7 @@ class SelfDistillationTask(ClassificationTask):
 
 def unwrapped_model(module: Any) -> SelfDistillModel:
     """Return the wrapped model inside DDP, compile and EMA wrappers."""
-    model: SelfDistillModel = unwrap_model(module)  # type: ignore[no-untyped-call]
+    model: SelfDistillModel = unwrap_model(module)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The command `timm-selfdistill`: one module a command, imported when that command is run."""
+"""The command `timm-selfdistill`."""
 
 from timm_selfdistill.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The command `timm-selfdistill`: its subcommands, each a module with `add_arguments(parser)` and `run(arguments)`."""
+"""The command `timm-selfdistill` and its subcommands, whose modules are imported when they are run."""
 
 import argparse
 import sys
@@ -7,24 +7,30 @@ from importlib import import_module
 from typing import Final
 
 from timm_selfdistill.program import run_program
+from timm_selfdistill.recipe import list_recipes
 from timm_selfdistill.stop import leave_on_signals
 
-# By name, the line in the help. A command's module in this folder has its name, except for those below.
-COMMANDS: Final = {
-    "train": "train from a recipe (the same as accelerate launch's module)",
-    "finish": "make the report and the model of a run that was stopped",
-    "compare": "train a recipe with several losses and seeds, side by side",
-    "evaluate": "report every exit of a trained model on a data set",
-    "calibrate": "choose when a trained model answers early, by images that it was not trained on",
-    "analyze": "measure on a trained model why the method works: noise on weights, gradients, features",
-    "predict": "classify image files",
-    "export": "write the network up to an exit as safetensors, torch.export or ONNX",
-    "push": "push a trained model to the Hugging Face Hub",
-    "exits": "show where exits could hang on a timm model, and what they would cost",
-    "recipes": "list the shipped recipes",
+# By name, where a command is and its line in the help. A module's `COMMANDS` holds for each a function that adds its
+# arguments to a parser, and one that takes their values by name and returns an exit status, or None for 0.
+_COMMANDS: Final = {
+    "train": ("train.command", "train from a recipe (the same as accelerate launch's module)"),
+    "finish": ("cli.run_commands", "make the report and the model of a run that was stopped"),
+    "compare": ("compare", "train a recipe with several losses and seeds, side by side"),
+    "evaluate": ("cli.run_commands", "report every exit of a trained model on a data set"),
+    "calibrate": (
+        "cli.run_commands",
+        "choose when a trained model answers early, by images that it was not trained on",
+    ),
+    "analyze": (
+        "cli.run_commands",
+        "measure on a trained model why the method works: noise on weights, gradients, features",
+    ),
+    "predict": ("cli.model_commands", "classify image files"),
+    "export": ("cli.model_commands", "write the network up to an exit as safetensors, torch.export or ONNX"),
+    "push": ("cli.model_commands", "push a trained model to the Hugging Face Hub"),
+    "exits": ("cli.model_commands", "show where exits could hang on a timm model, and what they would cost"),
+    "recipes": ("cli.main", "list the shipped recipes"),
 }
-# accelerate launch also starts these as programs of their own.
-_PROGRAMS: Final = {"train": "timm_selfdistill.train.command", "compare": "timm_selfdistill.compare.command"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,10 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = next((word for word in words if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="timm-selfdistill", description="Turn a timm backbone into its own teacher.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, line in COMMANDS.items():
+    for name, (module, line) in _COMMANDS.items():
         command = commands.add_parser(name, help=line)
         if name == chosen:
-            module = import_module(_PROGRAMS.get(name, f"timm_selfdistill.cli.{name}"))
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
+            add_arguments, run = import_module(f"timm_selfdistill.{module}").COMMANDS[name]
+            add_arguments(command)
+            command.set_defaults(run=run)
     return run_program(parser, arguments)
+
+
+def _print_recipes() -> None:
+    print("\n".join(list_recipes()))
+
+
+COMMANDS: Final = {"recipes": (lambda parser: None, _print_recipes)}

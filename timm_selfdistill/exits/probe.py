@@ -12,8 +12,8 @@ from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from timm_selfdistill.compat import version_of
-from timm_selfdistill.failures import is_out_of_memory
 from timm_selfdistill.measure import MacCounter
+from timm_selfdistill.program import is_out_of_memory
 
 # A torch module that follows timm's contract, for which timm has no base class.
 Backbone = Any

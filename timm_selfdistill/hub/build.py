@@ -16,9 +16,9 @@ from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from timm_selfdistill.backbones import use_small_stem
-from timm_selfdistill.build_limit import BuildLimit, TooLargeError
 from timm_selfdistill.heads import HEADS
 from timm_selfdistill.hub.saved_config import CONFIG, Saved, check_image
+from timm_selfdistill.measure import BuildLimit, TooLargeError
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.truncation import truncate
 
@@ -62,13 +62,14 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
         # A head of another package may compute numbers while it is built, which fails on the meta device.
         blank = _wrap(backbone, saved if ours else replace(saved, head="linear", head_kwargs={}))
         check_image("input_size", resolve_input_data_config(blank.backbone, _STATISTICS)["input_size"][1:])
-        parts = _parts(blank, saved, list(weights))
+        modules = [blank.backbone, blank.heads] if saved.exit is None else [truncate(blank, saved.exit)]
+        parts = dict(zip(weights, modules, strict=True))
     for name, module in parts.items():
         # The weights of another package's head are compared when they are loaded.
         if ours or module is blank.backbone:
             _check_shapes(folder / name, module, weights[name])
-    in_file = sum(map(_size, itertools.chain.from_iterable(held.values() for held in weights.values())))
-    in_memory = sum(map(_size, itertools.chain(blank.parameters(), blank.buffers())))
+    in_file = sum(tensor.nbytes for held in weights.values() for tensor in held.values())
+    in_memory = sum(tensor.nbytes for tensor in itertools.chain(blank.parameters(), blank.buffers()))
     if in_memory > _UNSAVED_BYTES + _UNSAVED_SHARE * in_file:
         raise ValueError(f"{where}: it takes {in_memory:,} bytes, and the weights beside it only {in_file:,}.")
     with _explained(where, tensors):
@@ -140,12 +141,6 @@ def _wrap(backbone: Any, saved: Saved) -> SelfDistillModel:
     )
 
 
-def _parts(model: SelfDistillModel, saved: Saved, files: list[str]) -> dict[str, nn.Module]:
-    """Return the module whose weights are in each of the files."""
-    modules = [model.backbone, model.heads] if saved.exit is None else [truncate(model, saved.exit)]
-    return dict(zip(files, modules, strict=True))
-
-
 @contextmanager
 def _explained(where: str, tensors: int) -> Iterator[None]:
     """Say of which model something is wrong."""
@@ -172,7 +167,3 @@ def _check_shapes(path: Path, module: nn.Module, weights: Mapping[str, Tensor]) 
     ]
     shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
     raise ValueError(f"{path} does not fit the model that {CONFIG} describes: {shown:.1000}.")
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -108,7 +108,7 @@ def save_exported(
     """
     _check(model, "network")
     small = truncate(model, exit).cpu().to(memory_format=torch.contiguous_format)
-    small.register_state_dict_post_hook(_unshare)  # type: ignore[no-untyped-call]
+    small.register_state_dict_post_hook(_unshare)
     with _staged(folder, (BACKBONE, CONFIG)) as staged:
         safetensors.torch.save_file(small.state_dict(), staged / BACKBONE)
         save_config_for_hf(

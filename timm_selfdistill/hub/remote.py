@@ -15,10 +15,10 @@ from huggingface_hub.errors import (
 
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig
 from timm_selfdistill.escape import redact
-from timm_selfdistill.failures import ReportedError
 from timm_selfdistill.hub.folder import BACKBONE, EXITS, load_folder, read_early_exit
 from timm_selfdistill.hub.saved_config import CONFIG
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.program import ReportedError
 from timm_selfdistill.recipe import REPO_ID
 
 _BY_STATUS = {
@@ -68,18 +68,10 @@ def load_early_exit(
 ) -> EarlyExit:
     """Load a model with the early-exit settings that are saved with it, in eval mode.
 
-    Args:
-        source: A folder, or the Hub's repository, as in `from_pretrained`.
-        revision: Branch, tag or commit on the Hub; the main branch by default.
-        token: Access token of the Hub; the one that is logged in by default.
-        cache_dir: Where downloads are kept; the Hub's usual cache by default.
-
-    Returns:
-        The network that lets images leave early.
+    Arguments and errors are those of `from_pretrained`.
 
     Raises:
-        ValueError: As `from_pretrained`; also if no early-exit settings are saved with the model.
-        HubError: As `from_pretrained`.
+        ValueError: Also if no early-exit settings are saved with the model.
     """
     model, config = load_with_early_exit(source, revision=revision, token=token, cache_dir=cache_dir)
     if config is None:

@@ -172,7 +172,7 @@ def watch_usage(model: nn.Module) -> Iterator[Usage]:
             usage.modules.add(module)
             note(chain(module.parameters(recurse=False), module.buffers(recurse=False)))
 
-    class OperandWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class OperandWatch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             note(tree_leaves((args, kwargs)))
             return func(*args, **(kwargs or {}))

@@ -13,10 +13,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from timm_selfdistill.backbones import use_small_stem  # which also registers networks with timm, for recipes
-from timm_selfdistill.build_limit import BuildLimit, TooLargeError
 from timm_selfdistill.exits import Backbone, Exits, find_exit_points
-from timm_selfdistill.failures import failure_of_machine
+from timm_selfdistill.measure import BuildLimit, TooLargeError
 from timm_selfdistill.model.network import SelfDistillModel, WrapConfig
+from timm_selfdistill.program import failure_of_machine
 
 # What timm takes in front of a model's name: where its configuration is.
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")

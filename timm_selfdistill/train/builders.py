@@ -53,7 +53,7 @@ def build_model(recipe: Recipe, class_names: Sequence[str], dataset: str) -> Sel
 def synchronize_batch_norm(model: SelfDistillModel) -> SelfDistillModel:
     """Let every batch norm use the statistics of all processes' images; state dict and hooks are kept."""
     before = dict(model.named_modules(remove_duplicate=False))
-    convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    convert_sync_batchnorm(model)
     for name, module in model.named_modules(remove_duplicate=False):
         if module is not before[name]:
             copy_hooks(before[name], module)

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Final
 
 from accelerate import PartialState
 
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `RECIPE [key=value ...]` and print the report; the exit status is 2 for a recipe that cannot work."""
     parser = argparse.ArgumentParser(prog="timm_selfdistill.train", description="Train from a recipe.")
     add_arguments(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
     return run_program(parser, arguments)
 
 
@@ -26,13 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="what differs, such as optimizer.lr=0.05")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    report = train(recipe)
+def _run(recipe: str, overrides: Sequence[str]) -> None:
+    loaded = load_recipe(recipe, overrides)
+    report = train(loaded)
     if not PartialState().is_main_process:
         return
     print(format_table(report))
     listed = f", {SKIPPED}" if any(report["num_skipped"].values()) else ""
-    print(f"\nWritten to {printable(recipe.output_dir)}: report.json, report.md, report.png, model/{listed}")
-    if recipe.push_to_hub is not None:
-        print(f"Pushed to {recipe.push_to_hub.repo}")
+    print(f"\nWritten to {printable(loaded.output_dir)}: report.json, report.md, report.png, model/{listed}")
+    if loaded.push_to_hub is not None:
+        print(f"Pushed to {loaded.push_to_hub.repo}")
+
+
+COMMANDS: Final = {"train": (add_arguments, _run)}

@@ -14,6 +14,8 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend, patch_environment
 from filelock import FileLock, Timeout
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from timm_selfdistill.compat import accelerate_states
 from timm_selfdistill.losses import needs_of
@@ -223,10 +225,10 @@ def _join_again() -> None:
     if attempt == 0 or alone or torch.distributed.is_initialized():
         return
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    store, rank, world_size = next(torch.distributed.rendezvous("env://"))  # type: ignore[attr-defined]
+    store, rank, world_size = next(rendezvous("env://"))
     torch.distributed.init_process_group(
         "gloo" if on_cpu else "nccl",
-        store=torch.distributed.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+        store=PrefixStore(f"attempt {attempt}", store),
         rank=rank,
         world_size=world_size,
     )

@@ -18,10 +18,10 @@ from timm_selfdistill.data.decode import SkipList, merge_skipped
 from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.loaders import build_loaders
 from timm_selfdistill.data.transforms import InputConfig
-from timm_selfdistill.failures import is_lost_process
 from timm_selfdistill.files import replace_file
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.program import is_lost_process
 from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, dump_local
 from timm_selfdistill.report import Report, write_report
 from timm_selfdistill.stop import StopSignals

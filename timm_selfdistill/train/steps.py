@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from timm_selfdistill.failures import NonFiniteLossError
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.program import NonFiniteLossError
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import SelfDistillationTask

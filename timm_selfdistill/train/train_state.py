@@ -119,7 +119,7 @@ def find_checkpoint(resume: str, checkpoints: Path, accelerator: Accelerator) ->
     return saved
 
 
-class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
+class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
     """Appends each set of logged values to a file, as one JSON object a line."""
 
     name = "jsonl"
@@ -134,11 +134,11 @@ class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
         """The file."""
         return self.path
 
-    @on_main_process  # type: ignore[untyped-decorator]
+    @on_main_process  # type: ignore[untyped-decorator]  # of accelerate
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Do nothing: the recipe is saved beside the file."""
 
-    @on_main_process  # type: ignore[untyped-decorator]
+    @on_main_process  # type: ignore[untyped-decorator]  # of accelerate
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         """Append values named "NETWORK/NAME", "NETWORK/epoch" among them; network and epoch get their own keys."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "network": network, "epoch": epoch, **others}) + "\n")
 
-    @on_main_process  # type: ignore[untyped-decorator]
+    @on_main_process  # type: ignore[untyped-decorator]  # of accelerate
     def keep(self, network: str, count: int) -> None:
         """Keep only the first `count` lines of a network: a resumed run writes those after its checkpoint again."""
         if not self.path.is_file():

@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypedDict
 
 from timm_selfdistill import render
@@ -102,16 +101,6 @@ def summarize(
         "versions": first["versions"],
         "device": first["device"],
     }
-
-
-def format_comparison(comparison: Comparison) -> str:
-    """Return the content of `comparison.json` as two tables and sentences for the terminal."""
-    return _PAGE.terminal(comparison)
-
-
-def write_comparison(comparison: Comparison, folder: Path) -> None:
-    """Write `comparison.json`, `comparison.md` and `comparison.png`; each is complete or not there at all."""
-    _PAGE.write(comparison, folder)
 
 
 def draw_comparison(comparison: Comparison) -> "Figure":
@@ -240,3 +229,4 @@ def _sentences(comparison: Comparison) -> list[str]:
 _PAGE = render.Page(
     "comparison", "Losses compared", "Top-1 accuracy of every exit with each loss", _tables, _sentences, draw_comparison
 )
+format_comparison, write_comparison = _PAGE.terminal, _PAGE.write

@@ -1,22 +1,30 @@
-"""Train one recipe with each of several losses and seeds, skipping what is done."""
+"""Train one recipe with each of several losses and seeds, skipping what is done: `timm-selfdistill compare`.
 
+With more processes: `accelerate launch -m timm_selfdistill.compare RECIPE [key=value ...] --losses A,B --seeds 0,1`.
+"""
+
+import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from accelerate import PartialState
 
-from timm_selfdistill.compare.comparison import BASELINE, Comparison, summarize, write_comparison
+from timm_selfdistill.comparison_page import BASELINE, Comparison, format_comparison, summarize, write_comparison
 from timm_selfdistill.losses import PRESETS, list_losses, list_presets, needs_of
-from timm_selfdistill.recipe import LossSection, Recipe
+from timm_selfdistill.program import run_program
+from timm_selfdistill.recipe import LossSection, Recipe, load_recipe
 from timm_selfdistill.train import build_loss, finished_report, train
+from timm_selfdistill.train.command import add_arguments as add_training_arguments
 
 _logger = logging.getLogger(__name__)
 
 _LABEL_SMOOTHING: Final = "label-smoothing"
 _OWN: Final = "recipe"
 _SMOOTHING: Final = 0.1
+_DEFAULT: Final = "none,label-smoothing,deep-supervision,byot-iccv2019,byot-tpami2021"
 
 
 def compare(recipe: Recipe, losses: Sequence[str], seeds: Sequence[int]) -> Comparison:
@@ -106,3 +114,49 @@ def _variant(recipe: Recipe, folder: Path, loss: str, seed: int) -> Recipe:
     """Return the recipe of one run."""
     update = {"seed": seed, "baseline": False, "output_dir": str(folder / f"{loss}-seed-{seed}"), "push_to_hub": None}
     return with_loss(recipe, loss).model_copy(update=update)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `RECIPE [key=value ...]` and print the table; the exit status is 2 for what cannot work."""
+    parser = argparse.ArgumentParser(prog="timm_selfdistill.compare", description="Compare losses on one recipe.")
+    _add_arguments(parser)
+    parser.set_defaults(run=_run)
+    return run_program(parser, arguments)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser)
+    parser.add_argument(
+        "--losses",
+        type=_names,
+        default=_DEFAULT,
+        help=f"what to compare, separated by commas, of {', '.join(list_variants())}; by default {_DEFAULT}",
+    )
+    parser.add_argument("--seeds", type=_numbers, default="0,1,2", help="separated by commas; by default 0,1,2")
+
+
+def _run(recipe: str, overrides: Sequence[str], losses: Sequence[str], seeds: Sequence[int]) -> None:
+    loaded = load_recipe(recipe, overrides)
+    if not any(override.startswith("output_dir=") for override in overrides):
+        loaded = loaded.model_copy(update={"output_dir": f"{loaded.output_dir}-compare"})
+    comparison = compare(loaded, losses, seeds)
+    if PartialState().is_main_process:
+        print(format_comparison(comparison))
+        print(f"\nWritten to {loaded.output_dir}: comparison.json, comparison.md, comparison.png")
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in _names(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, got {text!r}") from error
+
+
+COMMANDS: Final = {"compare": (_add_arguments, _run)}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from timm_selfdistill.failures import NonFiniteLossError, failure_of_machine, is_out_of_memory, message_of
 from timm_selfdistill.hub import HubError
-from timm_selfdistill.program import run_safely
+from timm_selfdistill.program import NonFiniteLossError, failure_of_machine, is_out_of_memory, message_of, run_safely
 
 WORKER = "DataLoader worker (pid 123) is killed by signal: {}"
 
