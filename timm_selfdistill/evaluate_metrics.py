@@ -12,7 +12,7 @@ from datasets import Features, List, Value
 from timm_selfdistill.metrics import calibration_error, top_k_accuracy
 
 
-class _InMemoryMetric(evaluate.Metric):  # type: ignore[misc]
+class _InMemoryMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
     """A metric that leaves no files, so that any number of processes may use it at once."""
 
     def __init__(self) -> None:

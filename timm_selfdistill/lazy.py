@@ -64,5 +64,5 @@ class _After(MetaPathFinder):
                     sys.meta_path.remove(self)
                 import_module(self.then)
 
-            spec.loader.exec_module = execute_and_import  # type: ignore[method-assign]
+            spec.loader.exec_module = execute_and_import  # type: ignore[method-assign]  # of this spec only
         return spec

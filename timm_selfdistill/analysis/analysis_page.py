@@ -1,7 +1,6 @@
 """An analysis as tables, as markdown, as a picture and as files."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypedDict
 
 import numpy as np
@@ -89,16 +88,6 @@ class Analysis(TypedDict):
     versions: dict[str, str]
 
 
-def format_analysis(analysis: Analysis) -> str:
-    """Return the content of `analysis.json` as three tables and sentences for the terminal."""
-    return _PAGE.terminal(analysis)
-
-
-def write_analysis(analysis: Analysis, folder: Path) -> None:
-    """Write `analysis.json`, `analysis.md` and `analysis.png`; each is complete or not there at all."""
-    _PAGE.write(analysis, folder)
-
-
 def draw_analysis(analysis: Analysis) -> "Figure":
     """Draw accuracy and loss over the noise, gradients by stage, and the features of every exit in two dimensions."""
     from matplotlib.figure import Figure
@@ -174,10 +163,6 @@ def _finish_panel(axes: "Axes", title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10, color=render.INK)
     render.style_axes(axes)
     axes.legend(frameon=False, fontsize=9)
-
-
-def _tables(analysis: Analysis) -> list[render.Table]:
-    return [_noise(analysis["noise"]), _gradients(analysis), _features(analysis["features"])]
 
 
 def _noise(noise: NoiseCurves) -> render.Table:
@@ -259,7 +244,8 @@ _PAGE = render.Page(
     "analysis",
     "Why it works",
     "Noise on the weights, gradients by stage, features by exit",
-    _tables,
+    lambda analysis: [_noise(analysis["noise"]), _gradients(analysis), _features(analysis["features"])],
     _sentences,
     draw_analysis,
 )
+format_analysis, write_analysis = _PAGE.terminal, _PAGE.write

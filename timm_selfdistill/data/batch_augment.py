@@ -119,7 +119,7 @@ def _step(part: Any, device: torch.device, auto_augment: str | None) -> Step:
         case transforms.RandomVerticalFlip():
             return partial(_sometimes, part.p, lambda images, rng: images.flip(2))
         case transforms.RandomGrayscale():
-            return partial(_sometimes, part.p, _to_grey)
+            return partial(_sometimes, part.p, lambda images, rng: functional.rgb_to_grayscale(images, images.shape[1]))
         case transforms.RandomApply():
             (only,) = part.transforms
             return partial(_sometimes, part.p, _step(only, device, auto_augment))
@@ -154,10 +154,6 @@ def in_groups(transform: Callable[[Tensor], Tensor], images: Tensor, rng: np.ran
     """Call a random transform, which draws from the global generators, on each group of the images."""
     with seeded_generators(rng.integers(2**32, size=4).tolist()):
         return torch.cat([transform(group) for group in torch.split(images, GROUP)])
-
-
-def _to_grey(images: Tensor, rng: np.random.Generator) -> Tensor:
-    return functional.rgb_to_grayscale(images, images.shape[1])  # type: ignore[no-any-return]
 
 
 def _normalize(mean: Tensor, std: Tensor, images: Tensor, rng: np.random.Generator) -> Tensor:
@@ -215,34 +211,19 @@ _INTERPOLATIONS: Final = {
 }
 
 
-def _posterize(images: Tensor, bits: int) -> Tensor:
-    return functional.posterize(images, min(max(bits, 0), 8))  # type: ignore[no-any-return]
-
-
-def _solarize(images: Tensor, threshold: int) -> Tensor:
-    return torch.where(images.int() < threshold, images, 255 - images)  # up to 256, which a byte would not hold
-
-
-def _solarize_add(images: Tensor, add: int) -> Tensor:
-    return torch.where(images < 128, images + add, images)  # at most 127 + 128
-
-
-def _desaturate(images: Tensor, share: float) -> Tensor:
-    return functional.adjust_saturation(images, min(1.0, max(0.0, 1.0 - share)))  # type: ignore[no-any-return]
-
-
 COLOURS: Final[Mapping[str, Callable[..., Tensor]]] = {
     "auto_contrast": functional.autocontrast,
     "brightness": functional.adjust_brightness,
     "color": functional.adjust_saturation,
     "contrast": functional.adjust_contrast,
-    "desaturate": _desaturate,
+    "desaturate": lambda images, share: functional.adjust_saturation(images, min(1.0, max(0.0, 1.0 - share))),
     "equalize": functional.equalize,
     "invert": functional.invert,
-    "posterize": _posterize,
+    "posterize": lambda images, bits: functional.posterize(images, min(max(bits, 0), 8)),
     "sharpness": functional.adjust_sharpness,
-    "solarize": _solarize,
-    "solarize_add": _solarize_add,
+    # The threshold is up to 256, which a byte would not hold; what is added, at most 128.
+    "solarize": lambda images, threshold: torch.where(images.int() < threshold, images, 255 - images),
+    "solarize_add": lambda images, add: torch.where(images < 128, images + add, images),
 }
 """timm's operations on colours, as functions of images [..., C, H, W] of uint8 and timm's argument."""
 
@@ -252,9 +233,9 @@ def _move(
 ) -> Tensor:
     """Move pixels to the left and up, and shear, as `Image.transform` with an affine matrix does."""
     shear = [math.degrees(math.atan(share)) for share in (shear_x, shear_y)]
-    return functional.affine(  # type: ignore[no-any-return]
-        images, angle=0.0, translate=[-x, -y], scale=1.0, shear=shear, center=[0, 0], **settings
-    )
+    shift, center = [-x, -y], [0, 0]
+    moved: Tensor = functional.affine(images, 0.0, shift, 1.0, shear, center=center, **settings)
+    return moved
 
 
 MOVES: Final[Mapping[str, Callable[..., Tensor]]] = {

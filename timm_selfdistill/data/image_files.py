@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Final, Literal
 
@@ -85,42 +86,28 @@ def holds_image(folder: str) -> bool:
 
 def read_level(folder: str, scan: FolderScan) -> tuple[list[str], list[str]]:
     """Return the names of the folders and of the images directly in a folder, sorted; as `find_images`."""
+    prefix = os.path.join(folder, "")
     folders: list[str] = []
-    files: list[str] = []
-    others: list[str] = []
+    images: list[str] = []
     try:
         with os.scandir(folder) as entries:
-            for entry in entries:
+            for entry in sorted(entries, key=attrgetter("name")):
+                name = entry.name
                 # The system tells what an entry is along with its name; only for a link is there another call.
-                if entry.is_file(follow_symlinks=False):
-                    files.append(entry.name)
+                if _is_hidden(name):
+                    scan.leave_out("hidden", prefix + name)
                 elif entry.is_dir():
-                    folders.append(entry.name)
+                    folders.append(name)
                     scan.links |= entry.is_symlink()
-                elif entry.is_file():
-                    files.append(entry.name)
-                    scan.links = True
+                elif not entry.is_file():
+                    scan.leave_out("not a file", prefix + name)
+                elif (kind := _kind(prefix, name)) == "image":
+                    images.append(name)
+                    scan.links |= entry.is_symlink()
                 else:
-                    others.append(entry.name)
+                    scan.leave_out(kind, prefix + name)
     except OSError as error:
         raise _unreadable(folder, error) from error
-    prefix = os.path.join(folder, "")
-    usual = _usual_endings()
-    images = [name for name in files if name[-4:] in usual and name[0] != "."]
-    if len(images) < len(files):
-        for name in sorted(set(files).difference(images)):
-            if (kind := _kind(prefix, name)) == "image":
-                images.append(name)
-            else:
-                scan.leave_out(kind, prefix + name)
-    for name in sorted(others):
-        scan.leave_out("hidden" if _is_hidden(name) else "not a file", prefix + name)
-    if hidden := sorted(filter(_is_hidden, folders)):
-        folders = [name for name in folders if not _is_hidden(name)]
-        for name in hidden:
-            scan.leave_out("hidden", prefix + name)
-    folders.sort()
-    images.sort()
     _check_names(prefix, (*folders, *images))
     return folders, images
 
@@ -174,10 +161,8 @@ def _unreadable(folder: str, error: OSError) -> ValueError:
     return ValueError(f"The folder {folder!r} cannot be read: {error.strerror or error}.")
 
 
-def _kind(prefix: str, name: str) -> Kind | Literal["hidden", "unknown"]:
+def _kind(prefix: str, name: str) -> Kind | Literal["unknown"]:
     """Return what a regular file is, looking into it if its ending does not tell."""
-    if _is_hidden(name):
-        return "hidden"
     ending = os.path.splitext(name)[1].lower()
     if (kind := _kinds_by_ending().get(ending)) is not None:
         return kind
@@ -199,13 +184,6 @@ def _has_image_content(path: str) -> bool:
 
 def _is_hidden(name: str) -> bool:
     return name[0] == "." or name in _HIDDEN
-
-
-@cache
-def _usual_endings() -> set[str]:
-    """Return the endings of three letters that images have, in lower and in upper case: told in one step."""
-    usual = {ending for ending in image_endings() if len(ending) == 4}
-    return usual | {ending.upper() for ending in usual}
 
 
 def _check_names(prefix: str, names: Sequence[str]) -> None:

@@ -219,7 +219,7 @@ class _SteadyLoader(DataLoader[Any]):
 
     def begin(self, epoch: int) -> None:
         """Choose the order of the coming epoch, and the seeds of its workers."""
-        self.dataset.rows.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.dataset.rows.set_epoch(epoch)  # type: ignore[attr-defined]  # a `_Stream`
         words = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
         self.generator.manual_seed(int(words[0]))
 

@@ -94,7 +94,7 @@ class InputConfig:
         own_size = resolve_input_data_config(backbone, {"mean": 0.5, "std": 0.5})["input_size"][1:]
         size = own_size if section.image_size is None else (section.image_size, section.image_size)
         given["input_size"] = (channels, *size)
-        config = resolve_data_config(given, model=backbone)  # type: ignore[no-untyped-call]
+        config = resolve_data_config(given, model=backbone)
         return cls(
             channels=channels,
             image_size=(config["input_size"][1], config["input_size"][2]),
@@ -156,9 +156,7 @@ def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:
     )
     steps = [geometric, colours, to_tensor]
     if pad:
-        cover = ResizeKeepRatio(  # type: ignore[no-untyped-call]
-            config.image_size, longest=0.0, interpolation=config.interpolation
-        )
+        cover = ResizeKeepRatio(config.image_size, longest=0.0, interpolation=config.interpolation)
         crop = RandomCrop(config.image_size, padding=augment.crop_padding, fill=augment.crop_fill)
         steps = [cover, crop, *steps]
     if policy is not None:
@@ -216,7 +214,7 @@ def build_mixup(augment: AugmentSection, num_classes: int, label_smoothing: floa
     """
     if not augment.mixes:
         return None
-    return Mixup(  # type: ignore[no-untyped-call]
+    return Mixup(
         mixup_alpha=augment.mixup_alpha,
         cutmix_alpha=augment.cutmix_alpha,
         cutmix_minmax=augment.cutmix_minmax,
