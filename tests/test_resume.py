@@ -25,6 +25,7 @@ import timm_selfdistill as sd
 from timm_selfdistill import checkpoint
 from timm_selfdistill.checkpoint import load_checkpoint
 from timm_selfdistill.cli import main as cli
+from timm_selfdistill.heads import HEADS
 from timm_selfdistill.losses.protocol import _LOSSES
 from timm_selfdistill.program import NonFiniteLossError
 from timm_selfdistill.recipe import Recipe, load_recipe
@@ -65,10 +66,22 @@ class LearnedWeights(nn.Module):
         return {"loss": ((-self.log_variances).exp() * losses + self.log_variances).sum()}
 
 
+class DropoutHead(nn.Module):
+    """A head that draws random numbers."""
+
+    def __init__(self, tap: sd.Tap, feature_dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(tap.channels, feature_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(self.project(x.mean((2, 3))), 0.5, self.training)
+
+
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """For these tests only: others list what is registered."""
     monkeypatch.setitem(_LOSSES._entries, "test-learned-weights", LearnedWeights)
+    monkeypatch.setitem(HEADS._entries, "test-dropout", DropoutHead)
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
@@ -148,8 +161,10 @@ def run_in_pieces(recipe: Recipe, steps: int, after_steps: Any) -> int:
                 "augment.mixup_alpha=0.5",
                 "augment.cutmix_alpha=0.5",
                 "schedule.select=best",
+                "loss.gate=0",
+                "exits.head=test-dropout",
             ),
-            id="workers, EMA, Mixup, best",
+            id="workers, EMA, Mixup, best, heads that draw random numbers of their own",
         ),
         pytest.param(
             3,
@@ -164,9 +179,9 @@ def run_in_pieces(recipe: Recipe, steps: int, after_steps: Any) -> int:
             (
                 *("ema={decay: 0.5}", "loss.teacher=ema", "loss.kd_warmup_epochs=1.4", "loss.kd_weight=1.0"),
                 *("loss.divergence=dkd", "loss.divergence_kwargs={beta: 2}", "loss.exit_weights=[1,2,3]"),
-                *("schedule.regime=mixed", "schedule.backbone_epochs=1"),
+                *("schedule.regime=mixed", "schedule.backbone_epochs=1", "loss.gate=[0.5,0,1]", "loss.gate_fade=0.8"),
             ),
-            id="the average teaches, warm-up",
+            id="the average teaches, warm-up, fading gate",
         ),
         pytest.param(
             3,

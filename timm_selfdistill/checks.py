@@ -4,11 +4,12 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -93,6 +94,13 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _factors(value: Any) -> Any:
+    numbers = value if isinstance(value, list | tuple) and value else [value]
+    if value != "equilibrium" and not all(is_number(number) and number >= 0 for number in numbers):
+        raise ValueError("must be a number of 0 or more, a list with one for each exit, or equilibrium")
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _arguments(*reserved: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """Return a check of arguments passed on to others: finite numbers, and none of those given by keys of their own."""
 
@@ -135,6 +143,11 @@ Epochs = Annotated[tuple[Count, ...], Field(strict=False)]
 Weights = Annotated[
     Annotated[Sequence[Positive], Field(min_length=1), AfterValidator(tuple)] | None,
     Field(description="None or a list of numbers above 0"),
+]
+Gate = Annotated[
+    float | tuple[float, ...] | Literal["equilibrium"],
+    BeforeValidator(_factors),
+    Field(description='a number of 0 or more, a sequence with one for each exit, or "equilibrium"'),
 ]
 Arguments = Annotated[
     Mapping[str, Any], AfterValidator(_arguments()), Field(description="a mapping, with finite numbers only")

@@ -63,6 +63,8 @@ class SelfDistillationTask(ClassificationTask):
         model.backbone_frozen = regime == "frozen"
         model.backbone.requires_grad_(regime == "joint")
         model.heads.requires_grad_(self.needs.exits)
+        where = next(model.parameters()).device
+        model.gate.set(self.needs.gate_factors(model.num_exits), bool(self.needs.gate_fade), where)
         self.train(self.training)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -76,6 +78,8 @@ class SelfDistillationTask(ClassificationTask):
             Dictionary with 'loss', the self-distillation loss; 'output', the logits of the backbone's own classifier;
             and every term of the loss, such as 'ce/0', 'kd/0', 'hint/0'.
         """
+        if self.needs.gate_fade and self.time is None:
+            raise ValueError("The gate of the exits fades over the training: call task.set_time() before each step.")
         partners = None
         if self.needs.batches == "paired":
             if len(input) % 2:
@@ -106,8 +110,10 @@ class SelfDistillationTask(ClassificationTask):
             epochs: Epochs in all.
         """
         self.time = TrainingTime(epoch, epochs)
+        model = unwrapped_model(self.trainable_module)
+        model.gate.fade(self.needs.gate_share(self.time))
         if self.past is not None:
-            self.past.follow(unwrapped_model(self.trainable_module), epoch)
+            self.past.follow(model, epoch)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Return the state of the loss and the past model, if any, which timm's checkpoints hold besides the model."""
@@ -126,6 +132,18 @@ class SelfDistillationTask(ClassificationTask):
         for name, part in self._stateful().items():
             if state is not None and name in state:
                 part.load_state_dict(state[name], strict=strict)
+
+    def get_clip_groups(self, exclude_head: bool = False) -> list[list[nn.Parameter]]:
+        """Return the parameters of `get_clip_parameters` whose gradients have a norm together.
+
+        Those of the backbone are a group of their own where the gate keeps the exits' gradients from it: the rest then
+        does not shorten its steps.
+        """
+        model = unwrapped_model(self.trainable_module)
+        own = {id(p) for p in model.backbone.parameters()} if model.gate.is_closed else set()
+        parameters = self.get_clip_parameters(exclude_head)
+        groups = [p for p in parameters if id(p) in own], [p for p in parameters if id(p) not in own]
+        return [group for group in groups if group]
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Return the trained parameters, those of the loss too; with `exclude_head`, without the classifiers."""

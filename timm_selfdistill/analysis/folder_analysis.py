@@ -255,6 +255,8 @@ def _own_loss(model: SelfDistillModel, ran: Recipe | None) -> tuple[str | None, 
         return "the backbone was frozen", None
     criterion = build_loss(ran).to(next(model.parameters()).device)
     needs = needs_of(criterion)
+    if needs.gate != 1 or needs.gate_fade:
+        return "a gate changed the gradients of the exits", None
     if needs != Needs(time=needs.time, exits=needs.exits):
         return "the loss needs other networks or special batches", None
     # At the end of training, after any warm-up.

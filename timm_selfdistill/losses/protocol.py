@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_selfdistill.checks import Gate
 from timm_selfdistill.registry import Registry
 
 LossClass = TypeVar("LossClass", bound=type[nn.Module])
@@ -47,6 +48,8 @@ class Needs:
             the model's output for them. "repeated": before them, those that were drawn in the batch before.
         exits: The entries of the exits in `out`; without them, `out` holds the backbone's only and the exits do not
             run.
+        gate: What the gradients of the exits are multiplied by where they enter the backbone, see `gate_factors`.
+        gate_fade: Share of the training, its last part, over which the gate falls linearly to 0.
     """
 
     ema: bool = False
@@ -54,6 +57,33 @@ class Needs:
     time: bool = False
     batches: Literal["plain", "paired", "repeated"] = "plain"
     exits: bool = True
+    gate: Gate = 1.0
+    gate_fade: float = 0.0
+
+    def gate_factors(self, num_exits: int) -> tuple[float, ...]:
+        """Return what the gradient of each of K exits is multiplied by where it enters the backbone.
+
+        "equilibrium" is the share 1 / (K - i + 1) that "Improved Techniques for Training Adaptive Deep Networks"
+        (ICCV 2019, https://arxiv.org/abs/1908.06294) gives the classifier i, 0 the shallowest, of K + 1 at its tap.
+        What comes back there from the K - i deeper ones is scaled too, by (K - i) / (K - i + 1), so that every block
+        learns from the mean of the gradients of all classifiers after it. Here it is not: the backbone's own gradient
+        is what it is without exits, and the shares of the exits are added to it.
+
+        Raises:
+            ValueError: If `gate` is a sequence that has not one number for each exit.
+        """
+        if self.gate == "equilibrium":
+            return tuple(1 / (num_exits - index + 1) for index in range(num_exits))
+        if not isinstance(self.gate, tuple):
+            return (float(self.gate),) * num_exits
+        if len(self.gate) != num_exits:
+            raise ValueError(f"gate has {len(self.gate)} values for {num_exits} added exits; allowed is one each.")
+        return self.gate
+
+    def gate_share(self, time: TrainingTime) -> float:
+        """Return what the fading leaves of the gate at a time of the training."""
+        left = 1 - time.epoch / time.epochs
+        return min(left / self.gate_fade, 1.0) if self.gate_fade else 1.0
 
 
 def needs_of(loss: nn.Module) -> Needs:

@@ -49,10 +49,13 @@ class SelfDistillationLoss(nn.Module):
         self._divergence = bind_settings(config.divergence, config.divergence_kwargs)
         self._teacher = get_teacher(config.teacher)
         self._hint_distance = HINT_DISTANCES[config.hint_distance]
+        exits = bool(config.ce_weight or config.kd_weight or config.hint_weight)
         self.needs = Needs(
-            exits=bool(config.ce_weight or config.kd_weight or config.hint_weight),
+            exits=exits,
             ema=bool(config.kd_weight) and "ema" in signature(self._teacher).parameters,
             time=bool(config.kd_weight and config.kd_warmup_epochs),
+            gate=config.gate if exits else 1.0,
+            gate_fade=config.gate_fade if exits else 0.0,
         )
 
     @property

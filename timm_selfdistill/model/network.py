@@ -13,6 +13,7 @@ from timm_selfdistill.compat import data_config_traits
 from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, find_exit_points, pool_feature
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model.ensemble import Ensemble
+from timm_selfdistill.model.gradient_gate import GradientGate
 from timm_selfdistill.model.hooks import Hooks, Visit
 
 # The keys of a backbone's `pretrained_cfg` that describe classes.
@@ -56,6 +57,7 @@ class SelfDistillModel(nn.Module):
     Attributes:
         ensemble: How the logits of all exits become one answer; the mean until `fit_ensemble` fits it. Saved with the
             model, and the mean again after `reset_classifier`.
+        gate: Scales the gradients of the exits into the backbone; set by a `SelfDistillationTask`.
     """
 
     backbone: Backbone
@@ -69,6 +71,7 @@ class SelfDistillModel(nn.Module):
         self.backbone_frozen = False
         self.ensemble = Ensemble.mean(len(taps.points) + 1)
         self.heads = self._build_heads(self.num_classes)
+        self.gate = GradientGate().train(self.training)
         self._hooks = Hooks(backbone, taps.points, taps.classifier.modules)
 
     def train(self, mode: bool = True) -> "SelfDistillModel":
@@ -93,7 +96,7 @@ class SelfDistillModel(nn.Module):
         call = self._hooks.run(self.backbone, x)
         logits = _mean_logits(call.output)
         feature = self._teacher_feature(call.features)
-        outputs = [head(*call.taps[index]) for index, head in enumerate(self.heads)]
+        outputs = self.gate(self.heads, call.taps)
         if any((out[0].shape[1], out[1].shape[1]) != (logits.shape[1], feature.shape[1]) for out in outputs):
             raise RuntimeError(
                 "The backbone's classifier is not the one that was wrapped: replace it by model.reset_classifier, "
@@ -255,9 +258,8 @@ class SelfDistillModel(nn.Module):
         The backbone's parameters keep the layers that timm gives them; the exits share the last one, the classifier's.
         """
         layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
-        last = max(layers.values())
-        prefix = "backbone."
-        return lambda name: layers[name.removeprefix(prefix)] if name.startswith(prefix) else last
+        layer_of, last = {f"backbone.{name}": layer for name, layer in layers.items()}, max(layers.values())
+        return lambda name: layer_of.get(name, last)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the backbone's last feature map, unpooled."""
@@ -274,8 +276,7 @@ class SelfDistillModel(nn.Module):
         for attribute in ("pretrained_cfg", "default_cfg"):
             config = getattr(self.backbone, attribute, None)
             if config is not None and any(key in config for key in _CLASS_NAMES):
-                kept = {key: value for key, value in config.items() if key not in _CLASS_NAMES}
-                setattr(self.backbone, attribute, kept)
+                setattr(self.backbone, attribute, {key: config[key] for key in config if key not in _CLASS_NAMES})
 
     def _build_heads(self, num_classes: int) -> nn.ModuleList:
         config = self.wrap_config
@@ -288,9 +289,8 @@ class SelfDistillModel(nn.Module):
 
     def _teacher_feature(self, recorded: Mapping[str, Tensor]) -> Tensor:
         """Return the teacher's feature [B, D] from what entered each module of the classifier."""
-        groups = self.taps.classifier.groups
         axes = self.taps.feature_axes
-        parts = [[pool_feature(recorded[name], axes[name]) for name in group] for group in groups]
+        parts = [[pool_feature(recorded[name], axes[name]) for name in group] for group in self.taps.classifier.groups]
         features = [torch.cat(part, 1) if len(part) > 1 else part[0] for part in parts]
         return torch.stack(features).mean(0) if len(features) > 1 else features[0]
 

@@ -7,7 +7,18 @@ from typing import Any, Final, Literal, get_type_hints
 
 from pydantic import BaseModel, create_model
 
-from timm_selfdistill.checks import Arguments, BelowOne, NotNegative, Section, Temperature, Text, Weights, check
+from timm_selfdistill.checks import (
+    Arguments,
+    BelowOne,
+    Gate,
+    NotNegative,
+    Probability,
+    Section,
+    Temperature,
+    Text,
+    Weights,
+    check,
+)
 
 WEIGHTS: Final = ("ce_weight", "deepest_ce_weight", "kd_weight", "hint_weight")
 
@@ -36,6 +47,10 @@ class SelfDistillationConfig:
             https://arxiv.org/abs/2403.01427); the paper takes the temperature 2 and the weight 9.
         kd_warmup_epochs: Epochs over which `kd_weight` rises linearly from 0.
         exit_weights: One factor above 0 for all terms of each added exit, shallow to deep; None for 1.
+        gate: What the gradient of an exit is multiplied by where it enters the backbone; the exit itself gets all of
+            it. One number for all exits, or one each, shallow to deep: with 0 the backbone trains as it would without
+            exits. "equilibrium" is 1 / (K - i + 1) for exit i of K, after https://arxiv.org/abs/1908.06294.
+        gate_fade: Share of the training, its last part, over which the gate falls linearly to 0.
 
     Raises:
         ValueError: If a value is not allowed. Names of divergence and teacher are looked up by the loss.
@@ -55,10 +70,13 @@ class SelfDistillationConfig:
     standardize_logits: bool = False
     kd_warmup_epochs: NotNegative = 0.0
     exit_weights: Weights = None
+    gate: Gate = 1.0
+    gate_fade: Probability = 0.0
 
     def __post_init__(self) -> None:
         for name, kind in _TYPES.items():
-            check(name, getattr(self, name), kind)
+            # As what it was checked to be: lists become tuples.
+            object.__setattr__(self, name, check(name, getattr(self, name), kind))
         if not any(getattr(self, name) for name in WEIGHTS):
             raise ValueError(f"All weights are 0; at least one of {', '.join(WEIGHTS)} must be positive.")
 
@@ -69,12 +87,12 @@ class SelfDistillationConfig:
             num_exits: Number K of added exits.
 
         Raises:
-            ValueError: If there is not one weight for each of the exits.
+            ValueError: If there is not one weight, or one number of the gate, for each of the exits.
         """
-        if self.exit_weights is not None and len(self.exit_weights) != num_exits:
-            raise ValueError(
-                f"exit_weights has {len(self.exit_weights)} values for {num_exits} added exits; allowed is one each."
-            )
+        for name in ("exit_weights", "gate"):
+            values = getattr(self, name)
+            if isinstance(values, tuple) and len(values) != num_exits:
+                raise ValueError(f"{name} has {len(values)} values for {num_exits} added exits; allowed is one each.")
 
 
 _TYPES: Final[dict[str, Any]] = get_type_hints(SelfDistillationConfig, include_extras=True)

@@ -91,8 +91,8 @@ class PhaseStepper:
         section = self.context.recipe.optimizer
         if section.clip_grad is not None:
             self.context.accelerator.unscale_gradients(self.optimizer)
-            parameters = self.task.get_clip_parameters(exclude_head=section.clip_mode == "agc")
-            self.context.parallelism.clip(parameters, section.clip_grad, section.clip_mode)
+            for parameters in self.task.get_clip_groups(exclude_head=section.clip_mode == "agc"):
+                self.context.parallelism.clip(parameters, section.clip_grad, section.clip_mode)
         self.rate = max(group["lr"] for group in self.optimizer.param_groups)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -58,7 +58,7 @@ class PhaseState:
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema, "past": task.past}
         parts["scaler"] = self.accelerator.scaler
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.loss = task.get_submodule("criterion")
+        self.loss, self.gate = task.get_submodule("criterion"), model.gate
 
     def capture(self) -> dict[str, Any]:
         """Return the state of every part, and of all processes the random states and the loss's.
@@ -71,6 +71,7 @@ class PhaseState:
             "numpy": np.random.get_state(legacy=False),
             "torch": torch.get_rng_state(),
             **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}),
+            "heads": {kind: state.cpu() for kind, state in self.gate.random.items()},
         }
         of_processes = {"random": gather_object([random_state])}
         if state := self.loss.state_dict():
@@ -100,6 +101,7 @@ class PhaseState:
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
+        self.gate.random = state.get("heads", {})
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"])
 
