@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from forks import TRAINING, ForkServer, fork_server
 from PIL import Image
 from torch import Tensor, nn
 
@@ -48,6 +49,13 @@ def own_datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     # `datasets` waits 5 seconds after each pass over a shuffled stream.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """What starts processes that train without importing torch again."""
+    with fork_server(TRAINING, tmp_path_factory, {"HF_HUB_OFFLINE": "1"}) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

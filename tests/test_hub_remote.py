@@ -2,17 +2,20 @@
 
 import json
 import os
-import subprocess
-import sys
+import shutil
+import signal
 import textwrap
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from forks import TRAINING, ForkServer, fork_server
 from hub_server import HubServer
 from PIL import Image
 
@@ -51,31 +54,53 @@ def answer(**values):
 
 FILES_OF_A_RUN = {CONFIG, BACKBONE, EXITS, CARD, "report.json", "report.md", "report.png", "recipe.yaml"}
 
+# What huggingface_hub reads when it is imported.
+READ_ONCE = {"HF_ENDPOINT", "HF_HUB_OFFLINE"}
+
 Client = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
+@dataclass(frozen=True)
+class Served:
+    """A server, the folder of its clients' downloads, and what starts clients."""
+
+    hub: HubServer
+    home: Path
+    environment: dict[str, str | None]
+    forks: ForkServer
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    home = tmp_path_factory.mktemp("hub") / "cache"
+    with HubServer() as hub:
+        environment = {name: None for name in os.environ if name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        with fork_server(TRAINING + COMMON, tmp_path_factory, environment) as forks:
+            yield Served(hub, home, environment, forks)
 
 
 @pytest.fixture
-def client(hub: HubServer, tmp_path: Path) -> Client:
+def hub(served: Served) -> Iterator[HubServer]:
+    """A server without repositories, of which nothing was downloaded yet."""
+    served.hub.forget()
+    yield served.hub
+    shutil.rmtree(served.home, ignore_errors=True)
+
+
+@pytest.fixture
+def client(served: Served, hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Client:
     """A function that runs code in a process whose Hub is the server, and returns what the code answers."""
 
     def run(code: str, **environment: str) -> dict[str, Any]:
-        unset = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
-        process = subprocess.run(
-            [sys.executable, "-c", COMMON + textwrap.dedent(code)],
-            env={**unset, **own, "HF_TOKEN": "hf_owner", **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert process.returncode == 0, process.stderr
-        answers = [line for line in process.stdout.splitlines() if line.startswith("ANSWER ")]
+        code, variables = textwrap.dedent(code), {"HF_TOKEN": "hf_owner", **environment}
+        if READ_ONCE & environment.keys():
+            with fork_server(COMMON, tmp_path_factory, {**served.environment, **environment}) as forks:
+                status, out, errors = forks.start(code, **variables).wait()
+        else:
+            status, out, errors = served.forks.start(code, **variables).wait()
+        assert status == 0, errors
+        answers = [line for line in out.splitlines() if line.startswith("ANSWER ")]
         return json.loads(answers[-1].removeprefix("ANSWER "))
 
     return run
@@ -112,7 +137,7 @@ def test_a_pushed_model_is_loaded_bit_for_bit_here_and_in_plain_timm(hub: HubSer
 
 
 # Backbones whose taps differ in kind: NCHW, NLC, NHWC, branches of tokens, branches of maps, a member of a tuple.
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "resnet18": {"channels": [16, 32, 64, 80]},
     "vit_tiny_patch16_224": {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3},
     "swin_tiny_patch4_window7_224": {
@@ -133,15 +158,15 @@ def test_every_layout_class_comes_back_with_its_changed_number_of_classes(hub: H
         f"""
         def check(name, kwargs):
             torch.manual_seed(0)
-            model = sd.wrap(name, num_classes=7, model_kwargs=kwargs).eval()
+            size = 240 if name == "crossvit_tiny_240" else 64
+            model = sd.wrap(name, num_classes=7, image_size=size, head="linear", model_kwargs=kwargs).eval()
             model.reset_classifier(11)
             config = sd.EarlyExitConfig((0.09,) * model.num_exits)
             sd.push_to_hub(model, f"me/{{name}}", early_exit=config, license="mit")
             loaded = sd.from_pretrained(f"me/{{name}}")
             fast = sd.load_early_exit(f"me/{{name}}")
             plain = timm.create_model(f"hf-hub:me/{{name}}", pretrained=True).eval()
-            size = timm.data.resolve_model_data_config(plain)["input_size"]
-            x = torch.randn(2, *size)
+            x = torch.randn(2, 3, size, size)
             with torch.no_grad():
                 ours, theirs = (net(x, return_exits=True).logits for net in (model, loaded))
                 exits = all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -188,7 +213,7 @@ def test_a_repository_that_this_version_cannot_read_is_refused(hub: HubServer, c
     assert client(code)["error"].endswith("exits.safetensors is missing.")
 
 
-def test_downloads_are_cached_resumed_and_checked(hub: HubServer, client: Client, tmp_path: Path) -> None:
+def test_downloads_are_cached_resumed_and_checked(hub: HubServer, client: Client, served: Served) -> None:
     client('sd.push_to_hub(make_model(), "me/net"); sd.push_to_hub(make_model(1), "me/net"); answer()')
     first = next(name for name, tree in hub.repos["me/net"].commits.items() if CONFIG in tree)
     hub.cut_after = 100_000
@@ -203,7 +228,7 @@ def test_downloads_are_cached_resumed_and_checked(hub: HubServer, client: Client
     assert client(code) == {"newest": True, "first": True}
     assert not [request for request in hub.requests if request.startswith("GET") and "/resolve/" in request]
 
-    (weights,) = (tmp_path / "cache").glob(f"hub/models--me--net/snapshots/{hub.repos['me/net'].refs['main']}/{EXITS}")
+    (weights,) = served.home.glob(f"hub/models--me--net/snapshots/{hub.repos['me/net'].refs['main']}/{EXITS}")
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.resolve().write_bytes(damaged)
@@ -434,22 +459,25 @@ def test_a_recipe_pushes_in_the_background_while_it_trains(hub: HubServer, clien
     assert not (tmp_path / "run" / ".pushing").exists()
 
 
-def test_a_push_that_stalls_is_given_up_on_a_signal(hub: HubServer, client: Client) -> None:
+def test_a_push_that_stalls_is_given_up_on_a_signal(hub: HubServer, served: Served) -> None:
     hub.stalled = True
-    # At its end Python would wait for threads of the client.
-    answer = client("""
-    import os, signal, threading, time
-    from timm_selfdistill.stop import Interrupted, StopSignals
-    threading.Timer(5, os.kill, [os.getpid(), signal.SIGTERM]).start()
-    start = time.monotonic()
-    try:
-        with StopSignals():
-            sd.push_to_hub(make_model(), "me/net")
-    except Interrupted:
-        answer(seconds=time.monotonic() - start)
-    """)
-    assert answer["seconds"] < 10
-    assert sum(request.startswith("PUT") for request in hub.requests) == 1
+    code = """
+from timm_selfdistill.stop import Interrupted, StopSignals, end_program
+try:
+    with StopSignals():
+        sd.push_to_hub(make_model(), "me/net")
+except Interrupted as interruption:
+    end_program(interruption.exit_status)
+"""
+    process = served.forks.start(code, HF_TOKEN="hf_owner")
+    while not any(request.startswith("PUT") for request in hub.requests):
+        assert process.poll() is None, process.wait()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    # It does not end by itself, as the server does not answer.
+    status, out, _ = process.wait(60)
+    assert (status, out) == (75, "")
+    assert hub.stalled
 
 
 # Before anything is sent.

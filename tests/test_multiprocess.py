@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
+from forks import free_port
 from once import once
 from PIL import Image
 
@@ -189,10 +189,3 @@ def assert_same_run(alone: Path, together: Path) -> None:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     files = [folder / "model" / name for name in ("model.safetensors", "exits.safetensors")]
     return {f"{file.name}:{k}": v for file in files for k, v in safetensors.torch.load_file(file).items()}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
