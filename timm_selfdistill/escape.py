@@ -78,7 +78,14 @@ def plot_text(text: str) -> str:
 
 def each_text(value: Value, escape: Callable[[str], str]) -> Value:
     """Return a copy of a value that JSON can hold, with each text in it escaped, except for keys."""
-    return cast(Value, _each(value, escape))
+    found: Any = value
+    if isinstance(value, str):
+        found = escape(value)
+    elif isinstance(value, dict):
+        found = {key: each_text(item, escape) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        found = type(value)(each_text(item, escape) for item in value)
+    return cast(Value, found)
 
 
 def printable_message(message: object) -> str:
@@ -135,13 +142,3 @@ def _shown(character: str) -> str:
 
 def _longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
-
-
-def _each(value: Any, escape: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return escape(value)
-    if isinstance(value, dict):
-        return {key: _each(item, escape) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_each(item, escape) for item in value)
-    return value

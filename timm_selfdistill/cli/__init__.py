@@ -1,5 +1,3 @@
 """The command `timm-selfdistill`."""
 
-from timm_selfdistill.cli.main import main
-
-__all__ = ["main"]
+from timm_selfdistill.cli.main import main as main

@@ -14,7 +14,7 @@ from timm_selfdistill.data.image_files import FolderScan, find_images, holds_ima
 from timm_selfdistill.data.names import (
     STANDARD_SPLITS,
     find_split,
-    known_splits,
+    is_split,
     normalized,
     quoted,
     resolve_splits,
@@ -87,11 +87,10 @@ def load_image_folder(path: str | Path, section: DataSection) -> Splits | None:
 
 def _split_folders(root: str, folders: Sequence[str], section: DataSection) -> dict[str, str] | None:
     """Return the folder of each split, or None where the folders are classes."""
-    known = {name.casefold() for name in known_splits(section)}
     by_split: dict[str, str] = {}
     for folder in folders:
-        name = split_name(folder)
-        if name.casefold() in known:
+        if is_split(folder, section):
+            name = split_name(folder)
             if (other := find_split(name, by_split)) is not None:
                 raise ValueError(
                     f"The folders {os.path.basename(by_split[other])!r} and {folder!r} in {root!r} are both the split "

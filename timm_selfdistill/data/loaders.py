@@ -114,7 +114,7 @@ def build_loaders(
         }
         if use in cached:
             # Without workers: other processes could not use the device.
-            loaders[use] = DataLoader(cached[use], **options, collate_fn=_keep)
+            loaders[use] = DataLoader(cached[use], **options, collate_fn=lambda batch: batch)
             continue
         options |= {"collate_fn": collates[use], "pin_memory": torch.cuda.is_available()}
         seed_worker = partial(_seed_worker, process=process)
@@ -123,7 +123,10 @@ def build_loaders(
             samples = DrawnSamples(split, seed) if training else split
             loaders[use] = DataLoader(samples, **options, persistent_workers=section.workers > 0)
             continue
-        rows = _training_rows(split.rows, section, seed, accelerator_shards) if training else split.rows
+        rows = split.rows
+        if training:
+            rows = rows.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
+            rows = split_dataset_by_node(rows, rank=process, world_size=processes)
         workers = min(section.workers, rows.num_shards)  # a shard is read by one worker
         options |= {"dataset": _Stream(rows, f"{data.name}, split {split.name!r}")}
         options |= worker_options(workers, seed_worker)
@@ -170,14 +173,6 @@ def _build_collates(
     }
 
 
-def _training_rows(
-    rows: datasets.IterableDataset, section: DataSection, seed: int, shards: tuple[int, int]
-) -> datasets.IterableDataset:
-    """Return this process's share of a stream, shuffled."""
-    rows = rows.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
-    return split_dataset_by_node(rows, rank=shards[0], world_size=shards[1])
-
-
 class _Stream(IterableDataset[dict[str, Any]]):
     """The samples of a stream; where it breaks off, the error says which stream."""
 
@@ -222,11 +217,6 @@ class _SteadyLoader(DataLoader[Any]):
         self.dataset.rows.set_epoch(epoch)  # type: ignore[attr-defined]  # a `_Stream`
         words = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
         self.generator.manual_seed(int(words[0]))
-
-
-def _keep(batch: Any) -> Any:
-    """Collate a batch that is whole already."""
-    return batch
 
 
 def _seed_worker(worker: int, *, process: int) -> None:

@@ -91,9 +91,9 @@ def used_of(available: Iterable[str], section: DataSection) -> set[str | None]:
     return {find_split(name, available) for name in used_splits(section).values()}
 
 
-def known_splits(section: DataSection) -> set[str]:
-    """Return the names by which a folder is known as a split: the usual ones and those of the recipe."""
-    return {*STANDARD_SPLITS.values(), *map(split_name, used_splits(section).values())}
+def is_split(folder: str, section: DataSection) -> bool:
+    """Whether a folder is a split by its name: a usual one or one of the recipe's, in any case."""
+    return find_split(folder, (*STANDARD_SPLITS.values(), *used_splits(section).values())) is not None
 
 
 def resolve_splits(section: DataSection, available: Iterable[str], hint: str = "") -> DataSection:

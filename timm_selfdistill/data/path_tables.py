@@ -17,7 +17,7 @@ from timm_selfdistill.data.file_rows import FileSplit, Splits, check_no_shared_i
 from timm_selfdistill.data.names import (
     STANDARD_SPLITS,
     files_by_split,
-    known_splits,
+    is_split,
     split_name,
     split_of_file,
     used_of,
@@ -96,16 +96,17 @@ def load_metadata(path: Path, section: DataSection) -> Splits | None:
                 "to the file and must not leave its folder."
             )
     parts = [("train", table) for table in tables]
-    known = known_splits(section)
     if path in folders:
         # The first folder of each path is its split, if every image is in the folder of one.
         first = pc.list_element(pc.split_pattern(tables[0].rows["path"], "/", max_splits=1), 0)
         if set(map(split_name, pc.unique(first).to_pylist())) <= set(STANDARD_SPLITS.values()):
             parts = _by_split_column(tables[0].with_column("split", first))
-    elif not known.isdisjoint(names := [split_name(folder.name) for folder in folders]):
-        parts = [(name, table) for name, table in zip(names, tables, strict=True) if name in known]
-        for name, table in zip(names, tables, strict=True):
-            if name not in known:
+    elif any(is_split(folder.name, section) for folder in folders):
+        parts = []
+        for folder, table in zip(folders, tables, strict=True):
+            if is_split(folder.name, section):
+                parts.append((split_name(folder.name), table))
+            else:
                 warn_first(_logger, "%s is not read: its folder is called like no split.", table.file)
     splits = _splits_of_tables(parts, section, None)
     _warn_of_unnamed(tables)

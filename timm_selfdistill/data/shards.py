@@ -13,7 +13,7 @@ import datasets
 
 from timm_selfdistill.data.decode import MOST_BYTES
 from timm_selfdistill.data.file_rows import Splits
-from timm_selfdistill.data.names import files_by_split, find_split, known_splits, normalized, split_name
+from timm_selfdistill.data.names import files_by_split, find_split, is_split, normalized, split_name
 from timm_selfdistill.recipe import DataSection
 
 SHARD_ENDINGS: Final = (".tar", ".tar.gz", ".tgz")
@@ -67,8 +67,7 @@ def _shard_files(path: Path, section: DataSection) -> dict[str, list[Path]]:
         return files_by_split(files, section) if files and all(is_shard) else {}
     if files := _shards_in(path):
         return files_by_split(files, section)
-    known = known_splits(section)
-    folders = sorted(folder for folder in path.iterdir() if split_name(folder.name) in known and folder.is_dir())
+    folders = sorted(folder for folder in path.iterdir() if is_split(folder.name, section) and folder.is_dir())
     return {split_name(folder.name): files for folder in folders if (files := _shards_in(folder))}
 
 

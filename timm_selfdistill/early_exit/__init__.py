@@ -1,27 +1,14 @@
 """Early exit: each image leaves the network at the first exit that is confident enough of its class."""
 
-from timm_selfdistill.early_exit.early_exit import EarlyExit, EarlyExitOutput, exit_confidence, first_confident, replay
-from timm_selfdistill.early_exit.rules import (
-    FALLBACKS,
-    EarlyExitConfig,
-    Rule,
-    RuleState,
-    get_rule,
-    list_rules,
-    register_rule,
-)
-
-__all__ = [
-    "FALLBACKS",
-    "EarlyExit",
-    "EarlyExitConfig",
-    "EarlyExitOutput",
-    "Rule",
-    "RuleState",
-    "exit_confidence",
-    "first_confident",
-    "get_rule",
-    "list_rules",
-    "register_rule",
-    "replay",
-]
+from timm_selfdistill.early_exit.early_exit import EarlyExit as EarlyExit
+from timm_selfdistill.early_exit.early_exit import EarlyExitOutput as EarlyExitOutput
+from timm_selfdistill.early_exit.early_exit import exit_confidence as exit_confidence
+from timm_selfdistill.early_exit.early_exit import first_confident as first_confident
+from timm_selfdistill.early_exit.early_exit import replay as replay
+from timm_selfdistill.early_exit.rules import FALLBACKS as FALLBACKS
+from timm_selfdistill.early_exit.rules import EarlyExitConfig as EarlyExitConfig
+from timm_selfdistill.early_exit.rules import Rule as Rule
+from timm_selfdistill.early_exit.rules import RuleState as RuleState
+from timm_selfdistill.early_exit.rules import get_rule as get_rule
+from timm_selfdistill.early_exit.rules import list_rules as list_rules
+from timm_selfdistill.early_exit.rules import register_rule as register_rule

@@ -1,45 +1,25 @@
 """Save and load a wrapped model: a folder, or a repository on the Hugging Face Hub, that plain timm loads too."""
 
-from timm_selfdistill.hub.build import check_finite
-from timm_selfdistill.hub.card import Training, model_card
-from timm_selfdistill.hub.folder import (
-    BACKBONE,
-    CARD,
-    EXITS,
-    is_exported,
-    load_exported,
-    read_early_exit,
-    read_run,
-    save_early_exit,
-    save_exported,
-    save_pretrained,
-)
-from timm_selfdistill.hub.push import make_repository, push_folder, push_to_hub
-from timm_selfdistill.hub.remote import HubError, from_pretrained, load_early_exit, load_with_early_exit
-from timm_selfdistill.hub.saved_config import CONFIG, class_names, complete_names
-
-__all__ = [
-    "BACKBONE",
-    "CARD",
-    "CONFIG",
-    "EXITS",
-    "HubError",
-    "Training",
-    "check_finite",
-    "class_names",
-    "complete_names",
-    "from_pretrained",
-    "is_exported",
-    "load_early_exit",
-    "load_exported",
-    "load_with_early_exit",
-    "make_repository",
-    "model_card",
-    "push_folder",
-    "push_to_hub",
-    "read_early_exit",
-    "read_run",
-    "save_early_exit",
-    "save_exported",
-    "save_pretrained",
-]
+from timm_selfdistill.hub.build import check_finite as check_finite
+from timm_selfdistill.hub.card import Training as Training
+from timm_selfdistill.hub.card import model_card as model_card
+from timm_selfdistill.hub.folder import BACKBONE as BACKBONE
+from timm_selfdistill.hub.folder import CARD as CARD
+from timm_selfdistill.hub.folder import EXITS as EXITS
+from timm_selfdistill.hub.folder import is_exported as is_exported
+from timm_selfdistill.hub.folder import load_exported as load_exported
+from timm_selfdistill.hub.folder import read_early_exit as read_early_exit
+from timm_selfdistill.hub.folder import read_run as read_run
+from timm_selfdistill.hub.folder import save_early_exit as save_early_exit
+from timm_selfdistill.hub.folder import save_exported as save_exported
+from timm_selfdistill.hub.folder import save_pretrained as save_pretrained
+from timm_selfdistill.hub.push import make_repository as make_repository
+from timm_selfdistill.hub.push import push_folder as push_folder
+from timm_selfdistill.hub.push import push_to_hub as push_to_hub
+from timm_selfdistill.hub.remote import HubError as HubError
+from timm_selfdistill.hub.remote import from_pretrained as from_pretrained
+from timm_selfdistill.hub.remote import load_early_exit as load_early_exit
+from timm_selfdistill.hub.remote import load_with_early_exit as load_with_early_exit
+from timm_selfdistill.hub.saved_config import CONFIG as CONFIG
+from timm_selfdistill.hub.saved_config import class_names as class_names
+from timm_selfdistill.hub.saved_config import complete_names as complete_names

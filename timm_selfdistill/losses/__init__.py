@@ -1,30 +1,21 @@
 """Losses for a model with exits."""
 
-from timm_selfdistill.losses.divergences import Divergence, list_divergences, register_divergence
-from timm_selfdistill.losses.protocol import Needs, TrainingTime, get_loss, list_losses, needs_of, register_loss
-from timm_selfdistill.losses.self_distillation import SelfDistillationLoss
-from timm_selfdistill.losses.teachers import Teacher, list_teachers, register_teacher
-from timm_selfdistill.losses.without_exits import CSKD, DLB, PSKD
-from timm_selfdistill.recipe.loss_settings import PRESETS, SelfDistillationConfig, list_presets
-
-__all__ = [
-    "CSKD",
-    "DLB",
-    "PRESETS",
-    "PSKD",
-    "Divergence",
-    "Needs",
-    "SelfDistillationConfig",
-    "SelfDistillationLoss",
-    "Teacher",
-    "TrainingTime",
-    "get_loss",
-    "list_divergences",
-    "list_losses",
-    "list_presets",
-    "list_teachers",
-    "needs_of",
-    "register_divergence",
-    "register_loss",
-    "register_teacher",
-]
+from timm_selfdistill.losses.divergences import Divergence as Divergence
+from timm_selfdistill.losses.divergences import list_divergences as list_divergences
+from timm_selfdistill.losses.divergences import register_divergence as register_divergence
+from timm_selfdistill.losses.protocol import Needs as Needs
+from timm_selfdistill.losses.protocol import TrainingTime as TrainingTime
+from timm_selfdistill.losses.protocol import get_loss as get_loss
+from timm_selfdistill.losses.protocol import list_losses as list_losses
+from timm_selfdistill.losses.protocol import needs_of as needs_of
+from timm_selfdistill.losses.protocol import register_loss as register_loss
+from timm_selfdistill.losses.self_distillation import SelfDistillationLoss as SelfDistillationLoss
+from timm_selfdistill.losses.teachers import Teacher as Teacher
+from timm_selfdistill.losses.teachers import list_teachers as list_teachers
+from timm_selfdistill.losses.teachers import register_teacher as register_teacher
+from timm_selfdistill.losses.without_exits import CSKD as CSKD
+from timm_selfdistill.losses.without_exits import DLB as DLB
+from timm_selfdistill.losses.without_exits import PSKD as PSKD
+from timm_selfdistill.recipe.loss_settings import PRESETS as PRESETS
+from timm_selfdistill.recipe.loss_settings import SelfDistillationConfig as SelfDistillationConfig
+from timm_selfdistill.recipe.loss_settings import list_presets as list_presets

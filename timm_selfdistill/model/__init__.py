@@ -1,7 +1,8 @@
 """The self-distilling model: a timm backbone with classifiers on its intermediate features."""
 
-from timm_selfdistill.model.ensemble import Ensemble
-from timm_selfdistill.model.network import ExitOutput, SelfDistillModel, WrapConfig
-from timm_selfdistill.model.wrapping import create_backbone, wrap
-
-__all__ = ["Ensemble", "ExitOutput", "SelfDistillModel", "WrapConfig", "create_backbone", "wrap"]
+from timm_selfdistill.model.ensemble import Ensemble as Ensemble
+from timm_selfdistill.model.network import ExitOutput as ExitOutput
+from timm_selfdistill.model.network import SelfDistillModel as SelfDistillModel
+from timm_selfdistill.model.network import WrapConfig as WrapConfig
+from timm_selfdistill.model.wrapping import create_backbone as create_backbone
+from timm_selfdistill.model.wrapping import wrap as wrap

@@ -1,27 +1,19 @@
 """Recipes: everything a training run depends on, as one typed and validated YAML file."""
 
-from timm_selfdistill.recipe.data_sections import AugmentSection, DataSection
-from timm_selfdistill.recipe.load import RecipeError, dump_local, is_local, list_recipes, load_recipe, read_settings
-from timm_selfdistill.recipe.loss_settings import LossSection
-from timm_selfdistill.recipe.recipe import LOCAL, RECIPE, Recipe
-from timm_selfdistill.recipe.training_sections import LICENSE, REPO_ID, EmaSection, ExitsSection, PushSection
-
-__all__ = [
-    "LICENSE",
-    "LOCAL",
-    "RECIPE",
-    "REPO_ID",
-    "AugmentSection",
-    "DataSection",
-    "EmaSection",
-    "ExitsSection",
-    "LossSection",
-    "PushSection",
-    "Recipe",
-    "RecipeError",
-    "dump_local",
-    "is_local",
-    "list_recipes",
-    "load_recipe",
-    "read_settings",
-]
+from timm_selfdistill.recipe.data_sections import AugmentSection as AugmentSection
+from timm_selfdistill.recipe.data_sections import DataSection as DataSection
+from timm_selfdistill.recipe.load import RecipeError as RecipeError
+from timm_selfdistill.recipe.load import dump_local as dump_local
+from timm_selfdistill.recipe.load import is_local as is_local
+from timm_selfdistill.recipe.load import list_recipes as list_recipes
+from timm_selfdistill.recipe.load import load_recipe as load_recipe
+from timm_selfdistill.recipe.load import read_settings as read_settings
+from timm_selfdistill.recipe.loss_settings import LossSection as LossSection
+from timm_selfdistill.recipe.recipe import LOCAL as LOCAL
+from timm_selfdistill.recipe.recipe import RECIPE as RECIPE
+from timm_selfdistill.recipe.recipe import Recipe as Recipe
+from timm_selfdistill.recipe.training_sections import LICENSE as LICENSE
+from timm_selfdistill.recipe.training_sections import REPO_ID as REPO_ID
+from timm_selfdistill.recipe.training_sections import EmaSection as EmaSection
+from timm_selfdistill.recipe.training_sections import ExitsSection as ExitsSection
+from timm_selfdistill.recipe.training_sections import PushSection as PushSection
