@@ -193,6 +193,35 @@ def test_divergence_and_teacher_by_name(teacher, divergence, t_squared):
         torch.testing.assert_close(terms[f"kd/{i}"], expected.detach())
 
 
+@pytest.mark.parametrize("kd_weight", [0.0, 0.4])
+@pytest.mark.parametrize("teacher", ["ensemble", "ema", "ema-same-exit"])
+def test_the_backbone_is_taught_too(teacher, kd_weight):
+    out, target, average = make_output(), make_target(), make_output(seed=9)
+    loss = SelfDistillationLoss.from_preset(
+        "deep-supervision", teacher=teacher, kd_weight=kd_weight, deepest_kd_weight=0.7, temperature=2.0
+    )
+    terms = loss(out, target, ema=average if teacher.startswith("ema") else None)
+    taught = sum(out.logits) / 4 if teacher == "ensemble" else average.logits[3]
+    of_backbone = 4 * reference_kl(out.logits[3], taught, 2.0)
+    torch.testing.assert_close(terms["kd/3"], of_backbone.detach())
+    assert ("kd/0" in terms) == bool(kd_weight)
+    expected = sum(terms[f"ce/{k}"] for k in range(4)) + 0.7 * of_backbone
+    if kd_weight:
+        expected = expected + 0.4 * sum(terms[f"kd/{k}"] for k in range(3))
+    torch.testing.assert_close(terms["loss"].detach(), expected.detach())
+    terms["loss"].backward()
+    entropy = nn.functional.cross_entropy(out.logits[3], target)
+    torch.testing.assert_close(out.logits[3].grad, torch.autograd.grad(entropy + 0.7 * of_backbone, out.logits[3])[0])
+
+
+@pytest.mark.parametrize("teacher", ["deepest", "next-deeper", "all-deeper"])
+def test_a_teacher_that_knows_no_more_than_the_backbone_cannot_teach_it(teacher):
+    with pytest.raises(
+        ValueError, match=rf"deepest_kd_weight is 0\.5, but the teacher '{teacher}' has nothing to teach"
+    ):
+        SelfDistillationLoss.from_preset("byot-iccv2019", teacher=teacher, deepest_kd_weight=0.5)
+
+
 @pytest.mark.parametrize("teacher", ["deepest", "ensemble", "next-deeper"])
 def test_teachers_get_no_gradient(teacher):
     out = make_output()

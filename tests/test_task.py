@@ -334,6 +334,8 @@ def test_what_cannot_be_trained_is_refused(kwargs: dict[str, Any], message: str)
 
 def test_what_can_be_trained_is_not_refused() -> None:
     make_task(make_vit(hint_adapter=True), "none")
+    settings = {"deepest_ce_weight": 0.0, "deepest_kd_weight": 1.0, "teacher": "ensemble"}
+    sd.SelfDistillationTask(make_vit(), sd.SelfDistillationLoss.from_preset("byot-iccv2019", **settings))
     loss = sd.SelfDistillationLoss.from_preset("byot-iccv2019", deepest_ce_weight=0.0)
     task = sd.SelfDistillationTask(make_vit(), loss, regime="frozen")
     task(*make_batch())["loss"].backward()

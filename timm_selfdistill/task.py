@@ -199,7 +199,7 @@ def check_loss(model: SelfDistillModel, criterion: nn.Module, regime: Regime) ->
     config = criterion.config
     if needs_exits:
         config.check_exits(model.num_exits)
-    if regime == "joint" and not config.deepest_ce_weight:
+    if regime == "joint" and not config.deepest_ce_weight and not config.deepest_kd_weight:
         raise ValueError(
             "deepest_ce_weight is 0: the backbone's classifier would get no gradient. Give a deepest_ce_weight above "
             "0, or train the exits only, with regime='frozen'."

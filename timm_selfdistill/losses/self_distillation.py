@@ -49,11 +49,18 @@ class SelfDistillationLoss(nn.Module):
         self._divergence = bind_settings(config.divergence, config.divergence_kwargs)
         self._teacher = get_teacher(config.teacher)
         self._hint_distance = HINT_DISTANCES[config.hint_distance]
-        exits = bool(config.ce_weight or config.kd_weight or config.hint_weight)
+        takes = signature(self._teacher).parameters
+        if config.deepest_kd_weight and "backbone" not in takes:
+            raise ValueError(
+                f"deepest_kd_weight is {config.deepest_kd_weight}, but the teacher {config.teacher!r} has nothing to "
+                "teach the backbone; allowed are those that do, such as ensemble, ema and ema-same-exit."
+            )
+        self._distils = distils = bool(config.kd_weight or config.deepest_kd_weight)
+        exits = bool(config.ce_weight or config.hint_weight) or distils
         self.needs = Needs(
             exits=exits,
-            ema=bool(config.kd_weight) and "ema" in signature(self._teacher).parameters,
-            time=bool(config.kd_weight and config.kd_warmup_epochs),
+            ema=distils and "ema" in takes,
+            time=bool(distils and config.kd_warmup_epochs),
             gate=config.gate if exits else 1.0,
             gate_fade=config.gate_fade if exits else 0.0,
         )
@@ -93,7 +100,7 @@ class SelfDistillationLoss(nn.Module):
 
         Returns:
             "loss", the weighted sum, and each term that has a weight, unweighted and detached: "ce/0" to "ce/K",
-            "kd/0" to "kd/K-1" and "hint/0" to "hint/K-1", shallow to deep; "ce/K" is the backbone's.
+            "kd/0" to "kd/K" and "hint/0" to "hint/K-1", shallow to deep; "ce/K" and "kd/K" are the backbone's.
 
         Raises:
             ValueError: If a shape or dtype is not as above, `ema` or `time` is needed and missing, or, on the CPU only,
@@ -109,18 +116,21 @@ class SelfDistillationLoss(nn.Module):
             entropies = cross_entropy(logits, target, config.label_smoothing)
             ce = entropies[:-1] if config.ce_weight else none
             ce_backbone = entropies[-1:] if config.deepest_ce_weight else none
-            kd = self._distill(logits, target, ema) if config.kd_weight else none
+            kd, kd_backbone = self._distill(logits, target, ema) if self._distils else (none, none)
             hint = self._compare_features(out.features) if config.hint_weight else none
+            warmth = self._warmth(time)
             loss = (
                 config.ce_weight * self._sum_exits(ce)
                 + config.deepest_ce_weight * ce_backbone.sum()
-                + self._kd_weight(time) * self._sum_exits(kd)
+                + config.kd_weight * warmth * self._sum_exits(kd)
                 + config.hint_weight * self._sum_exits(hint)
+                + config.deepest_kd_weight * warmth * kd_backbone.sum()
             )
         backbone = len(out.logits) - 1
         terms = {"loss": loss}
-        for kind, first, values in (("ce", 0, ce), ("ce", backbone, ce_backbone), ("kd", 0, kd), ("hint", 0, hint)):
-            terms |= {f"{kind}/{index}": value for index, value in enumerate(values.detach().unbind(), first)}
+        for kind, of_exits, of_backbone in (("ce", ce, ce_backbone), ("kd", kd, kd_backbone), ("hint", hint, none)):
+            for first, values in ((0, of_exits), (backbone, of_backbone)):
+                terms |= {f"{kind}/{index}": value for index, value in enumerate(values.detach().unbind(), first)}
         return terms
 
     def extra_repr(self) -> str:
@@ -156,16 +166,16 @@ class SelfDistillationLoss(nn.Module):
                     f"{shapes(out.logits)}."
                 )
 
-    def _kd_weight(self, time: TrainingTime | None) -> float:
-        """Return the weight of the divergences at a time of the training."""
-        if not self.needs.time:
-            return self.config.kd_weight
+    def _warmth(self, time: TrainingTime | None) -> float:
+        """Return the share of the divergences' weights at a time of the training."""
+        if not self.config.kd_warmup_epochs or not self.needs.time:
+            return 1.0
         if time is None:
             raise ValueError(
                 "kd_warmup_epochs needs the time: call the loss with the keyword time, or train a SelfDistillationTask "
                 "with task.set_time() before each step."
             )
-        return self.config.kd_weight * min(time.epoch / self.config.kd_warmup_epochs, 1.0)
+        return min(time.epoch / self.config.kd_warmup_epochs, 1.0)
 
     def _sum_exits(self, values: Tensor) -> Tensor:
         """Return the sum over the exits, each with its weight."""
@@ -176,11 +186,17 @@ class SelfDistillationLoss(nn.Module):
         """Return the distance of each exit's feature from the backbone's [K]."""
         return self._hint_distance(stack(features[:-1]) - stack(features[-1:]).detach()).mean(-1)
 
-    def _distill(self, logits: Tensor, target: Tensor, ema: ExitOutput | None) -> Tensor:
-        """Return each exit's divergence from its teacher, or the mean of those from its teachers [K]."""
-        student = logits[:-1]
-        given = {"ema": stack(ema.logits).detach()} if ema is not None and self.needs.ema else {}
-        teachers = self._teacher(logits.detach(), **given)
+    def _distill(self, logits: Tensor, target: Tensor, ema: ExitOutput | None) -> tuple[Tensor, Tensor]:
+        """Return the divergences of the exits [K] and of the backbone [1] from their teachers, [0] without a weight."""
+        config, none = self.config, logits.new_zeros(0)
+        given: dict[str, Any] = {"ema": stack(ema.logits).detach()} if ema is not None and self.needs.ema else {}
+        if not config.deepest_kd_weight:
+            return self._compare(logits[:-1], self._teacher(logits.detach(), **given), target), none
+        values = self._compare(logits, self._teacher(logits.detach(), backbone=True, **given), target)
+        return values[:-1] if config.kd_weight else none, values[-1:]
+
+    def _compare(self, student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+        """Return the divergence of each student from its teacher, or the mean of those from its teachers [N]."""
         if isinstance(teachers, Tensor):
             self._check_teachers(teachers.shape == student.shape, teachers.shape, student.shape)
             return self._diverge(student, teachers, target)

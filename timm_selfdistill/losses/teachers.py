@@ -14,7 +14,8 @@ Teacher = Callable[..., Tensor | Sequence[Tensor]]
 """From the detached logits of all exits and the backbone [K + 1, B, C] to those each exit learns from.
 
 These are [K, B, C]; or, where an exit has several teachers, one [S, B, C] for each of the K exits, whose divergences
-are averaged. A teacher with a keyword `ema` is also given the logits [K + 1, B, C] of the average of the weights.
+are averaged. A teacher with a keyword `ema` is also given the logits [K + 1, B, C] of the average of the weights. One
+with a keyword `backbone` can teach the backbone's own classifier too: where it is true, it returns K + 1 of them.
 """
 
 _TEACHERS: Registry[Teacher] = Registry("teacher", "timm_selfdistill.teachers")
@@ -26,7 +27,9 @@ def register_teacher(name: str) -> Callable[[Teacher], Teacher]:
 
     The function maps the detached logits of all exits and the backbone [K + 1, B, C] to those that each exit learns
     from: [K, B, C], or a list with one [S, B, C] for each of the K exits, which then has several teachers. If it has a
-    keyword `ema`, it is also given the logits [K + 1, B, C] of the average of the weights.
+    keyword `ema`, it is also given the logits [K + 1, B, C] of the average of the weights. If it has a keyword
+    `backbone`, `deepest_kd_weight` may be above 0: it is then true, and the function returns one more, the logits that
+    the backbone's own classifier learns from.
 
     Args:
         name: Its name in `SelfDistillationConfig.teacher` and recipes.
@@ -52,13 +55,14 @@ def deepest(logits: Tensor) -> Tensor:
 
 
 @register_teacher("ensemble")
-def ensemble(logits: Tensor) -> Tensor:
-    """The mean of the logits of all exits and the backbone, for every exit.
+def ensemble(logits: Tensor, *, backbone: bool = False) -> Tensor:
+    """The mean of the logits of all exits and the backbone, for every exit, and for the backbone if asked.
 
     Paper: "Knowledge Distillation by On-the-Fly Native Ensemble", https://arxiv.org/abs/1806.04606, which weights the
-    branches by a trained gate; here they weigh the same.
+    branches by a trained gate; here they weigh the same. Also for the backbone: "Students are the Best Teacher:
+    Exit-Ensemble Distillation with Multi-Exits", https://arxiv.org/abs/2104.00299
     """
-    return logits.mean(0, keepdim=True).expand_as(logits[:-1])
+    return logits.mean(0, keepdim=True).expand_as(_taught(logits, backbone))
 
 
 @register_teacher("next-deeper")
@@ -82,22 +86,27 @@ def all_deeper(logits: Tensor) -> list[Tensor]:
 
 
 @register_teacher("ema")
-def ema(logits: Tensor, *, ema: Tensor) -> Tensor:
-    """The backbone's logits in the average of the weights, for every exit.
+def ema(logits: Tensor, *, ema: Tensor, backbone: bool = False) -> Tensor:
+    """The backbone's logits in the average of the weights, for every exit, and for the backbone if asked.
 
     Paper: "Mean teachers are better role models", https://arxiv.org/abs/1703.01780, where the average teaches the
     network's own output; here it teaches the exits.
     """
-    return ema[-1:].expand_as(logits[:-1])
+    return ema[-1:].expand_as(_taught(logits, backbone))
 
 
 @register_teacher("ema-same-exit")
-def ema_same_exit(logits: Tensor, *, ema: Tensor) -> Tensor:
+def ema_same_exit(logits: Tensor, *, ema: Tensor, backbone: bool = False) -> Tensor:
     """The logits of the same exit in the average of the weights.
 
     Paper: "Mean teachers are better role models", https://arxiv.org/abs/1703.01780
     """
-    return ema[:-1]
+    return _taught(ema, backbone)
+
+
+def _taught(logits: Tensor, backbone: bool) -> Tensor:
+    """Return the entries of the exits, and the backbone's if asked."""
+    return logits if backbone else logits[:-1]
 
 
 class PastModel(nn.Module):

@@ -20,7 +20,7 @@ from timm_selfdistill.checks import (
     check,
 )
 
-WEIGHTS: Final = ("ce_weight", "deepest_ce_weight", "kd_weight", "hint_weight")
+WEIGHTS: Final = ("ce_weight", "deepest_ce_weight", "kd_weight", "hint_weight", "deepest_kd_weight")
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ class SelfDistillationConfig:
         standardize_logits: Before any divergence, subtract the mean of each sample's logits and divide by their
             standard deviation, for exits and teachers ("Logit Standardization in Knowledge Distillation",
             https://arxiv.org/abs/2403.01427); the paper takes the temperature 2 and the weight 9.
-        kd_warmup_epochs: Epochs over which `kd_weight` rises linearly from 0.
+        kd_warmup_epochs: Epochs over which `kd_weight` and `deepest_kd_weight` rise linearly from 0.
         exit_weights: One factor above 0 for all terms of each added exit, shallow to deep; None for 1.
         gate: What the gradient of an exit is multiplied by where it enters the backbone; the exit itself gets all of
             it. One number for all exits, or one each, shallow to deep: with 0 the backbone trains as it would without
             exits. "equilibrium" is 1 / (K - i + 1) for exit i of K, after https://arxiv.org/abs/1908.06294.
         gate_fade: Share of the training, its last part, over which the gate falls linearly to 0.
+        deepest_kd_weight: Weight of the divergence of the backbone's own classifier from the teacher, for one that
+            teaches it too: "ensemble", "ema" and "ema-same-exit" do. It is warmed up as `kd_weight` is.
 
     Raises:
         ValueError: If a value is not allowed. Names of divergence and teacher are looked up by the loss.
@@ -72,6 +74,7 @@ class SelfDistillationConfig:
     exit_weights: Weights = None
     gate: Gate = 1.0
     gate_fade: Probability = 0.0
+    deepest_kd_weight: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         for name, kind in _TYPES.items():
