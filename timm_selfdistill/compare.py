@@ -17,7 +17,7 @@ from timm_selfdistill.losses import PRESETS, list_losses, list_presets, needs_of
 from timm_selfdistill.program import run_program
 from timm_selfdistill.recipe import LossSection, Recipe, load_recipe
 from timm_selfdistill.train import build_loss, finished_report, train
-from timm_selfdistill.train.command import add_arguments as add_training_arguments
+from timm_selfdistill.train.run import add_arguments as add_training_arguments
 
 _logger = logging.getLogger(__name__)
 

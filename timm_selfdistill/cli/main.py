@@ -13,7 +13,7 @@ from timm_selfdistill.stop import leave_on_signals
 # By name, where a command is and its line in the help. A module's `COMMANDS` holds for each a function that adds its
 # arguments to a parser, and one that takes their values by name and returns an exit status, or None for 0.
 _COMMANDS: Final = {
-    "train": ("train.command", "train from a recipe (the same as accelerate launch's module)"),
+    "train": ("train.run", "train from a recipe (the same as accelerate launch's module)"),
     "finish": ("cli.run_commands", "make the report and the model of a run that was stopped"),
     "compare": ("compare", "train a recipe with several losses and seeds, side by side"),
     "evaluate": ("cli.run_commands", "report every exit of a trained model on a data set"),

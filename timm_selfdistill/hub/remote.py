@@ -73,7 +73,8 @@ def load_early_exit(
     Raises:
         ValueError: Also if no early-exit settings are saved with the model.
     """
-    model, config = load_with_early_exit(source, revision=revision, token=token, cache_dir=cache_dir)
+    folder = _fetch(source, revision, token, cache_dir)
+    model, config = load_with_early_exit(folder)
     if config is None:
         raise ValueError(
             f"{source} has no early-exit settings; with thresholds of your own: "
@@ -82,15 +83,9 @@ def load_early_exit(
     return EarlyExit.from_config(model, config)
 
 
-def load_with_early_exit(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-) -> tuple[SelfDistillModel, EarlyExitConfig | None]:
+def load_with_early_exit(source: str | Path) -> tuple[SelfDistillModel, EarlyExitConfig | None]:
     """Load a model as `from_pretrained` does, and the early-exit settings that are saved with it, or None."""
-    folder = _fetch(source, revision, token, cache_dir)
+    folder = _fetch(source, None, None, None)
     return load_folder(folder), read_early_exit(folder)
 
 

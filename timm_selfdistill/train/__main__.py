@@ -2,6 +2,6 @@
 
 import sys
 
-from timm_selfdistill.train.command import main
+from timm_selfdistill.train.run import main
 
 sys.exit(main())

@@ -1,5 +1,6 @@
-"""Run a recipe: data, model, training, evaluation, report, saved model."""
+"""Run a recipe: data, model, training, evaluation, report, saved model; and the command `train`."""
 
+import argparse
 import atexit
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,23 +8,24 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from timm_selfdistill.data import ImageData, open_dataset
-from timm_selfdistill.data.decode import SkipList, merge_skipped
+from timm_selfdistill.data.decode import SKIPPED, SkipList, merge_skipped
 from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.loaders import build_loaders
 from timm_selfdistill.data.transforms import InputConfig
+from timm_selfdistill.escape import printable
 from timm_selfdistill.files import replace_file
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.program import is_lost_process
-from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, dump_local
-from timm_selfdistill.report import Report, write_report
+from timm_selfdistill.program import is_lost_process, run_program
+from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, dump_local, load_recipe
+from timm_selfdistill.report import Report, format_table, write_report
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import check_loss
 from timm_selfdistill.train.builders import build_feed, build_model, check_one_image, synchronize_batch_norm
@@ -225,3 +227,31 @@ def _write_recipe(folder: Path, recipe: Recipe) -> None:
     # First what shows that the folder is a run's.
     replace_file(folder / LOCAL, dump_local(recipe).encode())
     replace_file(folder / RECIPE, recipe.without_local_paths().to_yaml().encode())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `RECIPE [key=value ...]` and print the report; the exit status is 2 for a recipe that cannot work."""
+    parser = argparse.ArgumentParser(prog="timm_selfdistill.train", description="Train from a recipe.")
+    add_arguments(parser)
+    parser.set_defaults(run=_train_and_print)
+    return run_program(parser, arguments)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="path of a recipe, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="what differs, such as optimizer.lr=0.05")
+
+
+def _train_and_print(recipe: str, overrides: Sequence[str]) -> None:
+    loaded = load_recipe(recipe, overrides)
+    report = train(loaded)
+    if not PartialState().is_main_process:
+        return
+    print(format_table(report))
+    listed = f", {SKIPPED}" if any(report["num_skipped"].values()) else ""
+    print(f"\nWritten to {printable(loaded.output_dir)}: report.json, report.md, report.png, model/{listed}")
+    if loaded.push_to_hub is not None:
+        print(f"Pushed to {loaded.push_to_hub.repo}")
+
+
+COMMANDS: Final = {"train": (add_arguments, _train_and_print)}
