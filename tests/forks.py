@@ -59,10 +59,10 @@ TRAINING = """
 import torch
 torch.set_num_threads(1)
 import accelerate, datasets, matplotlib.figure, timm, torchvision
-import timm_selfdistill.train.command, timm_selfdistill.train.run, timm_selfdistill.render
+import timm_selfdistill.train.run, timm_selfdistill.render
 """
 
-COMMAND = "from timm_selfdistill.train.command import main; main()"
+COMMAND = "from timm_selfdistill.train import main; main()"
 
 
 @dataclass
