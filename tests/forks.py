@@ -29,7 +29,7 @@ def run(job):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(job["environment"])
-    sys.argv = ["fork"]
+    sys.argv = ["fork", *job["arguments"]]
     status = 0
     try:
         exec(job["code"], space)
@@ -117,21 +117,19 @@ class ForkServer:
         )
         assert self._read() == "ready"
 
-    def start(self, code: str, folder: Path | None = None, **environment: str) -> Fork:
-        """Run code in a fork, in a folder and with more environment variables."""
+    def start(self, code: str, arguments: Sequence[str] = (), folder: Path | None = None, **environment: str) -> Fork:
+        """Run code in a fork, in a folder, with command line arguments and with more environment variables."""
         self._count += 1
-        files = [self._folder / f"{self._count}.{name}" for name in ("stdout", "stderr")]
-        job = {"code": code, "folder": str(folder or self._folder), "environment": environment}
-        pid = self.ask({**job, "stdout": str(files[0]), "stderr": str(files[1])})
-        assert isinstance(pid, int)
-        return Fork(self, pid, *files)
+        out, err = (self._folder / f"{self._count}.{name}" for name in ("stdout", "stderr"))
+        job = {"code": code, "arguments": arguments, "folder": str(folder or self._folder), "environment": environment}
+        return Fork(self, self.ask({**job, "stdout": str(out), "stderr": str(err)}), out, err)
 
-    def start_together(self, code: str, processes: int = 2, arguments: Sequence[str] = ()) -> list[Fork]:
+    def start_together(self, code: str, arguments: Sequence[str] = (), processes: int = 2) -> list[Fork]:
         """Run code in forks that find one another as if torchrun had started them, on CPUs."""
-        code = f"import sys\nsys.argv += {list(arguments)!r}\n{code}"
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
         common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        return [self.start(code, **common, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+        ranks = map(str, range(processes))
+        return [self.start(code, arguments, **common, RANK=rank, LOCAL_RANK=rank) for rank in ranks]
 
     def ask(self, question: Any) -> Any:
         assert self._process.stdin is not None

@@ -10,117 +10,49 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+from forks import COMMAND, Fork, ForkServer
 from test_multiprocess import TWO_PROCESSES, accelerate
 from test_resume import SMALL, outcome
 
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import train
 
-# Imports everything once; then, for each line that it reads, forks a process that trains, and kills it after the time
-# that the line says. Answers with the time that it took, or "killed".
-SERVER = """
-import os, signal, sys, time
-import torch
-torch.set_num_threads(1)
-from timm_selfdistill.recipe import load_recipe
-from timm_selfdistill.train import train
 
-print("ready", flush=True)
-for line in sys.stdin:
-    seconds, *overrides = line.rstrip("\\n").split("\\t")
-    start = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        os.setpgid(0, 0)
-        try:
-            train(load_recipe("digits", overrides))
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    while time.monotonic() - start < float(seconds):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.002)
-    else:
-        os.killpg(child, signal.SIGKILL)
-        done, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        print("killed", flush=True)
-    else:
-        print(time.monotonic() - start if os.WEXITSTATUS(status) == 0 else "failed", flush=True)
-"""
-
-
-class Server:
-    """Trains in processes of its own."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self._read()
-
-    def train(self, folder: Path, *overrides: str, seconds: float = 300.0) -> float | None:
-        """Train until done, and return how long it took; or until the time is over, and return None."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\t".join([str(seconds), *SMALL, *overrides, f"output_dir={folder}"]) + "\n")
-        self.process.stdin.flush()
-        answer = self._read()
-        assert answer != "failed", self._errors()
-        return None if answer == "killed" else float(answer)
-
-    def _read(self) -> str:
-        assert self.process.stdout is not None
-        answer = self.process.stdout.readline().strip()
-        assert answer, self._errors()
-        return answer
-
-    def _errors(self) -> str:
-        self.process.kill()
-        assert self.process.stderr is not None
-        return self.process.stderr.read()
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.process.kill()
-    server.process.communicate()
+def train_for(forks: ForkServer, folder: Path, *overrides: str, seconds: float = 300.0) -> float | None:
+    """Train until done, and return how long it took; or until the time is over, and return None."""
+    started = time.monotonic()
+    process = forks.start(COMMAND, ["digits", *SMALL, *overrides, f"output_dir={folder}"])
+    status, _, errors = process.wait(seconds, kill=True)
+    if status == -signal.SIGKILL:
+        return None
+    assert status == 0, errors
+    return time.monotonic() - started
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(tmp_path: Path, server: Server, kills: int) -> None:
+def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(
+    tmp_path: Path, forks: ForkServer, kills: int
+) -> None:
     # A checkpoint at every step, so that many a kill falls into the writing of one.
     overrides = ("checkpoint.every_steps=1", "epochs=3", "ema={decay: 0.9}")
-    whole = server.train(tmp_path / "whole", *overrides)
+    whole = train_for(forks, tmp_path / "whole", *overrides)
     assert whole is not None
     draw = random.Random(kills)
     done = 0
-    started = time.monotonic()
     while done < kills:
-        assert time.monotonic() - started < 1200
-        if server.train(tmp_path / "cut", *overrides, seconds=draw.uniform(0.1, 0.7) * whole) is None:
+        if train_for(forks, tmp_path / "cut", *overrides, seconds=draw.uniform(0.1, 0.7) * whole) is None:
             done += 1
         else:
             # Finished before all kills were done: the rest of them hit a run of its own.
             assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
             (tmp_path / "cut").rename(tmp_path / f"done {done}")
-    assert server.train(tmp_path / "cut", *overrides) is not None
+    assert train_for(forks, tmp_path / "cut", *overrides) is not None
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
@@ -144,19 +76,16 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     ]
 
 
-def wait_for_steps(folder: Path, launcher: subprocess.Popen[str]) -> None:
+def wait_for_steps(folder: Path, process: subprocess.Popen[str] | Fork) -> None:
     """Wait until a run is in its second epoch."""
-    for _ in range(3000):
-        if (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").read_text():
-            return
-        assert launcher.poll() is None, launcher.communicate()[1]
+    while not ((folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").read_text()):
+        assert process.poll() is None, "it ended before it was stopped"
         time.sleep(0.02)
-    raise AssertionError("it does not train")
 
 
-def finish(launcher: subprocess.Popen[str], timeout: float = 300) -> str:
-    """Wait for the end, and return what was said."""
-    return launcher.communicate(timeout=timeout)[1]
+def start_two(forks: ForkServer, folder: Path, *overrides: str) -> list[Fork]:
+    """Start two processes as a launcher would."""
+    return forks.start_together(COMMAND, ["digits", *SMALL, *overrides, f"output_dir={folder}"])
 
 
 @pytest.mark.multiprocess
@@ -173,22 +102,26 @@ def finish(launcher: subprocess.Popen[str], timeout: float = 300) -> str:
         ),
     ],
 )
-def test_a_signal_to_one_process_stops_all_of_them_with_everything_saved(tmp_path: Path, loss: tuple[str, ...]) -> None:
+def test_a_signal_to_one_process_stops_all_of_them_with_everything_saved(
+    tmp_path: Path, forks: ForkServer, loss: tuple[str, ...]
+) -> None:
     overrides = ("epochs=12", *loss)
-    whole = start(tmp_path / "whole", *overrides)
-    errors = finish(whole)
-    assert whole.returncode == 0, errors
-    cut = start(tmp_path / "cut", *overrides)
-    wait_for_steps(tmp_path / "cut", cut)
-    ranks_of(cut)[1].send_signal(signal.SIGTERM)
-    errors = finish(cut)
-    assert cut.returncode != 0
-    # The launcher may end the other one before it has said so too.
-    assert "Stopped by SIGTERM. Run the same command again to go on." in errors
-    cut = start(tmp_path / "cut", *overrides)
-    errors = finish(cut)
-    assert cut.returncode == 0, errors
-    assert "Resuming self-distilled from" in errors
+    cut = start_two(forks, tmp_path / "cut", *overrides)
+    wait_for_steps(tmp_path / "cut", cut[0])
+    cut[1].send_signal(signal.SIGTERM)
+    (other, _, errors), (status, _, said) = [process.wait() for process in cut]
+    assert status == 75, said
+    assert "Stopped by SIGTERM. Run the same command again to go on." in said
+    # Between two epochs, where nothing is unsaved, the process stops at once, and the other one finds it gone.
+    stop = "Stopped by a signal to another process. Run the same command again to go on."
+    assert (other, stop in errors, "Another process of the run is gone" in errors) in (
+        (75, True, False),
+        (1, False, True),
+    )
+    for folder in ("cut", "whole"):
+        ended = [process.wait() for process in start_two(forks, tmp_path / folder, *overrides)]
+        assert [status for status, *_ in ended] == [0, 0], ended
+        assert ("Resuming self-distilled from" in ended[0][2]) == (folder == "cut")
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
@@ -197,24 +130,26 @@ def test_a_process_that_is_killed_ends_the_run_within_a_minute_or_restarts_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     overrides = ("epochs=12", "checkpoint.every_steps=1")
-    killed = start(tmp_path / "killed", *overrides)
-    wait_for_steps(tmp_path / "killed", killed)
-    ranks_of(killed)[1].kill()
-    finish(killed, timeout=60)
-    assert killed.returncode != 0
+    launcher = start(tmp_path, *overrides, options=("--max_restarts", "1"))
+    wait_for_steps(tmp_path, launcher)
+    first = ranks_of(launcher)
+    first[0].kill()
+    # The launcher starts both of them again, and gives up when one of these is killed too.
+    psutil.wait_procs(first, timeout=120)
+    steps = newest_step(tmp_path)
+    while newest_step(tmp_path) < steps + 2:
+        assert launcher.poll() is None, launcher.communicate()[1]
+        time.sleep(0.02)
+    ranks_of(launcher)[1].kill()
+    errors = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode != 0
+    assert "Resuming self-distilled from" in errors
     # One process goes on where two were.
-    train(load_recipe("digits", [*SMALL, *overrides, f"output_dir={tmp_path / 'killed'}"]))
+    train(load_recipe("digits", [*SMALL, *overrides, f"output_dir={tmp_path}"]))
     assert "was trained by 2 process(es) and goes on with 1" in caplog.text
     assert "It will not end in the same bits as an undisturbed run" in caplog.text
-
-    restarted = start(tmp_path / "restarted", *overrides, options=("--max_restarts", "1"))
-    wait_for_steps(tmp_path / "restarted", restarted)
-    ranks_of(restarted)[0].kill()
-    errors = finish(restarted)
-    assert restarted.returncode == 0, errors
-    steps = [json.loads(line)["step"] for line in (tmp_path / "restarted" / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 48
-    assert "Resuming self-distilled from" in errors
 
 
 # A whole process group, loader processes included.
