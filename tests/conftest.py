@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from forks import TRAINING, ForkServer, fork_server
 from PIL import Image
+from quick_reports import quicken
 from torch import Tensor, nn
 
 
@@ -87,6 +88,13 @@ def make_backbone() -> Callable[..., nn.Module]:
 def images() -> Tensor:
     """Four images [4, 3, 64, 64]."""
     return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests are not about the times and the picture in a run's report."""
+    if "whole_reports" not in request.keywords:
+        quicken(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -55,11 +55,15 @@ for line in sys.stdin:
 """
 
 # All that a training imports, and one thread, so that forks are safe.
-TRAINING = """
+TRAINING = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 torch.set_num_threads(1)
 import accelerate, datasets, matplotlib.figure, timm, torchvision
-import timm_selfdistill.train.run, timm_selfdistill.render
+import timm_selfdistill.train.run
+from quick_reports import quicken
+quicken()
 """
 
 COMMAND = "from timm_selfdistill.train import main; main()"
@@ -124,12 +128,11 @@ class ForkServer:
         job = {"code": code, "arguments": arguments, "folder": str(folder or self._folder), "environment": environment}
         return Fork(self, self.ask({**job, "stdout": str(out), "stderr": str(err)}), out, err)
 
-    def start_together(self, code: str, arguments: Sequence[str] = (), processes: int = 2) -> list[Fork]:
-        """Run code in forks that find one another as if torchrun had started them, on CPUs."""
+    def start_together(self, code: str, arguments: Sequence[str] = (), **environment: str) -> list[Fork]:
+        """Run code in two forks that find one another as if torchrun had started them, on CPUs."""
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
-        common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        ranks = map(str, range(processes))
-        return [self.start(code, arguments, **common, RANK=rank, LOCAL_RANK=rank) for rank in ranks]
+        common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **environment}
+        return [self.start(code, arguments, **common, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
 
     def ask(self, question: Any) -> Any:
         assert self._process.stdin is not None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from quick_reports import quicken
 from torch.distributed.tensor import DTensor
 
 from timm_selfdistill.recipe import load_recipe
@@ -41,6 +42,7 @@ SMALL = [
 
 def main(plan: Path) -> None:
     torch.set_num_threads(1)
+    quicken()
     # It ends the process group, too, which cannot be made twice.
     Accelerator.end_training = lambda self: None
     publish.make_repository = lambda repo, private: None

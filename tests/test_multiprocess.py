@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
-from forks import free_port
+from forks import COMMAND, ForkServer, free_port
 from once import once
 from PIL import Image
 
@@ -22,7 +22,6 @@ pytestmark = pytest.mark.multiprocess
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "accelerate"
-ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 
 # No batch norm, which would see half a batch in each process, and no random augmentation, drawn in another order there.
 # The last batch of the 39 images to evaluate is full in no process.
@@ -59,7 +58,7 @@ def test_two_processes_train_the_same_network_as_one(alone, tmp_path):
     assert_same_run(alone, tmp_path)
 
 
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+@pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.slow)])
 def test_two_machines_of_two_processes_train_the_same_network_as_one(alone, tmp_path, rendezvous):
     port = str(free_port())
     if rendezvous == "static":
@@ -77,10 +76,9 @@ def test_two_machines_of_two_processes_train_the_same_network_as_one(alone, tmp_
     assert_same_run(alone, tmp_path)
 
 
-def test_both_processes_evaluate_with_the_batch_statistics_that_are_saved(tmp_path):
+def test_both_processes_evaluate_with_the_batch_statistics_that_are_saved(forks, tmp_path):
     network = ["model.name=resnet18", "model.kwargs={channels: [16, 32, 64, 128], in_chans: 1}"]
-    (run,) = launch([accelerate(*TWO_PROCESSES)], *network, f"output_dir={tmp_path}")
-    assert run.returncode == 0, run.stderr
+    run_two(forks, *network, f"output_dir={tmp_path}")
     trained = json.loads((tmp_path / "report.json").read_text())
     AcceleratorState._reset_state(True)
     saved = evaluate_folder(tmp_path)
@@ -89,7 +87,7 @@ def test_both_processes_evaluate_with_the_batch_statistics_that_are_saved(tmp_pa
         assert a["ece"] == pytest.approx(b["ece"], abs=1e-4)
 
 
-def test_broken_images_are_left_out_and_listed_once(tmp_path):
+def test_broken_images_are_left_out_and_listed_once(forks, tmp_path):
     for split, count, broken in (("train", 30, 5), ("test", 11, 3)):
         for index in range(count + broken):
             path = tmp_path / "pets" / split / ("cat", "dog")[index % 2] / f"{index:02}.png"
@@ -108,8 +106,7 @@ def test_broken_images_are_left_out_and_listed_once(tmp_path):
     data += ["data.max_train=null", "data.max_eval=null"]
     AcceleratorState._reset_state(True)
     train(load_recipe(RECIPE[0], [*RECIPE[1:], *data, f"output_dir={tmp_path / '1'}"]))
-    (run,) = launch([accelerate(*TWO_PROCESSES)], *data, f"output_dir={tmp_path / '2'}")
-    assert run.returncode == 0, run.stderr
+    run_two(forks, *data, f"output_dir={tmp_path / '2'}")
     reports = [json.loads((tmp_path / str(n) / "report.json").read_text()) for n in (1, 2)]
     lists = [[json.loads(line) for line in (tmp_path / str(n) / "skipped.jsonl").open()] for n in (1, 2)]
     assert [report["num_samples"] for report in reports] == [12, 12]
@@ -120,17 +117,20 @@ def test_broken_images_are_left_out_and_listed_once(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with GPUs, these processes do find each other")
-def test_processes_that_each_think_they_are_the_first_are_refused(tmp_path):
-    (run,) = launch([accelerate("--config_file", str(CONFIGS / "cpu.yaml"))], f"output_dir={tmp_path}", environment={})
-    assert run.returncode != 0
-    assert "2 processes were launched, but Accelerate joined 1" in run.stderr
+def test_processes_that_each_think_they_are_the_first_are_refused(forks, tmp_path):
+    arguments = [*RECIPE, f"output_dir={tmp_path}"]
+    for process in forks.start_together(COMMAND, arguments, ACCELERATE_USE_CPU="false"):
+        status, _, errors = process.wait()
+        assert status == 2
+        assert "2 processes were launched, but Accelerate joined 1" in errors
     assert list(tmp_path.iterdir()) == []
 
 
-def test_synchronized_batch_norm_is_refused_on_the_cpu(tmp_path):
-    (run,) = launch([accelerate(*TWO_PROCESSES)], f"output_dir={tmp_path}", "sync_batchnorm=true")
-    assert run.returncode != 0
-    assert "sync_batchnorm: torch synchronises batch norm on GPUs only, received 2 processes" in run.stderr
+def test_synchronized_batch_norm_is_refused_on_the_cpu(forks, tmp_path):
+    for process in forks.start_together(COMMAND, [*RECIPE, f"output_dir={tmp_path}", "sync_batchnorm=true"]):
+        status, _, errors = process.wait()
+        assert status == 2
+        assert "sync_batchnorm: torch synchronises batch norm on GPUs only, received 2 processes" in errors
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,11 +143,16 @@ def accelerate(*options: str) -> list[str]:
     return ["accelerate.commands.launch", *options, *port, "--dynamo_backend", "no"]
 
 
-def launch(
-    commands: list[list[str]], *overrides: str, environment: dict[str, str] = ON_CPU
-) -> list[subprocess.CompletedProcess[str]]:
+def run_two(forks: ForkServer, *overrides: str) -> None:
+    """Train in two processes, without a launcher."""
+    for process in forks.start_together(COMMAND, [*RECIPE, *overrides]):
+        status, _, errors = process.wait()
+        assert status == 0, errors
+
+
+def launch(commands: list[list[str]], *overrides: str) -> list[subprocess.CompletedProcess[str]]:
     """Start launchers at the same time, each as if on a machine of its own, and wait for all of them."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     started = [
         subprocess.Popen(
             [sys.executable, "-m", *command, "-m", "timm_selfdistill.train", *RECIPE, *overrides],
@@ -161,7 +166,7 @@ def launch(
     try:
         return [
             subprocess.CompletedProcess(process.args, process.returncode, *outputs)
-            for process, outputs in [(process, process.communicate(timeout=300)) for process in started]
+            for process, outputs in [(process, process.communicate(timeout=900)) for process in started]
         ]
     finally:
         for process in started:

@@ -22,6 +22,8 @@ from timm_selfdistill.report import (
     write_report,
 )
 
+pytestmark = pytest.mark.whole_reports
+
 SIZE = (3, 32, 32)
 CLASSES = 10
 

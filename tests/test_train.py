@@ -60,6 +60,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name}:{k}": v for file in files for k, v in safetensors.torch.load_file(file).items()}
 
 
+@pytest.mark.whole_reports
 def test_a_run_writes_what_the_design_promises(tmp_path):
     recipe = small_recipe(tmp_path, "baseline=true", "epochs=2")
     report = train(recipe)
