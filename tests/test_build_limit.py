@@ -55,7 +55,7 @@ def test_a_backbone_beyond_the_machine_is_refused_at_once(kwargs: dict[str, obje
     began = time.process_time()
     with pytest.raises(ValueError, match=message):
         sd.wrap("test_resnet", num_classes=4, image_size=64, model_kwargs=kwargs)
-    assert time.process_time() - began < 20  # some seconds on a fast machine
+    assert time.process_time() - began < 60  # some seconds on a fast machine
 
 
 def test_a_backbone_has_the_weights_of_its_seed() -> None:

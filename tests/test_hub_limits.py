@@ -75,7 +75,7 @@ def test_a_small_file_asks_for_no_large_model(
     began = time.process_time()
     with pytest.raises(ValueError, match=message) as caught:
         sd.from_pretrained(folder)
-    assert time.process_time() - began < 5  # about 1 on a fast machine
+    assert time.process_time() - began < 20  # about 1 on a fast machine
     assert len(str(caught.value)) < 2500
 
 

@@ -43,7 +43,7 @@ list(sd.predict_images(model, ["a.png"]))
 
 def run(code: str, folder: Path) -> str:
     """Return what code prints in an interpreter of its own."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -68,7 +68,7 @@ def command(folder: Path, torch: str, *words: str) -> subprocess.CompletedProces
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=900,
     )
 
 

@@ -167,7 +167,7 @@ def test_two_processes_count_exactly_what_one_counts(tmp_path: Path) -> None:
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     offline = {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_HOME": str(tmp_path / "unused")}
     environment = os.environ | offline | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=240)
+    run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1] == evaluate_everything(Accelerator(cpu=True))

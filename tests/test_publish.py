@@ -1,8 +1,6 @@
 """When a run pushes its model; what is pushed, and by the real client, is in test_hub_remote."""
 
 import logging
-import os
-import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
+from test_background import signalled
 
 import timm_selfdistill as sd
 from timm_selfdistill.data import open_dataset
@@ -34,7 +33,7 @@ class Hub:
 
     def push(self, folder: Path, repo_id: str, *, private: bool, commit_message: str | None = None) -> None:
         if commit_message is not None:
-            assert self.may_go_on.wait(60)
+            assert self.may_go_on.wait(600)
             self.weights.append(sd.from_pretrained(folder / "model").backbone.fc.bias.detach())
         self.pushed.append((folder, commit_message))
 
@@ -118,9 +117,8 @@ def test_a_push_that_stalls_does_not_keep_a_run_from_being_stopped(hub: Hub, tmp
     publisher = Publisher(PushSection(repo="me/net", every=1), tmp_path, make_writer())
     publisher.after_epoch(make_model(), 1, 3)
     assert not publisher._running.done()
-    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
     with pytest.raises(Interrupted), StopSignals():
-        publisher.finish()
+        signalled(publisher.finish)
     assert hub.pushed == []
     # Python waits for no daemon when it ends.
     assert [thread.daemon for thread in threading.enumerate() if thread.name == "push-to-hub"] == [True]
@@ -129,10 +127,9 @@ def test_a_push_that_stalls_does_not_keep_a_run_from_being_stopped(hub: Hub, tmp
 
 def test_the_last_push_does_not_either(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publisher = Publisher(PushSection(repo="me/net"), tmp_path, make_writer())
-    monkeypatch.setattr(publish, "push_folder", lambda *args, **kwargs: hub.may_go_on.wait(60))
-    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    monkeypatch.setattr(publish, "push_folder", lambda *args, **kwargs: hub.may_go_on.wait(600))
     with pytest.raises(Interrupted), StopSignals():
-        publisher.finish()
+        signalled(publisher.finish)
     hub.may_go_on.set()
 
 

@@ -150,7 +150,7 @@ def test_a_signal_at_the_end_of_a_program_ends_it_with_its_status(
 
 def test_a_stopped_program_does_not_wait_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop, "_PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr("atexit._run_exitfuncs", lambda: time.sleep(30))
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: time.sleep(600))
     assert in_a_fork(lambda: end_program(75)) == 75
     monkeypatch.setattr("atexit._run_exitfuncs", lambda: time.sleep(0.5))
     assert in_a_fork(lambda: end_program(0)) == 0

@@ -86,7 +86,7 @@ def site(tmp_path_factory):
     (source / "pyproject.toml").write_text(PROJECT)
     (source / "example_plugin" / "__init__.py").write_text(MODULE)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", str(site), str(source)], check=True, timeout=120)
+    subprocess.run([*pip, "--target", str(site), str(source)], check=True, timeout=900)
     return site
 
 
@@ -95,7 +95,7 @@ def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_an_installed_loss_and_head_train_from_a_recipe(site, tmp_path):

@@ -396,10 +396,8 @@ def test_streamed_data_trains_and_counts_every_sample_once(tmp_path, colour_imag
 def test_every_shipped_recipe_trains_an_epoch(tmp_path, colour_images, name):
     recipe = load_recipe(name)
     overrides = ["epochs=1", "batch_size=4", "data.workers=0", f"output_dir={tmp_path}", "baseline=false"]
-    overrides += ["schedule.warmup_epochs=0", "model.pretrained=false"]
-    if name == "digits":
-        overrides += ["data.max_train=32", "data.max_eval=20"]
-    else:
+    overrides += ["schedule.warmup_epochs=0", "model.pretrained=false", "data.max_train=10", "data.max_eval=6"]
+    if name != "digits":
         columns = recipe.data.image == "img"
         overrides += [f"data.path={colour_images / ('parquet' if columns else 'folder')}", "data.name=null"]
         overrides += ["data.image_size=32", "model.num_classes=null"]

@@ -26,7 +26,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=ROOT,
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=900,
     )
     (file,) = folder.glob("*.whl")
     return file
@@ -37,14 +37,14 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which pip installed the wheel alone; its dependencies are those of this environment."""
     folder = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
-    subprocess.run([*pip, str(wheel)], check=True, timeout=120)
+    subprocess.run([*pip, str(wheel)], check=True, timeout=900)
     return folder
 
 
 def run(site: Path, folder: Path, *command: str) -> str:
     """Run a command where only the wheel's library can be imported, and return what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
