@@ -28,7 +28,8 @@ from timm_selfdistill.losses import (
     teachers,
 )
 from timm_selfdistill.losses.protocol import cross_entropy
-from timm_selfdistill.model import ExitOutput
+from timm_selfdistill.model import Ensemble, ExitOutput, wrap
+from timm_selfdistill.task import SelfDistillationTask
 
 BATCH, CLASSES, WIDTH = 6, 5, 7
 
@@ -220,6 +221,28 @@ def test_a_teacher_that_knows_no_more_than_the_backbone_cannot_teach_it(teacher)
         ValueError, match=rf"deepest_kd_weight is 0\.5, but the teacher '{teacher}' has nothing to teach"
     ):
         SelfDistillationLoss.from_preset("byot-iccv2019", teacher=teacher, deepest_kd_weight=0.5)
+
+
+def test_the_teacher_ensemble_takes_the_weights_that_the_model_has_when_training_begins():
+    out, target = make_output(), make_target()
+    loss = SelfDistillationLoss.from_preset("byot-iccv2019", teacher="ensemble", temperature=2.0, t_squared=False)
+    fitted = Ensemble((0.1, 0.0, 0.3, 0.5), images=9)
+    taught = 0.1 * out.logits[0] + 0.3 * out.logits[2] + 0.5 * out.logits[3]
+    terms = loss(out, target, ensemble=fitted)
+    for i in range(3):
+        torch.testing.assert_close(terms[f"kd/{i}"], reference_kl(out.logits[i], taught, 2.0).detach())
+    mean = loss(out, target, ensemble=Ensemble.mean(4))
+    assert torch.equal(loss(out, target)["loss"], mean["loss"])
+    assert not torch.equal(mean["loss"], terms["loss"])
+
+    model = wrap("test_resnet", num_classes=5, image_size=32).eval()
+    model.ensemble = Ensemble((0.5, *(0.25,) * model.num_exits), images=9)
+    task, images = SelfDistillationTask(model, loss).eval(), torch.randn(2, 3, 32, 32)
+    labels = torch.tensor([0, 1])
+    expected = loss(model(images, return_exits=True), labels, ensemble=model.ensemble)["loss"]
+    model.ensemble = Ensemble.mean(model.num_exits + 1)
+    torch.testing.assert_close(task(images, labels)["loss"], expected)
+    assert not SelfDistillationLoss().needs.ensemble
 
 
 @pytest.mark.parametrize("teacher", ["deepest", "ensemble", "next-deeper"])

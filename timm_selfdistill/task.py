@@ -58,6 +58,7 @@ class SelfDistillationTask(ClassificationTask):
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
         self.needs = needs_of(criterion)
         self.time: TrainingTime | None = None
+        self.ensemble = model.ensemble
         self.past: PastModel | None = PastModel(model) if self.needs.past else None
         self.regime = regime
         model.backbone_frozen = regime == "frozen"
@@ -178,6 +179,8 @@ class SelfDistillationTask(ClassificationTask):
             if self.time is None:
                 raise ValueError("The loss follows the time of the training: call task.set_time() before each step.")
             given["time"] = self.time
+        if self.needs.ensemble:
+            given["ensemble"] = self.ensemble
         return given
 
 

@@ -43,6 +43,7 @@ class Needs:
         past: The keyword `past`, an `ExitOutput`: the output of the backbone with the weights it had when the epoch
             began, in eval mode; None in the first epoch.
         time: The keyword `time`, a `TrainingTime`.
+        ensemble: The keyword `ensemble`, the model's `Ensemble` as it was when the task was made.
         batches: What a batch holds besides the samples that it draws. "paired": for each one another of its class,
             after all of them; `out` and `target` are without those, and the keyword `partners`, an `ExitOutput`, holds
             the model's output for them. "repeated": before them, those that were drawn in the batch before.
@@ -55,6 +56,7 @@ class Needs:
     ema: bool = False
     past: bool = False
     time: bool = False
+    ensemble: bool = False
     batches: Literal["plain", "paired", "repeated"] = "plain"
     exits: bool = True
     gate: Gate = 1.0

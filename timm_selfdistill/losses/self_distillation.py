@@ -20,7 +20,7 @@ from timm_selfdistill.losses.protocol import (
     stack,
 )
 from timm_selfdistill.losses.teachers import get_teacher
-from timm_selfdistill.model import ExitOutput
+from timm_selfdistill.model import Ensemble, ExitOutput
 from timm_selfdistill.recipe.loss_settings import BYOT_ICCV2019, PRESETS, SelfDistillationConfig, list_presets
 
 
@@ -61,6 +61,7 @@ class SelfDistillationLoss(nn.Module):
             exits=exits,
             ema=distils and "ema" in takes,
             time=bool(distils and config.kd_warmup_epochs),
+            ensemble=distils and "ensemble" in takes,
             gate=config.gate if exits else 1.0,
             gate_fade=config.gate_fade if exits else 0.0,
         )
@@ -88,7 +89,13 @@ class SelfDistillationLoss(nn.Module):
         return cls(replace(PRESETS[name], **overrides))
 
     def forward(
-        self, out: ExitOutput, target: Tensor, *, ema: ExitOutput | None = None, time: TrainingTime | None = None
+        self,
+        out: ExitOutput,
+        target: Tensor,
+        *,
+        ema: ExitOutput | None = None,
+        time: TrainingTime | None = None,
+        ensemble: Ensemble | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss.
 
@@ -97,6 +104,7 @@ class SelfDistillationLoss(nn.Module):
             target: Class indices [B] int64, or class probabilities [B, C] floating.
             ema: The output of the average of the weights, for a teacher that takes it.
             time: How far training has come, for the warm-up of `kd_weight`.
+            ensemble: How the outputs are combined, for a teacher that takes it; their mean by default.
 
         Returns:
             "loss", the weighted sum, and each term that has a weight, unweighted and detached: "ce/0" to "ce/K",
@@ -116,7 +124,7 @@ class SelfDistillationLoss(nn.Module):
             entropies = cross_entropy(logits, target, config.label_smoothing)
             ce = entropies[:-1] if config.ce_weight else none
             ce_backbone = entropies[-1:] if config.deepest_ce_weight else none
-            kd, kd_backbone = self._distill(logits, target, ema) if self._distils else (none, none)
+            kd, kd_backbone = self._distill(logits, target, ema, ensemble) if self._distils else (none, none)
             hint = self._compare_features(out.features) if config.hint_weight else none
             warmth = self._warmth(time)
             loss = (
@@ -186,10 +194,14 @@ class SelfDistillationLoss(nn.Module):
         """Return the distance of each exit's feature from the backbone's [K]."""
         return self._hint_distance(stack(features[:-1]) - stack(features[-1:]).detach()).mean(-1)
 
-    def _distill(self, logits: Tensor, target: Tensor, ema: ExitOutput | None) -> tuple[Tensor, Tensor]:
+    def _distill(
+        self, logits: Tensor, target: Tensor, ema: ExitOutput | None, ensemble: Ensemble | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the divergences of the exits [K] and of the backbone [1] from their teachers, [0] without a weight."""
         config, none = self.config, logits.new_zeros(0)
         given: dict[str, Any] = {"ema": stack(ema.logits).detach()} if ema is not None and self.needs.ema else {}
+        if self.needs.ensemble:
+            given["ensemble"] = Ensemble.mean(len(logits)) if ensemble is None else ensemble
         if not config.deepest_kd_weight:
             return self._compare(logits[:-1], self._teacher(logits.detach(), **given), target), none
         values = self._compare(logits, self._teacher(logits.detach(), backbone=True, **given), target)

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.model import ExitOutput, SelfDistillModel
+from timm_selfdistill.model import Ensemble, ExitOutput, SelfDistillModel
 from timm_selfdistill.registry import Registry
 
 Teacher = Callable[..., Tensor | Sequence[Tensor]]
 """From the detached logits of all exits and the backbone [K + 1, B, C] to those each exit learns from.
 
 These are [K, B, C]; or, where an exit has several teachers, one [S, B, C] for each of the K exits, whose divergences
-are averaged. A teacher with a keyword `ema` is also given the logits [K + 1, B, C] of the average of the weights. One
-with a keyword `backbone` can teach the backbone's own classifier too: where it is true, it returns K + 1 of them.
+are averaged. A teacher with a keyword `ema` is also given the logits [K + 1, B, C] of the average of the weights, one
+with a keyword `ensemble` the model's `Ensemble`, as it was when training began. One with a keyword `backbone` can teach
+the backbone's own classifier too: where it is true, it returns K + 1 of them.
 """
 
 _TEACHERS: Registry[Teacher] = Registry("teacher", "timm_selfdistill.teachers")
@@ -27,9 +28,10 @@ def register_teacher(name: str) -> Callable[[Teacher], Teacher]:
 
     The function maps the detached logits of all exits and the backbone [K + 1, B, C] to those that each exit learns
     from: [K, B, C], or a list with one [S, B, C] for each of the K exits, which then has several teachers. If it has a
-    keyword `ema`, it is also given the logits [K + 1, B, C] of the average of the weights. If it has a keyword
-    `backbone`, `deepest_kd_weight` may be above 0: it is then true, and the function returns one more, the logits that
-    the backbone's own classifier learns from.
+    keyword `ema`, it is also given the logits [K + 1, B, C] of the average of the weights; with a keyword `ensemble`,
+    the model's `Ensemble` as it was when training began, the mean unless it was fitted. If it has a keyword `backbone`,
+    `deepest_kd_weight` may be above 0: it is then true, and the function returns one more, the logits that the
+    backbone's own classifier learns from.
 
     Args:
         name: Its name in `SelfDistillationConfig.teacher` and recipes.
@@ -55,14 +57,17 @@ def deepest(logits: Tensor) -> Tensor:
 
 
 @register_teacher("ensemble")
-def ensemble(logits: Tensor, *, backbone: bool = False) -> Tensor:
+def ensemble(logits: Tensor, *, backbone: bool = False, ensemble: Ensemble | None = None) -> Tensor:
     """The mean of the logits of all exits and the backbone, for every exit, and for the backbone if asked.
 
+    Of a model whose ensemble was fitted before the training, that in place of the mean.
+
     Paper: "Knowledge Distillation by On-the-Fly Native Ensemble", https://arxiv.org/abs/1806.04606, which weights the
-    branches by a trained gate; here they weigh the same. Also for the backbone: "Students are the Best Teacher:
-    Exit-Ensemble Distillation with Multi-Exits", https://arxiv.org/abs/2104.00299
+    branches by a trained gate. Also for the backbone: "Students are the Best Teacher: Exit-Ensemble Distillation with
+    Multi-Exits", https://arxiv.org/abs/2104.00299
     """
-    return logits.mean(0, keepdim=True).expand_as(_taught(logits, backbone))
+    answer = logits.mean(0) if ensemble is None or ensemble.is_mean else ensemble(logits)
+    return answer.expand_as(_taught(logits, backbone))
 
 
 @register_teacher("next-deeper")
