@@ -83,10 +83,11 @@ def loaders(run: Path) -> Any:
     [
         ["--max-accuracy-drop", "3"],
         ["--speedup", "1.2", "--rule", "entropy", "--fallback", "ensemble"],
+        ["--speedup", "1.1", "--running-ensemble", "--fallback", "ensemble"],
         ["--risk", "0.08", "--confidence", "0.8", "--rule", "margin"],
         ["--macs-budget", "900000", "--rule", "patience"],
     ],
-    ids=lambda options: options[0],
+    ids=lambda options: options[-2],
 )
 def test_the_stored_network_does_what_the_report_says(run, options, capsys):
     before = content(run)
@@ -246,6 +247,11 @@ def test_what_is_reported(run):
     assert report["exits"][-1]["top1"] == pytest.approx(trained["exits"][-1]["top1"])
     assert report["ensemble"]["top1"] == pytest.approx(100 * float(stored.ensemble_correct.double().mean()))
     assert report["ensemble"]["macs"] == trained["ensemble"]["macs"]
+    pools = [stored.combined.prefix(k)(stored.logits[: k + 1]) for k in range(4)]
+    for row, pool in zip(report["running"], pools, strict=True):
+        assert row["top1"] == pytest.approx(100 * float((pool.argmax(-1) == stored.targets).double().mean()))
+    assert report["running"][0] == {key: report["exits"][0][key] for key in ("top1", "macs", "speedup")}
+    assert report["running"][-1] == report["ensemble"]
     assert report["baseline"] == {"top1": 91.25, "macs": trained["exits"][-1]["macs"], "speedup": 1}
     first = [next((exit for exit in range(4) if stored.correct[exit, i]), 3) for i in range(90)]
     assert report["oracle"]["shares"] == [first.count(exit) / 90 for exit in range(4)]

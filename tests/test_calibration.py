@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from timm_selfdistill.calibration import (
     PathCosts,
     choose_settings,
     collect_logits,
+    fit_temperatures,
     measure_path_macs,
     measure_path_seconds,
     path_costs,
@@ -21,9 +23,10 @@ from timm_selfdistill.calibration import (
 )
 from timm_selfdistill.calibration.choose_settings import certified, excess_errors, upper_bound
 from timm_selfdistill.calibration.threshold_search import Search, share_thresholds
-from timm_selfdistill.early_exit import EarlyExitConfig, Rule, exit_confidence
+from timm_selfdistill.early_exit import EarlyExitConfig, Rule, exit_answers, exit_confidence
 from timm_selfdistill.early_exit.rules import _RULES
 from timm_selfdistill.measure import MacCounter
+from timm_selfdistill.model import Ensemble
 
 MACS = PathCosts(backbone=(200, 400, 700, 1000), heads=(20, 30, 10))
 RULES = ["max-softmax", "margin", "entropy", "patience"]
@@ -69,20 +72,21 @@ def centred(model, batch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fallback", ["last", "ensemble"])
+@pytest.mark.parametrize(("fallback", "running"), [("last", False), ("ensemble", False), ("last", True)])
 @pytest.mark.parametrize("rule", RULES)
-def test_replay_and_its_cost_are_those_of_the_network(model, batch, rule, fallback):
+def test_replay_and_its_cost_are_those_of_the_network(model, batch, rule, fallback, running):
     centred(model, batch)
     stored = collect_logits(model, [(batch, torch.arange(8) % 5)])
     macs = measure_path_macs(model, (3, 64, 64))
     temperatures = (0.5, 0.25, 2.0)
-    settings = sd.EarlyExitConfig((math.inf,) * 3, rule, temperatures, fallback)
+    settings = sd.EarlyExitConfig((math.inf,) * 3, rule, temperatures, fallback, running)
     # Between two images, that let three of eight leave.
-    rows = [row.sort(descending=True).values for row in exit_confidence(stored.logits, settings)]
+    answers = exit_answers(settings, stored.logits)
+    rows = [row.sort(descending=True).values for row in exit_confidence(answers, settings)]
     first, second, third = (1, 1, 1) if rule == "patience" else (float(row[2:4].mean()) for row in rows)
     indices = set()
     for thresholds in ((first, second, third), (math.inf, second, math.inf)):
-        fast = sd.EarlyExit(model, thresholds, rule=rule, temperatures=temperatures, fallback=fallback)
+        fast = sd.EarlyExit.from_config(model, replace(settings, thresholds=thresholds))
         expected, out = fast(batch), replay(fast.config, stored.logits)
         assert torch.equal(out.exit_index, expected.exit_index)
         torch.testing.assert_close(out.logits, expected.logits)
@@ -182,6 +186,20 @@ def test_the_budget_solver_of_msdnet_keeps_to_its_budget_and_uses_it():
         assert 0.99 * budget <= found.cost <= budget
     assert search.shares_within(1060).thresholds == (math.inf,) * 3
     assert search.shares_within(219) is None
+
+
+def test_temperatures_of_a_running_ensemble_are_fitted_to_its_answers():
+    stored = made_up(200)
+    ensemble = Ensemble((0.1, 0.2, 0.3, 0.4), images=50)
+    stored = replace(stored, ensemble=ensemble)
+    chosen = choose_settings(stored, MACS, Goal(speedup=1.3), fallback="ensemble", running_ensemble=True).config
+    assert (chosen.running_ensemble, chosen.fallback) == (True, "ensemble")
+    pools = torch.stack([ensemble.prefix(k)(stored.logits[: k + 1]) for k in range(3)])
+    assert chosen.temperatures == pytest.approx(fit_temperatures(pools, stored.targets))
+    assert chosen.temperatures != fit_temperatures(stored.logits[:-1], stored.targets)
+    answers = replay(chosen, stored.logits, ensemble)
+    assert MACS.mean(chosen, answers.exit_index) <= 1000 / 1.3
+    assert 0 < answers.exit_index.double().mean() < 3
 
 
 @pytest.mark.parametrize("fallback", ["last", "ensemble"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import timm_selfdistill as sd
-from timm_selfdistill.early_exit import Rule
+from timm_selfdistill.early_exit import Rule, replay
 from timm_selfdistill.early_exit.rules import _RULES
 
 K = 3
@@ -63,6 +63,45 @@ def test_answers_are_those_chosen_afterwards(model, batch, rule, temperatures):
     assert out.exit_index.tolist() == index
     assert len(set(index)) > 1
     torch.testing.assert_close(out.logits, logits)
+
+
+@pytest.mark.parametrize("fallback", ["last", "ensemble"])
+def test_in_a_running_ensemble_exits_answer_with_those_before_them(model, batch, fallback):
+    weights = [0.0, 0.2, 0.1, 0.5]
+    model.ensemble = sd.Ensemble(tuple(weights), images=9)
+    own = model(batch, return_exits=True).logits
+    # Exit 0 has no weight, and so answers for itself; the pools weigh 0.8 each, as all four do.
+    every = [0.8 * own[0], 0.8 * own[1], 0.8 * (0.2 * own[1] + 0.1 * own[2]) / 0.3]
+    last = 0.2 * own[1] + 0.1 * own[2] + 0.5 * own[3] if fallback == "ensemble" else own[3]
+    temperatures = [0.5, 1.0, 2.0]
+    confidences = [(z / t).softmax(-1).amax(-1) for z, t in zip(every, temperatures, strict=True)]
+    found = set()
+    for thresholds in (medians(confidences), [math.inf, math.inf, medians(confidences)[2]]):
+        fast = sd.EarlyExit(model, thresholds, temperatures=temperatures, fallback=fallback, running_ensemble=True)
+        out = fast(batch)
+        logits, index = chosen_afterwards(every, confidences, thresholds, last)
+        assert out.exit_index.tolist() == index
+        torch.testing.assert_close(out.logits, logits)
+        found |= set(index)
+        again = replay(fast.config, torch.stack(own), model.ensemble)
+        assert again.exit_index.tolist() == index
+        torch.testing.assert_close(again.logits, logits)
+    assert len(found) > 2
+
+
+def test_heads_run_where_a_running_ensemble_needs_them():
+    config = sd.EarlyExitConfig((math.inf, 0.5, math.inf), running_ensemble=True)
+    assert [config.runs_head(exit) for exit in range(3)] == [True, True, False]
+    assert not any(sd.EarlyExitConfig((math.inf,) * 3, running_ensemble=True).runs_head(exit) for exit in range(3))
+
+
+def test_settings_that_were_saved_before_there_was_a_running_ensemble_load():
+    config = sd.EarlyExitConfig((0.5, math.inf), "margin", (1.0, 2.0), "ensemble")
+    saved = config.to_json()
+    assert saved.pop("running_ensemble") is False
+    assert sd.EarlyExitConfig.from_json(saved) == config
+    running = sd.EarlyExitConfig((0.5, math.inf), running_ensemble=True)
+    assert sd.EarlyExitConfig.from_json(running.to_json()) == running
 
 
 def test_patience_counts_exits_that_agree(model, batch):

@@ -55,6 +55,26 @@ def test_weak_exits_count_less_and_the_ensemble_is_better_than_the_mean_on_other
     assert accuracy(ensemble(logits), target) > accuracy(logits.mean(0), target) + 0.05
 
 
+def test_each_running_ensemble_is_fitted_as_if_there_were_no_deeper_exits() -> None:
+    logits, target = answers(300, (8.0, 6.0, 1.0, 0.5))
+    ensemble = sd.fit_ensemble(logits=logits, target=target)
+    for exit in range(1, 3):
+        alone = sd.fit_ensemble(logits=logits[: exit + 1], target=target)
+        assert ensemble.prefix(exit).weights == pytest.approx(alone.weights)
+    assert ensemble.prefix(3) is ensemble
+    assert ensemble.prefix(0).weights[0] > 0
+    # Weak exits that count little among all count among themselves.
+    assert ensemble.weights[0] < 0.05 < ensemble.prefix(1).weights[0] / ensemble.prefix(1).weights[1]
+
+
+def test_without_running_weights_the_same_weights_count() -> None:
+    ensemble = sd.Ensemble((0.0, 0.2, 0.3, 0.5), images=9)
+    assert ensemble.prefix(0).weights == (1.0,)
+    assert ensemble.prefix(1).weights == pytest.approx((0.0, 1.0))
+    assert ensemble.prefix(2).weights == pytest.approx((0.0, 0.4, 0.6))
+    assert sd.Ensemble.mean(4).prefix(1).weights == pytest.approx((0.5, 0.5))
+
+
 def test_with_one_image_it_is_the_mean_but_for_its_scale() -> None:
     logits, target = answers(1)
     weights = torch.tensor(sd.fit_ensemble(logits=logits, target=target).weights)
@@ -72,7 +92,9 @@ def test_images_in_another_order_give_the_same_weights() -> None:
 def test_an_exit_that_is_always_wrong_weighs_nothing() -> None:
     logits, target = answers(1000)
     logits[0] = -5 * torch.eye(CLASSES)[target]
-    assert sd.fit_ensemble(logits=logits, target=target).weights[0] == 0
+    found = sd.fit_ensemble(logits=logits, target=target)
+    assert found.weights[0] == 0
+    assert found.prefix(0).weights == (1.0,)
 
 
 def test_a_loader_gives_what_its_logits_give_and_the_model_keeps_it() -> None:
@@ -119,11 +141,15 @@ def test_weights_that_make_no_ensemble_are_refused(weights: tuple[float, ...]) -
 
 
 def test_an_ensemble_survives_json_and_says_what_is_none() -> None:
-    ensemble = sd.Ensemble((0.25, 0.5))
-    assert sd.Ensemble.from_json(ensemble.to_json()) == ensemble
-    for wrong in ({}, {"weights": 3}, {"weights": ["x"]}, []):
-        with pytest.raises(ValueError, match=r"weights|could not convert"):
-            sd.Ensemble.from_json(wrong)  # type: ignore[arg-type]
+    for ensemble in (sd.Ensemble((0.25, 0.5)), sd.Ensemble((0.25, 0.5, 1.0), 7, ((1.0,), (0.5, 0.0)))):
+        assert sd.Ensemble.from_json(json.loads(json.dumps(ensemble.to_json()))) == ensemble
+    assert sd.Ensemble.from_json({"weights": [0.25, 0.5]}) == sd.Ensemble((0.25, 0.5))  # as it was saved at first
+    good = {"weights": [0.25, 0.5]}
+    wrongs: list[Any] = [{}, {"weights": 3}, {"weights": ["x"]}, [], good | {"images": 0}, good | {"images": 1.5}]
+    wrongs += [good | {"running": running} for running in ([[1.0], [0.5, 0.5]], [[-1.0]], [[0.0]], [1.0], 3)]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=r"weights|could not convert|number of images"):
+            sd.Ensemble.from_json(wrong)
 
 
 def test_a_fitted_ensemble_is_saved_with_the_model_and_the_mean_is_not(tmp_path: Path) -> None:

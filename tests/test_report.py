@@ -58,6 +58,7 @@ def metrics(*top1, ensemble=80.0, fitted=None, num_samples=1234, num_skipped=0, 
         "exits": [entry(value) for value in top1],
         "ensemble": entry(ensemble),
         "fitted_ensemble": None if fitted is None else entry(fitted, ece=0.03),
+        "running": [entry(value - 1 if place else value) for place, value in enumerate(top1)],
         "num_samples": num_samples,
         "num_skipped": num_skipped,
         "num_nonfinite": num_nonfinite,
@@ -281,7 +282,7 @@ def test_files_have_the_agreed_layout_and_json_reads_back_the_same(report, tmp_p
     read = json.loads((folder / "report.json").read_text())
     assert read == report
     columns = {"top1", "top5", "ece", "params", "macs", "latency_ms", "speedup"}
-    assert all(set(row) == columns | {"index", "name"} for row in read["exits"])
+    assert all(set(row) == columns | {"index", "name", "running_top1"} for row in read["exits"])
     assert set(read["ensemble"]) == columns
     assert set(read["baseline"]) == {"top1", "top5", "ece"}
     assert {"dataset", "num_samples", "recipe", "seed", "versions"} < set(read)

@@ -77,13 +77,17 @@ class ExitLogits:
     @property
     def correct(self) -> Tensor:
         """Whether each exit is right [K + 1, N]; logits that are not a number never are."""
-        return _is_right(self.logits, self.targets)
+        return is_right(self.logits, self.targets)
 
     @property
     def ensemble_correct(self) -> Tensor:
         """Whether the ensemble is right [N]."""
-        ensemble = self.ensemble or Ensemble.mean(len(self.logits))
-        return _is_right(ensemble(self.logits), self.targets)
+        return is_right(self.combined(self.logits), self.targets)
+
+    @property
+    def combined(self) -> Ensemble:
+        """How the logits become one answer."""
+        return self.ensemble or Ensemble.mean(len(self.logits))
 
     def select(self, rows: Tensor) -> "ExitLogits":
         """Return the images at these places."""
@@ -157,7 +161,8 @@ def fit_ensemble(
 
     The weights, at least 0, minimise the cross-entropy of the weighted sum of the logits. Differences between them are
     penalised by as much as a few dozen images say: with few images, the mean comes out. The problem is convex, so the
-    answer depends on the images alone.
+    answer depends on the images alone. The ensembles of the exits 0 to k, with which a running ensemble answers, are
+    fitted in the same way.
 
     Give images that the network was not trained on, and that nothing is reported on.
 
@@ -192,7 +197,10 @@ def fit_ensemble(
     finite = stored.logits.isfinite().all(-1).all(0)
     if not finite.any():
         raise ValueError("There are no images to fit the ensemble on: none has finite logits.")
-    ensemble = Ensemble(_fit_weights(stored.logits[:, finite].double(), stored.targets[finite]), int(finite.sum()))
+    members, labels = stored.logits[:, finite].double(), stored.targets[finite]
+    # A running ensemble of weak exits is another problem than that of all, in which they may have no weight.
+    *running, weights = (_fit_weights(members[:count], labels) for count in range(1, outputs + 1))
+    ensemble = Ensemble(weights, len(labels), tuple(running))
     if model is not None:
         model.ensemble = ensemble
     return ensemble
@@ -206,8 +214,8 @@ def _check_shapes(logits: Tensor, targets: Tensor) -> None:
         )
 
 
-def _is_right(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether each of the logits [..., N, C] is right [..., N]."""
+def is_right(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether each of the logits [..., N, C] is right [..., N]; those that are not a number never are."""
     return (logits.argmax(-1) == targets) & ~logits.softmax(-1).amax(-1).isnan()
 
 
@@ -259,4 +267,5 @@ def _fit_weights(logits: Tensor, target: Tensor) -> tuple[float, ...]:
     found = minimize(
         objective, np.full(outputs, 1 / outputs), jac=True, method="L-BFGS-B", bounds=[(0, None)] * outputs
     )
-    return tuple(found.x.tolist())
+    # Outputs that are worse than to say nothing get no weight: where all are, the mean stays.
+    return tuple(found.x.tolist()) if found.x.any() else (1 / outputs,) * outputs

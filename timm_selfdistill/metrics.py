@@ -39,7 +39,8 @@ class ExitMetricsResult(TypedDict):
     """What `ExitMetrics.compute` returns; plain numbers, ready for JSON.
 
     `exits` holds K + 1 entries, shallow to deep, the last the backbone's own; `ensemble`, the mean of the logits, is
-    None for a model without added exits, and `fitted_ensemble` where no fitted one was given. `num_samples` counts the
+    None for a model without added exits, and `fitted_ensemble` where no fitted one was given. `running` are the
+    ensembles of the exits 0 to k for every k, by the fitted weights where they were given. `num_samples` counts the
     samples of the metrics, `num_skipped` those that were left out for their label IGNORED, and `num_nonfinite` the
     samples for which any output was not a number.
     """
@@ -47,6 +48,7 @@ class ExitMetricsResult(TypedDict):
     exits: list[OutputMetrics]
     ensemble: OutputMetrics | None
     fitted_ensemble: OutputMetrics | None
+    running: list[OutputMetrics]
     num_samples: int
     num_skipped: int
     num_nonfinite: int
@@ -80,7 +82,7 @@ class ExitMetrics:
         if num_outputs < 1:
             raise ValueError(f"num_outputs must be 1 or more; got {num_outputs}.")
         self.num_outputs = num_outputs
-        self.fitted = None if ensemble is None or ensemble.is_mean else ensemble
+        self.ensemble = Ensemble.mean(num_outputs) if ensemble is None else ensemble
         self._num_classes: int | None = None
         self._samples = SampleGatherer(accelerator)
 
@@ -106,11 +108,9 @@ class ExitMetrics:
         if self._num_classes not in (None, logits.shape[2]):
             raise ValueError(f"Expected {self._num_classes} classes as before; got {logits.shape[2]}.")
         self._num_classes = logits.shape[2]
-        rows = [logits]
-        if self.num_outputs > 1:
-            rows.append(logits.mean(dim=0, keepdim=True))
-        if self.fitted is not None:
-            rows.append(self.fitted(logits).unsqueeze(0))
+        # The mean is the mean of the logits bit for bit, whatever its weights are rounded to.
+        rows = [logits, logits.mean(dim=0, keepdim=True), self.ensemble(logits).unsqueeze(0)]
+        rows += [self.ensemble.prefix(last)(logits[: last + 1]).unsqueeze(0) for last in range(1, self.num_outputs - 1)]
         self._samples.add(_score(torch.cat(rows), target), target)
 
     def compute(self) -> ExitMetricsResult:
@@ -119,8 +119,7 @@ class ExitMetrics:
         Raises:
             ValueError: If there are no samples or all are ignored, or if labels lie outside the model's classes.
         """
-        mean = self.num_outputs > 1
-        rows = self.num_outputs + mean + (self.fitted is not None)
+        rows = self.num_outputs + 2 + max(self.num_outputs - 2, 0)
         scores, labels = (found.cpu().numpy() for found in self._samples.gather((rows, 2 + _NUM_RANKED)))
         num_classes, self._num_classes = self._num_classes, None
         if not len(labels):
@@ -139,10 +138,13 @@ class ExitMetrics:
         if num_nonfinite:
             logger.warning("Logits of %d of %d samples are not finite: counted as wrong.", num_nonfinite, len(labels))
         outputs = [_metrics(scores[:, index], labels) for index in range(scores.shape[1])]
+        exits, (mean, fitted, *between) = outputs[: self.num_outputs], outputs[self.num_outputs :]
+        combined = mean if self.ensemble.is_mean else fitted
         return {
-            "exits": outputs[: self.num_outputs],
-            "ensemble": outputs[self.num_outputs] if mean else None,
-            "fitted_ensemble": outputs[-1] if self.fitted is not None else None,
+            "exits": exits,
+            "ensemble": mean if self.num_outputs > 1 else None,
+            "fitted_ensemble": None if self.ensemble.is_mean else fitted,
+            "running": [exits[0], *between, combined][: self.num_outputs],
             "num_samples": len(labels),
             "num_skipped": num_skipped,
             "num_nonfinite": num_nonfinite,

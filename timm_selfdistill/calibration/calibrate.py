@@ -44,6 +44,7 @@ def calibrate_folder(
     overrides: Sequence[str] = (),
     rule: str = "max-softmax",
     fallback: str = "last",
+    running_ensemble: bool = False,
     time_batch_size: int | None = None,
     output: Path | None = None,
     from_checkpoint: bool = False,
@@ -61,6 +62,7 @@ def calibrate_folder(
         overrides: Fields of the recipe's data section, as "key=value", such as "eval_split=test".
         rule: What confidence is, as in `EarlyExitConfig`.
         fallback: Who answers for images that left at no exit, as there.
+        running_ensemble: Whether exits answer with the ensemble of those up to them, as there.
         time_batch_size: Choose by the time that batches of this size take on this machine, in place of
             multiply-accumulates.
         output: Folder for the report; the run's by default, or the model's where there is no run.
@@ -94,7 +96,9 @@ def calibrate_folder(
         macs = measure_path_macs(model, input_size)
         calibration = collect_logits(model, loaders.validation, "calibrate")
         costs = macs if time_batch_size is None else measure_path_seconds(model, input_size, time_batch_size)
-        choice = choose_settings(calibration, costs, goal, rule=rule, fallback=fallback)
+        choice = choose_settings(
+            calibration, costs, goal, rule=rule, fallback=fallback, running_ensemble=running_ensemble
+        )
         evaluation = collect_logits(model, loaders.eval, "evaluate")
         time: Timing | None = None
         if time_batch_size is not None:

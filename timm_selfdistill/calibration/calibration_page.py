@@ -43,6 +43,8 @@ def draw_calibration(report: CalibrationReport) -> "Figure":
     label = "early exit: other thresholds"
     render.plot_points(axes, report["curve"], "-o", label, render.GREEN, 4, linewidth=1.6, alpha=0.75)
     render.plot_exits(figure, axes, report["exits"], "o", "one exit for all images")
+    label = "exits 0 to k together"
+    render.plot_points(axes, report["running"], "--s", label, render.ORANGE, 5, linewidth=1.2, alpha=0.75)
     render.plot_points(axes, [report["ensemble"]], "*", "ensemble of all exits", render.ORANGE, 16, zorder=3)
     points = [*report["curve"], *report["exits"], report["ensemble"], report["oracle"], report["early_exit"]]
     if report["baseline"] is not None:
@@ -71,6 +73,8 @@ def _results(report: CalibrationReport) -> render.Table:
     for row in report["exits"]:
         note = " (backbone)" if row is backbone else ""
         rows.append([f"{row['index']}: {row['name']}{note}", *_cells(row, backbone)])
+    for last, point in enumerate(report["running"][1:-1], 1):
+        rows.append([f"exits 0 to {last}", *_cells(point, backbone)])
     rows.append(["ensemble", *_cells(report["ensemble"], backbone)])
     if report["baseline"] is not None:
         rows.append(["baseline", *_cells(report["baseline"], backbone)])
@@ -112,10 +116,12 @@ def _sentences(report: CalibrationReport) -> list[str]:
     chosen, settings, goal = report["calibration"], report["settings"], report["goal"]
     name, value = next(iter(goal.items()))
     size = " x ".join(str(side) for side in report["input_size"])
+    running = ", each exit with those before it" if settings["running_ensemble"] else ""
     found = [
-        f"Settings (rule {settings['rule']}, fallback {settings['fallback']}) for {_GOALS[name].format(value)}, chosen "
-        f"on {chosen['dataset']} ({chosen['num_samples']:,} samples): there {chosen['top1']:.2f} % at "
-        f"{render.with_prefix(chosen['macs'])} MACs, the backbone {chosen['backbone_top1']:.2f} %.",
+        f"Settings (rule {settings['rule']}, fallback {settings['fallback']}{running}) for "
+        f"{_GOALS[name].format(value)}, chosen on {chosen['dataset']} ({chosen['num_samples']:,} samples): there "
+        f"{chosen['top1']:.2f} % at {render.with_prefix(chosen['macs'])} MACs, the backbone "
+        f"{chosen['backbone_top1']:.2f} %.",
         f"Accuracy on {report['dataset']} ({report['num_samples']:,} samples), which nothing was chosen by; recipe "
         f"{report['recipe']}, seed {report['seed']}, in the precision of the saved weights.",
     ]

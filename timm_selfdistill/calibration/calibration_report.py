@@ -8,8 +8,8 @@ from torch import Tensor
 
 from timm_selfdistill.calibration.choose_settings import Choice, Goal, excess_errors
 from timm_selfdistill.calibration.path_costs import PathCosts
-from timm_selfdistill.early_exit import EarlyExitConfig, replay
-from timm_selfdistill.exit_logits import ExitLogits
+from timm_selfdistill.early_exit import EarlyExitConfig, replay, running_ensembles
+from timm_selfdistill.exit_logits import ExitLogits, is_right
 from timm_selfdistill.report.report_content import versions
 
 
@@ -87,9 +87,10 @@ class CalibrationReport(Origin):
 
     All but `calibration` is about the images that are reported on, which nothing was chosen by. `settings` is what
     `load_early_exit` takes. `oracle` lets each image leave at the first exit that is right, at the last where none is.
-    `exits` holds the fixed exits, the last the backbone's own classifier. `baseline` is the plain backbone trained on
-    its own, where the run's `report.json` has it for the same images. `curve` is in the order of cost. `time` is None
-    where the settings were chosen by multiply-accumulates.
+    `exits` holds the fixed exits, the last the backbone's own classifier. `running` holds the ensembles of the exits 0
+    to k for every k, the first being exit 0 and the last `ensemble`. `baseline` is the plain backbone trained on its
+    own, where the run's `report.json` has it for the same images. `curve` is in the order of cost. `time` is None where
+    the settings were chosen by multiply-accumulates.
     """
 
     goal: dict[str, float]
@@ -97,6 +98,7 @@ class CalibrationReport(Origin):
     calibration: Calibrated
     early_exit: EarlyExitRow
     exits: list[ExitPointRow]
+    running: list[Point]
     ensemble: Point
     baseline: Point | None
     oracle: EarlyExitRow
@@ -144,6 +146,7 @@ def build_calibration_report(
             {"index": index, "name": name, **_point(_percent(correct[index]), macs.exit(index), macs)}
             for index, name in enumerate(exit_names)
         ],
+        "running": _running(macs, evaluation),
         "ensemble": _point(_percent(evaluation.ensemble_correct), macs.every_exit, macs),
         "baseline": None if baseline_top1 is None else _point(baseline_top1, macs.full, macs),
         "oracle": _oracle(macs, evaluation),
@@ -164,6 +167,12 @@ def _early_exit(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) ->
         "shares": _shares(answers.exit_index, stored),
         "excess_error": float(excess_errors(config, stored).double().mean()),
     }
+
+
+def _running(macs: PathCosts, stored: ExitLogits) -> list[Point]:
+    right = is_right(running_ensembles(stored.logits, stored.combined), stored.targets)
+    costs = macs.paths([True] * stored.num_exits).tolist()
+    return [_point(_percent(row), cost, macs) for row, cost in zip(right, costs, strict=True)]
 
 
 def _oracle(macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:

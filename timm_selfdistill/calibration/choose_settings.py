@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timm_selfdistill.calibration.path_costs import PathCosts
 from timm_selfdistill.calibration.threshold_search import Candidate, Search, frontier
-from timm_selfdistill.early_exit import EarlyExitConfig, replay
+from timm_selfdistill.early_exit import EarlyExitConfig, exit_answers, replay
 from timm_selfdistill.exit_logits import ExitLogits, fit_temperatures
 
 CONFIDENCE: Final = 0.9
@@ -83,7 +83,13 @@ class Choice:
 
 
 def choose_settings(
-    stored: ExitLogits, costs: PathCosts, goal: Goal, *, rule: str = "max-softmax", fallback: str = "last"
+    stored: ExitLogits,
+    costs: PathCosts,
+    goal: Goal,
+    *,
+    rule: str = "max-softmax",
+    fallback: str = "last",
+    running_ensemble: bool = False,
 ) -> Choice:
     """Choose temperatures, then thresholds, by held-out images.
 
@@ -100,6 +106,7 @@ def choose_settings(
         goal: What is to be achieved.
         rule: What confidence is, as in `EarlyExitConfig`.
         fallback: Who answers for images that left at no exit, as there.
+        running_ensemble: Whether exits answer with the ensemble of those up to them, as there.
 
     Returns:
         The settings.
@@ -109,7 +116,8 @@ def choose_settings(
             or gives confidences out of its range.
     """
     # Refuses an unknown rule or fallback.
-    settings = EarlyExitConfig((math.inf,) * stored.num_exits, rule, fallback=fallback)
+    never = (math.inf,) * stored.num_exits
+    settings = EarlyExitConfig(never, rule, fallback=fallback, running_ensemble=running_ensemble)
     if goal.risk is not None:
         return _choose_by_risk(stored, costs, settings, goal.risk, goal.confidence)
     search = Search(stored, costs, _with_temperatures(settings, stored))
@@ -155,7 +163,8 @@ def certified(losses: Sequence[int], count: int, risk: float, confidence: float)
 def _with_temperatures(settings: EarlyExitConfig, stored: ExitLogits) -> EarlyExitConfig:
     if not settings.rule_object.uses_temperatures:
         return settings
-    return replace(settings, temperatures=fit_temperatures(stored.logits[:-1], stored.targets))
+    answers = exit_answers(settings, stored.logits, stored.ensemble)
+    return replace(settings, temperatures=fit_temperatures(answers[:-1], stored.targets))
 
 
 def _apply(search: Search, candidate: Candidate) -> EarlyExitConfig:

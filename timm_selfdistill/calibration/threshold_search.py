@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from timm_selfdistill.calibration.path_costs import PathCosts
-from timm_selfdistill.early_exit import EarlyExitConfig, exit_confidence, first_confident
+from timm_selfdistill.early_exit import EarlyExitConfig, exit_answers, exit_confidence, first_confident
 from timm_selfdistill.early_exit.rules import ROUNDING
-from timm_selfdistill.exit_logits import ExitLogits
+from timm_selfdistill.exit_logits import ExitLogits, is_right
 
 # From the images that get a good answer [J], and what all images together cost [J], how good outcomes are: the larger
 # the better, -inf for those that are not allowed.
@@ -48,7 +48,7 @@ class Search:
     Args:
         stored: The logits of the split.
         costs: What the path to each exit costs.
-        settings: Rule, temperatures and fallback; its thresholds do not count.
+        settings: Rule, temperatures and who answers; its thresholds do not count.
         against_backbone: What good is.
 
     Raises:
@@ -61,14 +61,13 @@ class Search:
         self.num_exits, self.num_images = stored.num_exits, len(stored)
         self.never = (math.inf,) * self.num_exits
         self.settings = replace(settings, thresholds=self.never)
-        confidence = exit_confidence(stored.logits, settings)
+        answers = exit_answers(settings, stored.logits, stored.ensemble)
+        confidence = exit_confidence(answers, settings)
         _check_range(confidence, settings)
         # What is not finite reaches no threshold.
         self.confidence = confidence.where(confidence.isfinite(), -math.inf)
-        correct = stored.correct
-        last = stored.ensemble_correct if settings.fallback == "ensemble" else correct[-1]
-        good = torch.cat([correct[:-1], last.unsqueeze(0)])
-        self._good = (good | ~correct[-1] if against_backbone else good).double()
+        good = is_right(answers, stored.targets)
+        self._good = (good | ~stored.correct[-1] if against_backbone else good).double()
         self._costs = costs
         self._levels = [self._thresholds_to_try(row) for row in self.confidence]
 

@@ -58,6 +58,11 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         "--fallback", choices=FALLBACKS, default="last", help="who answers when no exit reaches its threshold"
     )
     parser.add_argument(
+        "--running-ensemble",
+        action="store_true",
+        help="let exit k answer with the ensemble of the exits 0 to k; usually with --fallback ensemble",
+    )
+    parser.add_argument(
         "--by-time",
         dest="time_batch_size",
         type=int,

@@ -44,6 +44,8 @@ class EarlyExit(nn.Module):
         temperatures: K numbers that the exits' logits are divided by before their confidence is taken; 1 by default.
             The logits that are returned are not divided.
         fallback: Who answers for images that left at no exit: "last" or "ensemble".
+        running_ensemble: Whether exit k answers with the ensemble of the exits 0 to k, by the weights of the model's
+            `ensemble`, instead of with its own logits. Heads then run even where no image may leave.
 
     Attributes:
         config: The settings, as an `EarlyExitConfig`.
@@ -61,6 +63,7 @@ class EarlyExit(nn.Module):
         rule: str = "max-softmax",
         temperatures: Sequence[float] | None = None,
         fallback: str = "last",
+        running_ensemble: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(thresholds, int | float):
@@ -68,7 +71,7 @@ class EarlyExit(nn.Module):
         if model.num_classes < 2:
             raise ValueError(f"Early exit needs 2 classes or more, but the model has {model.num_classes} class.")
         temperatures = None if temperatures is None else tuple(temperatures)
-        self.config = EarlyExitConfig(tuple(thresholds), rule, temperatures, fallback)
+        self.config = EarlyExitConfig(tuple(thresholds), rule, temperatures, fallback, running_ensemble)
         self.config.check_exits(model.exit_names[:-1])
         self.model = model
         self.training = model.training
@@ -78,7 +81,12 @@ class EarlyExit(nn.Module):
     def from_config(cls, model: SelfDistillModel, config: EarlyExitConfig) -> "EarlyExit":
         """Return a model with settings that were saved or chosen; ValueError if they are for more or fewer exits."""
         return cls(
-            model, config.thresholds, rule=config.rule, temperatures=config.temperatures, fallback=config.fallback
+            model,
+            config.thresholds,
+            rule=config.rule,
+            temperatures=config.temperatures,
+            fallback=config.fallback,
+            running_ensemble=config.running_ensemble,
         )
 
     def forward(self, x: Tensor) -> EarlyExitOutput:
@@ -119,11 +127,28 @@ def replay(config: EarlyExitConfig, logits: Tensor, ensemble: Ensemble | None = 
         ValueError: If there is not one threshold for each exit.
     """
     config.check_exits([str(index) for index in range(len(logits) - 1)])
-    index = first_confident(exit_confidence(logits, config), config.thresholds)
-    ensemble = ensemble or Ensemble.mean(len(logits))
-    last = ensemble(logits) if config.fallback == "ensemble" else logits[-1]
-    answers = torch.cat([logits[:-1], last.unsqueeze(0)])
+    answers = exit_answers(config, logits, ensemble)
+    index = first_confident(exit_confidence(answers, config), config.thresholds)
     return EarlyExitOutput(answers[index, torch.arange(len(index))], index)
+
+
+def exit_answers(config: EarlyExitConfig, logits: Tensor, ensemble: Ensemble | None = None) -> Tensor:
+    """Return what each exit answers [K + 1, N, C] under the settings, the last in place of all that let no image leave.
+
+    Args:
+        config: The settings; thresholds and temperatures do not count.
+        logits: Logits [K + 1, N, C] of all exits.
+        ensemble: The model's; the mean by default.
+    """
+    ensemble = ensemble or Ensemble.mean(len(logits))
+    early = running_ensembles(logits, ensemble)[:-1] if config.running_ensemble else logits[:-1]
+    last = ensemble(logits) if config.fallback == "ensemble" else logits[-1]
+    return torch.cat([early, last.unsqueeze(0)])
+
+
+def running_ensembles(logits: Tensor, ensemble: Ensemble) -> Tensor:
+    """Return the logits [K + 1, N, C] of the ensembles of the exits 0 to k, from those of all exits."""
+    return torch.stack([ensemble.prefix(index)(logits[: index + 1]) for index in range(len(logits))])
 
 
 def exit_confidence(logits: Tensor, config: EarlyExitConfig) -> Tensor:
@@ -154,7 +179,7 @@ class _Batch:
         self._present = torch.arange(len(x), device=x.device)
         self._waiting = torch.ones_like(self._present, dtype=torch.bool)
         self._state: RuleState = ()
-        self._sum: Tensor | None = None
+        self._members: list[Tensor] = []  # the logits [P, num_classes] of the exits so far, for ensembles
         self._answers: list[tuple[int, Tensor, Tensor]] = []
 
     def visit(self, exit: int, taps: tuple[Tensor, ...]) -> Tensor | None:
@@ -166,13 +191,13 @@ class _Batch:
             return None
         self._present, self._waiting = self._present[rows], self._waiting[rows]
         self._state = tuple(value[rows] for value in self._state)
-        self._sum = None if self._sum is None else self._sum[rows]
+        self._members = [member[rows] for member in self._members]
         return rows
 
     def finish(self, logits: Tensor) -> None:
         """Answer for the images that left at no exit, from the backbone's own logits [P, num_classes]."""
-        if self._sum is not None:
-            logits = self._sum + self._model.ensemble.weights[-1] * logits
+        if self._config.fallback == "ensemble":
+            logits = self._model.ensemble([*self._members, logits])
         self._answer(self._model.num_exits, self._waiting, logits)
 
     def output(self) -> EarlyExitOutput:
@@ -185,9 +210,10 @@ class _Batch:
     def _run_head(self, exit: int, taps: tuple[Tensor, ...]) -> None:
         """Run an exit's head, and answer for the images that it is confident enough of."""
         logits = self._model.head_of(exit).classify(*taps)
-        if self._config.fallback == "ensemble":
-            weighted = self._model.ensemble.weights[exit] * logits
-            self._sum = weighted if self._sum is None else self._sum + weighted
+        if self._config.combines:
+            self._members.append(logits)
+        if self._config.running_ensemble:
+            logits = self._model.ensemble.prefix(exit)(self._members)
         confidence, self._state = self._config.confidence(logits, exit, self._state)
         leaving = reaches(confidence, self._config.thresholds[exit]) & self._waiting
         self._answer(exit, leaving, logits)

@@ -148,6 +148,8 @@ class EarlyExitConfig:
         temperatures: What each exit's logits are divided by first; 1 by default.
         fallback: Who answers for images that left at no exit: "last", the backbone's own classifier, or "ensemble", the
             model's `ensemble` of all exits.
+        running_ensemble: Whether exit k answers, and decides, with the ensemble of the exits 0 to k in place of its own
+            logits; the temperatures are then those of these ensembles.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -157,6 +159,7 @@ class EarlyExitConfig:
     rule: str = "max-softmax"
     temperatures: tuple[float, ...] | None = None
     fallback: str = "last"
+    running_ensemble: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, str) or len(self.rule) > 100:
@@ -164,6 +167,8 @@ class EarlyExitConfig:
         lowest, highest = self.rule_object.lowest, self.rule_object.highest
         if self.fallback not in FALLBACKS:
             raise ValueError(f"fallback is {self.fallback!r:.100}; allowed are {', '.join(FALLBACKS)}.")
+        if not isinstance(self.running_ensemble, bool):
+            raise ValueError(f"running_ensemble is {self.running_ensemble!r:.100}; allowed are true and false.")
         if not all(_is_number(value) and value > -math.inf for value in self.thresholds):
             raise ValueError(f"thresholds are {list(self.thresholds)!r:.300}; allowed are numbers, infinity for never.")
         if any(value < lowest - ROUNDING or highest + ROUNDING < value < math.inf for value in self.thresholds):
@@ -183,7 +188,8 @@ class EarlyExitConfig:
     def from_json(cls, saved: Mapping[str, Any]) -> "EarlyExitConfig":
         """Return the settings that `to_json` gave; ValueError if a key or a value is not allowed."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(saved, Mapping) or set(saved) != names:
+        # What was saved before there was a running ensemble does not name it.
+        if not isinstance(saved, Mapping) or set(saved) | {"running_ensemble"} != names:
             raise ValueError(f"it is {saved!r:.300}; it must be an object with the keys {', '.join(sorted(names))}.")
         thresholds, temperatures = saved["thresholds"], saved["temperatures"]
         if not isinstance(thresholds, list) or not isinstance(temperatures, list | None):
@@ -215,7 +221,13 @@ class EarlyExitConfig:
 
     def runs_head(self, exit: int) -> bool:
         """Whether an exit's head runs on the images that reach it: whether its logits can change any answer."""
-        return self.thresholds[exit] < math.inf or self.fallback == "ensemble" or self.rule_object.keeps_state
+        deciding = self.thresholds[exit:] if self.running_ensemble else self.thresholds[exit : exit + 1]
+        return min(deciding) < math.inf or self.fallback == "ensemble" or self.rule_object.keeps_state
+
+    @property
+    def combines(self) -> bool:
+        """Whether answers are made of the logits of several exits."""
+        return self.running_ensemble or self.fallback == "ensemble"
 
     def confidence(self, logits: Tensor, exit: int, state: RuleState) -> tuple[Tensor, RuleState]:
         """Return an exit's confidence [B] in its logits [B, C], and the rule's state for the next exit."""

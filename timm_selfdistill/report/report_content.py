@@ -56,10 +56,14 @@ class FittedEnsembleRow(AccuracyRow):
 
 
 class ExitRow(EnsembleRow):
-    """How good an exit is and what it costs; `index` counts from the shallowest, `name` is its module path."""
+    """How good an exit is and what it costs; `index` counts from the shallowest, `name` is its module path.
+
+    `running_top1` is the top-1 accuracy of the ensemble of the exits up to this one, by the fitted weights if any.
+    """
 
     index: int
     name: str
+    running_top1: float | None
 
 
 class Report(TypedDict):
@@ -149,8 +153,10 @@ def build_report(
     parameter = next(model.parameters())
     return {
         "exits": [
-            {"index": index, "name": name, **_accuracy(entry), **cost}
-            for index, (name, entry, cost) in enumerate(zip(names, metrics["exits"], costs[:-1], strict=True))
+            {"index": index, "name": name, **_accuracy(entry), **cost, "running_top1": _finite(pool["top1"])}
+            for index, (name, entry, pool, cost) in enumerate(
+                zip(names, metrics["exits"], metrics["running"], costs[:-1], strict=True)
+            )
         ],
         "ensemble": {**_accuracy(metrics["ensemble"]), **costs[-1]},
         "fitted_ensemble": _fitted(model.ensemble, metrics["fitted_ensemble"]),

@@ -84,14 +84,25 @@ def _tables(report: Report) -> list[render.Table]:
     """Return the table with a row for each exit, the ensembles and the baseline."""
     *shallow, last = report["exits"]
     baseline = report["baseline"]
-    header = ["exit", "top-1 %", "vs. baseline", "top-5 %", "ECE", "params", "MACs", "ms/batch", "speed-up"]
+    header = [
+        "exit",
+        "top-1 %",
+        "vs. baseline",
+        "exits 0..k %",
+        "top-5 %",
+        "ECE",
+        "params",
+        "MACs",
+        "ms/batch",
+        "speed-up",
+    ]
     rows = [_row(f"{row['index']}: {row['name']}", row, baseline) for row in shallow]
     rows.append(_row(f"{last['index']}: {last['name']} (backbone)", last, baseline))
     rows.append(_row("ensemble", report["ensemble"], baseline))
     rows += [_row("ensemble, fitted", row, baseline) for row in _fitted_rows(report)]
     if baseline is None:
         return [[cells[:2] + cells[3:] for cells in [header, *rows]]]
-    return [[header, *rows, _row("baseline", {**last, **baseline}, None)]]
+    return [[header, *rows, _row("baseline", {**last, **baseline, "running_top1": None}, None)]]
 
 
 def _fitted_rows(report: Report) -> list[EnsembleRow]:
@@ -107,6 +118,7 @@ def _row(label: str, row: EnsembleRow | ExitRow, baseline: AccuracyRow | None) -
         label,
         render.number(row["top1"], ".2f"),
         "" if baseline is None else render.number(_minus(row["top1"], baseline["top1"]), "+.2f"),
+        "" if (running := row.get("running_top1")) is None else f"{running:.2f}",
         render.number(row["top5"], ".2f"),
         render.number(row["ece"], ".3f"),
         render.with_prefix(row["params"]),
@@ -123,6 +135,7 @@ def _sentences(report: Report) -> list[str]:
         f"Accuracy on {report['dataset']} ({report['num_samples']:,} samples), "
         f"recipe {report['recipe']}, seed {report['seed']}.",
         f"MACs (multiply-accumulates) are for one image of {size}.",
+        "Exits 0..k: the top-1 accuracy of the ensemble of the exits up to this one.",
         f"Latency is the median of {report['latency_rounds']} runs of a batch of {report['latency_batch_size']} in "
         f"{report['dtype']} on {report['device']} with {_count(report['threads'], 'thread')}; versions: {versions}.",
     ]
