@@ -87,7 +87,7 @@ def loaders(run: Path) -> Any:
         ["--risk", "0.08", "--confidence", "0.8", "--rule", "margin"],
         ["--macs-budget", "900000", "--rule", "patience"],
     ],
-    ids=lambda options: options[-2],
+    ids=lambda options: " ".join(options),
 )
 def test_the_stored_network_does_what_the_report_says(run, options, capsys):
     before = content(run)
