@@ -357,6 +357,7 @@ def test_a_model_folder_without_a_run_needs_data(run, tmp_path, capsys):
         (["loss={name: cs-kd, preset: null}"], "the loss needs other networks or special batches"),
         (["loss.gate=0.5"], "a gate changed the gradients of the exits"),
         (["schedule.regime=frozen"], "the backbone was frozen"),
+        (["teacher={name: resnet18}"], "a model from outside taught too"),
         (["loss.kd_warmup_epochs=1"], None),
         (["loss.preset=none"], None),
     ],

@@ -13,7 +13,7 @@ from timm_selfdistill.checks import Section
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.heads import HEADS
 from timm_selfdistill.losses import PRESETS, divergences, protocol, teachers
-from timm_selfdistill.recipe import EmaSection, PushSection, Recipe, RecipeError, load_recipe
+from timm_selfdistill.recipe import EmaSection, PushSection, Recipe, RecipeError, TeacherSection, load_recipe
 from timm_selfdistill.recipe.plain_yaml import parse
 from timm_selfdistill.train import train
 
@@ -157,6 +157,7 @@ SECTIONS = {name: Recipe.model_fields[name].annotation for name in Recipe.model_
 SECTIONS = {name: kind for name, kind in SECTIONS.items() if isinstance(kind, type) and hasattr(kind, "model_fields")}
 TABLES = {
     **{f"`{name}`": kind for name, kind in SECTIONS.items()},
+    "`teacher`": TeacherSection,
     "`ema`": EmaSection,
     "`push_to_hub`": PushSection,
     "The run": Recipe,

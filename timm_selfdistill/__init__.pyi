@@ -18,6 +18,8 @@ from timm_selfdistill.hub import load_early_exit as load_early_exit
 from timm_selfdistill.hub import load_exported as load_exported
 from timm_selfdistill.hub import push_to_hub as push_to_hub
 from timm_selfdistill.hub import save_pretrained as save_pretrained
+from timm_selfdistill.losses import OutsideTeacher as OutsideTeacher
+from timm_selfdistill.losses import OutsideTeacherConfig as OutsideTeacherConfig
 from timm_selfdistill.losses import SelfDistillationConfig as SelfDistillationConfig
 from timm_selfdistill.losses import SelfDistillationLoss as SelfDistillationLoss
 from timm_selfdistill.losses import list_divergences as list_divergences

@@ -83,7 +83,8 @@ def list_variants() -> list[str]:
 def with_loss(recipe: Recipe, name: str) -> Recipe:
     """Return a recipe with another loss, in its published settings, and everything else as it is.
 
-    Hint adapters are left out where the loss has no hints that could train them.
+    Hint adapters are left out where the loss has no hints that could train them. A teacher from outside belongs to the
+    recipe's own loss, and is left out with another.
     """
     if name == _OWN:
         return recipe
@@ -95,7 +96,7 @@ def with_loss(recipe: Recipe, name: str) -> Recipe:
         loss = LossSection(name=name, preset=None)
     has_hints = name in PRESETS and PRESETS[name].hint_weight > 0
     exits = recipe.exits.model_copy(update={"hint_adapter": recipe.exits.hint_adapter and has_hints})
-    return recipe.model_copy(update={"loss": loss, "exits": exits})
+    return recipe.model_copy(update={"loss": loss, "exits": exits, "teacher": None})
 
 
 def _check(losses: Sequence[str], seeds: Sequence[int]) -> None:

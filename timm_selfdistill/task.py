@@ -7,7 +7,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from timm_selfdistill.losses import SelfDistillationLoss, TrainingTime, needs_of
+from timm_selfdistill.losses import OutsideTeacher, SelfDistillationLoss, TrainingTime, needs_of
 from timm_selfdistill.losses.teachers import PastModel
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
 
@@ -26,6 +26,7 @@ class SelfDistillationTask(ClassificationTask):
             Its attribute `needs`, a `Needs`, says what it is given. For the average of the weights call `setup_ema`,
             for the time and the past model `set_time`.
         regime: 'joint' trains everything; 'frozen' trains the exits only, the backbone stays as it is (in eval mode).
+        teacher: A model from outside that teaches too, beside the loss.
         device: Device for task tensors/buffers.
         dtype: Dtype for task tensors/buffers.
         verbose: Enable info logging.
@@ -47,6 +48,7 @@ class SelfDistillationTask(ClassificationTask):
         model: SelfDistillModel,
         criterion: nn.Module | None = None,
         regime: Regime = "joint",
+        teacher: OutsideTeacher | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
@@ -57,6 +59,9 @@ class SelfDistillationTask(ClassificationTask):
         check_loss(model, criterion, regime)
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose)
         self.needs = needs_of(criterion)
+        if teacher is not None:
+            teacher.check_student(model, self.needs.exits, regime == "joint")
+        self.teacher = teacher
         self.time: TrainingTime | None = None
         self.ensemble = model.ensemble
         self.past: PastModel | None = PastModel(model) if self.needs.past else None
@@ -77,7 +82,7 @@ class SelfDistillationTask(ClassificationTask):
 
         Returns:
             Dictionary with 'loss', the self-distillation loss; 'output', the logits of the backbone's own classifier;
-            and every term of the loss, such as 'ce/0', 'kd/0', 'hint/0'.
+            and every term of the loss, such as 'ce/0', 'kd/0', 'hint/0', and 'teacher/0' with a teacher from outside.
         """
         if self.needs.gate_fade and self.time is None:
             raise ValueError("The gate of the exits fades over the training: call task.set_time() before each step.")
@@ -94,6 +99,8 @@ class SelfDistillationTask(ClassificationTask):
             with torch.no_grad():
                 given["partners"] = self._run(self.trainable_module, partners)
         terms: dict[str, Tensor] = self.criterion(out, target, **given)
+        if self.teacher is not None:
+            terms = self.teacher.add_terms(terms, out, input, target)
         return {**terms, "output": out.logits[-1]}
 
     def train(self, mode: bool = True) -> "SelfDistillationTask":

@@ -253,6 +253,8 @@ def _own_loss(model: SelfDistillModel, ran: Recipe | None) -> tuple[str | None, 
         return "there is no recipe beside the model", None
     if ran.schedule.regime == "frozen":
         return "the backbone was frozen", None
+    if ran.teacher is not None:
+        return "a model from outside taught too", None
     criterion = build_loss(ran).to(next(model.parameters()).device)
     needs = needs_of(criterion)
     if needs.gate != 1 or needs.gate_fade:

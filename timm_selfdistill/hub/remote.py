@@ -56,7 +56,7 @@ def from_pretrained(
         ValueError: If the folder or a file is missing, damaged, of a newer format, or from something else.
         HubError: If the repository or revision does not exist or may not be read, or the Hub cannot be reached.
     """
-    return load_folder(_fetch(source, revision, token, cache_dir))
+    return load_folder(fetch(source, revision, token, cache_dir))
 
 
 def load_early_exit(
@@ -73,7 +73,7 @@ def load_early_exit(
     Raises:
         ValueError: Also if no early-exit settings are saved with the model.
     """
-    folder = _fetch(source, revision, token, cache_dir)
+    folder = fetch(source, revision, token, cache_dir)
     model, config = load_with_early_exit(folder)
     if config is None:
         raise ValueError(
@@ -85,11 +85,16 @@ def load_early_exit(
 
 def load_with_early_exit(source: str | Path) -> tuple[SelfDistillModel, EarlyExitConfig | None]:
     """Load a model as `from_pretrained` does, and the early-exit settings that are saved with it, or None."""
-    folder = _fetch(source, None, None, None)
+    folder = fetch(source)
     return load_folder(folder), read_early_exit(folder)
 
 
-def _fetch(source: str | Path, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Path:
+def fetch(
+    source: str | Path,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
     """Return the folder of a saved model, downloaded first where it is a repository on the Hub."""
     if not Path(source).is_dir() and REPO_ID.fullmatch(str(source)):
         with explained(f"Loading {source}", revision, token):

@@ -3,6 +3,7 @@
 from timm_selfdistill.losses.divergences import Divergence as Divergence
 from timm_selfdistill.losses.divergences import list_divergences as list_divergences
 from timm_selfdistill.losses.divergences import register_divergence as register_divergence
+from timm_selfdistill.losses.outside_teacher import OutsideTeacher as OutsideTeacher
 from timm_selfdistill.losses.protocol import Needs as Needs
 from timm_selfdistill.losses.protocol import TrainingTime as TrainingTime
 from timm_selfdistill.losses.protocol import get_loss as get_loss
@@ -19,3 +20,4 @@ from timm_selfdistill.losses.without_exits import PSKD as PSKD
 from timm_selfdistill.recipe.loss_settings import PRESETS as PRESETS
 from timm_selfdistill.recipe.loss_settings import SelfDistillationConfig as SelfDistillationConfig
 from timm_selfdistill.recipe.loss_settings import list_presets as list_presets
+from timm_selfdistill.recipe.teacher_settings import OutsideTeacherConfig as OutsideTeacherConfig

@@ -169,6 +169,35 @@ def mse(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float,
     return (student - teacher).square().mean((1, 2))
 
 
+class DivergenceSettings(Protocol):
+    """What of a configuration says how a divergence compares."""
+
+    @property
+    def divergence(self) -> str: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def t_squared(self) -> bool: ...
+    @property
+    def standardize_logits(self) -> bool: ...
+
+
+def compare_logits(
+    divergence: Divergence, settings: DivergenceSettings, student: Tensor, teacher: Tensor, target: Tensor
+) -> Tensor:
+    """Return the divergences of logits [N, B, C] from logits [N, B, C], one value each [N]."""
+    if settings.standardize_logits:
+        student, teacher = standardize(student), standardize(teacher)
+    scale = settings.temperature**2 if settings.t_squared else 1.0
+    values = divergence(student, teacher, target, temperature=settings.temperature, scale=scale)
+    if values.shape != student.shape[:1]:
+        raise ValueError(
+            f"Divergence {settings.divergence!r} returned {list(values.shape)}; allowed is one value per exit, "
+            f"{list(student.shape[:1])}."
+        )
+    return values
+
+
 def standardize(logits: Tensor) -> Tensor:
     """Return each sample's logits [..., C] minus their mean, divided by their standard deviation plus 1e-7.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.losses.divergences import HINT_DISTANCES, bind_settings, standardize
+from timm_selfdistill.losses.divergences import HINT_DISTANCES, bind_settings, compare_logits
 from timm_selfdistill.losses.protocol import (
     Needs,
     TrainingTime,
@@ -211,12 +211,12 @@ class SelfDistillationLoss(nn.Module):
         """Return the divergence of each student from its teacher, or the mean of those from its teachers [N]."""
         if isinstance(teachers, Tensor):
             self._check_teachers(teachers.shape == student.shape, teachers.shape, student.shape)
-            return self._diverge(student, teachers, target)
+            return compare_logits(self._divergence, self.config, student, teachers, target)
         sizes = [teacher.shape for teacher in teachers]
         fit = len(sizes) == len(student) and all(size[0] and size[1:] == student.shape[1:] for size in sizes)
         self._check_teachers(fit, sizes, student.shape)
         repeated = torch.cat([own.expand_as(teacher) for own, teacher in zip(student, teachers, strict=True)])
-        values = self._diverge(repeated, torch.cat(tuple(teachers)), target)
+        values = compare_logits(self._divergence, self.config, repeated, torch.cat(tuple(teachers)), target)
         return torch.stack([of_exit.mean() for of_exit in values.split_with_sizes([size[0] for size in sizes])])
 
     def _check_teachers(self, fit: bool, found: Sequence[Any], student: torch.Size) -> None:
@@ -226,17 +226,3 @@ class SelfDistillationLoss(nn.Module):
                 f"Teacher {self.config.teacher!r} returned {sizes}; allowed is one [B, C] per exit, {list(student)}, "
                 "or a list with one [S, B, C] per exit."
             )
-
-    def _diverge(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        """Return the divergences of logits [N, B, C] from logits [N, B, C], one value each [N]."""
-        config = self.config
-        if config.standardize_logits:
-            student, teacher = standardize(student), standardize(teacher)
-        scale = config.temperature**2 if config.t_squared else 1.0
-        values = self._divergence(student, teacher, target, temperature=config.temperature, scale=scale)
-        if values.shape != student.shape[:1]:
-            raise ValueError(
-                f"Divergence {config.divergence!r} returned {list(values.shape)}; allowed is one value per exit, "
-                f"{list(student.shape[:1])}."
-            )
-        return values

@@ -12,6 +12,8 @@ from timm_selfdistill.recipe.loss_settings import LossSection as LossSection
 from timm_selfdistill.recipe.recipe import LOCAL as LOCAL
 from timm_selfdistill.recipe.recipe import RECIPE as RECIPE
 from timm_selfdistill.recipe.recipe import Recipe as Recipe
+from timm_selfdistill.recipe.teacher_settings import OutsideTeacherConfig as OutsideTeacherConfig
+from timm_selfdistill.recipe.teacher_settings import TeacherSection as TeacherSection
 from timm_selfdistill.recipe.training_sections import LICENSE as LICENSE
 from timm_selfdistill.recipe.training_sections import REPO_ID as REPO_ID
 from timm_selfdistill.recipe.training_sections import EmaSection as EmaSection

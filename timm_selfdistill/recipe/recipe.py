@@ -12,6 +12,7 @@ from timm_selfdistill.checks import Count, LocalPath, Names, Section
 from timm_selfdistill.recipe.data_sections import AugmentSection, DataSection
 from timm_selfdistill.recipe.loss_settings import LossSection
 from timm_selfdistill.recipe.plain_yaml import dump
+from timm_selfdistill.recipe.teacher_settings import TeacherSection
 from timm_selfdistill.recipe.training_sections import (
     LOCAL_MODEL,
     CheckpointSection,
@@ -37,6 +38,7 @@ class Recipe(Section):
         model: The backbone.
         exits: The classifiers hung on it.
         loss: The training loss.
+        teacher: A model from outside that teaches too, beside the loss; null for none.
         data: Where images and labels come from.
         augment: Training augmentation.
         optimizer: The optimizer.
@@ -61,6 +63,7 @@ class Recipe(Section):
     model: ModelSection
     exits: ExitsSection = ExitsSection()
     loss: LossSection = LossSection()
+    teacher: TeacherSection | None = None
     data: DataSection
     augment: AugmentSection = AugmentSection()
     optimizer: OptimizerSection = OptimizerSection()

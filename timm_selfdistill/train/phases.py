@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from timm_selfdistill.losses import SelfDistillationLoss, get_loss, needs_of
+from timm_selfdistill.losses import OutsideTeacher, SelfDistillationLoss, get_loss, needs_of
 from timm_selfdistill.recipe import LossSection, Recipe
 from timm_selfdistill.task import Regime
+from timm_selfdistill.train.outside_teacher import build_teacher
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class Phase:
         loss: Maps an `ExitOutput` and a target to a dict of terms.
         regime: Which parts train.
         epochs: Number of epochs.
+        teacher: A model from outside that teaches too.
     """
 
     loss: nn.Module
     regime: Regime
     epochs: int
+    teacher: OutsideTeacher | None = None
 
 
 def self_distillation_phases(recipe: Recipe) -> list[Phase]:
@@ -32,10 +35,11 @@ def self_distillation_phases(recipe: Recipe) -> list[Phase]:
     """
     loss = build_loss(recipe)
     _check_needs(loss, recipe)
+    teacher = build_teacher(recipe)
     alone = recipe.schedule.backbone_epochs
     if recipe.schedule.regime == "mixed" and alone is not None:
-        return [Phase(backbone_loss(recipe), "joint", alone), Phase(loss, "joint", recipe.epochs - alone)]
-    return [Phase(loss, "frozen" if recipe.schedule.regime == "frozen" else "joint", recipe.epochs)]
+        return [Phase(backbone_loss(recipe), "joint", alone), Phase(loss, "joint", recipe.epochs - alone, teacher)]
+    return [Phase(loss, "frozen" if recipe.schedule.regime == "frozen" else "joint", recipe.epochs, teacher)]
 
 
 def baseline_phases(recipe: Recipe) -> list[Phase]:
@@ -81,6 +85,8 @@ def label_smoothing(section: LossSection) -> float:
 def _check_needs(loss: nn.Module, recipe: Recipe) -> None:
     """Raise ValueError if a recipe lacks what its loss needs."""
     needs = needs_of(loss)
+    if recipe.teacher is not None and recipe.teacher.teaches != "backbone" and not needs.exits:
+        raise ValueError("teacher.teaches: must be backbone for this loss, which does not run the exits.")
     if needs.ema and recipe.ema is None:
         raise ValueError(
             "ema: must not be null for this loss, which learns from the average of the weights; such as "

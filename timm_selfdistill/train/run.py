@@ -110,8 +110,9 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: St
     batch_size = per_process_batch(recipe, accelerator.num_processes)
     set_seed(recipe.seed)
     with accelerator.main_process_first():
+        networks = {"self-distilled": self_distillation_phases(recipe)}
+    with accelerator.main_process_first():
         data = open_dataset(recipe.data, recipe.seed)
-    networks = {"self-distilled": self_distillation_phases(recipe)}
     if recipe.baseline:
         networks = {"baseline": baseline_phases(recipe), **networks}
     record = RunRecord(recipe.without_local_paths(), fingerprint(data, recipe.data))
@@ -129,11 +130,14 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: St
         )
     # One process has nothing to share.
     in_parts = asks_for_sharding() and accelerator.num_processes > 1
+    input_config = InputConfig.from_model(model.backbone, recipe.data)
     for phase in chain.from_iterable(networks.values()):
         check_loss(model, phase.loss, phase.regime)
         if in_parts:
             refuse_loss(phase.loss)
-    input_config = InputConfig.from_model(model.backbone, recipe.data)
+        if phase.teacher is not None:
+            phase.teacher.expect(input_config.mean, input_config.std)
+            phase.teacher.check_classes(model.num_classes, data.class_names)
     check_one_image(model, input_config, chain.from_iterable(networks.values()), recipe, accelerator.num_processes)
     loaders = build_loaders(
         data,

@@ -54,7 +54,9 @@ class PhaseStepper:
     ) -> None:
         recipe, accelerator, parallelism = context.recipe, context.accelerator, context.parallelism
         self.context, self.model = context, model
-        self.task = SelfDistillationTask(model, phase.loss, phase.regime, device=accelerator.device, verbose=False)
+        self.task = SelfDistillationTask(
+            model, phase.loss, phase.regime, phase.teacher, device=accelerator.device, verbose=False
+        )
         if recipe.compile:
             self.task.compile()
         self.prepared = parallelism.prepare(self.task, recipe.ema)
