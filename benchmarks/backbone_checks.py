@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import timm_selfdistill as sd
 from timm_selfdistill.exits import BackboneTaps, ExitPoint, Exits
 from timm_selfdistill.exits.layout import resolve_feature_info
-from timm_selfdistill.heads import as_map, choose_head
+from timm_selfdistill.heads import PUBLISHED, as_map, choose_head
 from timm_selfdistill.measure import MacCounter
 
 NUM_CLASSES = 10
@@ -124,7 +124,7 @@ def describe(model: sd.SelfDistillModel) -> dict[str, Any]:
                 "name": point.name,
                 "module": point.module,
                 "cost": round(point.cost, 4),
-                "head": choose_head(point) if model.wrap_config.head == "auto" else model.wrap_config.head,
+                "head": choose_head(point) if model.wrap_config.head == PUBLISHED else model.wrap_config.head,
                 "taps": [[tap.layout, tap.channels, tap.grid, tap.num_prefix_tokens] for tap in point.taps],
             }
             for point in model.points

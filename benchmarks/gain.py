@@ -53,8 +53,8 @@ METHODS = {
     "none": ("loss.preset=none",),
     "label-smoothing": ("loss.preset=none", "loss.label_smoothing=0.1"),
     "deep-supervision": ("loss.preset=deep-supervision",),
-    "byot-iccv2019": ("loss.preset=byot-iccv2019",),
-    "byot-tpami2021": ("loss.preset=byot-tpami2021", "exits.hint_adapter=true"),
+    "byot-iccv2019": ("loss.preset=byot-iccv2019", "exits.head=bottleneck"),
+    "byot-tpami2021": ("loss.preset=byot-tpami2021", "exits.head=bottleneck", "exits.hint_adapter=true"),
     "ps-kd": ("loss.name=ps-kd", "loss.preset=null"),
     "dlb": ("loss.name=dlb", "loss.preset=null"),
 }

@@ -10,7 +10,7 @@ from timm_selfdistill.model import wrap
 
 CHANNELS, WIDTH, CLASSES = 12, 20, 5
 LAYOUTS = [("NCHW", 0), ("NHWC", 0), ("NLC", 0), ("NLC", 1), ("NLC", 3), ("NCL", 0), ("NCL", 2)]
-NAMES = ("bottleneck", "linear", "sepconv_attention", "token")
+NAMES = ("bottleneck", "linear", "proportional", "sepconv_attention", "token")
 
 
 def make_tap(layout="NCHW", prefix=0, grid=(6, 6), channels=CHANNELS, downsample=4):
@@ -76,14 +76,14 @@ def test_every_parameter_and_every_position_is_used(head, layout, prefix):
     assert grid.abs().sum((0, channel)).all()
 
 
-def test_auto_chooses_by_layout():
+def test_published_chooses_by_layout():
     chosen = {layout: type(ExitHead(make_point(layout), WIDTH, CLASSES).body) for layout, _ in LAYOUTS}
     token = HEADS.get("token")
     assert chosen == {"NCHW": HEADS.get("bottleneck"), "NHWC": token, "NLC": token, "NCL": token}
 
 
 @pytest.mark.parametrize(("layout", "head"), [("NCHW", "linear"), ("NHWC", "token"), ("NLC", "token")])
-def test_auto_chooses_a_light_head_for_each_of_several_branches(layout, head):
+def test_published_chooses_a_light_head_for_each_of_several_branches(layout, head):
     point = ExitPoint("stage", "stage", 0.5, (make_tap(layout), make_tap(layout, channels=7)))
     assert choose_head(point) == head
     network = ExitHead(point, WIDTH, CLASSES)

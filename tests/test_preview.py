@@ -27,7 +27,7 @@ def test_preview_is_what_wrap_does():
     assert preview.params == sum(p.numel() for p in backbone.parameters())
     assert (preview.num_classes, preview.image_size) == (5, (64, 64))
     for row, head, (_, tap, _, side) in zip(chosen, model.heads, TAPS, strict=True):
-        assert row.head == "bottleneck"
+        assert (row.head, row.fits) == ("proportional", True)
         assert row.head_params == sum(p.numel() for p in head.parameters())
         with MacCounter() as counter, torch.no_grad():
             head(torch.zeros(1, tap, side, side))
@@ -113,9 +113,11 @@ def test_command_prints_the_table(capsys):
         "%",
         "head",
         "head",
-        "params",
-        "head",
         "MACs",
+        "%",
+        "head",
+        "params",
+        "%",
     ]
     assert [line.split()[:5] for line in lines[2:6]] == [
         ["*", "0", "blocks.0", "NLC", "24"],
@@ -123,7 +125,8 @@ def test_command_prints_the_table(capsys):
         ["2", "blocks.2", "NLC", "24", "16"],
         ["3", "blocks.3", "NLC", "24", "16"],
     ]
-    assert "for one image of 32 x 48, 5 classes." in lines[-1]
+    assert "for one image of 32 x 48, 5 classes." in lines[-3]
+    assert lines[-1] == "No head fits the budget, or half of what the exit saves, at blocks.3."
 
 
 @pytest.mark.parametrize(

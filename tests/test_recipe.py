@@ -57,7 +57,13 @@ def test_defaults_are_the_agreed_ones(load):
         "channels_last": True,
         "kwargs": {},
     }
-    assert recipe.exits.model_dump() == {"points": None, "head": "auto", "head_kwargs": {}, "hint_adapter": False}
+    assert recipe.exits.model_dump() == {
+        "points": None,
+        "head": "auto",
+        "head_kwargs": {},
+        "head_budget": None,
+        "hint_adapter": False,
+    }
     assert recipe.loss.name == "self-distillation"
     assert recipe.loss.preset == "byot-iccv2019"
     assert {getattr(recipe.loss, name) for name in ("temperature", "kd_weight", "hint_weight", "t_squared")} == {None}

@@ -205,8 +205,8 @@ def test_checks_see_what_is_broken():
         return str(error.value)
 
     assert fault(checks.check_that_an_encoder_is_refused, bare) == "a model without a classifier was wrapped"
-    model.heads[1].body.expand.requires_grad_(False)
-    assert "without a gradient: ['1.body.expand." in fault(checks.check_training_step, bare, model, x)
+    model.heads[1].body.embed.reduce.requires_grad_(False)
+    assert "without a gradient: ['1.body.embed.reduce." in fault(checks.check_training_step, bare, model, x)
     with torch.no_grad():
         model.backbone.fc.bias.add_(1)
     assert fault(checks.check_same_answer, bare, model, x) == "model(x), training=True differs"

@@ -127,6 +127,7 @@ Number = Annotated[float, Field(description="a finite number")]
 Positive = Annotated[float, Field(gt=0, description="a finite number above 0")]
 NotNegative = Annotated[float, Field(ge=0, description="a finite number, 0 or more")]
 Probability = Annotated[float, Field(ge=0, le=1, description="a finite number, from 0 to 1")]
+Share = Annotated[float, Field(gt=0, le=1, description="a finite number above 0, up to 1")]
 BelowOne = Annotated[float, Field(ge=0, lt=1, description="a finite number from 0 to 1, less than 1")]
 # Below, logits overflow float32. Above, the softmaxes are so flat that their divergence is rounding: right to some
 # percent at 1,000 for logits that differ by 1, wrong at 10,000.

@@ -1,13 +1,22 @@
 """Preview the points of a backbone where exits can be added, and their costs, before anything is trained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from timm_selfdistill.exits import Backbone, ExitPoint, Exits, Exploration, choose, explore, named_modules
-from timm_selfdistill.heads import ExitHead, choose_head
+from timm_selfdistill.heads import (
+    AUTO,
+    PROPORTIONAL,
+    PUBLISHED,
+    ExitHead,
+    HeadBudget,
+    choose_head,
+    fit_heads,
+    resolve_budget,
+)
 from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.model import create_backbone
 from timm_selfdistill.render import align, with_prefix
@@ -21,7 +30,8 @@ class ExitPreview:
     """A point where an exit can be added, its indices into `feature_info`, and the head it would get.
 
     `reductions` are the image's sides over the grid's for each tapped tensor, None for tokens without a grid.
-    `head_params` includes the classifier, `head_macs` is for one image. `is_chosen` tells whether `wrap` adds an exit.
+    `head_params` includes the classifier, `head_macs` is for one image. `is_chosen` tells whether `wrap` adds an exit,
+    `fits` whether a head of the budget's fits there (True for other heads); where none does, the smallest is shown.
     """
 
     point: ExitPoint
@@ -31,6 +41,7 @@ class ExitPreview:
     head_params: int
     head_macs: int
     is_chosen: bool
+    fits: bool
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,8 @@ def preview_exits(
     name: str,
     *,
     exits: Exits | None = None,
-    head: str = "auto",
+    head: str = AUTO,
+    head_budget: float | None = None,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -62,7 +74,8 @@ def preview_exits(
     Args:
         name: Name of a timm model.
         exits: The exits to mark, as in `wrap`.
-        head: Name of a registered head, or "auto".
+        head: Name of a registered head, "published" or "auto".
+        head_budget: As in `wrap`.
         num_classes: Number of classes; the model's default otherwise, or 1000 where it has none.
         image_size: Input height and width in pixels; the model's own by default.
         model_kwargs: Further arguments of `timm.create_model`.
@@ -75,12 +88,17 @@ def preview_exits(
     """
     kwargs = dict(model_kwargs or {}) | ({} if num_classes is None else {"num_classes": num_classes})
     backbone, found = _explore(name, kwargs, image_size, exits)
-    taps = choose(found, exits)
-    chosen = {point.name for point in taps.points}
-    previews = [
-        _preview(point, found, taps.feature_dim, backbone.num_classes, head, point.name in chosen)
-        for point in found.points
-    ]
+    head = PROPORTIONAL if head == AUTO else head
+    share = resolve_budget(head, None, head_budget)
+    budget = None if share is None else HeadBudget(share, found, backbone)
+    points = choose(found, exits).points if budget is None else fit_heads(budget, exits).taps.points
+    previews = []
+    for point in found.points:
+        width = budget.width(point, len(points)) if budget is not None else None
+        kwargs = {} if budget is None else {"width": width or budget.min_width}
+        name = choose_head(point) if head == PUBLISHED else head
+        preview = _preview(point, found, backbone.num_classes, name, kwargs)
+        previews.append(replace(preview, is_chosen=point in points, fits=budget is None or width is not None))
     return Preview(
         exits=tuple(previews),
         unusable=found.faults(),
@@ -93,7 +111,8 @@ def preview_exits(
 
 def format_preview(preview: Preview) -> str:
     """Return a preview as a table and sentences for the terminal."""
-    header = ["", "index", "module", "layout", "channels", "reduction", "MACs %", "head", "head params", "head MACs"]
+    header = ["", "index", "module", "layout", "channels", "reduction", "MACs %", "head"]
+    header += ["head MACs", "%", "head params", "%"]
     rows = [
         [
             "*" if row.is_chosen else "",
@@ -102,21 +121,30 @@ def format_preview(preview: Preview) -> str:
             "+".join(tap.layout for tap in row.point.taps),
             "+".join(str(tap.channels) for tap in row.point.taps),
             "+".join("?" if reduction is None else f"{reduction:.3g}" for reduction in row.reductions),
-            f"{row.point.cost:.1%}".rstrip("%"),
+            _percent(row.point.cost, 1),
             row.head,
-            with_prefix(row.head_params),
             with_prefix(row.head_macs),
+            _percent(row.head_macs, preview.macs),
+            with_prefix(row.head_params),
+            _percent(row.head_params, preview.params),
         ]
         for row in preview.exits
     ]
     height, width = preview.image_size
+    unfit = [row.point.name for row in preview.exits if not row.fits]
     notes = [
         "* an exit hangs here by default, or with the number that was asked for; others: exits=[index or module, ...].",
         f"Backbone: {with_prefix(preview.params)} parameters, {with_prefix(preview.macs)} multiply-accumulates (MACs) "
         f"for one image of {height} x {width}, {preview.num_classes} classes.",
+        "A head's MACs and parameters are also told as a share of the backbone's, in percent.",
+        *([f"No head fits the budget, or half of what the exit saves, at {', '.join(unfit)}."] if unfit else []),
         *(f"Not a point: {name!r} {fault}." for name, fault in preview.unusable.items()),
     ]
     return "\n".join([*align([header, *rows], text_columns=4), "", *notes])
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f}" if whole else "?"
 
 
 def _explore(
@@ -144,11 +172,11 @@ def _create(name: str, kwargs: dict[str, Any]) -> Backbone:
 
 
 def _preview(
-    point: ExitPoint, found: Exploration, feature_dim: int, num_classes: int, head: str, is_chosen: bool
+    point: ExitPoint, found: Exploration, num_classes: int, head: str, head_kwargs: Mapping[str, Any]
 ) -> ExitPreview:
-    name = choose_head(point) if head == "auto" else head
+    """Return what a head at a point costs, and that it is not chosen."""
     with torch.device("meta"):
-        network = ExitHead(point, feature_dim, num_classes, name).eval()
+        network = ExitHead(point, found.run.feature_dim, num_classes, head, head_kwargs).eval()
         tapped = [torch.empty(shape) for shape in found.shapes(point)]
     with torch.no_grad(), MacCounter() as counter:
         network(*tapped)
@@ -159,8 +187,9 @@ def _preview(
         reductions=tuple(
             None if tap.grid is None else ((height * width) / (tap.grid[0] * tap.grid[1])) ** 0.5 for tap in point.taps
         ),
-        head=name,
+        head=head,
         head_params=sum(parameter.numel() for parameter in network.parameters()),
         head_macs=counter.macs,
-        is_chosen=is_chosen,
+        is_chosen=False,
+        fits=True,
     )

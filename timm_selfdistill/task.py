@@ -17,8 +17,9 @@ Regime = Literal["joint", "frozen"]
 class SelfDistillationTask(ClassificationTask):
     """Self-distillation task: trains a backbone together with its exits.
 
-    What the loss does not reach is frozen (the exits with the loss `none`), so that plain DDP works without
-    `find_unused_parameters`. EMA, compile, DDP preparation, checkpoint state and evaluator are timm's own.
+    What the loss does not reach is frozen (the exits with the loss `none`; without hints, the layers that make features
+    for them), so that plain DDP works without `find_unused_parameters`. EMA, compile, DDP preparation, checkpoint state
+    and evaluator are timm's own.
 
     Args:
         model: The wrapped model.
@@ -69,6 +70,9 @@ class SelfDistillationTask(ClassificationTask):
         model.backbone_frozen = regime == "frozen"
         model.backbone.requires_grad_(regime == "joint")
         model.heads.requires_grad_(self.needs.exits)
+        if not (self.needs.features or model.wrap_config.hint_adapter):
+            for index in range(model.num_exits):
+                model.head_of(index).adapter.requires_grad_(False)
         where = next(model.parameters()).device
         model.gate.set(self.needs.gate_factors(model.num_exits), bool(self.needs.gate_fade), where)
         self.train(self.training)

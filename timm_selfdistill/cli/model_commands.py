@@ -102,7 +102,13 @@ def _add_exits(parser: argparse.ArgumentParser) -> None:
     )
     _add_image_size(parser)
     parser.add_argument("--num-classes", type=int, help="number of classes; the model's default otherwise")
-    parser.add_argument("--head", default="auto", help="head of every exit; by default chosen by the tapped tensor")
+    parser.add_argument("--head", default="auto", help="head of every exit; by default as wide as the budget allows")
+    parser.add_argument(
+        "--head-budget",
+        type=float,
+        metavar="SHARE",
+        help="share of the backbone's multiply-accumulates that a default head may cost; 0.1 by default",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="arguments of timm.create_model, such as in_chans=1"
     )

@@ -1,5 +1,6 @@
 """Where a backbone can be tapped: the points that `feature_info` names, proved by one dry run."""
 
+from timm_selfdistill.exits.points import DEFAULT_EXITS as DEFAULT_EXITS
 from timm_selfdistill.exits.points import BackboneTaps as BackboneTaps
 from timm_selfdistill.exits.points import ExitPoint as ExitPoint
 from timm_selfdistill.exits.points import Exits as Exits

@@ -26,7 +26,7 @@ from timm_selfdistill.exits.probe import (
 
 Exits = int | Sequence[int | float | str]
 
-_DEFAULT_EXITS = 3
+DEFAULT_EXITS = 3
 # A tap below the first share is too shallow to classify from, one above the second saves nothing.
 _MIN_COST, _MAX_COST = 0.02, 0.97
 # Finer maps than the paper's finest are stems: tapped only where a backbone has too few other points.
@@ -105,6 +105,10 @@ class Exploration:
     classifier: Classifier
     run: DryRun
     without_module: tuple[str, ...]
+
+    def useful(self) -> list[ExitPoint]:
+        """Return the points that are neither too shallow to classify from nor so deep that they save nothing."""
+        return [point for point in self.points if _MIN_COST <= point.cost <= _MAX_COST]
 
     def faults(self) -> dict[str, str]:
         """Return why the other things that `feature_info` and the caller named are no points, by name."""
@@ -216,14 +220,14 @@ def _tap(name: str, reading: Reading, coarsest: float, tokens_in_order: bool) ->
 
 def _choose(found: Exploration, exits: Exits | None) -> list[ExitPoint]:
     """Return the requested exit points from shallow to deep."""
-    useful = [p for p in found.points if _MIN_COST <= p.cost <= _MAX_COST]
+    useful = found.useful()
     if exits is None:
         if not useful:
             raise ValueError(
                 f"No exit point lies between {_MIN_COST:.0%} and {_MAX_COST:.0%} of this backbone's cost; name others: "
                 f"exits=[...] takes the path of any module that runs once. Those found are {_names(found.points)}."
             )
-        exits = min(_DEFAULT_EXITS, len(useful))
+        exits = min(DEFAULT_EXITS, len(useful))
     if isinstance(exits, int):
         if isinstance(exits, bool) or not 1 <= exits <= len(useful):
             raise ValueError(f"exits={exits}: this backbone has {len(useful)} useful exit points ({_names(useful)}).")

@@ -16,7 +16,7 @@ from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
 from timm_selfdistill.backbones import use_small_stem
-from timm_selfdistill.heads import HEADS
+from timm_selfdistill.heads import HEADS, PUBLISHED, each_head_kwargs
 from timm_selfdistill.hub.saved_config import CONFIG, Saved, check_image
 from timm_selfdistill.measure import BuildLimit, TooLargeError
 from timm_selfdistill.model import SelfDistillModel, wrap
@@ -77,7 +77,8 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
         if saved.small_stem:
             use_small_stem(backbone)
         # Exits are where the dry run on the meta device found them.
-        config = replace(blank.wrap_config, head=saved.head, head_kwargs=saved.head_kwargs)
+        kwargs = each_head_kwargs(saved.head_kwargs, len(saved.exits))
+        config = replace(blank.wrap_config, head=saved.head, head_kwargs=kwargs)
         model = SelfDistillModel(backbone, blank.taps, config)
     if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
         raise ValueError(f"{where}: it would have no memory for its weights.")
@@ -126,7 +127,7 @@ def _create(folder: Path) -> Any:
 
 
 def _is_ours(head: str) -> bool:
-    return head == "auto" or HEADS.get(head).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return head == PUBLISHED or HEADS.get(head).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _wrap(backbone: Any, saved: Saved) -> SelfDistillModel:

@@ -4,7 +4,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -13,6 +13,7 @@ from timm.data.model_config import resolve_input_data_config
 
 from timm_selfdistill.checks import is_integer, is_number
 from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.heads import AUTO, PUBLISHED
 from timm_selfdistill.model import SelfDistillModel
 
 CONFIG: Final = "config.json"
@@ -40,7 +41,8 @@ class Saved:
     """Our key of the configuration: how to wrap the backbone, and the weights' checksums.
 
     With `exit`, the weights are those of a network that ends there, instead of the backbone's and the exits'. `run` is
-    what a training run says of itself. Without `ensemble`, it is the mean.
+    what a training run says of itself. Without `ensemble`, it is the mean. `head_kwargs` are those of all exits, or a
+    list of those of each.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -48,7 +50,7 @@ class Saved:
     format_version: int
     exits: Annotated[list[str], Field(min_length=1, max_length=_MAX_EXITS)]
     head: str
-    head_kwargs: dict[str, Any]
+    head_kwargs: dict[str, Any] | list[dict[str, Any]]
     hint_adapter: bool
     small_stem: bool
     image_size: Annotated[list[int], Field(min_length=2, max_length=2)]
@@ -77,7 +79,7 @@ def describe(
         format_version=_FORMAT_VERSION,
         exits=[point.name for point in model.points],
         head=config.head,
-        head_kwargs=dict(config.head_kwargs),
+        head_kwargs=list(map(dict, config.head_kwargs)),
         hint_adapter=config.hint_adapter,
         small_stem=config.small_stem,
         image_size=list(config.image_size or own_size),
@@ -119,7 +121,8 @@ def read_config(folder: Path) -> Saved:
         raise ValueError(f"{path} is damaged: in {KEY!r}, {wrong:.1000}.") from error
     except ValueError as error:
         raise ValueError(f"{path} asks for what is not allowed: {error}") from error
-    return saved
+    # Written before there were budgets, when "auto" stood for the published heads.
+    return replace(saved, head=PUBLISHED) if saved.head == AUTO else saved
 
 
 def read_json(path: Path) -> Any:
@@ -197,7 +200,7 @@ def complete_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
     return (*names, *(name if name not in given else f"class {name}" for name in rest))
 
 
-def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+def _check_arguments(name: str, arguments: Mapping[str, Any] | Sequence[Any]) -> None:
     """Check the number and the size of the values in arguments."""
     values = list(_leaves(name, arguments, 0, itertools.count(1)))
     whole = sum(abs(value) for value in values if isinstance(value, int))

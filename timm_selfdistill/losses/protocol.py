@@ -51,6 +51,8 @@ class Needs:
             run.
         gate: What the gradients of the exits are multiplied by where they enter the backbone, see `gate_factors`.
         gate_fade: Share of the training, its last part, over which the gate falls linearly to 0.
+        features: The exits' features have a term. Without, the task does not train the layers that make a feature of a
+            narrower head's embedding (those of `hint_adapter` it always trains).
     """
 
     ema: bool = False
@@ -59,6 +61,7 @@ class Needs:
     ensemble: bool = False
     batches: Literal["plain", "paired", "repeated"] = "plain"
     exits: bool = True
+    features: bool = False
     gate: Gate = 1.0
     gate_fade: float = 0.0
 

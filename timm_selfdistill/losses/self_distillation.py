@@ -59,6 +59,7 @@ class SelfDistillationLoss(nn.Module):
         exits = bool(config.ce_weight or config.hint_weight) or distils
         self.needs = Needs(
             exits=exits,
+            features=bool(config.hint_weight),
             ema=distils and "ema" in takes,
             time=bool(distils and config.kd_warmup_epochs),
             ensemble=distils and "ensemble" in takes,

@@ -34,10 +34,10 @@ class ExitOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class WrapConfig:
-    """How a backbone was wrapped, as far as its exit points do not tell; the arguments of `wrap`."""
+    """How a backbone was wrapped: the arguments of `wrap`, resolved; `head_kwargs` has an entry for each exit."""
 
     head: str
-    head_kwargs: Mapping[str, Any]
+    head_kwargs: tuple[Mapping[str, Any], ...]
     hint_adapter: bool
     small_stem: bool
     image_size: tuple[int, int] | None
@@ -281,8 +281,8 @@ class SelfDistillModel(nn.Module):
     def _build_heads(self, num_classes: int) -> nn.ModuleList:
         config = self.wrap_config
         heads = nn.ModuleList(
-            ExitHead(point, self.taps.feature_dim, num_classes, config.head, config.head_kwargs, config.hint_adapter)
-            for point in self.points
+            ExitHead(point, self.taps.feature_dim, num_classes, config.head, kwargs, config.hint_adapter)
+            for point, kwargs in zip(self.points, config.head_kwargs, strict=True)
         )
         parameter = next(self.backbone.parameters())
         return heads.to(device=parameter.device, dtype=parameter.dtype).train(self.training)

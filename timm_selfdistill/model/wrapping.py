@@ -2,7 +2,8 @@
 
 import difflib
 import itertools
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -13,7 +14,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from timm_selfdistill.backbones import use_small_stem  # which also registers networks with timm, for recipes
-from timm_selfdistill.exits import Backbone, Exits, find_exit_points
+from timm_selfdistill.exits import Backbone, Exits, choose, explore, named_modules
+from timm_selfdistill.heads import AUTO, PROPORTIONAL, HeadBudget, each_head_kwargs, fit_heads, resolve_budget
 from timm_selfdistill.measure import BuildLimit, TooLargeError
 from timm_selfdistill.model.network import SelfDistillModel, WrapConfig
 from timm_selfdistill.program import failure_of_machine
@@ -29,8 +31,9 @@ def wrap(
     *,
     num_classes: int | None = None,
     exits: Exits | None = None,
-    head: str = "auto",
-    head_kwargs: Mapping[str, Any] | None = None,
+    head: str = AUTO,
+    head_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    head_budget: float | None = None,
     hint_adapter: bool = False,
     small_stem: bool = False,
     image_size: int | tuple[int, int] | None = None,
@@ -44,9 +47,12 @@ def wrap(
         num_classes: Number of classes of a backbone given by name; its default otherwise.
         exits: How many exits, spread evenly over the backbone's cost; or for each exit an index into `feature_info`
             (int), a share of the cost (float) or a module path (str). By default three, or fewer where the backbone
-            has fewer stages.
-        head: Name of a registered head, or "auto" to choose by the layout of each tap.
-        head_kwargs: Further arguments of the head.
+            has fewer stages, or heads fit the budget at fewer points.
+        head: Name of a registered head; "published" for the published one that suits each tap; or "auto" for the head
+            `proportional`, as wide as the budget allows.
+        head_kwargs: Further arguments of the head, for all exits or a mapping for each.
+        head_budget: Share of the backbone's multiply-accumulates that each of the default heads may cost; all of them
+            together may have 2.5 times this share of its parameters. 0.1 by default.
         hint_adapter: Report each exit's feature through a trainable linear layer (the journal version).
         small_stem: Replace a ResNet's stem by a 3x3 convolution with stride 1, for images of about 32 px.
         image_size: Input height and width in pixels of the dry run; the backbone's own by default.
@@ -73,9 +79,20 @@ def wrap(
         )
     if small_stem:
         use_small_stem(backbone)
-    taps = find_exit_points(backbone, exits, image_size)
+    head = PROPORTIONAL if head == AUTO else head
+    share = resolve_budget(head, head_kwargs, head_budget)
+    found = explore(backbone, image_size, named_modules(exits))
+    if share is None:
+        taps, arguments = choose(found, exits), head_kwargs or {}
+    else:
+        budget = HeadBudget(share, found, backbone)
+        fitted = fit_heads(budget, exits)
+        taps, arguments = fitted.taps, [{"width": width} for width in fitted.widths]
+        if fitted.too_large:
+            warnings.warn(budget.excess(fitted), stacklevel=2)
+    each = each_head_kwargs(arguments, len(taps.points))
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return SelfDistillModel(backbone, taps, WrapConfig(head, dict(head_kwargs or {}), hint_adapter, small_stem, size))
+    return SelfDistillModel(backbone, taps, WrapConfig(head, each, hint_adapter, small_stem, size))
 
 
 def check_size(name: str, kwargs: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from timm_selfdistill.checks import (
     Arguments,
@@ -16,6 +16,7 @@ from timm_selfdistill.checks import (
     OptimizerArguments,
     Positive,
     Section,
+    Share,
     Text,
     expand_home,
     is_integer,
@@ -53,21 +54,46 @@ class ModelSection(Section):
         return LOCAL_MODEL + expand_home(value.removeprefix(LOCAL_MODEL))
 
 
+# The heads whose widths a budget chooses.
+_BUDGETED: Final = ("auto", "proportional")
+
+
 class ExitsSection(Section):
     """The classifiers hung on the backbone.
 
     Args:
         points: How many exits; or a list with, for each, an index into `feature_info`, a share of the backbone's cost
             (0..1) or a module path; null for three, or fewer where the backbone has fewer stages.
-        head: Name of a registered head, or "auto" to choose by the layout of each tap.
+        head: Name of a registered head; "published" for the published one that suits each tap; or "auto" for the head
+            `proportional`, as wide as the budget allows.
         head_kwargs: Further arguments of the head.
+        head_budget: Share of the backbone's multiply-accumulates that each of the default heads may cost; all of them
+            together may have 2.5 times this share of its parameters. Null for 0.1, and for any other head.
         hint_adapter: Report each exit's feature through a trainable linear layer.
     """
 
     points: int | tuple[int | float | str, ...] | None = None
     head: Text = "auto"
     head_kwargs: Arguments = {}
+    head_budget: Share | None = None
     hint_adapter: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_before_budgets(cls, value: Any) -> Any:
+        # Whole recipes of runs from before there were budgets, when "auto" stood for the published heads.
+        whole = isinstance(value, Mapping) and {"head_kwargs", "hint_adapter"} <= value.keys()
+        if whole and value.get("head") == "auto" and "head_budget" not in value:
+            return {**value, "head": "published"}
+        return value
+
+    @classmethod
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        if name != "head_budget" or value is None or "head" not in before:
+            return None
+        if before["head"] not in _BUDGETED or before.get("head_kwargs"):
+            return f"must be null unless exits.head is {' or '.join(_BUDGETED)} and exits.head_kwargs is empty"
+        return None
 
     @field_validator("points", mode="before")
     @classmethod

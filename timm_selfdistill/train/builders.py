@@ -41,6 +41,7 @@ def build_model(recipe: Recipe, class_names: Sequence[str], dataset: str) -> Sel
         exits=exits.points,
         head=exits.head,
         head_kwargs=exits.head_kwargs,
+        head_budget=exits.head_budget,
         hint_adapter=exits.hint_adapter,
         small_stem=section.small_stem,
         image_size=recipe.data.image_size,
