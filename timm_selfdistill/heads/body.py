@@ -82,3 +82,10 @@ def checked_width(width: int) -> int:
     if not is_integer(width) or width < 1:
         raise ValueError(f"width of a head must be a positive number of channels, got {width!r}.")
     return width
+
+
+def halvings(tap: Tap) -> int:
+    """Return how often the tap's grid is halved to reach the deepest one, between 1 and the paper's 3."""
+    if tap.grid is None:
+        raise ValueError(f"The tokens of {tap.name!r} form no grid: choose the head token or linear.")
+    return min(3, max(1, round(math.log2(tap.downsample))))

@@ -7,18 +7,18 @@ from timm.layers import ConvNormAct, SeparableConvNormAct
 from torch import Tensor, nn
 
 from timm_selfdistill.exits import Tap
-from timm_selfdistill.heads.body import as_tokens, checked_map, checked_width, pooled, register_head
+from timm_selfdistill.heads.body import as_tokens, checked_map, checked_width, halvings, pooled, register_head
 
 
 @register_head("proportional")
 class Proportional(nn.Module):
     """Head in proportion to its backbone: whatever costs much is done at `width` channels and on few positions.
 
-    A feature map is halved by mean pooling and brought to the width by a 1x1 convolution; a chain of separable 3x3
-    convolutions with stride 2 follows, and the mean over the positions. The shallower the exit, the longer the chain:
-    it ends at half the grid of the backbone's deepest feature map (3, 2 and 1 of them on a ResNet). Tokens get layer
-    norm, a linear layer to the width and GELU; prefix tokens together weigh as much in their mean as all tokens of the
-    grid.
+    A feature map is halved by mean pooling and brought to the width by a 1x1 convolution. A chain of separable 3x3
+    convolutions follows, and the mean over the positions. All but the last have stride 2, and bring the map down to the
+    grid of the backbone's deepest one: the shallower the exit, the longer the chain (3, 2 and 1 of them on a ResNet).
+    Tokens get layer norm, a linear layer to the width and GELU; prefix tokens together weigh as much in their mean as
+    all tokens of the grid.
 
     The classifier reads the embedding of this width. The feature that hints compare with the teacher's is a linear
     layer on it, which inference does not need.
@@ -47,10 +47,10 @@ class _MapEmbedding(nn.Module):
         # Each output is a mean over what there is of its 3x3 window: every position counts, at any size of the map.
         self.pool = nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False)
         self.reduce = ConvNormAct(tap.channels, width, 1)
-        self.chain = nn.Sequential(*(SeparableConvNormAct(width, width, 3, stride=2) for _ in range(_links(tap))))
+        self.chain = nn.Sequential(*(SeparableConvNormAct(width, width, 3, stride=s) for s in _strides(tap)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = checked_map(self, self.tap, x, 2 ** (1 + len(self.chain)))
+        x = checked_map(self, self.tap, x, 2 ** len(self.chain))
         return pooled(self.chain(self.reduce(self.pool(x))))
 
 
@@ -83,8 +83,8 @@ def body_cost(tap: Tap, shape: Sequence[int], width: int) -> tuple[int, int]:
     assert tap.grid is not None
     rows, columns = (math.ceil(side / 2) for side in tap.grid)
     params, macs = (channels + 2) * width, rows * columns * channels * width
-    for _ in range(_links(tap)):
-        rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)
+    for stride in _strides(tap):
+        rows, columns = math.ceil(rows / stride), math.ceil(columns / stride)
         params += (9 + width + 2) * width
         macs += rows * columns * (9 + width) * width
     return params, macs
@@ -94,6 +94,6 @@ def _is_map(tap: Tap) -> bool:
     return tap.layout in ("NCHW", "NHWC")
 
 
-def _links(tap: Tap) -> int:
-    """Return the number of separable convolutions: what halves the pooled map to half the deepest grid, at most 3."""
-    return min(3, max(1, round(math.log2(tap.downsample))))
+def _strides(tap: Tap) -> tuple[int, ...]:
+    """Return the strides of the separable convolutions: with the pooling, they halve the grid 1 to 3 times."""
+    return (2,) * (halvings(tap) - 1) + (1,)

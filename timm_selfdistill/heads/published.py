@@ -1,6 +1,5 @@
 """The published heads: registered bodies that map a tap to the teacher's feature width."""
 
-import math
 from itertools import pairwise
 from typing import Final
 
@@ -9,7 +8,7 @@ from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 from timm_selfdistill.exits import ExitPoint, Tap
-from timm_selfdistill.heads.body import as_tokens, checked_map, checked_width, pooled, register_head
+from timm_selfdistill.heads.body import as_tokens, checked_map, checked_width, halvings, pooled, register_head
 
 PUBLISHED: Final = "published"
 """In place of a head's name: the published one that suits the exit point."""
@@ -39,7 +38,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.tap = tap
         width = checked_width(max(1, feature_dim // 4) if width is None else width)
-        self.stride = 2 ** _halvings(tap)
+        self.stride = 2 ** halvings(tap)
         self.reduce = ConvNormAct(tap.channels, width, 1)
         self.shrink = ConvNormAct(width, width, self.stride, stride=self.stride, padding=0)
         self.expand = ConvNormAct(width, feature_dim, 1)
@@ -70,7 +69,7 @@ class SepConvAttention(nn.Module):
         if not isinstance(attention, bool):
             raise ValueError(f"attention of a head must be true or false, got {attention!r}.")
         self.tap = tap
-        links = _halvings(tap)
+        links = halvings(tap)
         growth = (feature_dim / tap.channels) ** (1 / links)
         widths = [tap.channels, *(round(tap.channels * growth**n) for n in range(1, links)), feature_dim]
         self.attention = _separable_conv(tap.channels, tap.channels) if attention else None
@@ -134,10 +133,3 @@ def _separable_conv(in_channels: int, out_channels: int) -> nn.Sequential:
         nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
         ConvNormAct(in_channels, out_channels, 1),
     )
-
-
-def _halvings(tap: Tap) -> int:
-    """Return how often the tap's grid is halved to reach the deepest one, between 1 and the paper's 3."""
-    if tap.grid is None:
-        raise ValueError(f"The tokens of {tap.name!r} form no grid: choose the head token or linear.")
-    return min(3, max(1, round(math.log2(tap.downsample))))
