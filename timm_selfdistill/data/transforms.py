@@ -1,17 +1,18 @@
 """What happens to an image between its pixels and the batch: channels, timm's transforms, Cutout, Mixup."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import torch
 from PIL import Image
+from pydantic import Field
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.model_config import resolve_input_data_config
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor, nn
 
-from timm_selfdistill.checks import is_number
+from timm_selfdistill.checks import Count, Number, Positive, check
 from timm_selfdistill.recipe import AugmentSection, DataSection
 
 Transform = Callable[[Image.Image], Tensor]
@@ -25,10 +26,17 @@ _TIMM_SETTINGS = (
     *("train_crop_mode", "scale", "ratio", "hflip", "vflip", "auto_augment"),
     *("color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "re_prob", "re_mode", "re_count"),
 )
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random")
-_CROP_MODES = ("center", "squash", "border")
-# timm's models crop between 0.8 and 1; images resized to far more than is kept of them would fill the memory.
-_SMALLEST_CROP, _LARGEST_CROP = 0.1, 2.0
+_KINDS: Final[Mapping[str, Any]] = {
+    "image_size": Annotated[tuple[Count, Count], Field(description="a height and a width in pixels")],
+    "mean": Annotated[tuple[Number, ...], Field(description="finite numbers")],
+    "std": Annotated[tuple[Positive, ...], Field(description="finite numbers above 0")],
+    "interpolation": Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random"],
+    # timm's models crop between 0.8 and 1; images resized to far more than is kept of them would fill the memory.
+    "crop_pct": Annotated[
+        float, Field(ge=0.1, le=2.0, description="from 0.1 to 2.0, as images are resized to image_size divided by it")
+    ],
+    "crop_mode": Literal["center", "squash", "border"],
+}
 
 
 @dataclass(frozen=True)
@@ -63,21 +71,8 @@ class InputConfig:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ValueError(f"data.{name} has {len(values)} values for {self.channels} channels: {values}.")
-            if not all(is_number(value) and (name == "mean" or value > 0) for value in values):
-                raise ValueError(f"data.{name} must be {'' if name == 'mean' else 'positive '}numbers, got {values}.")
-        if not all(isinstance(side, int) and side > 0 for side in self.image_size):
-            raise ValueError(f"The image size must be a height and a width in pixels, got {self.image_size}.")
-        if self.interpolation not in _INTERPOLATIONS:
-            raise ValueError(
-                f"data.interpolation must be one of {', '.join(_INTERPOLATIONS)}, got {self.interpolation!r}."
-            )
-        if not is_number(self.crop_pct) or not _SMALLEST_CROP <= self.crop_pct <= _LARGEST_CROP:
-            raise ValueError(
-                f"data.crop_pct must be from {_SMALLEST_CROP} to {_LARGEST_CROP}, as images are resized to image_size "
-                f"divided by it, got {self.crop_pct!r}."
-            )
-        if self.crop_mode not in _CROP_MODES:
-            raise ValueError(f"The crop mode must be one of {', '.join(_CROP_MODES)}, got {self.crop_mode!r}.")
+        for name, kind in _KINDS.items():
+            check(name, getattr(self, name), kind)
 
     @classmethod
     def from_model(cls, backbone: nn.Module, section: DataSection | None = None) -> Self:
