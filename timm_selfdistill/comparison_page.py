@@ -201,7 +201,7 @@ def _output_names(comparison: Comparison) -> list[str]:
 
 
 def _spread_text(spread: Spread) -> str:
-    return f"{spread['mean']:.2f}" if spread["std"] is None else f"{spread['mean']:.2f} ± {spread['std']:.2f}"
+    return render.spread(spread["mean"], spread["std"], ".2f")
 
 
 def _difference_text(difference: Difference | None) -> str:

@@ -110,6 +110,11 @@ def number(value: float | None, spec: str) -> str:
     return MISSING if value is None else format(value, spec)
 
 
+def spread(mean: float | None, std: float | None, spec: str) -> str:
+    """Return a mean and its standard deviation as text; the mean alone where there is none."""
+    return number(mean, spec) if mean is None or std is None else f"{mean:{spec}} ± {std:{spec}}"
+
+
 def with_prefix(value: float) -> str:
     """Return a number with three significant digits and a prefix, such as "38.1 M"; plain below 1,000."""
     for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):

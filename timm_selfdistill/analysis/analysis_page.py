@@ -168,15 +168,14 @@ def _finish_panel(axes: "Axes", title: str) -> None:
 def _noise(noise: NoiseCurves) -> render.Table:
     curves = [noise["network"]] if noise["baseline"] is None else [noise["network"], noise["baseline"]]
     header = ["noise", "top-1 %", "loss", "baseline %", "its loss"][: 1 + 2 * len(curves)]
-    rows = [
-        [f"{points[0]['sigma']:g}", *(cell for point in points for cell in _cells(point))]
-        for points in zip(*curves, strict=True)
-    ]
+    rows = []
+    for points in zip(*curves, strict=True):
+        row = [f"{points[0]['sigma']:g}"]
+        for point in points:
+            row.append(render.spread(point["top1"], point["top1_std"], ".2f"))
+            row.append(render.spread(point["loss"], point["loss_std"], ".3f"))
+        rows.append(row)
     return [header, *rows]
-
-
-def _cells(point: NoisePoint) -> list[str]:
-    return [_spread(point["top1"], point["top1_std"], ".2f"), _spread(point["loss"], point["loss_std"], ".3f")]
 
 
 def _gradients(analysis: Analysis) -> render.Table:
@@ -205,10 +204,6 @@ def _features(features: list[FeatureRow]) -> render.Table:
             ]
         )
     return rows
-
-
-def _spread(mean: float | None, std: float | None, spec: str) -> str:
-    return render.number(mean, spec) if mean is None or std is None else f"{mean:{spec}} ± {std:{spec}}"
 
 
 def _sentences(analysis: Analysis) -> list[str]:

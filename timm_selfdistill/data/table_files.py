@@ -73,7 +73,10 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Table:
     try:
         stored = _read(file, list(columns.values()))
         label = datasets.Features.from_arrow_schema(stored.schema)[columns["label"]]
-        found = {use: _plain(stored[column]) for use, column in columns.items()}
+        found = {use: stored[column] for use, column in columns.items()}
+        for use, values in found.items():
+            if types.is_dictionary(values.type) or types.is_large_string(values.type):  # strings, stored in another way
+                found[use] = values.cast(pa.string())
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         raise _unreadable(file, error) from error
     for use in columns.keys() & {"path", "split"}:
@@ -151,12 +154,6 @@ def _is_text(file: Path) -> bool:
 def _is_string(kind: pa.DataType) -> bool:
     plain = kind.value_type if types.is_dictionary(kind) else kind
     return bool(types.is_string(plain) or types.is_large_string(plain))
-
-
-def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return strings that are stored in another way as plain ones."""
-    is_other = types.is_dictionary(values.type) or types.is_large_string(values.type)
-    return values.cast(pa.string()) if is_other else values
 
 
 def _unreadable(file: Path, error: Exception) -> ValueError:

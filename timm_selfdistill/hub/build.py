@@ -58,7 +58,7 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
         # Another network: refused before it is run.
         _check_shapes(folder / first, backbone, weights[first])
     with _explained(where, tensors), torch.device("meta"), limit:
-        ours = _is_ours(saved.head)
+        ours = saved.head == PUBLISHED or HEADS.get(saved.head).__module__.startswith("timm_selfdistill.")
         # A head of another package may compute numbers while it is built, which fails on the meta device.
         blank = _wrap(backbone, saved if ours else replace(saved, head="linear", head_kwargs={}))
         check_image("input_size", resolve_input_data_config(blank.backbone, _STATISTICS)["input_size"][1:])
@@ -124,10 +124,6 @@ def sha256_of(data: bytes) -> str:
 
 def _create(folder: Path) -> Any:
     return timm.create_model(f"local-dir:{folder}", pretrained=False)
-
-
-def _is_ours(head: str) -> bool:
-    return head == PUBLISHED or HEADS.get(head).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _wrap(backbone: Any, saved: Saved) -> SelfDistillModel:
