@@ -65,7 +65,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any] | EncodedState, step:
     temporary, replaced = folder / f".{final.name}", folder / f"{final.name}{_REPLACED}"
     try:
         write_files(temporary, encoded)
-    except BaseException:
+    except BaseException:  # a signal too
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if final.is_symlink():

@@ -77,7 +77,7 @@ def run_safely(run: Callable[[], int | None]) -> int:
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         return interruption.exit_status
-    except Exception as error:
+    except Exception as error:  # raised again below if it is of no known kind
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return 1
         said, status = failure_of_machine(error), 1

@@ -153,7 +153,7 @@ def _readable(section: DataSection) -> Iterator[None]:
     """Turn the errors of `datasets` and pyarrow, which have no common base class, into ones that name `data.path`."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of the file system, the network, or whatever reads the format
         if isinstance(error, FileNotFoundError | ConnectionError) and not Path(section.path).expanduser().exists():
             raise ValueError(
                 f"data.path {section.path!r} cannot be opened; it can be 'digits', a folder or file, or a data set on "

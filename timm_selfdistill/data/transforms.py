@@ -11,6 +11,7 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.model_config import resolve_input_data_config
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor, nn
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop
 
 from timm_selfdistill.checks import Count, Number, Positive, check
 from timm_selfdistill.recipe import AugmentSection, DataSection
@@ -128,8 +129,6 @@ def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:
             f"augment.auto_augment {augment.auto_augment!r} and augment.grayscale_prob {augment.grayscale_prob} need 1 "
             "or 3 channels; the model takes 4."
         )
-    from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop
-
     height, width = config.image_size
     settings = {name: getattr(augment, name) for name in _TIMM_SETTINGS}
     if pad:
