@@ -14,22 +14,22 @@ from timm_selfdistill.stop import leave_on_signals
 # arguments to a parser, and one that takes their values by name and returns an exit status, or None for 0.
 _COMMANDS: Final = {
     "train": ("train.run", "train from a recipe (the same as accelerate launch's module)"),
-    "finish": ("cli.run_commands", "make the report and the model of a run that was stopped"),
+    "finish": ("cli_runs", "make the report and the model of a run that was stopped"),
     "compare": ("compare", "train a recipe with several losses and seeds, side by side"),
-    "evaluate": ("cli.run_commands", "report every exit of a trained model on a data set"),
+    "evaluate": ("cli_runs", "report every exit of a trained model on a data set"),
     "calibrate": (
-        "cli.run_commands",
+        "cli_runs",
         "choose when a trained model answers early, by images that it was not trained on",
     ),
     "analyze": (
-        "cli.run_commands",
+        "cli_runs",
         "measure on a trained model why the method works: noise on weights, gradients, features",
     ),
-    "predict": ("cli.model_commands", "classify image files"),
-    "export": ("cli.model_commands", "write the network up to an exit as safetensors, torch.export or ONNX"),
-    "push": ("cli.model_commands", "push a trained model to the Hugging Face Hub"),
-    "exits": ("cli.model_commands", "show where exits could hang on a timm model, and what they would cost"),
-    "recipes": ("cli.main", "list the shipped recipes"),
+    "predict": ("cli_models", "classify image files"),
+    "export": ("cli_models", "write the network up to an exit as safetensors, torch.export or ONNX"),
+    "push": ("cli_models", "push a trained model to the Hugging Face Hub"),
+    "exits": ("cli_models", "show where exits could hang on a timm model, and what they would cost"),
+    "recipes": ("cli", "list the shipped recipes"),
 }
 
 
@@ -56,3 +56,6 @@ def _print_recipes() -> None:
 
 
 COMMANDS: Final = {"recipes": (lambda parser: None, _print_recipes)}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from timm_selfdistill.analysis import DRAWS, IMAGES, SIGMAS, analyze_folder, format_analysis
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
-from timm_selfdistill.cli.model_commands import add_from_checkpoint, add_run_folder
+from timm_selfdistill.cli_models import add_from_checkpoint, add_run_folder
 from timm_selfdistill.early_exit import FALLBACKS, list_rules
 from timm_selfdistill.report import format_table
 from timm_selfdistill.train import evaluate_folder, finish_folder
