@@ -1,6 +1,8 @@
 """What is said of failures, and with which exit status."""
 
 import errno
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -128,6 +130,17 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdout", Closed())
     assert run_safely(lambda: None) == 1
     assert (moved, capsys.readouterr().err) == ([1], "")
+
+
+def test_a_reader_that_has_gone_in_the_middle_of_a_long_text_is_no_error() -> None:
+    code = (
+        "import sys; from timm_selfdistill.program import run_safely; sys.exit(run_safely(lambda: print('x' * 10**6)))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_the_message_of_a_loader_process_is_its_last_line() -> None:

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -189,7 +190,12 @@ def _reader_is_gone() -> bool:
     """Whether the reader of the output has ended, as with `| head`; then Python must not complain at its own end."""
     try:
         sys.stdout.flush()
+        # What could not be written may have been dropped, so that nothing is left to flush.
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        is_gone = bool(output.poll(0))
     except BrokenPipeError:
+        is_gone = True
+    if is_gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return is_gone
