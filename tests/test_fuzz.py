@@ -404,7 +404,7 @@ def test_what_is_not_damaged_is_read(saved: Path, model_folder: Path, folder: Pa
     assert load_recipe(folder / "example.yaml") == load_recipe(EXAMPLE)
 
 
-@bounded(150)
+@bounded(50)
 @given(st.data())
 def test_model_folders_with_another_configuration(folder: Path, model_folder: Path, data: st.DataObject) -> None:
     path = folder / "other"
@@ -418,7 +418,7 @@ def test_model_folders_with_another_configuration(folder: Path, model_folder: Pa
     check_model(path)
 
 
-@bounded(60)
+@bounded(30)
 @given(damages())
 def test_damaged_model_folders(folder: Path, model_folder: Path, harm: Callable[[Path], None]) -> None:
     path = folder / "harmed"

@@ -129,7 +129,13 @@ RGB_ONLY = {"CSATv2"}
 ENCODERS = {name for name in MEMBERS if name.endswith("Encoder")}
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+# Cells of many branches, slow to build and trace; the tests on the meta device have them too.
+LARGE = {"NASNetALarge", "PNASNet5Large"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in MEMBERS]
+)
 def test_one_member_of_every_class(name):
     row = check_backbone(MEMBERS[name])
     assert row["class"] == name
@@ -141,7 +147,7 @@ def test_one_member_of_every_further_form(form):
     assert check_backbone(FORMS[form])["status"] == "supported"
 
 
-@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("channels", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(set(MEMBERS) - ENCODERS - RGB_ONLY))
 def test_every_class_takes_other_numbers_of_input_channels(name, channels):
     member = MEMBERS[name]
