@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.option.markexpr:
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes many minutes: run it with -m slow"))
+                item.add_marker(pytest.mark.skip(reason="slow: run it with -m slow"))
 
 
 # The tensors are tiny: more threads would only wait for one another.
@@ -92,7 +92,7 @@ def images() -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Most tests are not about the times and the picture in a run's report."""
+    """Most tests are not about the times and the picture in a report."""
     if "whole_reports" not in request.keywords:
         quicken(monkeypatch.setattr)
 

@@ -1,10 +1,11 @@
-"""Reports of runs that time each exit once, not for two seconds, and draw nothing."""
+"""Reports of runs and calibrations that time each exit once, not for two seconds, and draw nothing."""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 from matplotlib.figure import Figure
 
+from timm_selfdistill.calibration import calibration_page
 from timm_selfdistill.report import report_content, report_page
 
 
@@ -13,4 +14,5 @@ def quicken(patch: Callable[[object, str, object], None] = setattr) -> None:
     for name, value in (("_WARM_UP_ROUNDS", 0), ("_MIN_ROUNDS", 1), ("_SECONDS", 0.0)):
         assert hasattr(report_content, name)
         patch(report_content, name, value)
-    patch(report_page, "_PAGE", replace(report_page._PAGE, draw=lambda content: Figure((1, 1))))
+    for module in (report_page, calibration_page):
+        patch(module, "_PAGE", replace(module._PAGE, draw=lambda content: Figure((1, 1))))

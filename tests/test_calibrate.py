@@ -222,6 +222,7 @@ def test_rules_that_cannot_be_used_are_named(run, example_rules, monkeypatch, ca
     assert len(sd.from_pretrained(run / "model").heads) == 3
 
 
+@pytest.mark.whole_reports
 def test_what_is_reported(run):
     report = calibrate_folder(run, Goal(max_accuracy_drop=3))
     model = sd.from_pretrained(run / "model")
