@@ -359,6 +359,7 @@ def test_a_model_folder_without_a_run_needs_data(run, tmp_path, capsys):
         (["schedule.regime=frozen"], "the backbone was frozen"),
         (["teacher={name: resnet18}"], "a model from outside taught too"),
         (["loss.kd_warmup_epochs=1"], None),
+        (["loss.teacher=ensemble"], None),
         (["loss.preset=none"], None),
     ],
 )

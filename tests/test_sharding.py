@@ -52,6 +52,8 @@ OPTIONS = {
         "optimizer.layer_decay=0.75",
         "exits.hint_adapter=true",
         "loss.preset=byot-tpami2021",
+        "loss.gate=[0,0.5,1]",
+        "loss.gate_fade=0.5",
     ],
     "frozen": ["schedule.regime=frozen", "optimizer.name=lamb"],
     # Adam would make large steps of what is rounded in 16 bits where a gradient is zero, as that of a key's bias.

@@ -256,6 +256,9 @@ def test_unknown_settings_of_the_loss_are_refused():
         loss(kd_weight="1e-3")
     with pytest.raises(ValueError, match=r"Needs\(ema=True.*which torchdistill does not provide"):
         loss(teacher="ema")
+    with pytest.raises(ValueError, match=r"gate=0\.5.*which torchdistill does not provide"):
+        loss(gate=0.5)
+    loss(teacher="ensemble", deepest_kd_weight=0.5)
 
 
 def test_another_packages_loss_is_found_by_its_name_and_must_have_no_parameters(monkeypatch):

@@ -259,7 +259,7 @@ def _own_loss(model: SelfDistillModel, ran: Recipe | None) -> tuple[str | None, 
     needs = needs_of(criterion)
     if needs.gate != 1 or needs.gate_fade:
         return "a gate changed the gradients of the exits", None
-    if needs != Needs(time=needs.time, exits=needs.exits, features=needs.features):
+    if needs != Needs(time=needs.time, exits=needs.exits, features=needs.features, ensemble=needs.ensemble):
         return "the loss needs other networks or special batches", None
     # At the end of training, after any warm-up.
     given = {"time": TrainingTime(ran.epochs, ran.epochs)} if needs.time else {}

@@ -90,7 +90,7 @@ class ExitLoss(nn.Module):
                 f"The loss {name!r} has parameters, which torchdistill would not train: put them into the model."
             )
         needs = needs_of(self.loss)
-        if needs != Needs(exits=needs.exits, features=needs.features):
+        if needs != Needs(exits=needs.exits, features=needs.features, ensemble=needs.ensemble):
             raise ValueError(
                 f"The loss {name!r} has {needs}, which torchdistill does not provide: train a recipe, or a "
                 "SelfDistillationTask."
