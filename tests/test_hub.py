@@ -218,7 +218,7 @@ def test_a_licence_that_is_given_at_the_push_is_the_cards() -> None:
         card = f"{model_card(model, make_training(), license=before)}\nMy own words.\n"
         pushed = card_for_repository(card, model, "me/net", license="cc-by-4.0")
         assert ModelCard(pushed).data.license == "cc-by-4.0"
-        assert len(ModelCard(pushed).data.eval_results) == 2
+        assert len(ModelCard(pushed).data.eval_results) == 3
         assert pushed.count("Licence: cc-by-4.0.") == pushed.count("Licence: ") == 1
         assert pushed.rstrip().endswith("My own words.")
 
