@@ -16,6 +16,7 @@ from timm_selfdistill.data.decode import SkipList, merge_skipped
 from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.exit_logits import collect_logits, fit_ensemble
+from timm_selfdistill.files import locked
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
@@ -23,7 +24,7 @@ from timm_selfdistill.recipe import AugmentSection, Recipe
 from timm_selfdistill.report import Report, build_report, write_report
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import unwrapped_model
-from timm_selfdistill.train.launch import fresh_accelerate, locked
+from timm_selfdistill.train.launch import fresh_accelerate
 from timm_selfdistill.train.publish import ModelWriter
 from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, check_folder, read_record
 from timm_selfdistill.train.saved_run import (

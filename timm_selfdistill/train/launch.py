@@ -1,18 +1,14 @@
-"""Start a run: Accelerate and the lock of the folder; refuse launches that would do something else."""
+"""Start a run: Accelerate; refuse launches that would do something else."""
 
-import logging
 import os
-import re
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend, patch_environment
-from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -21,8 +17,6 @@ from timm_selfdistill.compat import accelerate_states
 from timm_selfdistill.losses import needs_of
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.train.train_state import JsonLinesTracker
-
-_logger = logging.getLogger(__name__)
 
 # What leaves each process with a part of the network, in ways that the loop does not know.
 _UNKNOWN_PARTS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -173,45 +167,6 @@ def refuse_loss(loss: nn.Module) -> None:
             f"The loss {type(loss).__name__} has {needs}, which is not done where each process has a part of the "
             f"network (FSDP2); allowed there are losses without ema, past and paired batches. {_REPLICATE}"
         )
-
-
-def is_lock(path: Path) -> bool:
-    """Whether a file is one that `locked` wrote, and not another program's of the same name."""
-    return path.is_file() and re.fullmatch(r"(process \d+ on .*)?", path.read_text(errors="replace")) is not None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep runs of other processes out of a folder, made if missing, while the body runs or until this process ends."""
-    path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise ValueError(f"output_dir: nothing can be written to {folder} ({error}): choose another one.") from error
-
-    def write_owner(descriptor: int) -> None:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-
-    # Forked loader processes, which may outlive a killed training, do not inherit it.
-    lock = FileLock(path, blocking=False, on_acquired=write_owner)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        owner = ""
-        with suppress(OSError):  # on Windows, a locked file cannot be read
-            owner = path.read_text()
-        raise ValueError(
-            f"output_dir: another run is under way in {folder} ({owner or 'unknown'}): wait for it, or choose another "
-            "one."
-        ) from error
-    except OSError as error:
-        _logger.warning("%s cannot be locked (%s): nothing prevents a second run into it.", folder, error)
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _join_again() -> None:

@@ -20,7 +20,7 @@ from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.loaders import build_loaders
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.escape import printable
-from timm_selfdistill.files import replace_file
+from timm_selfdistill.files import locked, replace_file
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.program import is_lost_process, run_program
@@ -33,7 +33,6 @@ from timm_selfdistill.train.evaluation import evaluate_model, fit_held_out, repo
 from timm_selfdistill.train.launch import (
     asks_for_sharding,
     fresh_accelerate,
-    locked,
     per_process_batch,
     refuse_loss,
     start_accelerator,
