@@ -197,6 +197,7 @@ def test_a_run_learns_from_a_timm_model_with_weights_in_a_file(tmp_path: Path, w
     train(recipe)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {f"self-distilled/train/teacher/{index}" for index in range(3)} <= set(lines[0])
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe
     assert str(weights.parent) not in (tmp_path / "run" / "recipe.yaml").read_text()
     sd.from_pretrained(tmp_path / "run" / "model")
     checkpoint = load_checkpoint(next((tmp_path / "run" / "checkpoints" / "self-distilled").iterdir()))
