@@ -125,6 +125,8 @@ class ForkServer:
         """Run code in a fork, in a folder, with command line arguments and with more environment variables."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("stdout", "stderr"))
+        for path in (out, err):
+            path.touch()
         job = {"code": code, "arguments": arguments, "folder": str(folder or self._folder), "environment": environment}
         return Fork(self, self.ask({**job, "stdout": str(out), "stderr": str(err)}), out, err)
 

@@ -6,8 +6,7 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,20 +115,22 @@ def test_one_process_has_nothing_to_share(tmp_path, monkeypatch):
     assert os.environ["ACCELERATE_USE_FSDP"] == "true"
 
 
-def test_a_folder_that_another_process_writes_to_is_refused(tmp_path, monkeypatch):
+def test_a_folder_that_another_process_writes_to_is_refused(forks, tmp_path, monkeypatch):
     # Its child, such as a loader process, may outlive it.
     holder = "import os, sys, time; from pathlib import Path; from timm_selfdistill.files import locked\n"
     holder += "with locked(Path(sys.argv[1])):\n"
     holder += "    child = os.fork() or time.sleep(600)\n"
-    holder += "    print(child, flush=True); sys.stdin.read()"
+    holder += "    print(child, flush=True); time.sleep(600)"
     monkeypatch.setattr(trainer.Trainer, "_train_epoch", lambda *args: pytest.fail("training began"))
-    with subprocess.Popen(
-        [sys.executable, "-c", holder, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        child = int(process.stdout.readline())
-        with pytest.raises(ValueError, match=f"another run is under way in .* .process {process.pid} on "):
-            train(load_recipe("digits", [f"output_dir={tmp_path}"]))
-        process.kill()
+    process = forks.start(holder, [str(tmp_path)])
+    while not process.stdout.read_text().endswith("\n"):
+        assert process.poll() is None, process.wait()
+        time.sleep(0.01)
+    child = int(process.stdout.read_text())
+    with pytest.raises(ValueError, match=f"another run is under way in .* .process {process.pid} on "):
+        train(load_recipe("digits", [f"output_dir={tmp_path}"]))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait()[0] == -signal.SIGKILL
     assert not (tmp_path / "recipe.yaml").exists()
     with locked(tmp_path):
         os.kill(child, signal.SIGKILL)
