@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import timm_selfdistill as sd
 from timm_selfdistill.early_exit import replay
-from timm_selfdistill.exit_logits import _PULL, ExitLogits, collect_logits, fit_temperatures
+from timm_selfdistill.exit_logits import _BIAS_PULL, _PULL, ExitLogits, collect_logits, fit_temperatures
 
 CLASSES = 7
 
@@ -26,10 +26,11 @@ def answers(count: int, noise: tuple[float, ...] = (6.0, 2.0, 1.0), seed: int = 
     return torch.stack([right + n * torch.randn(count, CLASSES, generator=generator) for n in noise]), target
 
 
-def objective(weights: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+def objective(weights: Tensor, bias: Tensor, logits: Tensor, target: Tensor) -> Tensor:
     """Return what is minimised, as the docstring says it."""
-    loss = cross_entropy(torch.einsum("k,knc->nc", weights, logits), target, reduction="sum")
-    return loss + _PULL * ((weights - weights.mean()) ** 2).sum() + (weights.sum() - 1) ** 2 / 2
+    loss = cross_entropy(torch.einsum("k,knc->nc", weights, logits) + bias, target, reduction="sum")
+    loss = loss + _PULL * ((weights - weights.mean()) ** 2).sum() + (weights.sum() - 1) ** 2 / 2
+    return loss + _BIAS_PULL * (bias**2).sum()
 
 
 def accuracy(logits: Tensor, target: Tensor) -> float:
@@ -39,13 +40,17 @@ def accuracy(logits: Tensor, target: Tensor) -> float:
 @pytest.mark.parametrize("count", [10, 300])
 def test_no_other_weights_are_better(count: int) -> None:
     logits, target = answers(count)
-    found = torch.tensor(sd.fit_ensemble(logits=logits, target=target).weights)
-    best = objective(found, logits, target)
+    logits[:, :, 2] += 1.5  # a class that all outputs say too often
+    ensemble = sd.fit_ensemble(logits=logits, target=target)
+    found, bias = torch.tensor(ensemble.weights), torch.tensor(ensemble.bias)
+    assert bias.argmin() == 2
+    best = objective(found, bias, logits, target)
     generator = torch.Generator().manual_seed(1)
     for size in (1e-3, 1e-2, 1e-1):
         for _ in range(50):
             other = (found + size * torch.randn(3, generator=generator)).clamp_min(0)
-            assert objective(other, logits, target) >= best - 1e-4
+            shifted = bias + size * torch.randn(CLASSES, generator=generator)
+            assert objective(other, shifted, logits, target) >= best - 1e-4
 
 
 def test_weak_exits_count_less_and_the_ensemble_is_better_than_the_mean_on_other_images() -> None:
@@ -61,6 +66,7 @@ def test_each_running_ensemble_is_fitted_as_if_there_were_no_deeper_exits() -> N
     for exit in range(1, 3):
         alone = sd.fit_ensemble(logits=logits[: exit + 1], target=target)
         assert ensemble.prefix(exit).weights == pytest.approx(alone.weights)
+        assert ensemble.prefix(exit).bias == pytest.approx(alone.bias)
     assert ensemble.prefix(3) is ensemble
     assert ensemble.prefix(0).weights[0] > 0
     # Weak exits that count little among all count among themselves.
@@ -108,7 +114,8 @@ def test_a_loader_gives_what_its_logits_give_and_the_model_keeps_it() -> None:
         logits = torch.stack(model.eval()(images, return_exits=True).logits)
     assert found.weights == pytest.approx(sd.fit_ensemble(logits=logits, target=target).weights, abs=1e-4)
     assert model.ensemble is found
-    assert torch.allclose(found(logits), torch.einsum("k,kbc->bc", torch.tensor(found.weights), logits), atol=1e-5)
+    expected = torch.einsum("k,kbc->bc", torch.tensor(found.weights), logits) + torch.tensor(found.bias)
+    assert torch.allclose(found(logits), expected, atol=1e-5)
 
 
 def test_images_without_label_or_finite_logits_do_not_count() -> None:
@@ -141,14 +148,18 @@ def test_weights_that_make_no_ensemble_are_refused(weights: tuple[float, ...]) -
 
 
 def test_an_ensemble_survives_json_and_says_what_is_none() -> None:
-    for ensemble in (sd.Ensemble((0.25, 0.5)), sd.Ensemble((0.25, 0.5, 1.0), 7, ((1.0,), (0.5, 0.0)))):
+    running = (sd.Ensemble((1.0,), 7, (0.5, -0.5)), sd.Ensemble((0.5, 0.0), 7, (0.0, 1.0)))
+    for ensemble in (sd.Ensemble((0.25, 0.5)), sd.Ensemble((0.25, 0.5, 1.0), 7, (0.1, -0.2), running)):
         assert sd.Ensemble.from_json(json.loads(json.dumps(ensemble.to_json()))) == ensemble
     assert sd.Ensemble.from_json({"weights": [0.25, 0.5]}) == sd.Ensemble((0.25, 0.5))  # as it was saved at first
     good = {"weights": [0.25, 0.5]}
     wrongs: list[Any] = [{}, {"weights": 3}, {"weights": ["x"]}, [], good | {"images": 0}, good | {"images": 1.5}]
-    wrongs += [good | {"running": running} for running in ([[1.0], [0.5, 0.5]], [[-1.0]], [[0.0]], [1.0], 3)]
+    one: dict[str, Any] = {"weights": [1.0]}
+    wrongs += [good | {"running": running} for running in ([one, good], [], [{"weights": [-1.0]}], [1.0], 3)]
+    wrongs += [good | {"bias": ["x"]}, good | {"bias": [math.inf]}, good | {"bias": 3}]
+    wrongs += [good | {"bias": [0.5, 0.5], "running": [one]}, good | {"running": [one | {"bias": [0.5]}]}]
     for wrong in wrongs:
-        with pytest.raises(ValueError, match=r"weights|could not convert|number of images"):
+        with pytest.raises(ValueError, match=r"weights|could not convert|number of images|running|bias"):
             sd.Ensemble.from_json(wrong)
 
 
@@ -165,7 +176,10 @@ def test_a_fitted_ensemble_is_saved_with_the_model_and_the_mean_is_not(tmp_path:
     assert model.ensemble.is_mean
 
 
-@pytest.mark.parametrize("saved", [{"weights": [1.0]}, {"weights": [0, 0, 0, 0]}, {"weights": ["x"] * 4}, 7])
+@pytest.mark.parametrize(
+    "saved",
+    [{"weights": [1.0]}, {"weights": [0, 0, 0, 0]}, {"weights": ["x"] * 4}, {"weights": [1] * 4, "bias": [0.5]}, 7],
+)
 def test_a_saved_ensemble_that_does_not_fit_is_refused(saved: Any, tmp_path: Path) -> None:
     sd.save_pretrained(sd.wrap("test_resnet", num_classes=CLASSES, image_size=64).eval(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -95,12 +95,14 @@ def test_the_last_exit_is_the_backbone(model, images, tmp_path, format):
 
 @pytest.mark.parametrize("format", SUFFIXES)
 def test_one_graph_runs_all_exits_and_combines_them(model, images, tmp_path, format):
-    model.ensemble = sd.Ensemble((0.1, 0.0, 0.3, 0.5), images=100)
+    bias = (0.5, -0.25, 0.0, 1.0, 0.125)
+    model.ensemble = sd.Ensemble((0.1, 0.0, 0.3, 0.5), images=100, bias=bias)
     path = export(model, "ensemble", tmp_path, format, dynamic_batch=True)
     with torch.no_grad():
         logits = model(images, return_exits=True).logits
     for count in (4, 1):
-        check(path, (0.1 * logits[0] + 0.3 * logits[2] + 0.5 * logits[3])[:count], images[:count])
+        expected = 0.1 * logits[0] + 0.3 * logits[2] + 0.5 * logits[3] + torch.tensor(bias)
+        check(path, expected[:count], images[:count])
     if format == "torch-export":
         extra = {METADATA: ""}
         program = torch.export.load(path, extra_files=extra)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 _LOWEST_TEMPERATURE: Final = 0.05
 _HIGHEST_TEMPERATURE: Final = 20.0
-# How strongly the weights are held together, in nats for a deviation of 1: as much as a few dozen images say.
+# How strongly the weights are held together, and biases at 0, in nats for a deviation of 1: as much as a few dozen
+# images say.
 _PULL: Final = 30.0
+_BIAS_PULL: Final = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,10 +161,10 @@ def fit_ensemble(
 ) -> Ensemble:
     """Fit the weights of the exits in the ensemble, and keep them with the model.
 
-    The weights, at least 0, minimise the cross-entropy of the weighted sum of the logits. Differences between them are
-    penalised by as much as a few dozen images say: with few images, the mean comes out. The problem is convex, so the
-    answer depends on the images alone. The ensembles of the exits 0 to k, with which a running ensemble answers, are
-    fitted in the same way.
+    The weights, at least 0, and a bias of each class minimise the cross-entropy of the weighted sum of the logits.
+    Differences between the weights, and biases, are penalised by as much as a few dozen images say: with few images,
+    the mean comes out. The problem is convex, so the answer depends on the images alone. The ensembles of the exits 0
+    to k, with which a running ensemble answers, are fitted in the same way.
 
     Give images that the network was not trained on, and that nothing is reported on.
 
@@ -199,8 +201,8 @@ def fit_ensemble(
         raise ValueError("There are no images to fit the ensemble on: none has finite logits.")
     members, labels = stored.logits[:, finite].double(), stored.targets[finite]
     # A running ensemble of weak exits is another problem than that of all, in which they may have no weight.
-    *running, weights = (_fit_weights(members[:count], labels) for count in range(1, outputs + 1))
-    ensemble = Ensemble(weights, len(labels), tuple(running))
+    *running, whole = (_fit_combination(members[:count], labels) for count in range(1, outputs + 1))
+    ensemble = replace(whole, running=tuple(running))
     if model is not None:
         model.ensemble = ensemble
     return ensemble
@@ -248,24 +250,32 @@ def _fit_temperature(logits: Tensor, targets: Tensor) -> float:
     return math.exp(brentq(slope, low, high, xtol=1e-8))
 
 
-def _fit_weights(logits: Tensor, target: Tensor) -> tuple[float, ...]:
-    """Return the weights that minimise the cross-entropy, held together and, all at once, near the mean."""
+def _fit_combination(logits: Tensor, target: Tensor) -> Ensemble:
+    """Return the weights and biases that minimise the cross-entropy, held together and, all at once, near the mean."""
     from scipy.optimize import minimize
 
+    outputs, images, classes = logits.shape
     logits = logits - logits.mean(-1, keepdim=True)
-    of_target = logits.gather(-1, target.expand(len(logits), -1).unsqueeze(-1)).sum((1, 2))
+    of_target = logits.gather(-1, target.expand(outputs, -1).unsqueeze(-1)).sum((1, 2))
+    counts = target.bincount(minlength=classes)
 
-    def objective(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        weight = torch.from_numpy(weights)
-        total = torch.einsum("k,knc->nc", weight, logits)
+    def objective(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        weight, bias = torch.from_numpy(values).split_with_sizes([outputs, classes])
+        total = torch.einsum("k,knc->nc", weight, logits) + bias
         apart, size = weight - weight.mean(), weight.sum() - 1
-        value = total.logsumexp(-1).sum() - weight @ of_target + _PULL * apart.square().sum() + size.square() / 2
-        slope = torch.einsum("nc,knc->k", total.softmax(-1), logits) - of_target + 2 * _PULL * apart + size
-        return float(value), slope.numpy()
+        value = total.logsumexp(-1).sum() - weight @ of_target - bias @ counts.double()
+        value += _PULL * apart.square().sum() + size.square() / 2 + _BIAS_PULL * bias.square().sum()
+        expected = total.softmax(-1)
+        of_weight = torch.einsum("nc,knc->k", expected, logits) - of_target + 2 * _PULL * apart + size
+        of_bias = expected.sum(0) - counts + 2 * _BIAS_PULL * bias
+        return float(value), torch.cat([of_weight, of_bias]).numpy()
 
-    outputs = len(logits)
-    found = minimize(
-        objective, np.full(outputs, 1 / outputs), jac=True, method="L-BFGS-B", bounds=[(0, None)] * outputs
-    )
+    start = np.concatenate([np.full(outputs, 1 / outputs), np.zeros(classes)])
+    bounds = [(0.0, None)] * outputs + [(None, None)] * classes
+    # To rounding: by default it stops where the scale of all weights, which hardly matters, is a per cent off.
+    limits = {"ftol": 1e-14, "gtol": 1e-7, "maxiter": 300}
+    result = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=limits)
+    found = result.x.tolist()
+    weights, bias = tuple(found[:outputs]), tuple(found[outputs:])
     # Outputs that are worse than to say nothing get no weight: where all are, the mean stays.
-    return tuple(found.x.tolist()) if found.x.any() else (1 / outputs,) * outputs
+    return Ensemble(weights if any(weights) else (1 / outputs,) * outputs, images, bias)

@@ -135,7 +135,7 @@ def load_folder(folder: str | Path) -> SelfDistillModel:
     for name, module in ((BACKBONE, model.backbone), (EXITS, model.heads)):
         load_weights(module, weights[name], folder / name)
     if saved.ensemble is not None:
-        model.ensemble = _ensemble(folder, saved.ensemble, model.num_exits + 1)
+        model.ensemble = _ensemble(folder, saved.ensemble, model)
     return model.eval()
 
 
@@ -252,12 +252,15 @@ def _check_can_be_built(folder: Path, backbone: nn.Module) -> None:
         )
 
 
-def _ensemble(folder: Path, value: Any, outputs: int) -> Ensemble:
-    """Return the ensemble that was saved with a model of this number of outputs."""
+def _ensemble(folder: Path, value: Any, model: SelfDistillModel) -> Ensemble:
+    """Return the ensemble that was saved with a model."""
+    outputs, classes = model.num_exits + 1, model.num_classes
     try:
         ensemble = Ensemble.from_json(value)
         if len(ensemble.weights) != outputs:
             raise ValueError(f"it has {len(ensemble.weights)} weights for {outputs} outputs")
+        if ensemble.bias is not None and len(ensemble.bias) != classes:
+            raise ValueError(f"it has a bias for {len(ensemble.bias)} classes, the model has {classes}")
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} holds an ensemble that is not allowed: {error}") from error
     return ensemble

@@ -12,37 +12,45 @@ from timm_selfdistill.checks import is_integer
 
 @dataclass(frozen=True)
 class Ensemble:
-    """A weighted sum of the logits of all exits; made by `fit_ensemble` or `Ensemble.mean`.
+    """A weighted sum of the logits of all exits, and a bias; made by `fit_ensemble` or `Ensemble.mean`.
 
     Args:
         weights: One for each of the K exits, shallow to deep, and one for the backbone's own classifier; at least 0.
         images: How many held-out images it was fitted on, where that is known.
-        running: For each of the K exits, the k + 1 weights with which the exits 0 to k are combined without the deeper
-            ones; by default the same weights, scaled to the sum of all.
+        bias: What is added to the logits of each class; nothing by default.
+        running: For each of the K exits, the ensemble of the exits 0 to k, without the deeper ones; by default it has
+            the same weights, scaled to the sum of all, and the same bias.
 
     Raises:
-        ValueError: If a weight is negative or no finite number, all of a combination are 0, the number of images is not
-            positive, or `running` has not k + 1 weights for each of the exits.
+        ValueError: If a weight is negative or no finite number, none is above 0, a bias is no finite number, the number
+            of images is not positive, or `running` is not of 1, 2, ..., K outputs and as many classes.
     """
 
     weights: tuple[float, ...]
     images: int | None = None
-    running: tuple[tuple[float, ...], ...] | None = None
+    bias: tuple[float, ...] | None = None
+    running: tuple["Ensemble", ...] | None = None
 
     def __post_init__(self) -> None:
-        for weights in (self.weights, *(self.running or ())):
-            if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-                raise ValueError(
-                    f"The weights of an ensemble are {list(weights)}; they must be finite, at least 0 and not all 0."
-                )
-        sizes = list(range(1, len(self.weights)))
-        if self.running is not None and [len(weights) for weights in self.running] != sizes:
+        if not all(math.isfinite(weight) and weight >= 0 for weight in self.weights) or not any(self.weights):
             raise ValueError(
-                f"The running weights of an ensemble of {len(self.weights)} outputs are for "
-                f"{[len(weights) for weights in self.running]} exits; they must be for {sizes}."
+                f"The weights of an ensemble are {list(self.weights)}; they must be finite, at least 0 and not all 0."
             )
         if self.images is not None and not (is_integer(self.images) and self.images > 0):
             raise ValueError(f"The number of images of an ensemble is {self.images!r:.100}; it must be 1 or more.")
+        if not all(map(math.isfinite, self.bias or ())):
+            raise ValueError(f"The bias of an ensemble is {list(self.bias or ())!r:.300}; it must be finite.")
+        members = self.running or ()
+        sizes = [len(member.weights) for member in members]
+        if self.running is not None and sizes != list(range(1, len(self.weights))):
+            raise ValueError(
+                f"The running ensembles have {sizes} outputs; of weights for {len(self.weights)} they must have "
+                f"{list(range(1, len(self.weights)))}."
+            )
+        if any((member.bias is None) != (self.bias is None) for member in members) or any(
+            len(member.bias or ()) != len(self.bias or ()) for member in members
+        ):
+            raise ValueError("The running ensembles must have a bias for the same classes as the ensemble.")
 
     @classmethod
     def mean(cls, outputs: int) -> Self:
@@ -53,11 +61,12 @@ class Ensemble:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Return what `to_json` was called on; raise ValueError for anything else."""
         try:
-            running = value.get("running")
+            bias, running = value.get("bias"), value.get("running")
             return cls(
                 _numbers(value["weights"]),
                 value.get("images"),
-                None if running is None else tuple(_numbers(weights) for weights in running),
+                None if bias is None else _numbers(bias),
+                None if running is None else tuple(cls.from_json(member) for member in running),
             )
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"An ensemble is a mapping with a list 'weights'; got {value!r:.200}.") from error
@@ -73,18 +82,19 @@ class Ensemble:
         return "ensemble (mean)" if self.is_mean else "ensemble (fitted)"
 
     def prefix(self, exit: int) -> "Ensemble":
-        """Return how the exits 0 to `exit` are combined: by their running weights or, without, by the same weights.
+        """Return the ensemble of the exits 0 to `exit`: the running one or, without, that of the same weights.
 
         These are scaled to the sum of all; where none of the exits has one, the last of them answers alone.
         """
         if exit == len(self.weights) - 1:
             return self
         if self.running is not None:
-            return Ensemble(self.running[exit], self.images)
+            return self.running[exit]
         total, own = math.fsum(self.weights), math.fsum(self.weights[: exit + 1])
         if not own:
-            return Ensemble((0.0,) * exit + (total,), self.images)
-        return Ensemble(tuple(weight * total / own for weight in self.weights[: exit + 1]), self.images)
+            return Ensemble((0.0,) * exit + (total,), self.images, self.bias)
+        weights = tuple(weight * total / own for weight in self.weights[: exit + 1])
+        return Ensemble(weights, self.images, self.bias)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON holds it."""
@@ -100,13 +110,16 @@ class Ensemble:
             Logits [..., C].
 
         Raises:
-            ValueError: If there is not one weight for each.
+            ValueError: If there is not one weight for each, or one bias for each class.
         """
         if len(logits) != len(self.weights):
             raise ValueError(f"The ensemble has {len(self.weights)} weights for the logits of {len(logits)} outputs.")
         members = zip(self.weights, logits, strict=True)
+        if self.bias is not None and len(self.bias) != logits[0].shape[-1]:
+            raise ValueError(f"The ensemble has a bias for {len(self.bias)} classes, not {logits[0].shape[-1]}.")
+        start = logits[0].new_zeros(()) if self.bias is None else logits[0].new_tensor(self.bias)
         # A member of weight 0 may be NaN.
-        return sum((weight * member for weight, member in members if weight), start=logits[0].new_zeros(()))
+        return sum((weight * member for weight, member in members if weight), start=start)
 
 
 def _numbers(values: Any) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from timm_selfdistill import render
 from timm_selfdistill.escape import each_text, plot_text
@@ -62,12 +62,14 @@ def draw_report(report: Report) -> "Figure":
     render.plot_exits(figure, axes, exits, "-o", "exits")
     label = f"ensemble of all exits ({_percent(ensemble)})"
     render.plot_points(axes, [ensemble], "*", label, render.ORANGE, 17, zorder=4)
+    # Hollow, so that they show around the mean and the last exit where these are equally good.
+    hollow: dict[str, Any] = {"markerfacecolor": "none", "markeredgewidth": 1.6, "zorder": 2}
     for row in _fitted_rows(report):
-        render.plot_points(axes, [row], "P", f"fitted ensemble ({_percent(row)})", render.GREEN, 12, zorder=4)
+        label = f"fitted ensemble ({_percent(row)})"
+        render.plot_points(axes, [row], "s", label, render.GREEN, 17, markeredgecolor=render.GREEN, **hollow)
     if baseline is not None:
         label = f"baseline: the backbone trained on its own ({_percent(baseline)})"
-        # Hollow, so that it shows around the last exit where both are equally good.
-        hollow = {"markerfacecolor": "none", "markeredgecolor": render.GREY, "markeredgewidth": 1.6, "zorder": 2}
+        hollow["markeredgecolor"] = render.GREY
         render.plot_points(axes, [{**exits[-1], **baseline}], "D", label, render.GREY, 16, **hollow)
         if baseline["top1"] is not None:
             axes.axhline(baseline["top1"], color=render.GREY, linestyle=(0, (5, 4)), linewidth=1.3, zorder=2)
@@ -76,7 +78,8 @@ def draw_report(report: Report) -> "Figure":
     render.style_cost(axes, macs, exits[-1]["macs"], f"multiply-accumulates per image of {size}")
     render.style_accuracy(axes)
     render.style_axes(axes)
-    render.finish_picture(figure, axes, f"{report['backbone']}, self-distilled: accuracy at every exit")
+    title = f"{report['backbone']}, self-distilled: accuracy at every exit"
+    render.finish_picture(figure, axes, title, columns=2 if _fitted_rows(report) else 3)
     return figure
 
 
