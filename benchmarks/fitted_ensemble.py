@@ -24,6 +24,8 @@ recipe = {
         "pretrained": True,
         "kwargs": {"pretrained_cfg_overlay": weights},
     },
+    "exits": {"head": "bottleneck"},
+    "loss": {"preset": "byot-iccv2019"},
     # Of the 50,000 training images 100 are held out, and 2,500 of the others trained on.
     "data": {
         "path": str(arguments.data),
