@@ -1,6 +1,9 @@
 """Models that are larger than a machine, or than any model, are refused before they are given memory."""
 
 import contextlib
+import cProfile
+import pstats
+import statistics
 import sys
 import threading
 import time
@@ -33,6 +36,17 @@ def test_what_builds_too_much_is_ended_whatever_it_catches() -> None:
     assert sys.getprofile() is None
     assert not torch.nn.modules.module._global_parameter_registration_hooks
     assert not torch.nn.modules.module._global_module_registration_hooks
+
+
+def test_a_profiler_goes_on_after_it() -> None:
+    profile = cProfile.Profile()
+    profile.enable()
+    with BuildLimit(40, 20, 10_000):
+        nn.Linear(1, 1)
+    statistics.median([1.0])
+    profile.disable()
+    names = {name for _, _, name in pstats.Stats(profile).stats}
+    assert "median" in names
 
 
 def test_other_threads_may_build_what_they_want() -> None:

@@ -96,7 +96,7 @@ class BuildLimit:
             register_module_parameter_registration_hook(lambda *args: self._registered("parameters")),
             register_module_module_registration_hook(lambda *args: self._registered("modules")),
         )
-        self._profile = sys.getprofile()
+        self._profile: Any = sys.getprofile()
         if self._left["work"] is not None:
             sys.setprofile(self._called)
         return self
@@ -105,7 +105,10 @@ class BuildLimit:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._left["work"] is not None:
-            sys.setprofile(self._profile)
+            if hasattr(self._profile, "enable"):  # cProfile's, which sys.setprofile does not take
+                self._profile.enable()
+            else:
+                sys.setprofile(self._profile)
         for handle in self._handles:
             handle.remove()
 
