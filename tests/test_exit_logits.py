@@ -42,14 +42,14 @@ def test_no_other_weights_are_better(count: int) -> None:
     logits, target = answers(count)
     logits[:, :, 2] += 1.5  # a class that all outputs say too often
     ensemble = sd.fit_ensemble(logits=logits, target=target)
-    found, bias = torch.tensor(ensemble.weights), torch.tensor(ensemble.bias)
-    assert bias.argmin() == 2
+    found, bias = torch.tensor(ensemble.weights), torch.tensor(ensemble.bias or [0.0] * CLASSES)
+    assert count < 100 or bias.argmin() == 2
     best = objective(found, bias, logits, target)
     generator = torch.Generator().manual_seed(1)
     for size in (1e-3, 1e-2, 1e-1):
         for _ in range(50):
             other = (found + size * torch.randn(3, generator=generator)).clamp_min(0)
-            shifted = bias + size * torch.randn(CLASSES, generator=generator)
+            shifted = bias + bool(ensemble.bias) * size * torch.randn(CLASSES, generator=generator)
             assert objective(other, shifted, logits, target) >= best - 1e-4
 
 
@@ -65,8 +65,8 @@ def test_each_running_ensemble_is_fitted_as_if_there_were_no_deeper_exits() -> N
     ensemble = sd.fit_ensemble(logits=logits, target=target)
     for exit in range(1, 3):
         alone = sd.fit_ensemble(logits=logits[: exit + 1], target=target)
-        assert ensemble.prefix(exit).weights == pytest.approx(alone.weights)
-        assert ensemble.prefix(exit).bias == pytest.approx(alone.bias)
+        # A bias, which matters little here, may be kept in the one and not in the other.
+        assert ensemble.prefix(exit).weights == pytest.approx(alone.weights, rel=0.05)
     assert ensemble.prefix(3) is ensemble
     assert ensemble.prefix(0).weights[0] > 0
     # Weak exits that count little among all count among themselves.
@@ -79,6 +79,15 @@ def test_without_running_weights_the_same_weights_count() -> None:
     assert ensemble.prefix(1).weights == pytest.approx((0.0, 1.0))
     assert ensemble.prefix(2).weights == pytest.approx((0.0, 0.4, 0.6))
     assert sd.Ensemble.mean(4).prefix(1).weights == pytest.approx((0.5, 0.5))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.5])
+def test_a_bias_is_kept_where_it_helps_on_images_that_it_was_not_fitted_on(shift: float) -> None:
+    logits, target = answers(200)
+    logits[:, :, 2] += shift
+    ensemble = sd.fit_ensemble(logits=logits, target=target)
+    assert (ensemble.bias is not None) == (shift > 0)
+    assert all((ensemble.prefix(exit).bias is not None) == (shift > 0) for exit in range(2))
 
 
 def test_with_one_image_it_is_the_mean_but_for_its_scale() -> None:
@@ -114,7 +123,7 @@ def test_a_loader_gives_what_its_logits_give_and_the_model_keeps_it() -> None:
         logits = torch.stack(model.eval()(images, return_exits=True).logits)
     assert found.weights == pytest.approx(sd.fit_ensemble(logits=logits, target=target).weights, abs=1e-4)
     assert model.ensemble is found
-    expected = torch.einsum("k,kbc->bc", torch.tensor(found.weights), logits) + torch.tensor(found.bias)
+    expected = torch.einsum("k,kbc->bc", torch.tensor(found.weights), logits) + torch.tensor(found.bias or 0.0)
     assert torch.allclose(found(logits), expected, atol=1e-5)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from timm_selfdistill.exits import unchanged
@@ -161,10 +162,11 @@ def fit_ensemble(
 ) -> Ensemble:
     """Fit the weights of the exits in the ensemble, and keep them with the model.
 
-    The weights, at least 0, and a bias of each class minimise the cross-entropy of the weighted sum of the logits.
-    Differences between the weights, and biases, are penalised by as much as a few dozen images say: with few images,
-    the mean comes out. The problem is convex, so the answer depends on the images alone. The ensembles of the exits 0
-    to k, with which a running ensemble answers, are fitted in the same way.
+    The weights, at least 0, minimise the cross-entropy of the weighted sum of the logits. Differences between them are
+    penalised by as much as a few dozen images say: with few images, the mean comes out. A bias of each class is fitted
+    beside them, and penalised too, where that lowers the cross-entropy on the other half of the images. The problem is
+    convex, so the answer depends on the images alone. The ensembles of the exits 0 to k, with which a running ensemble
+    answers, are fitted in the same way.
 
     Give images that the network was not trained on, and that nothing is reported on.
 
@@ -201,7 +203,8 @@ def fit_ensemble(
         raise ValueError("There are no images to fit the ensemble on: none has finite logits.")
     members, labels = stored.logits[:, finite].double(), stored.targets[finite]
     # A running ensemble of weak exits is another problem than that of all, in which they may have no weight.
-    *running, whole = (_fit_combination(members[:count], labels) for count in range(1, outputs + 1))
+    bias = _bias_helps(members, labels)
+    *running, whole = (_fit_combination(members[:count], labels, bias) for count in range(1, outputs + 1))
     ensemble = replace(whole, running=tuple(running))
     if model is not None:
         model.ensemble = ensemble
@@ -250,7 +253,22 @@ def _fit_temperature(logits: Tensor, targets: Tensor) -> float:
     return math.exp(brentq(slope, low, high, xtol=1e-8))
 
 
-def _fit_combination(logits: Tensor, target: Tensor) -> Ensemble:
+def _bias_helps(logits: Tensor, target: Tensor) -> bool:
+    """Whether a bias that is fitted on one half of the images lowers the cross-entropy on the other, in both turns."""
+    # Halves that do not depend on the order of the images, which may be that of their classes.
+    order = logits[-1, :, 0].argsort()
+    halves = order[::2], order[1::2]
+    if not len(halves[1]):
+        return False
+    losses = {False: 0.0, True: 0.0}
+    for fitted, other in (halves, halves[::-1]):
+        for bias in losses:
+            ensemble = _fit_combination(logits[:, fitted], target[fitted], bias)
+            losses[bias] += float(cross_entropy(ensemble(logits[:, other]), target[other], reduction="sum"))
+    return losses[True] < losses[False]
+
+
+def _fit_combination(logits: Tensor, target: Tensor, with_bias: bool) -> Ensemble:
     """Return the weights and biases that minimise the cross-entropy, held together and, all at once, near the mean."""
     from scipy.optimize import minimize
 
@@ -271,11 +289,12 @@ def _fit_combination(logits: Tensor, target: Tensor) -> Ensemble:
         return float(value), torch.cat([of_weight, of_bias]).numpy()
 
     start = np.concatenate([np.full(outputs, 1 / outputs), np.zeros(classes)])
-    bounds = [(0.0, None)] * outputs + [(None, None)] * classes
+    free = (None, None) if with_bias else (0.0, 0.0)
+    bounds = [(0.0, None)] * outputs + [free] * classes
     # To rounding: by default it stops where the scale of all weights, which hardly matters, is a per cent off.
     limits = {"ftol": 1e-14, "gtol": 1e-7, "maxiter": 300}
     result = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=limits)
     found = result.x.tolist()
-    weights, bias = tuple(found[:outputs]), tuple(found[outputs:])
+    weights, bias = tuple(found[:outputs]), tuple(found[outputs:]) if with_bias else None
     # Outputs that are worse than to say nothing get no weight: where all are, the mean stays.
     return Ensemble(weights if any(weights) else (1 / outputs,) * outputs, images, bias)
