@@ -1,6 +1,7 @@
 """Measure the promise "any timm backbone": check every model that timm registers, and write what was found.
 
     python benchmarks/timm_coverage.py
+    python benchmarks/timm_coverage.py --costs      # only what the default exits cost: seconds a model
 
 Each model is checked by `backbone_checks.py`: on real tensors where it is small enough, else on torch's meta device.
 One JSON line a model goes to `--output`; a run that was stopped goes on from there. `docs/coverage.md` is written from
@@ -13,6 +14,7 @@ import os
 import platform
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -32,9 +34,13 @@ from backbone_checks import Subject, check_backbone
 
 import timm_selfdistill as sd
 from timm_selfdistill.exits import explore
+from timm_selfdistill.preview import preview_exits
 
 Row = dict[str, Any]
 
+_OUTPUT = Path("runs/timm_coverage.jsonl")
+# Of the multiply-accumulates that a head may cost, and of the parameters that all heads may have.
+_MAX_HEAD, _MAX_PARAMS = 0.1, 0.25
 # The memory of a process grows with every model that it builds.
 _MODELS_PER_PROCESS = 40
 _VERSIONS = {
@@ -52,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.chunk:
         _print_lines(args.chunk, args)
         return 0
-    names = [name for name in timm.list_models() if _is_of_timm(name) and fnmatch(name, args.models)]
+    names = [name for name in timm.list_models() if _is_of_timm(name) and fnmatch(name, args.models)][:: args.every]
+    if args.costs and args.output == _OUTPUT:
+        args.output = _OUTPUT.with_stem("timm_costs")
     rows = {} if args.fresh else _read(args.output)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w") as file:
@@ -64,16 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = {name: rows[name] for name in names if name in rows}
     failed = [row for row in rows.values() if row["status"] == "failed"]
     print(f"{len(rows)} of {len(names)} models, {len(failed)} failed: {', '.join(row['name'] for row in failed)}")
-    if args.report:
+    if args.costs:
+        print("\n".join(format_costs(list(rows.values()))))
+    elif args.report:
         args.report.write_text(format_report(list(rows.values()), len(names), arguments))
     return 1 if failed else 0
 
 
-def check_model(name: str, max_params: float, max_macs: float, seconds: int) -> Row:
+def check_model(name: str, max_params: float, max_macs: float, seconds: int, only_costs: bool) -> Row:
     """Check one model in this process.
 
     Args:
         name: Its name in timm.
+        only_costs: Check nothing but what its default exits cost.
         max_params: Most parameters of a model that is run on real tensors.
         max_macs: Most multiply-accumulates, for one image, of such a model.
         seconds: Time after which the model counts as failed.
@@ -88,9 +99,12 @@ def check_model(name: str, max_params: float, max_macs: float, seconds: int) -> 
     start = time.perf_counter()
     row: Row = {"name": name, "versions": _VERSIONS, "device": "meta"}
     try:
-        bare = _build_on_meta(name, max_params, max_macs)
-        row["device"] = "cpu" if bare is None else "meta"
-        row |= check_backbone(Subject(name, row["device"]), bare)
+        if not only_costs:
+            bare = _build_on_meta(name, max_params, max_macs)
+            row["device"] = "cpu" if bare is None else "meta"
+            row |= check_backbone(Subject(name, row["device"]), bare)
+        if only_costs or row["status"] == "supported":
+            row |= check_costs(name)
     except Exception as error:
         row |= {
             "status": "failed",
@@ -102,6 +116,31 @@ def check_model(name: str, max_params: float, max_macs: float, seconds: int) -> 
     return {**row, "seconds": round(time.perf_counter() - start, 2)}
 
 
+def check_costs(name: str) -> Row:
+    """Check that the default exits of a model are in proportion to it, with its own number of classes.
+
+    Returns:
+        "costs": "paths" and "heads", the shares of its multiply-accumulates that are spent when each exit has answered
+        and that each head has, and "params", the heads' share of its parameters.
+
+    Raises:
+        ValueError: If an exit costs what the network does, or the heads exceed their budget.
+    """
+    try:
+        preview = preview_exits(name)
+    except ValueError as error:
+        if "no get_classifier" in str(error):
+            return {"status": "encoder"}
+        raise
+    chosen = [row for row in preview.exits if row.is_chosen]
+    heads = [row.head_macs / preview.macs for row in chosen]
+    paths = [row.point.cost + head for row, head in zip(chosen, heads, strict=True)]
+    params = sum(row.head_params for row in chosen) / preview.params
+    if max(paths) >= 1 or max(heads) > _MAX_HEAD or params > _MAX_PARAMS:
+        raise ValueError(f"out of proportion: paths {paths}, heads {heads} of the MACs, {params} of the parameters")
+    return {"status": "supported", "costs": {"paths": paths, "heads": heads, "params": params}}
+
+
 def _is_of_timm(name: str) -> bool:
     """Return whether timm itself registers the model, and not this package."""
     return timm.model_entrypoint(name).__module__.startswith("timm.")
@@ -110,7 +149,9 @@ def _is_of_timm(name: str) -> bool:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Check every model that timm registers.")
     parser.add_argument("--models", default="*", metavar="PATTERN", help="check those whose name matches")
-    parser.add_argument("--output", type=Path, default=Path("runs/timm_coverage.jsonl"), help="a JSON line a model")
+    parser.add_argument("--output", type=Path, default=_OUTPUT, help="a JSON line a model")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="check every Nth model")
+    parser.add_argument("--costs", action="store_true", help="check nothing but what the default exits cost")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report here, such as docs/coverage.md")
     parser.add_argument("--fresh", action="store_true", help="forget the lines of earlier runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
@@ -152,6 +193,7 @@ def _check_chunk(names: Sequence[str], args: argparse.Namespace, report: Callabl
     left = list(names)
     while left:
         limits = [f"--max-params={args.max_params}", f"--max-macs={args.max_macs}", f"--seconds={args.seconds}"]
+        limits += ["--costs"] if args.costs else []
         command = [sys.executable, __file__, *limits, "--chunk", *left]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -176,7 +218,7 @@ def _print_lines(names: Sequence[str], args: argparse.Namespace) -> None:
     """Check models one after the other and print their lines, and nothing else, to the standard output."""
     lines, sys.stdout = sys.stdout, sys.stderr
     for name in names:
-        row = check_model(name, args.max_params, args.max_macs, args.seconds)
+        row = check_model(name, args.max_params, args.max_macs, args.seconds, args.costs)
         print(json.dumps(row), file=lines, flush=True)
 
 
@@ -243,6 +285,10 @@ def format_report(rows: Sequence[Row], registered: int, arguments: Sequence[str]
             "By default there are three exits. These have fewer points between 2 % and 97 % of their cost:",
             "",
             *_few_exits_table(supported),
+            "",
+            "## Heads in proportion",
+            "",
+            *format_costs(supported),
             "",
             "## Against timm's own feature maps",
             "",
@@ -320,6 +366,32 @@ def _few_exits_table(rows: Sequence[Row]) -> list[str]:
             few[row["family"], len(row["exits"])].append(f"`{row['name']}`")
     lines = ["| family | exits | models |", "|---|---:|---|"]
     return lines + [f"| `{family}` | {count} | {', '.join(names)} |" for (family, count), names in sorted(few.items())]
+
+
+def format_costs(rows: Sequence[Row]) -> list[str]:
+    """Return what the default exits cost, over all models of which it is known."""
+    costs = [row["costs"] for row in rows if "costs" in row]
+    if not costs:
+        return ["Not measured."]
+    lines = [
+        f"Of {len(costs):,} models with their own number of classes, each default exit, its head included, costs less "
+        "than the network; in percent of the network's multiply-accumulates (MACs) or parameters:",
+        "",
+        "| | least | median | most |",
+        "|---|---:|---:|---:|",
+    ]
+    columns = {
+        "MACs when the last exit has answered": [max(cost["paths"]) for cost in costs],
+        "MACs of the costliest head": [max(cost["heads"]) for cost in costs],
+        "MACs of all heads together": [sum(cost["heads"]) for cost in costs],
+        "parameters of all heads together": [cost["params"] for cost in costs],
+    }
+    for name, shares in columns.items():
+        low, middle, high = (100 * share for share in (min(shares), statistics.median(shares), max(shares)))
+        lines.append(f"| {name} | {low:.1f} | {middle:.1f} | {high:.1f} |")
+    counts = Counter(len(cost["paths"]) for cost in costs)
+    exits = ", ".join(f"{number:,} have {count}" for count, number in sorted(counts.items()))
+    return [*lines, "", f"Of these models {exits} exits."]
 
 
 def _oracle(rows: Sequence[Row]) -> list[str]:
