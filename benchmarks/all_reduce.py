@@ -32,10 +32,11 @@ from torch.profiler import ProfilerActivity, profile
 import timm_selfdistill as sd
 from timm_selfdistill.measure import MacCounter
 
-# The heads of each network; "none" is the plain network, "auto" are the default heads.
+# The heads of each network; "none" is the plain network, "auto" are the default heads, "published" the bottlenecks or
+# token heads.
 MODELS = {
-    "resnet50": ("none", "auto", "sepconv_attention", "linear"),
-    "vit_base_patch16_224": ("none", "auto", "linear"),
+    "resnet50": ("none", "auto", "published", "sepconv_attention", "linear"),
+    "vit_base_patch16_224": ("none", "auto", "published", "linear"),
 }
 GPUS = (8, 64)
 NUM_CLASSES = 1000
@@ -318,8 +319,8 @@ nothing else: the loss is computed on each process's own images, clipping needs 
 - **Broadcast** by the first process before each forward: the buffers of batch norm (`broadcast_buffers`, see
   [train.md](train.md#batch-norm)); `sync_batchnorm` adds exchanges in every batch norm, which are not counted here.
 
-For {classes} classes, images of 224 px, three exits and the default loss; `auto` are the default heads, `none` is
-the plain network. MB are 10^6 bytes, GMACs 10^9 multiply-accumulates.
+For {classes} classes, images of 224 px, three exits and the default loss; `auto` are the default heads, `published` the
+bottlenecks or token heads, `none` is the plain network. MB are 10^6 bytes, GMACs 10^9 multiply-accumulates.
 
 {paper}
 
@@ -329,8 +330,9 @@ lies between the two columns of shares: near that of the GMACs if the network is
 slow. That is an estimate: it leaves out what multiply-accumulates do not count ([performance.md](performance.md) has
 measured steps of one process), and no machine with several GPUs was available to measure.
 
-So a ViT pays little for its exits on any number of GPUs. The default heads of a ResNet-50 have more parameters than
-the backbone; if the network between machines is slow, `exits.head: linear` or `sepconv_attention` sends less.
+So a ViT pays little for its exits on any number of GPUs. The published heads of a ResNet-50 have more parameters than
+the backbone, the default ones a quarter; if the network between machines is slow, a smaller `exits.head_budget` sends
+less.
 
 ## Measured
 

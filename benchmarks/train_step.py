@@ -60,9 +60,10 @@ class Workload:
 
 
 WORKLOADS = {
-    "resnet18": Workload(32, 100, True, ("bottleneck", "sepconv_attention"), 32, 512),
-    "resnet50": Workload(224, 1000, False, ("bottleneck", "sepconv_attention"), 8, 128),
-    "vit_tiny_patch16_224": Workload(224, 1000, False, ("token", "linear"), 16, 256),
+    "resnet18": Workload(32, 100, True, ("auto", "bottleneck", "sepconv_attention"), 32, 512),
+    "resnet50": Workload(224, 1000, False, ("auto", "bottleneck", "sepconv_attention"), 8, 128),
+    "tf_efficientnet_lite0": Workload(224, 1000, False, ("auto",), 16, 256),
+    "vit_tiny_patch16_224": Workload(224, 1000, False, ("auto", "token", "linear"), 16, 256),
 }
 
 
@@ -167,7 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time and memory of a wrapped training step beside a plain one.")
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--heads", nargs="+", choices=list_heads(), help="instead of the two usual ones of each model")
+    parser.add_argument(
+        "--heads", nargs="+", choices=["auto", *list_heads()], help="instead of the usual ones of each model"
+    )
     parser.add_argument("--batch-size", type=_positive, help="instead of the usual one of each model")
     parser.add_argument("--rounds", type=_positive, default=50, help="most pairs of steps for each model and head")
     parser.add_argument(
