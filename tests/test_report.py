@@ -144,12 +144,12 @@ def test_costs_of_a_vits_exits_follow_the_arithmetic(vit):
     block = 2 * norm + (width + 1) * 3 * width + (width + 1) * width + (width + 1) * 4 * width + (4 * width + 1) * width
     block_macs = tokens * 12 * width * width + 2 * tokens * tokens * width
     classifier = (width + 1) * CLASSES
-    head = norm + 2 * (width + 1) * width + classifier
+    head = norm + (width + 1) * width + classifier
     patches = 4 * 3 * 16 * 16 * width
     exits = build(vit)["exits"]
     for row, blocks in zip(exits, (1, 3), strict=False):
         assert row["params"] == embedding + blocks * block + head
-        assert row["macs"] == patches + blocks * block_macs + (tokens + 1) * width * width + width * CLASSES
+        assert row["macs"] == patches + blocks * block_macs + tokens * width * width + width * CLASSES
     assert exits[-1]["params"] == embedding + 4 * block + norm + classifier == num_params(vit.backbone)
     assert exits[-1]["macs"] == patches + 4 * block_macs + width * CLASSES
 
