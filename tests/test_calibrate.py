@@ -251,7 +251,8 @@ def test_what_is_reported(run):
     pools = [stored.combined.prefix(k)(stored.logits[: k + 1]) for k in range(4)]
     for row, pool in zip(report["running"], pools, strict=True):
         assert row["top1"] == pytest.approx(100 * float((pool.argmax(-1) == stored.targets).double().mean()))
-    assert report["running"][0] == {key: report["exits"][0][key] for key in ("top1", "macs", "speedup")}
+    # Its answers are those of exit 0 but for a bias that may have been fitted, which costs nothing.
+    assert all(report["running"][0][key] == report["exits"][0][key] for key in ("macs", "speedup"))
     assert report["running"][-1] == report["ensemble"]
     assert report["baseline"] == {"top1": 91.25, "macs": trained["exits"][-1]["macs"], "speedup": 1}
     first = [next((exit for exit in range(4) if stored.correct[exit, i]), 3) for i in range(90)]
