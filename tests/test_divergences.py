@@ -109,7 +109,7 @@ def test_every_combination_is_the_formula_of_its_papers(divergence: str, teacher
         out = make_output()
         settings = {"divergence": divergence, "teacher": teacher, "standardize_logits": standardize}
         loss = make_loss(**settings, t_squared=t_squared, temperature=2.0)
-        assert loss.needs == Needs(ema=teacher.startswith("ema"))
+        assert loss.needs == Needs(ema=teacher.startswith("ema"), ensemble=teacher == "ensemble")
         terms = loss(out, make_target(), ema=ema)
         scale = 4.0 if t_squared else 1.0
         expected = [

@@ -150,7 +150,14 @@ def test_a_fitted_ensemble_is_measured_beside_the_mean() -> None:
     alone.update(outputs(0.25 * logits[:, 1] + 0.5 * logits[:, 2]), target)
     found = metrics.compute()
     assert found["fitted_ensemble"] == alone.compute()["exits"][0]
-    assert plain.compute() == {**found, "fitted_ensemble": None}
+    alone = ExitMetrics(1)
+    # The running ensembles are of the same weights, scaled to their sum.
+    alone.update(outputs(0.75 * logits[:, 1]), target)
+    assert found["running"][1] == pytest.approx(alone.compute()["exits"][0])
+    assert found["running"][2] == found["fitted_ensemble"]
+    means = plain.compute()
+    assert means["running"][2] == means["ensemble"]
+    assert {**found, "fitted_ensemble": None, "running": means["running"]} == means
 
 
 def test_update_keeps_no_graph() -> None:
