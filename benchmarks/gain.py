@@ -1,41 +1,33 @@
 """What self-distillation gives over the plain network: four tasks, several methods, paired seeds.
 
-    python benchmarks/gain.py train --data ../shared/data --weights FOLDER --output FOLDER --seeds 0,1,2
-    python benchmarks/gain.py table --output FOLDER
+    python benchmarks/gain.py --data ../shared/data --weights FOLDER --output FOLDER --seeds 0,1,2
+    python benchmarks/gain_report.py FOLDER
 
-Run from the repository root, with the package installed. What each task, method and column means is told in
-benchmarks/README.md. A run that is complete is not run again, one that was interrupted goes on.
+Run from the repository root, with the package installed. benchmarks/README.md tells what each task and method is. A
+run that is complete is not run again, one that was interrupted goes on.
 """
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from scipy.special import stdtrit
+from safetensors.torch import save_file
 from torch import Tensor
 
 import timm_selfdistill as sd
-from timm_selfdistill.calibration import Goal, choose_settings, collect_logits
-from timm_selfdistill.calibration.path_costs import PathCosts, measure_path_macs
+from timm_selfdistill.calibration import collect_logits
+from timm_selfdistill.calibration.path_costs import measure_path_macs
 from timm_selfdistill.data import open_dataset
 from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.data.transforms import InputConfig
-from timm_selfdistill.early_exit import EarlyExitConfig, replay
 from timm_selfdistill.exit_logits import ExitLogits
 from timm_selfdistill.recipe import AugmentSection, Recipe, load_recipe
-from timm_selfdistill.render import align
 from timm_selfdistill.train import train
 from timm_selfdistill.train.saved_run import evaluation_loaders
 
-SHARES = (0.25, 0.5, 0.75, 1.0)
-BASELINE = "none"
 ANSWERS = "answers.safetensors"
 
 CIFAR = {
@@ -116,9 +108,8 @@ def tasks(data: Path, weights: Path) -> dict[str, dict[str, Any]]:
 
 
 def main() -> int:
-    """Train what is missing, or print the tables."""
+    """Train what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["train", "table"])
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--weights", type=Path, default=Path("pretrained"))
@@ -127,19 +118,14 @@ def main() -> int:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs, such as epochs=1")
     arguments = parser.parse_intermixed_args()
-    names, methods = arguments.tasks.split(","), arguments.methods.split(",")
-    if arguments.action == "train":
-        recipes = tasks(arguments.data, arguments.weights)
-        # Seed by seed, so that an unfinished comparison compares something.
-        for seed in arguments.seeds.split(","):
-            for task in names:
-                for method in methods:
-                    folder = arguments.output / task / f"{method}-seed-{seed}"
-                    changes = [*METHODS[method], f"seed={seed}", f"output_dir={folder}", "precision='no'"]
-                    run(load_recipe(recipes[task], [*changes, *arguments.overrides]), folder)
-    for task in names:
-        rows = [row for method in methods if (row := summary(arguments.output / task, method))]
-        print(f"\n{task}\n" + "\n".join(align([HEADER, *rows])))
+    recipes = tasks(arguments.data, arguments.weights)
+    # Seed by seed, so that an unfinished comparison compares something.
+    for seed in arguments.seeds.split(","):
+        for task in arguments.tasks.split(","):
+            for method in arguments.methods.split(","):
+                folder = arguments.output / task / f"{method}-seed-{seed}"
+                changes = [*METHODS[method], f"seed={seed}", f"output_dir={folder}", "precision='no'"]
+                run(load_recipe(recipes[task], [*changes, *arguments.overrides]), folder)
     return 0
 
 
@@ -165,98 +151,6 @@ def run(recipe: Recipe, folder: Path) -> None:
 def _stored(found: ExitLogits) -> Iterator[tuple[str, Tensor]]:
     yield "logits", found.logits.half().contiguous()
     yield "targets", found.targets
-
-
-HEADER = ["", "seeds", "backbone", "mean", "fitted", *(f"{share:.0%} MACs" for share in SHARES), "AUROC", "time"]
-
-
-def summary(folder: Path, method: str) -> list[str] | None:
-    """Return the line of a method: top-1 in percent, less that of the plain backbone of the same seed."""
-    lines = {path.parent.name.rpartition("-")[2]: measured(path) for path in folder.glob(f"{method}-seed-*/{ANSWERS}")}
-    plain = {
-        path.parent.name.rpartition("-")[2]: measured(path) for path in folder.glob(f"{BASELINE}-seed-*/{ANSWERS}")
-    }
-    seeds = sorted(set(lines) & set(plain))
-    if not seeds:
-        return None
-    cells = []
-    for key in ("backbone", "mean", "fitted", *SHARES):
-        values = [lines[seed][key] for seed in seeds]
-        if method == BASELINE:
-            cells.append(f"{statistics.mean(values):.2f}" if key == "backbone" else "")
-            continue
-        if any(value != value for value in values):
-            cells.append("")
-            continue
-        cells.append(difference([value - plain[seed]["backbone"] for seed, value in zip(seeds, values, strict=True)]))
-    auroc = " ".join(f"{statistics.mean(found):.2f}" for found in zip(*(lines[s]["auroc"] for s in seeds), strict=True))
-    time = statistics.mean(lines[seed]["seconds"] / plain[seed]["seconds"] for seed in seeds)
-    return [method, str(len(seeds)), *cells, auroc, f"{time:.2f}"]
-
-
-def difference(values: Sequence[float]) -> str:
-    """Return the mean with half of its 95 % confidence interval by Student's t."""
-    if len(values) < 2:
-        return f"{values[0]:+.2f}"
-    half = stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):+.2f} ±{half:.2f}"
-
-
-def measured(path: Path) -> dict[Any, Any]:
-    """Return what one run gives on the test images; all that is chosen is chosen on the images held out."""
-    tensors = load_file(path)
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        facts = json.loads(file.read(size))["__metadata__"]
-    held_out, test = (
-        ExitLogits(tensors[f"{name}.logits"].float(), tensors[f"{name}.targets"]) for name in ("validation", "eval")
-    )
-    correct = test.correct
-    found: dict[Any, Any] = {"backbone": percent(correct[-1]), "seconds": float(facts["seconds"])}
-    found["auroc"] = [auroc(test.logits[k].softmax(-1).amax(-1), correct[k]) for k in range(len(correct))]
-    found["mean"] = percent(test.ensemble_correct)
-    fitted = sd.fit_ensemble(logits=list(held_out.logits), target=held_out.targets)
-    held_out, test = replace(held_out, ensemble=fitted), replace(test, ensemble=fitted)
-    found["fitted"] = percent(test.ensemble_correct)
-    backbone, heads = json.loads(facts["macs"])
-    costs = PathCosts(tuple(backbone), tuple(heads))
-    for share in SHARES:
-        found[share] = at_budget(held_out, test, costs, share)
-    return found
-
-
-def at_budget(held_out: ExitLogits, test: ExitLogits, costs: PathCosts, share: float) -> float:
-    """Return the accuracy of early exit at a share of the plain network's MACs; NaN if no setting is so cheap.
-
-    Whether exits answer for themselves or with those before them is chosen on the images held out, too.
-    """
-    goal, found = Goal(macs_budget=share * costs.full), []
-    for running in (False, True):
-        try:
-            config = choose_settings(held_out, costs, goal, running_ensemble=running).config
-        except ValueError:
-            continue
-        found.append([percent(_right(config, split)) for split in (held_out, test)])
-    return max(found)[1] if found else float("nan")
-
-
-def _right(config: EarlyExitConfig, split: ExitLogits) -> Tensor:
-    return replay(config, split.logits, ensemble=split.ensemble).logits.argmax(-1) == split.targets
-
-
-def auroc(score: Tensor, positive: Tensor) -> float:
-    """Return the share of pairs of a right and a wrong answer in which the right one has the higher score."""
-    rank = torch.empty(len(score), dtype=torch.float64)
-    rank[score.argsort()] = torch.arange(1, len(score) + 1, dtype=torch.float64)
-    right = int(positive.sum())
-    wrong = len(score) - right
-    return (
-        float((rank[positive].sum() - right * (right + 1) / 2) / (right * wrong)) if right and wrong else float("nan")
-    )
-
-
-def percent(right: Tensor) -> float:
-    return 100 * float(right.double().mean())
 
 
 if __name__ == "__main__":
