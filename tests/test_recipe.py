@@ -236,7 +236,7 @@ trackers: [wandb, 3]
         "schedule.decay_milestones: must have at least one epoch for the schedule multistep, received []",
         "schedule.backbone_epochs: must be a whole number of epochs for the regime mixed, received null",
         "epochs: must be a valid integer, received 2.0",
-        "precision: must be 'no', 'bf16' or 'fp16', received 'fp8'",
+        "precision: must be 'auto', 'no', 'bf16' or 'fp16', received 'fp8'",
         "ema: must be a mapping, received 3",
         "seed: must be a valid integer, received nan",
         "trackers[1]: must be text, received 3",

@@ -34,6 +34,7 @@ from timm_selfdistill.recipe import AugmentSection, Recipe, load_recipe
 from timm_selfdistill.report import versions
 from timm_selfdistill.train import build_loss
 from timm_selfdistill.train.launch import fresh_accelerate
+from timm_selfdistill.train.precision import make_accelerator
 from timm_selfdistill.train.saved_run import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
 
 IMAGES: Final = 1000
@@ -100,7 +101,7 @@ def analyze_folder(
     # Mixup and CutMix are left out: targets stay class indices.
     augment = (AugmentSection() if ran is None else ran.augment).model_copy(update={"mixup_prob": 0.0})
     loaders = evaluation_loaders(data, recipe, augment, fed, SkipList())
-    accelerator = Accelerator(mixed_precision=recipe.precision)
+    accelerator = make_accelerator(recipe.precision)
     model = model.to(accelerator.device)
     plain = None if plain is None else plain.to(accelerator.device)
     # Decoded once: every noisy network sees them again.
@@ -128,7 +129,7 @@ def analyze_folder(
         "num_samples": int((labels != IGNORED).sum()),
         "num_skipped": int((labels == IGNORED).sum()),
         "recipe": saved.output.name,
-        "precision": recipe.precision,
+        "precision": accelerator.mixed_precision,
         "seed": seed,
         "versions": versions(),
     }

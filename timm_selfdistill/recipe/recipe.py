@@ -45,7 +45,7 @@ class Recipe(Section):
         schedule: How learning rate and trained parts change.
         epochs: Passes over the training images.
         batch_size: Images per optimizer step, over all processes and micro batches.
-        precision: Autocast type; "no" computes in float32.
+        precision: Autocast type; "auto" for what the device computes in natively, "no" for float32.
         compile: Run the model through `torch.compile`.
         sync_batchnorm: Normalise by the statistics of all processes' images; on several GPUs only.
         ema: Average the weights; null for no average.
@@ -70,7 +70,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     epochs: Count = 200
     batch_size: Count = 128
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["auto", "no", "bf16", "fp16"] = "no"
     compile: bool = False
     sync_batchnorm: bool = False
     ema: EmaSection | None = None

@@ -25,6 +25,7 @@ from timm_selfdistill.report import Report, build_report, write_report
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import unwrapped_model
 from timm_selfdistill.train.launch import fresh_accelerate
+from timm_selfdistill.train.precision import make_accelerator
 from timm_selfdistill.train.publish import ModelWriter
 from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, check_folder, read_record
 from timm_selfdistill.train.saved_run import (
@@ -219,7 +220,7 @@ class _Evaluation:
     def __init__(self, model: SelfDistillModel, data: ImageData, recipe: Recipe, output: Path | None) -> None:
         self.input_config = InputConfig.from_model(model.backbone, recipe.data)
         loaders = evaluation_loaders(data, recipe, AugmentSection(), self.input_config, SkipList(output))
-        self.accelerator = Accelerator(mixed_precision=recipe.precision)
+        self.accelerator = make_accelerator(recipe.precision)
         self.gather = not data.streaming
         self.loader: DataLoader[Any] = self._prepared(loaders.eval)
         self.held_out = None if loaders.validation is None else self._prepared(loaders.validation)

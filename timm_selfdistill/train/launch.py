@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from timm_selfdistill.compat import accelerate_states
 from timm_selfdistill.losses import needs_of
 from timm_selfdistill.recipe import Recipe
+from timm_selfdistill.train.precision import make_accelerator
 from timm_selfdistill.train.train_state import JsonLinesTracker
 
 # What leaves each process with a part of the network, in ways that the loop does not know.
@@ -60,8 +61,8 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     _join_again()
     # `Sharded` shards, not Accelerate.
     with patch_environment(accelerate_use_fsdp="false"):
-        accelerator = Accelerator(
-            mixed_precision=recipe.precision,
+        accelerator = make_accelerator(
+            recipe.precision,
             log_with=[JsonLinesTracker(folder / "metrics.jsonl"), *recipe.trackers],
             project_dir=str(folder),
         )
@@ -86,10 +87,6 @@ def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
         )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError("Accelerate was told to compile (dynamo_backend): leave that to the recipe's compile: true.")
-    if recipe.precision == "fp16" and device.type == "cpu":
-        raise ValueError("precision: fp16 does nothing on a CPU; allowed there are no and bf16.")
-    if recipe.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError("precision: this GPU cannot compute in bf16; allowed are no and fp16.")
     if recipe.sync_batchnorm and processes > 1 and device.type == "cpu":
         raise ValueError(
             f"sync_batchnorm: torch synchronises batch norm on GPUs only, received {processes} processes on the CPU; "
