@@ -152,6 +152,18 @@ def test_default_is_the_conference_preset():
     assert list_presets() == sorted(PRESETS) == ["byot-iccv2019", "byot-tpami2021", "deep-supervision", "none"]
 
 
+def test_a_preset_may_be_given_by_its_name():
+    loss = SelfDistillationLoss("byot-tpami2021")
+    assert loss.config == SelfDistillationLoss.from_preset("byot-tpami2021").config
+    with pytest.raises(ValueError, match=r"Unknown preset 'byot'; known are byot-iccv2019, .*, none\."):
+        SelfDistillationLoss("byot")
+
+
+def test_logits_in_place_of_the_outputs_of_all_exits_are_refused():
+    with pytest.raises(ValueError, match=r"one tensor \[4, 7\]; .* return_exits=True"):
+        SelfDistillationLoss()(torch.zeros(4, 7), torch.zeros(4, dtype=torch.int64))
+
+
 def test_iccv_hint_weight_is_the_published_weight_on_sums_at_batch_128():
     out = make_output(batch=128)
     loss = SelfDistillationLoss.from_preset("byot-iccv2019", ce_weight=0, deepest_ce_weight=0, kd_weight=0)

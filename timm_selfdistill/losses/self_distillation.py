@@ -32,7 +32,7 @@ class SelfDistillationLoss(nn.Module):
     +-1e14, with a gradient of zero, so that no finite input gives NaN or infinity; NaN stays NaN.
 
     Args:
-        config: The settings; those of the preset byot-iccv2019 by default.
+        config: The settings, or the name of published ones, one of `list_presets()`; byot-iccv2019 by default.
 
     Attributes:
         config: The settings.
@@ -40,12 +40,12 @@ class SelfDistillationLoss(nn.Module):
             `needs_exits`, it reads the last entry of the output only.
 
     Raises:
-        ValueError: If the divergence or teacher is not registered, or the divergence has no such setting.
+        ValueError: If the preset, divergence or teacher is unknown, or the divergence has no such setting.
     """
 
-    def __init__(self, config: SelfDistillationConfig | None = None) -> None:
+    def __init__(self, config: SelfDistillationConfig | str = BYOT_ICCV2019) -> None:
         super().__init__()
-        self.config = config = BYOT_ICCV2019 if config is None else config
+        self.config = config = _preset(config) if isinstance(config, str) else config
         self._divergence = bind_settings(config.divergence, config.divergence_kwargs)
         self._teacher = get_teacher(config.teacher)
         self._hint_distance = HINT_DISTANCES[config.hint_distance]
@@ -82,12 +82,11 @@ class SelfDistillationLoss(nn.Module):
         Raises:
             ValueError: If the preset or a field is unknown, or a value is not allowed.
         """
-        if name not in PRESETS:
-            raise ValueError(f"Unknown preset {name!r}; known are {', '.join(list_presets())}.")
+        preset = _preset(name)
         known = [field.name for field in fields(SelfDistillationConfig)]
         if unknown := sorted(overrides.keys() - set(known)):
             raise ValueError(f"Unknown settings {', '.join(unknown)}; known are {', '.join(known)}.")
-        return cls(replace(PRESETS[name], **overrides))
+        return cls(replace(preset, **overrides))
 
     def forward(
         self,
@@ -116,6 +115,11 @@ class SelfDistillationLoss(nn.Module):
                 a target holds no indices of classes, or probabilities that are negative or do not sum to 1.
         """
         config = self.config
+        if isinstance(out, Tensor):
+            raise ValueError(
+                f"The output is one tensor {list(out.shape)}; allowed is an ExitOutput, which the model returns when it "
+                "is called with return_exits=True."
+            )
         if not self.needs.exits:
             out = ExitOutput(out.logits[-1:], ())
         self._check(out, target, ema)
@@ -227,3 +231,9 @@ class SelfDistillationLoss(nn.Module):
                 f"Teacher {self.config.teacher!r} returned {sizes}; allowed is one [B, C] per exit, {list(student)}, "
                 "or a list with one [S, B, C] per exit."
             )
+
+
+def _preset(name: str) -> SelfDistillationConfig:
+    if name not in PRESETS:
+        raise ValueError(f"Unknown preset {name!r}; known are {', '.join(list_presets())}.")
+    return PRESETS[name]
