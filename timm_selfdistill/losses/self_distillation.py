@@ -117,8 +117,8 @@ class SelfDistillationLoss(nn.Module):
         config = self.config
         if isinstance(out, Tensor):
             raise ValueError(
-                f"The output is one tensor {list(out.shape)}; allowed is an ExitOutput, which the model returns when it "
-                "is called with return_exits=True."
+                f"The output is one tensor {list(out.shape)}; allowed is an ExitOutput, which the model returns "
+                "when it is called with return_exits=True."
             )
         if not self.needs.exits:
             out = ExitOutput(out.logits[-1:], ())
