@@ -759,3 +759,17 @@ def test_a_classifier_replaced_on_the_backbone_is_an_error(make_backbone, images
     model.backbone.reset_classifier(3)
     with pytest.raises(RuntimeError, match=r"replace it by model\.reset_classifier"):
         model(images, return_exits=True)
+
+
+def test_a_named_backbone_of_one_size_is_built_for_the_image_size(tmp_path):
+    model = wrap("vit_tiny_patch16_224", num_classes=5, image_size=64, model_kwargs={"depth": 4}).eval()
+    images = torch.randn(2, 3, 64, 64)
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path).eval()
+    for ours, theirs in zip(
+        model(images, return_exits=True).logits, loaded(images, return_exits=True).logits, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    # What is given outranks it, and what takes any size needs none.
+    assert wrap("vit_tiny_patch16_224", image_size=96, model_kwargs={"depth": 4, "img_size": 96}).num_exits == 3
+    assert wrap("test_resnet", image_size=96).num_exits == 3

@@ -401,8 +401,6 @@ def test_every_shipped_recipe_trains_an_epoch(tmp_path, colour_images, name):
         columns = recipe.data.image == "img"
         overrides += [f"data.path={colour_images / ('parquet' if columns else 'folder')}", "data.name=null"]
         overrides += ["data.image_size=32", "model.num_classes=null"]
-    if name == "imagefolder-vit":
-        overrides += ["model.kwargs.img_size=32"]
     report = train(load_recipe(name, overrides))
     assert len(report["exits"]) == 4
     assert sd.from_pretrained(tmp_path / "model").num_exits == 3

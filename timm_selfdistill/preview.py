@@ -18,7 +18,7 @@ from timm_selfdistill.heads import (
     resolve_budget,
 )
 from timm_selfdistill.measure import MacCounter
-from timm_selfdistill.model import create_backbone
+from timm_selfdistill.model import create_backbone, with_image_size
 from timm_selfdistill.render import align, with_prefix
 
 # The number of classes of ImageNet, for models that timm creates without a classifier.
@@ -87,6 +87,7 @@ def preview_exits(
         ValueError: If the model cannot be created or wrapped, or a choice is unknown; says what is allowed.
     """
     kwargs = dict(model_kwargs or {}) | ({} if num_classes is None else {"num_classes": num_classes})
+    kwargs = with_image_size(name, kwargs, image_size)
     backbone, found = _explore(name, kwargs, image_size, exits)
     head = PROPORTIONAL if head == AUTO else head
     share = resolve_budget(head, None, head_budget)

@@ -11,6 +11,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from timm_selfdistill.backbones import use_small_stem  # which also registers networks with timm, for recipes
@@ -55,7 +56,8 @@ def wrap(
             together may have 2.5 times this share of its parameters. 0.1 by default.
         hint_adapter: Report each exit's feature through a trainable linear layer (the journal version).
         small_stem: Replace a ResNet's stem by a 3x3 convolution with stride 1, for images of about 32 px.
-        image_size: Input height and width in pixels of the dry run; the backbone's own by default.
+        image_size: Input height and width in pixels, of the dry run and of a backbone given by name that is built for
+            one size; the backbone's own by default.
         pretrained: Load the pretrained weights of a backbone given by name.
         model_kwargs: Further arguments of `timm.create_model` for a backbone given by name.
 
@@ -70,6 +72,7 @@ def wrap(
         raise ValueError("The model is wrapped already; wrap its .backbone to choose other exits.")
     if isinstance(backbone, str):
         kwargs = dict(model_kwargs or {}) | ({} if num_classes is None else {"num_classes": num_classes})
+        kwargs = with_image_size(backbone, kwargs, image_size)
         check_size(backbone, kwargs)
         backbone = create_backbone(backbone, pretrained, kwargs)
     elif num_classes is not None or pretrained or model_kwargs:
@@ -93,6 +96,25 @@ def wrap(
     each = each_head_kwargs(arguments, len(taps.points))
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     return SelfDistillModel(backbone, taps, WrapConfig(head, each, hint_adapter, small_stem, size))
+
+
+def with_image_size(name: str, kwargs: dict[str, Any], image_size: int | tuple[int, int] | None) -> dict[str, Any]:
+    """Add `img_size` to the arguments of a timm model that is built for images of one size and can be for another."""
+    if image_size is None or "img_size" in kwargs or not timm.is_model(name.split(".")[0]):
+        return kwargs
+    config = get_pretrained_cfg(name)
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if config is None or not config.fixed_input_size or size == config.input_size[1:]:
+        return kwargs
+    sized = kwargs | {"img_size": image_size}
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, pretrained=False, **sized)
+    except TypeError as error:  # of a network that takes no size, such as LeViT
+        return kwargs if "img_size" in str(error) else sized
+    except Exception:  # reported where the model is built
+        return sized
+    return sized
 
 
 def check_size(name: str, kwargs: Mapping[str, Any]) -> None:
