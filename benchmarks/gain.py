@@ -48,6 +48,15 @@ METHODS = {
     "deep-supervision": ("loss.preset=deep-supervision",),
     "byot-iccv2019": ("loss.preset=byot-iccv2019", "exits.head=bottleneck"),
     "byot-tpami2021": ("loss.preset=byot-tpami2021", "exits.head=bottleneck", "exits.hint_adapter=true"),
+    "equilibrium-fade": ("loss.preset=deep-supervision", "loss.gate=equilibrium", "loss.gate_fade=0.4"),
+    "ensemble-fade": (
+        "loss.preset=deep-supervision",
+        "loss.ce_weight=0.7",
+        "loss.kd_weight=0.3",
+        "loss.deepest_kd_weight=0.3",
+        "loss.teacher=ensemble",
+        "loss.gate_fade=0.4",
+    ),
     "ps-kd": ("loss.name=ps-kd", "loss.preset=null"),
     "dlb": ("loss.name=dlb", "loss.preset=null"),
 }

@@ -139,7 +139,7 @@ def difference(pairs: Sequence[tuple[float | None, float]]) -> str:
 
 def draw(results: Results, shown: Sequence[str]) -> Figure:
     """Draw accuracy over compute for each task: the anytime curve, and early exit with calibrated thresholds."""
-    figure = Figure(figsize=(4.2 * len(results), 4.2), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(max(6.4, 4.2 * len(results)), 5), dpi=150, facecolor="white", layout="constrained")
     plots = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (task, methods) in zip(plots, sorted(results.items()), strict=True):
         style_axes(axes)
@@ -154,7 +154,7 @@ def draw(results: Results, shown: Sequence[str]) -> Figure:
         axes.set_xlabel("multiply-accumulates, % of the plain network's")
     plots[0].set_ylabel("top-1 accuracy (%)")
     handles, labels = plots[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
