@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import is_bf16_available
+from accelerate.utils import is_bf16_available, parse_flag_from_env
 
 _logger = logging.getLogger(__name__)
 
@@ -23,7 +23,8 @@ def make_accelerator(precision: str, **options: Any) -> Accelerator:
     Raises:
         ValueError: If the device cannot compute in the precision.
     """
-    state = PartialState()
+    # As Accelerator makes it, which it leaves as it is then.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     device = state.device
     if precision == "auto":
         precision, reason = suitable_precision(device)
