@@ -773,3 +773,8 @@ def test_a_named_backbone_of_one_size_is_built_for_the_image_size(tmp_path):
     # What is given outranks it, and what takes any size needs none.
     assert wrap("vit_tiny_patch16_224", image_size=96, model_kwargs={"depth": 4, "img_size": 96}).num_exits == 3
     assert wrap("test_resnet", image_size=96).num_exits == 3
+    # Neither an unknown tag nor a network of absurd depth is tried before it is refused.
+    with pytest.raises(ValueError, match=r"timm cannot create 'vit_tiny_patch16_224\.nonsense'"):
+        wrap("vit_tiny_patch16_224.nonsense", image_size=64)
+    with pytest.raises(ValueError, match="has more than"):
+        wrap("vit_tiny_patch16_224", image_size=64, model_kwargs={"depth": 10**6})

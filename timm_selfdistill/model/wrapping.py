@@ -99,22 +99,17 @@ def wrap(
 
 
 def with_image_size(name: str, kwargs: dict[str, Any], image_size: int | tuple[int, int] | None) -> dict[str, Any]:
-    """Add `img_size` to the arguments of a timm model that is built for images of one size and can be for another."""
+    """Add `img_size` to the arguments of a timm model that is built for images of one size; all such models take it."""
     if image_size is None or "img_size" in kwargs or not timm.is_model(name.split(".")[0]):
         return kwargs
-    config = get_pretrained_cfg(name)
+    try:
+        config = get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag, reported where the model is built
+        return kwargs
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if config is None or not config.fixed_input_size or size == config.input_size[1:]:
         return kwargs
-    sized = kwargs | {"img_size": image_size}
-    try:
-        with torch.device("meta"):
-            timm.create_model(name, pretrained=False, **sized)
-    except TypeError as error:  # of a network that takes no size, such as LeViT
-        return kwargs if "img_size" in str(error) else sized
-    except Exception:  # reported where the model is built
-        return sized
-    return sized
+    return kwargs | {"img_size": image_size}
 
 
 def check_size(name: str, kwargs: Mapping[str, Any]) -> None:

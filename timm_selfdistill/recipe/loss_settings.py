@@ -163,7 +163,7 @@ _NULLABLE: dict[str, Any] = {name: (kind | None, None) for name, kind in _TYPES.
 _Settings: Any = create_model("_Settings", __base__=_NamedLoss, **_NULLABLE)
 
 
-class LossSection(_Settings, Section):  # type: ignore[misc]
+class LossSection(_Settings, Section):  # type: ignore[misc]  # a class made of the fields above
     """The training loss: a preset and what differs from it.
 
     Args:

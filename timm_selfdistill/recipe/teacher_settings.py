@@ -58,7 +58,7 @@ class _Source(BaseModel):
 _Settings: Any = create_model("_Settings", __base__=_Source, **_FIELDS)
 
 
-class TeacherSection(_Settings, Section):  # type: ignore[misc]
+class TeacherSection(_Settings, Section):  # type: ignore[misc]  # a class made of the fields above
     """A model from outside that teaches, frozen.
 
     Args:
