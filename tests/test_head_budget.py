@@ -105,6 +105,14 @@ def test_a_head_is_as_wide_as_the_budget_allows(layout):
         assert macs > 0.05 or params > 0.125 / len(names)
 
 
+def test_a_head_costs_at_most_half_of_what_its_exit_saves():
+    # Of a budget that is as large as the network, this is all that limits the head of so deep an exit.
+    model = sd.wrap("efficientnet_lite0", num_classes=5, exits=["blocks.6"], image_size=96, head_budget=1.0)
+    ((macs, _),) = shares(model, torch.randn(1, 3, 96, 96))
+    assert 0.25 * (1 - model.points[0].cost) < macs <= 0.5 * (1 - model.points[0].cost)
+    assert widths(model)[0] < model.taps.feature_dim
+
+
 @every_layout
 @pytest.mark.filterwarnings("ignore:No head fits")
 def test_width_grows_with_the_budget_up_to_the_teachers(layout):
