@@ -76,7 +76,7 @@ def test_defaults_are_the_agreed_ones(load):
     assert (recipe.optimizer.momentum, recipe.optimizer.clip_mode, recipe.optimizer.accumulate) == (0.9, "norm", 1)
     assert (recipe.schedule.name, recipe.schedule.regime, recipe.schedule.select) == ("cosine", "joint", "last")
     assert (recipe.schedule.warmup_lr, recipe.schedule.decay_rate, recipe.schedule.decay_milestones) == (1e-5, 0.1, ())
-    assert (recipe.epochs, recipe.batch_size, recipe.precision, recipe.seed) == (200, 128, "no", 0)
+    assert (recipe.epochs, recipe.batch_size, recipe.precision, recipe.seed) == (200, 128, "auto", 0)
     assert (recipe.compile, recipe.ema, recipe.baseline) == (False, None, False)
     assert (recipe.resume, recipe.trackers, recipe.push_to_hub) == ("auto", (), None)
 

@@ -16,7 +16,7 @@ from timm_selfdistill.comparison_page import BASELINE, Comparison, format_compar
 from timm_selfdistill.losses import PRESETS, list_losses, list_presets, needs_of
 from timm_selfdistill.program import run_program
 from timm_selfdistill.recipe import LossSection, Recipe, load_recipe
-from timm_selfdistill.train import build_loss, finished_report, train
+from timm_selfdistill.train import as_begun, build_loss, finished_report, train
 from timm_selfdistill.train.run import add_arguments as add_training_arguments
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def compare(recipe: Recipe, losses: Sequence[str], seeds: Sequence[int]) -> Comp
     """
     _check(losses, seeds)
     folder = Path(recipe.output_dir or ".")
-    plan = {loss: [_variant(recipe, folder, loss, seed) for seed in seeds] for loss in losses}
+    plan = {loss: [as_begun(_variant(recipe, folder, loss, seed)) for seed in seeds] for loss in losses}
     backbone_only = {loss for loss, runs in plan.items() if not needs_of(build_loss(runs[0])).exits}
     # All folders are checked before any training: one that holds something else is an error now, not after days.
     done = {loss: [finished_report(run) for run in runs] for loss, runs in plan.items()}

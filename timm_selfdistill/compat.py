@@ -7,6 +7,7 @@ loaded here; what needs another library imports it in the function.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from timm.models import _hub
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the only way to see every operand
@@ -36,6 +37,14 @@ def forward_hooks(module: Any, pre: bool, path: Sequence[str] = ()) -> dict[int,
 def data_config_traits(backbone: nn.Module) -> dict[str, Any]:
     """Return what timm's `resolve_input_data_config` reads a model's image size from."""
     return dict(getattr(backbone, "_traits", {}))
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU multiplies in bf16 itself; torch before 2.7 has no public name for it."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def is_view(tensor: Tensor) -> bool:

@@ -4,7 +4,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -32,6 +33,26 @@ class MacCounter(FlopCounterMode):
     def macs(self) -> int:
         """Multiply-accumulates since the block was entered."""
         return int(self.get_total_flops()) // 2
+
+
+class Stopwatch:
+    """Adds up the seconds of the phases of a run; `str` shows them in the order in which they began."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the body's time for a phase."""
+        self.seconds.setdefault(name, 0.0)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begin
 
 
 def median_seconds(

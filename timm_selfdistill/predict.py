@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from timm_selfdistill.cores import share_of_cores
 from timm_selfdistill.data.decode import check_pillow, decode, read_file
 from timm_selfdistill.data.image_files import image_endings
 from timm_selfdistill.data.transforms import MODES, InputConfig, Transform, eval_transform
@@ -115,7 +116,7 @@ def predict_images(
     files = [str(path) for path in paths]
     config = InputConfig.from_model(network.backbone)
     if workers is None:
-        workers = min(_MAX_WORKERS, os.cpu_count() or 1) if len(files) > batch_size else 0
+        workers = min(_MAX_WORKERS, share_of_cores()) if len(files) > batch_size else 0
     loader: DataLoader[list[tuple[str, Tensor | str]]] = DataLoader(
         files,  # type: ignore[arg-type]  # a list is a dataset
         batch_size=batch_size,

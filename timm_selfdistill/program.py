@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+from timm_selfdistill.cores import fit_threads
 from timm_selfdistill.escape import PrintableFormatter, printable_message
 from timm_selfdistill.stop import Interrupted, StopSignals, end_program
 
@@ -55,6 +56,8 @@ def run_program(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     options = {name: value for name, value in vars(parsed).items() if name not in ("run", "command")}
+    if arguments is None:
+        fit_threads()
     status = run_safely(partial(parsed.run, **options))
     if arguments is None:
         end_program(status)
@@ -64,14 +67,14 @@ def run_program(parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 def run_safely(run: Callable[[], int | None]) -> int:
     """Run a command; return its exit status, and say in one sentence what stopped it.
 
-    Warnings, and which data is read, are shown on the error output. An error of an unknown kind is a fault of the code,
-    and is raised. `run` returns the exit status, or None for 0.
+    Warnings, which data is read, the precision and the times are shown on the error output. An error of an unknown kind
+    is a fault of the code, and is raised. `run` returns the exit status, or None for 0.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        with StopSignals(), _shown(logging.getLogger("timm_selfdistill.data")):
+        with StopSignals(), _shown(logging.getLogger("timm_selfdistill")):
             status = run() or 0
             sys.stdout.flush()
             return status

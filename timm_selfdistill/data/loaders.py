@@ -12,6 +12,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset
 
+from timm_selfdistill.cores import share_of_cores
 from timm_selfdistill.data.batches import Batch, Collate, DrawnSamples, TrainingOrder, seed_generators
 from timm_selfdistill.data.cache import CachedSplit, cache_splits
 from timm_selfdistill.data.decode import SampleError, SkipList, Use, check_pillow
@@ -88,6 +89,8 @@ def build_loaders(
         splits["validation"] = data.validation
     splits["evaluation"] = data.eval
     collates = _build_collates(splits, section, augment, input, skipped)
+    # More would fight over the cores; a stream keeps all, as its order depends on them.
+    workers = min(section.workers, share_of_cores())
     cached: dict[Use, CachedSplit] = {}
     if section.cache == "device":
         cached = cache_splits(
@@ -96,7 +99,7 @@ def build_loaders(
             torch.device(device),
             auto_augment=augment.auto_augment,
             seed=seed,
-            workers=section.workers,
+            workers=workers,
             show_progress=process == 0,
         )
     order = None
@@ -119,20 +122,20 @@ def build_loaders(
         options |= {"collate_fn": collates[use], "pin_memory": torch.cuda.is_available()}
         seed_worker = partial(_seed_worker, process=process)
         if isinstance(split, ImageSplit):
-            options |= worker_options(section.workers, seed_worker)
+            options |= worker_options(workers, seed_worker)
             samples = DrawnSamples(split, seed) if training else split
-            loaders[use] = DataLoader(samples, **options, persistent_workers=section.workers > 0)
+            loaders[use] = DataLoader(samples, **options, persistent_workers=workers > 0)
             continue
         rows = split.rows
         if training:
             rows = rows.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
             rows = split_dataset_by_node(rows, rank=process, world_size=processes)
-        workers = min(section.workers, rows.num_shards)  # a shard is read by one worker
+        shares = min(section.workers, rows.num_shards)  # a shard is read by one worker
         options |= {"dataset": _Stream(rows, f"{data.name}, split {split.name!r}")}
-        options |= worker_options(workers, seed_worker)
+        options |= worker_options(shares, seed_worker)
         # Those of a training stream are started, and so seeded, anew in every epoch: one can then be repeated.
         loaders[use] = (
-            _SteadyLoader(steps, seed, **options) if training else DataLoader(**options, persistent_workers=workers > 0)
+            _SteadyLoader(steps, seed, **options) if training else DataLoader(**options, persistent_workers=shares > 0)
         )
     return Loaders(loaders["training"], loaders.get("validation"), loaders["evaluation"], steps, order)
 

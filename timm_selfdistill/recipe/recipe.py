@@ -70,7 +70,7 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     epochs: Count = 200
     batch_size: Count = 128
-    precision: Literal["auto", "no", "bf16", "fp16"] = "no"
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     compile: bool = False
     sync_batchnorm: bool = False
     ema: EmaSection | None = None

@@ -8,4 +8,5 @@ from timm_selfdistill.train.phases import build_loss as build_loss
 from timm_selfdistill.train.run import main as main
 from timm_selfdistill.train.run import train as train
 from timm_selfdistill.train.run_folder import finished_report as finished_report
+from timm_selfdistill.train.saved_run import as_begun as as_begun
 from timm_selfdistill.train.saved_run import opened_run as opened_run

@@ -21,6 +21,7 @@ from timm_selfdistill.data.loaders import build_loaders
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.escape import printable
 from timm_selfdistill.files import locked, replace_file
+from timm_selfdistill.measure import Stopwatch
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.program import is_lost_process, run_program
@@ -41,6 +42,7 @@ from timm_selfdistill.train.parallelism import Replicated, Sharded
 from timm_selfdistill.train.phases import Phase, baseline_phases, self_distillation_phases
 from timm_selfdistill.train.publish import ModelWriter, Publisher
 from timm_selfdistill.train.run_folder import MODEL, RunRecord, check_folder, check_run, flat, remove_leftovers
+from timm_selfdistill.train.saved_run import as_begun
 from timm_selfdistill.train.steps import RunContext
 from timm_selfdistill.train.trainer import Trainer
 
@@ -68,13 +70,21 @@ def train(recipe: Recipe) -> Report:
     if recipe.output_dir is None:
         raise ValueError("output_dir: must be a folder.")
     folder = Path(recipe.output_dir)
+    clock = Stopwatch()
+    recipe = as_begun(recipe)
     with StopSignals() as signals, _stopped_with_others(signals), fresh_accelerate():
         accelerator = start_accelerator(recipe, folder)
         if accelerator.is_main_process:
             check_folder(folder)
         with locked(folder) if accelerator.is_main_process else nullcontext():
-            run = _prepare(recipe, folder, accelerator, signals)
-            return _finish(run, *_train_networks(run))
+            with clock.phase("preparation"):
+                run = _prepare(recipe, folder, accelerator, signals)
+            trained = _train_networks(run, clock)
+            with clock.phase("report"):
+                report = _finish(run, *trained)
+        if accelerator.is_main_process:
+            _logger.info("Time: %s.", clock)
+        return report
 
 
 @contextmanager
@@ -164,7 +174,9 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: St
     return _Run(context, data, networks, input_config, eval_loader, writer, publisher)
 
 
-def _train_networks(run: _Run) -> tuple[SelfDistillModel, dict[str, ExitMetricsResult], dict[str, float]]:
+def _train_networks(
+    run: _Run, clock: Stopwatch
+) -> tuple[SelfDistillModel, dict[str, ExitMetricsResult], dict[str, float]]:
     """Train and evaluate every network, the self-distilled one last; return it, and metrics and seconds by name."""
     context, recipe, accelerator = run.context, run.context.recipe, run.context.accelerator
     results: dict[str, ExitMetricsResult] = {}
@@ -182,19 +194,21 @@ def _train_networks(run: _Run) -> tuple[SelfDistillModel, dict[str, ExitMetricsR
         if push is not None and push.every is not None:
             on_epoch = _push_nothing if run.publisher is None else run.publisher.after_epoch
         trainer = Trainer(context, name, model, phases, on_epoch)
-        model = trainer.run()
+        with clock.phase("training"):
+            model = trainer.run()
         seconds[name] = trainer.progress.seconds
         gather = not context.feed.streaming
-        if is_distilled:
-            fit_held_out(model, context.feed.validation, accelerator, gather=gather)
-        results[name] = evaluate_model(
-            model,
-            run.eval_loader,
-            accelerator,
-            num_exits=model.num_exits if is_distilled else 0,
-            gather=gather,
-            title=f"evaluate {name}",
-        )
+        with clock.phase("evaluation"):
+            if is_distilled:
+                fit_held_out(model, context.feed.validation, accelerator, gather=gather)
+            results[name] = evaluate_model(
+                model,
+                run.eval_loader,
+                accelerator,
+                num_exits=model.num_exits if is_distilled else 0,
+                gather=gather,
+                title=f"evaluate {name}",
+            )
     return model, results, seconds
 
 

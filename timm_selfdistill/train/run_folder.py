@@ -160,13 +160,11 @@ def finished_report(recipe: Recipe) -> Report | None:
     folder = Path(recipe.output_dir or ".")
     check_folder(folder)
     path, config = folder / "report.json", folder / MODEL / CONFIG
-    records = list(_records(folder))
-    before = [record.recipe for record in records]
-    if not before and _has_results(folder) and (folder / RECIPE).is_file():
-        before = [load_recipe(folder / RECIPE)]
+    known = next(_records(folder), None) is not None
+    before = begun_recipes(folder)
     for one in before:
         # Its data is not opened: that it is the same is checked when it goes on.
-        _refuse(recipe_changes(one, recipe, data_is_known=bool(records)), f"{folder} holds")
+        _refuse(recipe_changes(one, recipe, data_is_known=known), f"{folder} holds")
     # The model is written last.
     if not path.is_file() or not config.is_file() or any(one.epochs != recipe.epochs for one in before):
         return None
@@ -178,6 +176,14 @@ def finished_report(recipe: Recipe) -> Report | None:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, and the run writes it again.") from error
     return report
+
+
+def begun_recipes(folder: Path) -> list[Recipe]:
+    """Return the recipes of the run in a folder: of its records, or what an earlier release left without one."""
+    records = list(_records(folder))
+    if not records and _has_results(folder) and (folder / RECIPE).is_file():
+        return [load_recipe(folder / RECIPE)]
+    return [record.recipe for record in records]
 
 
 def recipe_changes(before: Recipe, now: Recipe, *, data_is_known: bool) -> list[str]:

@@ -23,7 +23,7 @@ from timm_selfdistill.hub import CONFIG, complete_names, read_run, save_pretrain
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import RECIPE, AugmentSection, DataSection, Recipe, load_recipe
 from timm_selfdistill.train.builders import build_model
-from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, RECORD_KEY, RunRecord
+from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, RECORD_KEY, RunRecord, begun_recipes
 
 _logger = logging.getLogger(__name__)
 
@@ -155,6 +155,20 @@ def opened_run(folder: Path, from_checkpoint: bool = False) -> Iterator[SavedRun
             run=found.record.to_json(),
         )
         yield SavedRun(folder, Path(temporary))
+
+
+def as_begun(recipe: Recipe) -> Recipe:
+    """Return a recipe with the precision of the run that it goes on with, where it names none itself.
+
+    Earlier releases had another default.
+    """
+    if "precision" in recipe.model_fields_set or recipe.resume == "never":
+        return recipe
+    path, folder = Path(recipe.resume), Path(recipe.output_dir or ".")
+    if recipe.resume != "auto" and path.is_dir():
+        folder = path.parents[2]
+    before = begun_recipes(folder)
+    return recipe.model_copy(update={"precision": before[0].precision}) if before else recipe
 
 
 def evaluation_loaders(
