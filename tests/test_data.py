@@ -22,7 +22,7 @@ from timm_selfdistill.data.batches import TrainingOrder
 from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.data.loaders import Loaders, build_loaders
 from timm_selfdistill.data.transforms import InputConfig, build_mixup, eval_transform, train_transform
-from timm_selfdistill.recipe import AugmentSection, DataSection
+from timm_selfdistill.recipe import AugmentSection, DataSection, RecipeError, load_recipe
 
 PLAIN = AugmentSection(train_crop_mode="pad", hflip=0.0)
 GREY = InputConfig(1, (8, 8), (0.0,), (1.0,), "bilinear", 1.0)
@@ -306,7 +306,9 @@ def test_splits_must_name_the_same_classes(tmp_path: Path) -> None:
         ({"image": "img"}, "data.image is 'img', but split 'train' has the columns image, label"),
         ({"target": "fine"}, "data.target is 'fine', but split 'train' has the columns image, label"),
         ({"image": "label"}, "data.image is 'label', but that column holds no images"),
-        ({"train_split": "training"}, "no split 'training'; it has train, test"),
+        ({"image": "imag", "target": "labels"}, "data.image is 'imag' and .*target is 'labels', .* mean 'image' and"),
+        ({"train_split": "training"}, r"no split 'training' \(is it 'train'\?\); it has train, test"),
+        ({"train_split": "a", "eval_split": "b"}, "no split 'a' and no split 'b'; .* data.train_split and data.eval"),
         ({"eval_split": "dev"}, "no split 'dev'; it has train, test"),
         ({"validation": "dev"}, "no split 'dev'; it has train, test"),
     ],
@@ -314,6 +316,31 @@ def test_splits_must_name_the_same_classes(tmp_path: Path) -> None:
 def test_wrong_names_list_what_there_is(parquet: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_dataset(section(parquet, **fields), 0)
+
+
+def test_columns_of_other_names_are_found_where_there_is_one_of_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "timm_selfdistill.data")
+    named = rows([0, 1] * 6).rename_columns({"image": "img", "label": "species"})
+    for more in ({}, {"note": [f"note {number}" for number in range(12)]}):
+        both = named
+        for name, values in more.items():
+            both = both.add_column(name, values)
+        folder = write_parquet(tmp_path / f"more-{len(more)}", train=both, test=both)
+        data = open_dataset(section(folder), 0)
+        assert data.class_names == ("cat", "dog")
+        assert "images in the column 'img', labels in 'species'" in caplog.text
+    two = named.add_column("color", [0, 1] * 6).cast_column("color", datasets.ClassLabel(names=["red", "blue"]))
+    with pytest.raises(ValueError, match=r"data.target is 'label', but .* has the columns img, species, color\."):
+        open_dataset(section(write_parquet(tmp_path / "two", train=two, test=two)), 0)
+
+
+def test_val_is_validation() -> None:
+    assert DataSection(path="digits", val=0.2) == DataSection(path="digits", validation=0.2)
+    assert load_recipe({"model": {"name": "resnet18"}, "data": {"path": "a", "val": "dev"}}).data.validation == "dev"
+    with pytest.raises(RecipeError, match="data: must not have both val and validation"):
+        load_recipe({"model": {"name": "resnet18"}, "data": {"path": "a", "val": 0.1, "validation": 0.1}})
 
 
 @pytest.mark.parametrize("path", ["./missing", "~/missing-folder", "missing.parquet", "a/b/c", "missing-*", "/missing"])
@@ -450,6 +477,28 @@ def test_batches_that_repeat_begin_with_what_the_process_drew_in_the_batch_befor
                 before = own
             for first in (4 * processes, 8 * processes):
                 assert next(order.batches(epoch, first)) == list(order.batches(epoch))[first // 4]
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (2, 2)])
+def test_a_balanced_epoch_draws_as_many_of_every_class(processes: int, accumulate: int) -> None:
+    targets = np.repeat([0, 1, 3], [40, 7, 2])  # the class 2 has no image
+    order = TrainingOrder(targets, 4, processes, accumulate, seed=0, balanced=True)
+    for epoch in (0, 1):
+        drawn = np.array(order.positions(epoch))
+        counts = np.bincount(targets[drawn], minlength=4)
+        assert len(drawn) == 49
+        assert counts.sum() == 49
+        assert set(counts[[0, 1, 3]]) == {16, 17}
+        assert counts[2] == 0
+        for index, own in ((0, 40), (1, 7), (3, 2)):
+            times = np.bincount(drawn[targets[drawn] == index], minlength=49)[targets == index]
+            assert len(times) == own
+            assert times.max() - times.min() <= 1, "no image comes again before all others of its class came"
+    assert order.positions(0) == TrainingOrder(targets, 4, 1, 1, seed=0, balanced=True).positions(0)
+    assert order.positions(0) != order.positions(1)
+    assert list(order.batches(1, first=8)) == list(order.batches(1))[2:], "an epoch can be entered in its middle"
+    order.begin(1, 8)
+    assert [position for position, _ in next(iter(order))] == list(order.batches(1))[2]
 
 
 def test_pairs_are_of_one_class_and_drawn_by_seed_and_epoch_alone() -> None:

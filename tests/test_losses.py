@@ -343,6 +343,27 @@ def test_label_smoothing_is_torchs(soft):
     torch.testing.assert_close(terms["kd/0"], plain["kd/0"])
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_class_weights_weigh_the_cross_entropy_of_every_exit_and_the_backbone(soft):
+    out, target = make_output(), make_soft_target() if soft else make_target()
+    weights = torch.tensor([0.5, 1.5, 2.5, 3.5, 4.5], dtype=torch.float64)
+    settings = {"class_weights": tuple(weights.tolist()), "label_smoothing": 0.1}
+    terms = SelfDistillationLoss.from_preset("byot-iccv2019", **settings)(out, target)
+    plain = SelfDistillationLoss.from_preset("byot-iccv2019", label_smoothing=0.1)(out, target)
+    expected = plain["loss"]
+    for index, logits in enumerate(out.logits):
+        total = 0.0
+        for row, label in zip(logits, target, strict=True):
+            wanted = label if soft else torch.eye(CLASSES, dtype=torch.float64)[label]
+            total = total - (weights * (0.9 * wanted + 0.1 / CLASSES) * log_softmax(row)).sum()
+        ce = total / BATCH
+        torch.testing.assert_close(terms[f"ce/{index}"], ce.detach())
+        expected = expected + (0.9 if index < 3 else 1.0) * (ce - plain[f"ce/{index}"])
+    torch.testing.assert_close(terms["loss"], expected)
+    with pytest.raises(ValueError, match="class_weights has 1 values for 5 classes; allowed is one each"):
+        SelfDistillationLoss.from_preset("none", class_weights=(1.0,))(out, target)
+
+
 def test_equal_exits_have_zero_divergence_and_hint_and_a_finite_gradient():
     out = make_output(0)
     feature = out.features[0]

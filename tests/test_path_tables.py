@@ -246,8 +246,8 @@ def test_an_image_is_in_one_split(folder: Path) -> None:
         ("a.tsv", "path,label\na,b\n", "it has path,label, as read with tabs"),
         (
             "a.jsonl",
-            '{"path": "a", "class": 1}\n',
-            "data.target is 'label', but .* has no such column; it has path, class",
+            '{"path": "a", "class": 1, "size": 2}\n',
+            "data.target is 'label', but .* has no such column; it has path, class, size",
         ),
         ("a.jsonl", '{"path": "a", "label": 1}\n{"path"\n', "line 2 is no JSON"),
         ("a.jsonl", '{"path": "a", "label": 1}\n[1]\n', "row 1 is no JSON object"),
@@ -262,6 +262,19 @@ def test_tables_that_cannot_be_read_are_explained(folder: Path, name: str, text:
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         open_table(folder / name)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_columns_are_found_where_there_is_one_of_each(folder: Path, ending: str) -> None:
+    columns = {"species": list(LABELS) * 2, "picture": paths(8), "split": ["train"] * 6 + ["test"] * 2}
+    for table in (columns, {"": list("01234567"), **columns}):
+        data = open_dataset(DataSection(path=str(write(folder / f"a.{ending}", table)), validation=0), 0)
+        assert (data.class_names, len(data.train), len(data.eval)) == (("cat", "dog"), 6, 2)
+        image = data.train[0]["image"]["path"]
+        assert (Path(image).name, data.class_names[data.train[0]["target"]]) == (Path(paths(1)[0]).name, LABELS[0])
+    write(folder / f"a.{ending}", {**columns, "place": ["north", "south"] * 4})
+    with pytest.raises(ValueError, match=r"data.target is 'label', but .* it has species, picture, split, place"):
+        open_dataset(DataSection(path=str(folder / f"a.{ending}"), validation=0), 0)
 
 
 def test_a_stream_of_a_table(folder: Path) -> None:

@@ -107,7 +107,7 @@ def test_every_setting_of_the_loss_is_a_key_that_keeps_the_presets_value():
     names = [field.name for field in dataclasses.fields(SelfDistillationConfig)]
     assert list(LossSection.model_fields) == ["name", "preset", *names, "kwargs"]
     assert LossSection().changes == {}
-    settings = {**vars(SelfDistillationConfig()), "exit_weights": (1.0, 2.0)}
+    settings = {**vars(SelfDistillationConfig()), "exit_weights": (1.0, 2.0), "class_weights": (1.0, 3.0)}
     assert LossSection(**settings).changes == settings
 
 

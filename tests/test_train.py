@@ -20,6 +20,7 @@ from timm_selfdistill.cli import main as cli
 from timm_selfdistill.data import open_dataset
 from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.data.transforms import InputConfig
+from timm_selfdistill.losses import SelfDistillationLoss
 from timm_selfdistill.losses.protocol import _LOSSES
 from timm_selfdistill.recipe import Recipe, list_recipes, load_recipe
 from timm_selfdistill.report import format_markdown
@@ -433,3 +434,36 @@ def test_evaluation_refuses_other_classes(trained, colour_images, capsys):
     assert cli(["evaluate", str(trained), "--data", str(colour_images / "folder"), "eval_split=validation"]) == 2
     assert "they must be the same" in capsys.readouterr().err
     assert cli(["evaluate", str(trained), "--data", "digits", "eval_split=train", "max_eval=20"]) == 0
+
+
+@pytest.mark.parametrize("cache", ["null", "device"])
+def test_uneven_classes_are_balanced_by_sampling_and_by_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    counts = [30, 8, 2]
+    for split, parts in (("train", counts), ("test", [2, 2, 2])):
+        for index, count in enumerate(parts):
+            (tmp_path / "data" / split / f"class{index}").mkdir(parents=True)
+            for number in range(count):
+                image = Image.new("L", (16, 16), 80 * index + number + 40 * (split == "test"))
+                image.save(tmp_path / "data" / split / f"class{index}" / f"{number}.png")
+    seen, losses = [], []
+    forward = SelfDistillationLoss.forward
+
+    def watched(self: Any, out: Any, target: torch.Tensor, **given: Any) -> Any:
+        seen.append(target)
+        losses.append(self.config.class_weights)
+        return forward(self, out, target, **given)
+
+    monkeypatch.setattr(SelfDistillationLoss, "forward", watched)
+    fields = (f"data.path={tmp_path / 'data'}", "data.val=0", "batch_size=8", f"data.cache={cache}", "baseline=true")
+    train(small_recipe(tmp_path / "sampled", *fields, "data.sampling=balanced"))
+    assert sorted(np.bincount(torch.cat(seen)).tolist()) == [26, 26, 28], "the 40 images of an epoch, for two networks"
+    seen.clear()
+    losses.clear()
+    train(small_recipe(tmp_path / "weighted", *fields, "loss.class_weights=balanced"))
+    assert {tuple(np.round(weights, 6)) for weights in losses} == {
+        tuple(round(40 / 3 / count, 6) for count in counts)
+    }, "those of the baseline too"
+    with pytest.raises(ValueError, match="class_weights has 2 values for 3 classes"):
+        train(small_recipe(tmp_path / "few", *fields, "loss.class_weights=[1, 2]"))

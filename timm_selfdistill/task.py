@@ -211,6 +211,7 @@ def check_loss(model: SelfDistillModel, criterion: nn.Module, regime: Regime) ->
     if not isinstance(criterion, SelfDistillationLoss):
         return
     config = criterion.config
+    config.check_classes(model.num_classes)
     if needs_exits:
         config.check_exits(model.num_exits)
     if regime == "joint" and not config.deepest_ce_weight and not config.deepest_kd_weight:

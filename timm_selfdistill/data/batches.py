@@ -45,13 +45,23 @@ class TrainingOrder(Sampler[list[Draw]]):
         processes: Number of processes, which take the batches in turn.
         accumulate: Batches that each process takes for one optimizer step; an epoch ends after the last whole one.
         seed: Decides the orders.
+        balanced: Whether an epoch draws as many samples of every class, to within one: of a small class each several
+            times, of a large one not all. It draws as many in all as there are samples.
     """
 
     # Accelerate reads it. It must not find a batch size, which may differ between the phases of a training.
     drop_last = True
 
-    def __init__(self, targets: Indices, batch_size: int, processes: int, accumulate: int, seed: int) -> None:
-        self._targets, self._seed = targets, seed
+    def __init__(
+        self,
+        targets: Indices,
+        batch_size: int,
+        processes: int,
+        accumulate: int,
+        seed: int,
+        balanced: bool = False,
+    ) -> None:
+        self._targets, self._seed, self._balanced = targets, seed, balanced
         self._drawn, self._processes = batch_size, processes
         self._last_round = len(targets) // (batch_size * processes) // accumulate * accumulate - 1
         self._epoch, self._first = 0, 0
@@ -69,8 +79,22 @@ class TrainingOrder(Sampler[list[Draw]]):
         """Return the positions of all samples in the order of an epoch."""
         # numpy's sequence of seeds, as nearby seeds of torch's own generator are not independent.
         seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
-        order: list[int] = torch.randperm(len(self._targets), generator=torch.Generator().manual_seed(seed)).tolist()
-        return order
+        order = torch.randperm(len(self._targets), generator=torch.Generator().manual_seed(seed)).numpy()
+        places: list[int] = (self._of_every_class(epoch)[order] if self._balanced else order).tolist()
+        return places
+
+    def _of_every_class(self, epoch: int) -> Indices:
+        """Return the positions of as many samples of every class, to within one, as many in all as there are [N]."""
+        random_numbers = np.random.default_rng([self._seed, epoch, 2])
+        classes = random_numbers.permutation(np.unique(self._targets))
+        shares = np.full(len(classes), len(self._targets) // len(classes))
+        shares[: len(self._targets) % len(classes)] += 1
+        drawn = []
+        for index, share in zip(classes, shares, strict=True):
+            own = np.flatnonzero(self._targets == index)
+            rounds = [random_numbers.permutation(own) for _ in range(-(-share // len(own)))]
+            drawn.append(np.concatenate(rounds)[:share])
+        return np.concatenate(drawn)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[list[int]]:
         """Return the positions in the batches of an epoch, those of all processes in turn; arguments as `begin`."""

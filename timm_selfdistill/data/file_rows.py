@@ -29,10 +29,17 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Splits:
-    """What a source of data gives: the rows of each split, and what the line before training says of their reading."""
+    """What a source of data gives.
+
+    Args:
+        rows: The rows of each split.
+        notes: What the line before training says of their reading.
+        unread: Names of splits that there are, but that the recipe does not use.
+    """
 
     rows: Mapping[str, datasets.Dataset | datasets.IterableDataset]
     notes: Sequence[str] = ()
+    unread: Sequence[str] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,7 +82,7 @@ def load_image_folder(path: str | Path, section: DataSection) -> Splits | None:
     if expected := scan.describe(root, expected=True):
         notes.append(f"left out: {expected}")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=class_names)})
-    return Splits(rows_of_files(files, features, section), notes)
+    return Splits(rows_of_files(files, features, section), notes, unused)
 
 
 def _split_folders(root: str, folders: Sequence[str], section: DataSection) -> dict[str, str] | None:

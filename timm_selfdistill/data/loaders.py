@@ -104,7 +104,8 @@ def build_loaders(
         )
     order = None
     if isinstance(data.train, ImageSplit):
-        order = TrainingOrder(data.train.targets, batch_size, processes, accumulate, seed)
+        balanced = section.sampling == "balanced"
+        order = TrainingOrder(data.train.targets, batch_size, processes, accumulate, seed, balanced)
     loaders: dict[Use, DataLoader[Any]] = {}
     for use, split in splits.items():
         training = use == "training"

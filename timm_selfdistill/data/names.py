@@ -100,13 +100,12 @@ def resolve_splits(section: DataSection, available: Iterable[str], hint: str = "
     """Return the data section with the splits named as in the data set; `hint` ends the message of a missing one."""
     available = list(available)
     found: dict[str, str] = {}
+    missing: dict[str, str] = {}
     for key, wanted in used_splits(section).items():
         name = find_split(wanted, available)
         if name is None:
-            raise ValueError(
-                f"{section.path} has no split {wanted!r}; it has {', '.join(available)}. data.{key} can name another "
-                f"one; without a split for evaluation, data.eval_fraction holds out a share of train.{hint}"
-            )
+            missing[f"data.{key}"] = with_similar(wanted, available)
+            continue
         for other, taken in found.items():
             # `evaluate` names the training split by the same name, as nothing is trained.
             if name == taken and wanted != getattr(section, other):
@@ -115,6 +114,12 @@ def resolve_splits(section: DataSection, available: Iterable[str], hint: str = "
                     f"{section.path}, {name!r}: name two."
                 )
         found[key] = name
+    if missing:
+        raise ValueError(
+            f"{section.path} has no split {' and no split '.join(missing.values())}; it has {', '.join(available)}. "
+            f"{' and '.join(missing)} can name another one; without a split for evaluation, data.eval_fraction holds "
+            f"out a share of train.{hint}"
+        )
     return section.model_copy(update=found)
 
 

@@ -23,7 +23,14 @@ from timm_selfdistill.data.names import (
     used_of,
     warn_first,
 )
-from timm_selfdistill.data.table_files import TABLE_ENDINGS, Table, column_names, read_table, with_common_labels
+from timm_selfdistill.data.table_files import (
+    TABLE_ENDINGS,
+    Table,
+    column_names,
+    columns_of,
+    read_table,
+    with_common_labels,
+)
 from timm_selfdistill.recipe import DataSection
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +58,7 @@ def load_tables(path: Path, section: DataSection) -> Splits | None:
     parts: list[tuple[str, Table]] = []
     for name, of_split in files.items():
         for file in of_split:
-            columns = {"path": section.image, "label": section.target}
+            columns = columns_of(file, section)
             # A table need not have a column that is called as `data.split_column` is by default.
             if section.split_column is not None and (section.split_column != "split" or "split" in column_names(file)):
                 columns["split"] = section.split_column
@@ -78,7 +85,7 @@ def load_metadata(path: Path, section: DataSection) -> Splits | None:
     if not path.is_dir():
         return None
     image = "file_name" if section.image in ("image", "file_name") else f"{section.image}_file_name"
-    files = [file for file in metadata_files(path) if _describes_images(file, image, section.target)]
+    files = [file for file in metadata_files(path) if _describes_images(file, section, image)]
     folders = [file.parent for file in files]
     if not files:
         return None
@@ -87,7 +94,7 @@ def load_metadata(path: Path, section: DataSection) -> Splits | None:
             f"{path} has several metadata files where one is allowed: {', '.join(map(str, files))}. Leave one of a "
             "folder, either at the top or in each split."
         )
-    tables = [read_table(file, {"path": image, "label": section.target}) for file in files]
+    tables = [read_table(file, columns_of(file, section, image)) for file in files]
     for table in tables:
         outside = pc.match_substring_regex(table.rows["path"], r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|://")
         if (row := pc.index(outside, True).as_py()) >= 0:
@@ -127,9 +134,7 @@ def _table_files(path: Path, section: DataSection) -> dict[str, list[Path]] | No
         files = [
             file
             for file in named
-            if file.is_file()
-            and split_of_file(file, section)
-            and _describes_images(file, section.image, section.target)
+            if file.is_file() and split_of_file(file, section) and _describes_images(file, section)
         ]
         if len(files) == 1:
             return {str(split_of_file(files[0], section)): files}
@@ -138,24 +143,24 @@ def _table_files(path: Path, section: DataSection) -> dict[str, list[Path]] | No
     if not files or not all(file.suffix.lower() in TABLE_ENDINGS and file.is_file() for file in files):
         return None
     tables_of_images = [file for file in files if file.suffix.lower() == ".parquet"]
-    if any(section.image not in column_names(file, of_paths=True) for file in tables_of_images):
+    if any(columns_of(file, section)["path"] not in column_names(file, of_paths=True) for file in tables_of_images):
         return None
     return files_by_split(files, section)
 
 
-def _describes_images(file: Path, image: str, target: str) -> bool:
-    """Whether a table has both columns, and not the images themselves."""
+def _describes_images(file: Path, section: DataSection, image: str | None = None) -> bool:
+    """Whether a table has both columns, that of the images called `image` if given, and not the images themselves."""
     try:
-        names, paths = column_names(file), column_names(file, of_paths=True)
+        names, paths, columns = column_names(file), column_names(file, of_paths=True), columns_of(file, section, image)
     except ValueError as error:
         warn_first(_logger, "Left out: %s", error)
         return False
-    if image not in paths:
+    if columns["path"] not in paths:
         return False
-    if target not in names:
+    if columns["label"] not in names:
         message = "%s is not read: it has no column %r, which data.target names, but %s."
-        warn_first(_logger, message, file, target, ", ".join(names))
-    return target in names
+        warn_first(_logger, message, file, section.target, ", ".join(names))
+    return columns["label"] in names
 
 
 def _by_split_column(table: Table) -> list[tuple[str, Table]]:

@@ -13,6 +13,7 @@ import datasets
 import pyarrow as pa
 from pyarrow import ipc, parquet
 
+from timm_selfdistill.data.columns import with_columns
 from timm_selfdistill.data.file_rows import Splits
 from timm_selfdistill.data.image_files import holds_image
 from timm_selfdistill.data.image_folder import load_image_folder
@@ -93,7 +94,7 @@ def _load_arrow_files(path: Path, section: DataSection) -> Splits | None:
         data_files = datasets.load_dataset_builder(**arguments).config.data_files or {}
         used = used_of(map(str, data_files), section)
         local = [str(file) for split, of_split in data_files.items() if str(split) in used for file in of_split]
-        label_names = {file: _stored_label_names(file, section.target) for file in local}
+        label_names = {file: _stored_label_names(file, section) for file in local}
         read = {str(file) for file in chain(*data_files.values())}
         if section.name is None and (unread := [table.name for table in tables if str(table) not in read]):
             message = "%d files of %s are in no split, as nothing in their names tells which: %s."
@@ -132,8 +133,8 @@ def _tables_of(folder: Path) -> list[Path]:
     return []
 
 
-def _stored_label_names(file: str, column: str) -> list[str] | None:
-    """Return the names of a `ClassLabel` column that a parquet or arrow file stores; None if it stores none."""
+def _stored_label_names(file: str, section: DataSection) -> list[str] | None:
+    """Return the names of the classes that a parquet or arrow file stores; None if it stores none."""
     if Path(file).suffix not in _FORMATS:
         return None
     if file.endswith(".parquet"):
@@ -144,7 +145,8 @@ def _stored_label_names(file: str, column: str) -> list[str] | None:
                 schema = ipc.open_stream(source).schema
             except pa.ArrowInvalid:  # the other one of Arrow's two formats
                 schema = ipc.open_file(source).schema
-    feature = datasets.Features.from_arrow_schema(schema).get(column)
+    features = datasets.Features.from_arrow_schema(schema)
+    feature = features.get(with_columns(section, features).target)
     return list(map(normalized, feature.names)) if isinstance(feature, datasets.ClassLabel) else None
 
 

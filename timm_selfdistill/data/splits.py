@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
+from timm_selfdistill.data.columns import check_columns, with_columns
 from timm_selfdistill.data.names import (
     Indices,
     check_same_classes,
@@ -117,25 +118,18 @@ def open_dataset(section: DataSection, seed: int) -> ImageData:
     """
     splits = load_splits(section)
     section = resolve_splits(section, splits.rows)
+    notes = list(splits.notes)
+    if (features := splits.rows[section.train_split].features) is not None:
+        found = with_columns(section, features)
+        if (found.image, found.target) != (section.image, section.target):
+            notes.append(f"images in the column {found.image!r}, labels in {found.target!r}")
+        section = found
     for name in used_splits(section).values():
-        _check_columns(splits.rows[name].features, name, section)
+        check_columns(splits.rows[name].features, name, section)
     data = _stream_data(section, splits.rows) if section.streaming else _indexed_data(section, splits.rows, seed)
     if is_first_process():
-        _logger.info("%s.", "; ".join([_summary(data, section), *splits.notes]))
+        _logger.info("%s.", "; ".join([_summary(data, section), *notes]))
     return data
-
-
-def _check_columns(features: datasets.Features | None, split: str, section: DataSection) -> None:
-    """Refuse a split without the two columns of the recipe, or whose first one holds no images."""
-    if features is None:
-        raise ValueError(f"The stream {section.path} does not say what its columns hold: set data.streaming to false.")
-    for key, column in (("image", section.image), ("target", section.target)):
-        if column not in features:
-            raise ValueError(f"data.{key} is {column!r}, but split {split!r} has the columns {', '.join(features)}.")
-    image = features[section.image]
-    bare = image == datasets.Value("binary") or (isinstance(image, dict) and set(image) == {"bytes", "path"})
-    if not bare and not isinstance(image, datasets.Image):
-        raise ValueError(f"data.image is {section.image!r}, but that column holds no images: {image}.")
 
 
 def _encoded(rows: Any, columns: dict[str, str]) -> Any:

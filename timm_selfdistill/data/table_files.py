@@ -11,6 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv, parquet, types
 
+from timm_selfdistill.data.columns import only_or_given
+from timm_selfdistill.data.image_files import image_endings
+from timm_selfdistill.recipe import DataSection
+
 _TABS: Final = (".tsv", ".tab")
 _TEXT: Final = (".csv", *_TABS)
 _JSON: Final = (".jsonl", ".ndjson", ".json")
@@ -18,6 +22,7 @@ TABLE_ENDINGS: Final = (*_TEXT, *_JSON, ".parquet")
 
 # Not 01 or 1.0, which are names.
 _INTEGERS = r"^(0|-?[1-9][0-9]{0,17})$"
+_FIRST_ROWS: Final = 100
 _KEYS = {"path": "data.image", "label": "data.target", "split": "data.split_column"}
 
 
@@ -51,6 +56,23 @@ def column_names(file: Path, *, of_paths: bool = False) -> list[str]:
         return [field.name for field in parquet.read_schema(file) if not of_paths or _is_string(field.type)]
     except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
         raise _unreadable(file, error) from error
+
+
+def columns_of(file: Path, section: DataSection, image: str | None = None) -> dict[str, str]:
+    """Return what the columns "path" and "label" are called in a table.
+
+    They are those of the recipe; where it leaves them open, the only column of image files, and the only other one
+    beside that of the split. With `image`, the name of the first, that of the second is not looked for either: metadata
+    may well describe images without naming their classes.
+    """
+    if image is not None:
+        return {"path": image, "label": section.target}
+    names = column_names(file)
+    paths = _columns_of_image_files(file) if section.image not in names else []
+    image = only_or_given("image", section, names, paths)
+    # pandas writes an index without a name.
+    others = [name for name in names if name not in ("", image, section.split_column)]
+    return {"path": image, "label": only_or_given("target", section, names, others)}
 
 
 def read_table(file: Path, columns: Mapping[str, str]) -> Table:
@@ -108,6 +130,33 @@ def with_common_labels(tables: Sequence[Table]) -> list[Table]:
                 "write them alike."
             )
     return list(tables)
+
+
+def _columns_of_image_files(file: Path) -> list[str]:
+    """Return the columns of which the first rows all end as image files do."""
+    endings = image_endings()
+    rows = _first_rows(file)
+    return [
+        name
+        for name in dict.fromkeys(column_names(file, of_paths=True))
+        if (values := [row.get(name) for row in rows])
+        and all(isinstance(value, str) and Path(value).suffix.lower() in endings for value in values)
+    ]
+
+
+def _first_rows(file: Path) -> list[dict[str, Any]]:
+    """Return up to 100 rows of a table; of CSV, all values as strings."""
+    try:
+        if file.suffix.lower() in _JSON:
+            return _json_rows(file)[:_FIRST_ROWS]
+        if _is_text(file):
+            rows = _read(file, list(dict.fromkeys(column_names(file))))
+            return list(rows.slice(0, _FIRST_ROWS).to_pylist())
+        with parquet.ParquetFile(file) as stored:
+            batch = next(stored.iter_batches(_FIRST_ROWS, columns=column_names(file, of_paths=True)), None)
+        return [] if batch is None else list(batch.to_pylist())
+    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+        raise _unreadable(file, error) from error
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:

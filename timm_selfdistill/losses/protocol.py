@@ -133,7 +133,9 @@ def stack(entries: Sequence[Tensor]) -> Tensor:
     return stacked.clamp(-_LIMIT, _LIMIT)
 
 
-def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits: Tensor, target: Tensor, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
+) -> Tensor:
     """Return the cross-entropy of logits [K, B, C] with class indices [B] or probabilities [B, C], a mean each [K]."""
     exits, batch, _ = logits.shape
     if target.is_floating_point():
@@ -142,6 +144,7 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
     losses = F.cross_entropy(
         logits.flatten(0, 1),
         target,
+        weight=None if class_weights is None else logits.new_tensor(class_weights),
         reduction="none",
         label_smoothing=label_smoothing,
         # By default, torch silently leaves out samples of the class -100.

@@ -126,7 +126,7 @@ class SelfDistillationLoss(nn.Module):
         with torch.autocast(target.device.type, enabled=False):
             logits = stack(out.logits)
             none = logits.new_zeros(0)
-            entropies = cross_entropy(logits, target, config.label_smoothing)
+            entropies = cross_entropy(logits, target, config.label_smoothing, config.class_weights)
             ce = entropies[:-1] if config.ce_weight else none
             ce_backbone = entropies[-1:] if config.deepest_ce_weight else none
             kd, kd_backbone = self._distill(logits, target, ema, ensemble) if self._distils else (none, none)
@@ -164,6 +164,7 @@ class SelfDistillationLoss(nn.Module):
                     f"one [B, D] for each [B, C]."
                 )
         check_target(target, out.logits[0].shape)
+        self.config.check_classes(out.logits[0].shape[-1])
         if self.needs.exits:
             self.config.check_exits(len(out.logits) - 1)
         if self.needs.ema:

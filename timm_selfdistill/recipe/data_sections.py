@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from timm_selfdistill.checks import (
     Channels,
@@ -28,20 +28,23 @@ class DataSection(Section):
         path: Dataset on the Hugging Face Hub, folder of images, parquet or arrow files, a table of paths, WebDataset
             shards, or "digits" (embedded).
         name: Configuration of a Hub dataset.
-        image: Column of the images.
-        target: Column of the class labels.
+        image: Column of the images; where no column has the default's name, the only one that holds images.
+        target: Column of the class labels; where no column has the default's name, the only one that may hold labels.
         root: Folder that the paths in a table are relative to; null takes the table's own.
         split_column: Column of a table that names the split of each row; "split" need not be there, null for none.
         classes: Names of the classes, or their number; null takes them from the data, which a stream of plain integers
             or strings cannot tell.
         train_split: Split to train on.
         eval_split: Split to report on; nothing is ever chosen by it.
-        validation: Share of the training images held out (0..1, stratified; 0 for none), or the name of a split.
+        validation: Share of the training images held out (0..1, stratified; 0 for none), or the name of a split. The
+            key may be written `val`.
         eval_fraction: Share of the training images (0..1, stratified) held out as the split to report on, for
             datasets without one.
         allow_empty_classes: Train although some classes have no training image.
         check_duplicates: In image folders, refuse images that are in two splits with the same bytes.
         on_error: Stop at an image that cannot be decoded (raise), or go on without it and list it (skip).
+        sampling: Order of the training images: each once in an epoch (shuffled), or as many of every class, so that
+            those of small classes come several times and not all of large ones (balanced).
         workers: Loader processes per training process; with `cache`, to decode.
         image_size: Height and width in pixels, at most 4096; null takes the model's own.
         mean: Mean per channel on the scale 0..1; null takes the model's own.
@@ -71,6 +74,7 @@ class DataSection(Section):
     allow_empty_classes: bool = False
     check_duplicates: bool = True
     on_error: Literal["raise", "skip"] = "raise"
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
     workers: Annotated[int, Field(ge=0)] = 4
     image_size: ImageSide | None = None
     mean: Channels | None = None
@@ -101,6 +105,15 @@ class DataSection(Section):
         """The names of the classes, if the recipe gives them; their indices, if it gives their number."""
         return tuple(map(str, range(self.classes))) if isinstance(self.classes, int) else self.classes
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_name(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "val" not in value:
+            return value
+        if "validation" in value:
+            raise ValueError("must not have both val and validation, which are one")
+        return {"validation" if key == "val" else key: item for key, item in value.items()}
+
     @field_validator("validation", mode="before")
     @classmethod
     def _check_validation(cls, value: Any) -> Any:
@@ -126,6 +139,8 @@ class DataSection(Section):
                     "must be false where a share of the training images is held out: a stream cannot be split; name "
                     "splits in data.validation (or set it to 0) and data.eval_split, and leave out data.eval_fraction"
                 )
+            case "streaming" if value and before.get("sampling") == "balanced":
+                return "must be false where data.sampling is balanced, which needs images by their index"
             case "train_size" if value is not None and streaming is False:
                 return "must be null unless data.streaming is true: other datasets know their length"
             case "cache" if value is not None and streaming:

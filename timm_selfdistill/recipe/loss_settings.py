@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, get_type_hints
+from typing import Annotated, Any, Final, Literal, get_type_hints
 
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel, BeforeValidator, create_model
 
 from timm_selfdistill.checks import (
     Arguments,
@@ -18,6 +18,7 @@ from timm_selfdistill.checks import (
     Text,
     Weights,
     check,
+    is_number,
 )
 
 WEIGHTS: Final = ("ce_weight", "deepest_ce_weight", "kd_weight", "hint_weight", "deepest_kd_weight")
@@ -53,6 +54,10 @@ class SelfDistillationConfig:
         gate_fade: Share of the training, its last part, over which the gate falls linearly to 0.
         deepest_kd_weight: Weight of the divergence of the backbone's own classifier from the teacher, for one that
             teaches it too: "ensemble", "ema" and "ema-same-exit" do. It is warmed up as `kd_weight` is.
+        class_weights: One factor above 0 for the cross-entropy of each class with the target, of every exit and of the
+            backbone, as `weight` of `F.cross_entropy`; None for 1. The weighted samples are averaged over their number,
+            not over the sum of their weights. Recipes also take "balanced": N / (C n) for a class with n of the N
+            training images, of C classes with images; 1 for one without.
 
     Raises:
         ValueError: If a value is not allowed. Names of divergence and teacher are looked up by the loss.
@@ -75,6 +80,7 @@ class SelfDistillationConfig:
     gate: Gate = 1.0
     gate_fade: Probability = 0.0
     deepest_kd_weight: NotNegative = 0.0
+    class_weights: Weights = None
 
     def __post_init__(self) -> None:
         for name, kind in _TYPES.items():
@@ -96,6 +102,17 @@ class SelfDistillationConfig:
             values = getattr(self, name)
             if isinstance(values, tuple) and len(values) != num_exits:
                 raise ValueError(f"{name} has {len(values)} values for {num_exits} added exits; allowed is one each.")
+
+    def check_classes(self, num_classes: int) -> None:
+        """Check that there is a weight for each class, if for any.
+
+        Raises:
+            ValueError: If there is not.
+        """
+        if self.class_weights is not None and len(self.class_weights) != num_classes:
+            raise ValueError(
+                f"class_weights has {len(self.class_weights)} values for {num_classes} classes; allowed is one each."
+            )
 
 
 _TYPES: Final[dict[str, Any]] = get_type_hints(SelfDistillationConfig, include_extras=True)
@@ -154,12 +171,29 @@ def list_presets() -> list[str]:
     return sorted(PRESETS)
 
 
+def _class_weights(value: Any) -> Any:
+    if value is None or value == "balanced":
+        return value
+    numbers = value if isinstance(value, list | tuple) else ()
+    if len(numbers) < 2 or not all(is_number(number) and number > 0 for number in numbers):
+        raise ValueError("must be balanced, null or a list with a number above 0 for each class")
+    return tuple(map(float, numbers))
+
+
 class _NamedLoss(BaseModel):
     name: Text = "self-distillation"
     preset: Text | None = "byot-iccv2019"
 
 
 _NULLABLE: dict[str, Any] = {name: (kind | None, None) for name, kind in _TYPES.items()}
+# What it stands for, only the data can tell.
+_NULLABLE["class_weights"] = (
+    Annotated[
+        Literal["balanced"] | tuple[float, ...] | None,
+        BeforeValidator(_class_weights),
+    ],
+    None,
+)
 _Settings: Any = create_model("_Settings", __base__=_NamedLoss, **_NULLABLE)
 
 
@@ -177,8 +211,9 @@ class LossSection(_Settings, Section):  # type: ignore[misc]  # a class made of 
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The fields of `SelfDistillationConfig` that differ from the preset."""
-        return {name: getattr(self, name) for name in _TYPES if getattr(self, name) is not None}
+        """The fields of `SelfDistillationConfig` that differ from the preset; balanced weights are left to the data."""
+        found = {name: getattr(self, name) for name in _TYPES if getattr(self, name) is not None}
+        return {name: value for name, value in found.items() if (name, value) != ("class_weights", "balanced")}
 
     @classmethod
     def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:

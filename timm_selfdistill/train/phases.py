@@ -1,9 +1,12 @@
 """What a run trains, phase by phase: the loss, the parts it reaches, and for how many epochs."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import nn
 
+from timm_selfdistill.data import ImageSplit, StreamSplit
 from timm_selfdistill.losses import OutsideTeacher, SelfDistillationLoss, get_loss, needs_of
 from timm_selfdistill.recipe import LossSection, Recipe
 from timm_selfdistill.task import Regime
@@ -68,9 +71,29 @@ def build_loss(recipe: Recipe) -> nn.Module:
 
 
 def backbone_loss(recipe: Recipe) -> nn.Module:
-    """Build the loss of the backbone alone, with the recipe's label smoothing."""
+    """Build the loss of the backbone alone, with the recipe's label smoothing and weights of the classes."""
     smoothing = 0.0 if recipe.augment.mixes else label_smoothing(recipe.loss)
-    return SelfDistillationLoss.from_preset("none", label_smoothing=smoothing)
+    weights = recipe.loss.changes.get("class_weights")
+    return SelfDistillationLoss.from_preset("none", label_smoothing=smoothing, class_weights=weights)
+
+
+def with_balanced_classes(phases: Sequence[Phase], train: ImageSplit | StreamSplit, num_classes: int) -> list[Phase]:
+    """Return phases whose losses weigh each class by the inverse of its number of training images.
+
+    Raises:
+        ValueError: If the training images are a stream, or a loss has no weights of classes.
+    """
+    if not isinstance(train, ImageSplit):
+        raise ValueError("loss.class_weights: must be null or a list for a stream, whose classes cannot be counted.")
+    counts = np.bincount(train.targets, minlength=num_classes)
+    shares = len(train) / np.count_nonzero(counts) / np.maximum(counts, 1)
+    weights = tuple(np.where(counts > 0, shares, 1.0).tolist())
+    found = []
+    for phase in phases:
+        if not isinstance(phase.loss, SelfDistillationLoss):
+            raise ValueError("loss.class_weights: must be null for a loss that is not self-distillation.")
+        found.append(replace(phase, loss=SelfDistillationLoss(replace(phase.loss.config, class_weights=weights))))
+    return found
 
 
 def label_smoothing(section: LossSection) -> float:

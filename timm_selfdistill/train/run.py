@@ -39,7 +39,7 @@ from timm_selfdistill.train.launch import (
     start_accelerator,
 )
 from timm_selfdistill.train.parallelism import Replicated, Sharded
-from timm_selfdistill.train.phases import Phase, baseline_phases, self_distillation_phases
+from timm_selfdistill.train.phases import Phase, baseline_phases, self_distillation_phases, with_balanced_classes
 from timm_selfdistill.train.publish import ModelWriter, Publisher
 from timm_selfdistill.train.run_folder import MODEL, RunRecord, check_folder, check_run, flat, remove_leftovers
 from timm_selfdistill.train.saved_run import as_begun
@@ -130,6 +130,10 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: St
         if accelerator.is_main_process:
             remove_leftovers(folder)
     model = build_model(recipe, data.class_names, data.name)
+    if recipe.loss.class_weights == "balanced":
+        networks = {
+            name: with_balanced_classes(phases, data.train, model.num_classes) for name, phases in networks.items()
+        }
     known = len(data.class_names)
     if accelerator.is_main_process and model.num_classes > known and not recipe.data.allow_empty_classes:
         _logger.warning(

@@ -31,7 +31,7 @@ _BATCH_SIZE = 128
 # Settings of the data that do not decide which images are for what.
 _HOW_TO_READ = {
     *("on_error", "workers", "image_size", "mean", "std", "interpolation", "crop_pct", "shuffle_buffer", "cache"),
-    "check_duplicates",
+    *("check_duplicates", "sampling"),
 }
 # What DDP, compile and timm's average of the weights put before the name of a weight.
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
