@@ -32,7 +32,7 @@ from timm_selfdistill.calibration import (
 from timm_selfdistill.data import open_dataset
 from timm_selfdistill.data.loaders import Loaders, build_loaders
 from timm_selfdistill.data.transforms import InputConfig
-from timm_selfdistill.early_exit.early_exit import replay
+from timm_selfdistill.early_exit import replay
 from timm_selfdistill.measure import seconds_of
 from timm_selfdistill.recipe import Recipe, load_recipe
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.early_exit import early_exit
+from timm_selfdistill.early_exit.leaving import LeavingBatch
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model import hooks
 
@@ -134,10 +134,9 @@ class Clock:
 @contextmanager
 def counting(clock: Clock) -> Iterator[None]:
     """Time all that early exit adds to backbone and heads: confidences, who leaves, gathering, the output's order."""
-    batch = early_exit._Batch
     with ExitStack() as stack:
         for name in ("__init__", "visit", "finish", "output"):
-            stack.enter_context(patch.object(batch, name, clock.around(getattr(batch, name))))
+            stack.enter_context(patch.object(LeavingBatch, name, clock.around(getattr(LeavingBatch, name))))
         stack.enter_context(patch.object(hooks, "_take_rows", clock.around(hooks._take_rows)))
         stack.enter_context(patch.object(ExitHead, "classify", clock.around(ExitHead.classify, sign=-1)))
         yield

@@ -130,11 +130,17 @@ def test_the_ensemble_answers_when_nobody_is_sure(model, batch, rule):
     torch.testing.assert_close(out.logits[late], torch.stack(every).mean(0)[late])
 
 
-def test_images_that_left_are_not_run(model, batch):
+def record_sizes(model):
+    """Return a list that takes the batch size of each stage that runs from now on."""
     sizes = []
     for name in ("layer1", "layer2", "layer3", "layer4"):
         module = model.backbone.get_submodule(name)
         module.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    return sizes
+
+
+def test_images_that_left_are_not_run(model, batch):
+    sizes = record_sizes(model)
     confidences = [z.softmax(-1).amax(-1) for z in model(batch, return_exits=True).logits[:K]]
     fast = sd.EarlyExit(model, medians(confidences))
     sizes.clear()
@@ -145,6 +151,81 @@ def test_images_that_left_are_not_run(model, batch):
     assert sd.EarlyExit(model, 0.0)(batch).exit_index.tolist() == [0] * 8
     assert sizes[-1] == 8
     assert sizes.count(8) + sizes.count(4) + sizes.count(2) == len(sizes)
+
+
+@pytest.mark.parametrize(("rule", "fallback"), [("max-softmax", "last"), ("patience", "ensemble")])
+@pytest.mark.parametrize("buckets", [[2, 3, 6, 16], [5, 1], [4]])
+def test_buckets_bound_the_sizes_and_change_no_answer(model, batch, buckets, rule, fallback):
+    every = model(batch, return_exits=True).logits
+    for head, logits in zip(model.heads, every, strict=False):
+        head.classifier.bias -= logits.mean(0)
+    every = model(batch, return_exits=True).logits
+    thresholds = medians([z.softmax(-1).amax(-1) for z in every[:K]]) if rule == "max-softmax" else 1
+    expected = sd.EarlyExit(model, thresholds, rule=rule, fallback=fallback)(batch)
+    assert len(expected.exit_index.unique()) > 1
+    fast = sd.EarlyExit(model, thresholds, rule=rule, fallback=fallback, buckets=buckets)
+    assert fast.buckets == tuple(sorted(buckets))
+    sizes = record_sizes(model)
+    for part in (batch, batch[:5], batch[:1]):
+        out = fast(part)
+        assert out.exit_index.tolist() == expected.exit_index[: len(part)].tolist()
+        torch.testing.assert_close(out.logits, expected.logits[: len(part)])
+    assert set(sizes) <= set(buckets)
+    assert len(set(sizes)) > 1 or len(buckets) == 1
+
+
+def test_without_an_exit_buckets_hold_too(model, batch):
+    sizes = record_sizes(model)
+    out = sd.EarlyExit(model, math.inf, buckets=[6])(batch)
+    assert set(sizes[-8:]) == {6}
+    torch.testing.assert_close(out.logits, model(batch))
+    assert out.exit_index.tolist() == [K] * 8
+
+
+@pytest.mark.parametrize("settings", [{}, {"running_ensemble": True}, {"rule": "patience", "fallback": "ensemble"}])
+@pytest.mark.parametrize("buckets", [None, [3, 8]])
+def test_an_image_goes_no_deeper_than_it_may(model, batch, settings, buckets):
+    thresholds = (
+        math.inf if "rule" in settings else [*medians([model.forward_exit(batch, 0).softmax(-1).amax(-1)]), 1, 1]
+    )
+    fast = sd.EarlyExit(model, thresholds, buckets=buckets, **settings)
+    free = fast(batch)
+    assert "rule" in settings or 0 < (free.exit_index == 0).sum() < 8
+    own = torch.stack(model(batch, return_exits=True).logits)
+    running = torch.stack([own[: k + 1].mean(0) for k in range(K + 1)])
+    every = running if settings.get("running_ensemble") else own
+    limits = torch.tensor([3, 0, 1, 2, 3, 1, 2, 0])
+    out = fast(batch, max_exit=limits)
+    assert torch.equal(out.exit_index, free.exit_index.minimum(limits))
+    for image, exit in enumerate(out.exit_index):
+        answer = free.logits[image] if exit == K else every[exit, image]
+        torch.testing.assert_close(out.logits[image], answer)
+    for exit in range(K + 1):
+        assert torch.equal(fast(batch, max_exit=exit).exit_index, free.exit_index.clamp(max=exit))
+
+
+def test_nothing_runs_after_the_deepest_exit_allowed(model, batch):
+    sizes = record_sizes(model)
+    fast = sd.EarlyExit(model, math.inf)
+    sizes.clear()
+    limits = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    assert torch.equal(fast(batch, max_exit=limits).exit_index, limits)
+    assert sizes == [8, 5]
+
+
+@pytest.mark.parametrize(
+    ("max_exit", "message"),
+    [
+        (4, "max_exit is 4 to 4; allowed are 0 to 3"),
+        (torch.tensor([0, 1, 2, 3, -1, 0, 0, 0]), "max_exit is -1 to 3; allowed are 0 to 3"),
+        (torch.tensor([0, 1]), r"max_exit has the shape \[2\]; allowed are one number, or \[8\] of them"),
+        (1.0, "max_exit is 1.0; allowed are whole numbers"),
+        (True, "max_exit is True; allowed are whole numbers"),
+    ],
+)
+def test_wrong_limits(model, batch, max_exit, message):
+    with pytest.raises(ValueError, match=message):
+        sd.EarlyExit(model, 0.5)(batch, max_exit=max_exit)
 
 
 def test_nothing_behind_the_exit_runs_when_all_are_sure(model, batch):
@@ -301,6 +382,9 @@ def test_compiled(tiny_net):
         ({"rule": "softmax"}, "Unknown rule 'softmax'; known are .*entropy, .*margin, max-softmax, patience"),
         ({"rule": ["margin"]}, r"rule is \['margin'\]; allowed are .*entropy"),
         ({"fallback": "mean"}, "fallback is 'mean'; allowed are last, ensemble"),
+        ({"buckets": []}, r"buckets are \[\]; allowed are whole numbers, 1 or more, at least one"),
+        ({"buckets": [0, 4]}, r"buckets are \[0, 4\]; allowed are whole numbers, 1 or more"),
+        ({"buckets": [True]}, r"buckets are \[True\]; allowed are whole numbers"),
         ({"temperatures": [1.0]}, "3 thresholds, but 1 temperatures"),
         ({"temperatures": [1.0, 0.0, 1.0]}, "allowed are finite numbers above 0"),
         ({"temperatures": [1.0, math.inf, 1.0]}, "allowed are finite numbers above 0"),

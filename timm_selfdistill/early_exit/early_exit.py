@@ -2,27 +2,15 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.early_exit.rules import EarlyExitConfig, RuleState, reaches
+from timm_selfdistill.early_exit.leaving import LeavingBatch, Places, check_buckets, check_limits
+from timm_selfdistill.early_exit.replay import EarlyExitOutput
+from timm_selfdistill.early_exit.rules import EarlyExitConfig
 from timm_selfdistill.exits import random_images, unchanged
-from timm_selfdistill.model import Ensemble, SelfDistillModel
-
-
-class EarlyExitOutput(NamedTuple):
-    """The answers of a network with early exit, in the order of the input.
-
-    Attributes:
-        logits: Logits [B, num_classes].
-        exit_index: Which exit gave them [B], int64, 0 the shallowest; K, the number of added exits, stands for the
-            fallback: the backbone's own classifier, or the ensemble.
-    """
-
-    logits: Tensor
-    exit_index: Tensor
+from timm_selfdistill.model import SelfDistillModel
 
 
 class EarlyExit(nn.Module):
@@ -46,9 +34,13 @@ class EarlyExit(nn.Module):
         fallback: Who answers for images that left at no exit: "last" or "ensemble".
         running_ensemble: Whether exit k answers with the ensemble of the exits 0 to k, by the weights of the model's
             `ensemble`, instead of with its own logits. Heads then run even where no image may leave.
+        buckets: The batch sizes that the network may run on, so that it meets few shapes: what is left of a batch is
+            filled up to the next of them with images that are there already, and a batch larger than the largest runs
+            in parts of that size. By default, it runs on exactly what is left.
 
     Attributes:
         config: The settings, as an `EarlyExitConfig`.
+        buckets: The sizes, sorted; None for all.
         shrinks: For each added exit, whether the backbone runs on with a part of the batch after it.
 
     Raises:
@@ -64,6 +56,7 @@ class EarlyExit(nn.Module):
         temperatures: Sequence[float] | None = None,
         fallback: str = "last",
         running_ensemble: bool = False,
+        buckets: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(thresholds, int | float):
@@ -73,12 +66,15 @@ class EarlyExit(nn.Module):
         temperatures = None if temperatures is None else tuple(temperatures)
         self.config = EarlyExitConfig(tuple(thresholds), rule, temperatures, fallback, running_ensemble)
         self.config.check_exits(model.exit_names[:-1])
+        self.buckets = check_buckets(buckets)
         self.model = model
         self.training = model.training
         self.shrinks = _find_shrinking_exits(model)
 
     @classmethod
-    def from_config(cls, model: SelfDistillModel, config: EarlyExitConfig) -> "EarlyExit":
+    def from_config(
+        cls, model: SelfDistillModel, config: EarlyExitConfig, *, buckets: Sequence[int] | None = None
+    ) -> "EarlyExit":
         """Return a model with settings that were saved or chosen; ValueError if they are for more or fewer exits."""
         return cls(
             model,
@@ -87,141 +83,54 @@ class EarlyExit(nn.Module):
             temperatures=config.temperatures,
             fallback=config.fallback,
             running_ensemble=config.running_ensemble,
+            buckets=buckets,
         )
 
-    def forward(self, x: Tensor) -> EarlyExitOutput:
+    def forward(self, x: Tensor, max_exit: int | Tensor | None = None) -> EarlyExitOutput:
         """Classify a batch.
 
         Args:
             x: Images [B, C, H, W].
+            max_exit: The exit that answers at the latest, however confident it is: one for all images, or one for each
+                [B]; K, the backbone's own classifier or the ensemble, by default.
 
         Returns:
             Logits [B, num_classes] and the exits that gave them [B].
 
         Raises:
             RuntimeError: If the model is in train mode.
+            ValueError: If there is no exit `max_exit`, or not one for each image.
         """
         if self.model.training:
             raise RuntimeError("Early exit is for inference, but the model is in train mode: call eval() first.")
+        limits = check_limits(max_exit, len(x), self.model.num_exits)
         if not len(x):
             return EarlyExitOutput(x.new_empty(0, self.model.num_classes), x.new_empty(0, dtype=torch.int64))
-        batch = _Batch(self, x)
-        logits = self.model.forward_while(x, batch.visit)
+        size = len(x) if self.buckets is None else self.buckets[-1]
+        parts = [
+            self._forward(part, None if limits is None else limits[start : start + size])
+            for start, part in zip(range(0, len(x), size), x.split(size), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else EarlyExitOutput(*map(torch.cat, zip(*parts, strict=True)))
+
+    def fit(self, count: int) -> int:
+        """Return on how many rows the network runs for this many images."""
+        return count if self.buckets is None else next(size for size in self.buckets if size >= count)
+
+    def shrinks_to(self, exit: int, present: int, left: int) -> bool:
+        """Whether, after an exit, the backbone runs on `left` rows in place of the `present` ones."""
+        return left < present and self.shrinks[exit]
+
+    def _forward(self, x: Tensor, limits: Places | None) -> EarlyExitOutput:
+        """Classify a batch that is no larger than the largest bucket."""
+        batch = LeavingBatch(self, x, limits)
+        if limits is None and not any(map(self.config.runs_head, range(self.model.num_exits))):
+            logits = self.model(batch.images)  # nobody leaves, so nothing need be read on the way
+        else:
+            logits = self.model.forward_while(batch.images, batch.visit)
         if logits is not None:
             batch.finish(logits)
         return batch.output()
-
-
-def replay(config: EarlyExitConfig, logits: Tensor, ensemble: Ensemble | None = None) -> EarlyExitOutput:
-    """Return what `EarlyExit` with these settings answers for images whose logits are known.
-
-    Args:
-        config: The settings.
-        logits: Logits [K + 1, N, C] of all exits.
-        ensemble: The model's; the mean by default.
-
-    Returns:
-        Logits [N, C] and the exits that gave them [N]: those of `EarlyExit`, to rounding.
-
-    Raises:
-        ValueError: If there is not one threshold for each exit.
-    """
-    config.check_exits([str(index) for index in range(len(logits) - 1)])
-    answers = exit_answers(config, logits, ensemble)
-    index = first_confident(exit_confidence(answers, config), config.thresholds)
-    return EarlyExitOutput(answers[index, torch.arange(len(index))], index)
-
-
-def exit_answers(config: EarlyExitConfig, logits: Tensor, ensemble: Ensemble | None = None) -> Tensor:
-    """Return what each exit answers [K + 1, N, C] under the settings, the last in place of all that let no image leave.
-
-    Args:
-        config: The settings; thresholds and temperatures do not count.
-        logits: Logits [K + 1, N, C] of all exits.
-        ensemble: The model's; the mean by default.
-    """
-    ensemble = ensemble or Ensemble.mean(len(logits))
-    early = running_ensembles(logits, ensemble)[:-1] if config.running_ensemble else logits[:-1]
-    last = ensemble(logits) if config.fallback == "ensemble" else logits[-1]
-    return torch.cat([early, last.unsqueeze(0)])
-
-
-def running_ensembles(logits: Tensor, ensemble: Ensemble) -> Tensor:
-    """Return the logits [K + 1, N, C] of the ensembles of the exits 0 to k, from those of all exits."""
-    return torch.stack([ensemble.prefix(index)(logits[: index + 1]) for index in range(len(logits))])
-
-
-def exit_confidence(logits: Tensor, config: EarlyExitConfig) -> Tensor:
-    """Return the confidence of every exit for every image [K, N] from logits [K + 1, N, C], whatever the thresholds."""
-    state: RuleState = ()
-    rows = []
-    for index in range(len(logits) - 1):
-        confidence, state = config.confidence(logits[index], index, state)
-        rows.append(confidence)
-    return torch.stack(rows)
-
-
-def first_confident(confidence: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """Return the first exit whose confidence [K, N] reaches its threshold for each image [N], K where none does."""
-    # In the precision of the confidence, as a comparison with a number is.
-    reached = reaches(confidence, torch.tensor(thresholds, dtype=confidence.dtype).unsqueeze(1))
-    return torch.cat([reached, torch.ones_like(reached[:1])]).to(torch.uint8).argmax(0)
-
-
-class _Batch:
-    """The images of one forward, known by their place in the input.
-
-    `_present` are those that the backbone still runs on, [P]; `_waiting` says which of them have no answer yet.
-    """
-
-    def __init__(self, network: EarlyExit, x: Tensor) -> None:
-        self._model, self._config, self._shrinks = network.model, network.config, network.shrinks
-        self._present = torch.arange(len(x), device=x.device)
-        self._waiting = torch.ones_like(self._present, dtype=torch.bool)
-        self._state: RuleState = ()
-        self._members: list[Tensor] = []  # the logits [P, num_classes] of the exits so far, for ensembles
-        self._answers: list[tuple[int, Tensor, Tensor]] = []
-
-    def visit(self, exit: int, taps: tuple[Tensor, ...]) -> Tensor | None:
-        """Let images leave at an exit; return the rows of those that go on, or None for all."""
-        if self._config.runs_head(exit):
-            self._run_head(exit, taps)
-        rows = self._waiting.nonzero().squeeze(1)
-        if len(rows) == len(self._present) or (len(rows) and not self._shrinks[exit]):
-            return None
-        self._present, self._waiting = self._present[rows], self._waiting[rows]
-        self._state = tuple(value[rows] for value in self._state)
-        self._members = [member[rows] for member in self._members]
-        return rows
-
-    def finish(self, logits: Tensor) -> None:
-        """Answer for the images that left at no exit, from the backbone's own logits [P, num_classes]."""
-        if self._config.fallback == "ensemble":
-            logits = self._model.ensemble([*self._members, logits])
-        self._answer(self._model.num_exits, self._waiting, logits)
-
-    def output(self) -> EarlyExitOutput:
-        """Return the answers in the input's order."""
-        order = torch.cat([places for _, places, _ in self._answers]).argsort()
-        logits = torch.cat([logits for _, _, logits in self._answers])
-        index = torch.cat([torch.full_like(places, exit) for exit, places, _ in self._answers])
-        return EarlyExitOutput(logits[order], index[order])
-
-    def _run_head(self, exit: int, taps: tuple[Tensor, ...]) -> None:
-        """Run an exit's head, and answer for the images that it is confident enough of."""
-        logits = self._model.head_of(exit).classify(*taps)
-        if self._config.combines:
-            self._members.append(logits)
-        if self._config.running_ensemble:
-            logits = self._model.ensemble.prefix(exit)(self._members)
-        confidence, self._state = self._config.confidence(logits, exit, self._state)
-        leaving = reaches(confidence, self._config.thresholds[exit]) & self._waiting
-        self._answer(exit, leaving, logits)
-        self._waiting = self._waiting & ~leaving
-
-    def _answer(self, exit: int, leaving: Tensor, logits: Tensor) -> None:
-        rows = leaving.nonzero().squeeze(1)
-        self._answers.append((exit, self._present[rows], logits[rows]))
 
 
 @torch.no_grad()

@@ -238,8 +238,11 @@ class EarlyExitConfig:
         return self.rule_object.confidence(logits, state)
 
 
-def reaches(confidence: Tensor, threshold: Tensor | float) -> Tensor:
-    """Whether images leave at a threshold; they never do where the confidence is NaN or infinite."""
+def reaches(confidence: Any, threshold: Tensor | float) -> Any:
+    """Whether images leave at a threshold, as a tensor or array like the confidence.
+
+    They never do where the confidence is NaN or infinite.
+    """
     return (confidence >= threshold) & (confidence < math.inf)
 
 
