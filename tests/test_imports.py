@@ -72,7 +72,7 @@ def command(folder: Path, torch: str, *words: str) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize(("word", "shown"), [("--help", "{train,finish,compare,"), ("recipes", "digits\n")])
+@pytest.mark.parametrize(("word", "shown"), [("--help", "{init,train,finish,"), ("recipes", "digits   ")])
 def test_the_command_loads_neither_for_what_needs_neither(word: str, shown: str, tmp_path: Path) -> None:
     done = command(tmp_path, "raise RuntimeError('It is imported.')", word)
     assert (done.returncode, done.stderr) == (0, "")

@@ -427,7 +427,9 @@ def test_the_command_line_evaluates_lists_and_explains(tmp_path, capsys):
         cli(["evaluate", str(run), "--device", "cuda"])
     assert "unrecognized arguments: --device cuda" in capsys.readouterr().err
     assert cli(["recipes"]) == 0
-    assert capsys.readouterr().out.split() == list_recipes()
+    listed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in listed] == list_recipes()
+    assert dict(listed)["imagefolder-vit"] == "Fine-tune a pretrained ViT-Small on your own images"
 
 
 def test_evaluation_refuses_other_classes(trained, colour_images, capsys):

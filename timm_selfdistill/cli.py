@@ -4,15 +4,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Final
 
+from timm_selfdistill.escape import printable
 from timm_selfdistill.program import run_program
-from timm_selfdistill.recipe import list_recipes
+from timm_selfdistill.recipe import list_recipes, read_shipped, summary_of
 from timm_selfdistill.stop import leave_on_signals
 
 # By name, where a command is and its line in the help. A module's `COMMANDS` holds for each a function that adds its
 # arguments to a parser, and one that takes their values by name and returns an exit status, or None for 0.
 _COMMANDS: Final = {
+    "init": ("starter", "look at your images and write a recipe that suits them"),
     "train": ("train.run", "train from a recipe (the same as accelerate launch's module)"),
     "finish": ("cli_runs", "make the report and the model of a run that was stopped"),
     "compare": ("compare", "train a recipe with several losses and seeds, side by side"),
@@ -29,8 +32,11 @@ _COMMANDS: Final = {
     "export": ("cli_models", "write the network up to an exit as safetensors, torch.export or ONNX"),
     "push": ("cli_models", "push a trained model to the Hugging Face Hub"),
     "exits": ("cli_models", "show where exits could hang on a timm model, and what they would cost"),
-    "recipes": ("cli", "list the shipped recipes"),
+    "recipes": ("cli", "list the shipped recipes, print or copy one"),
 }
+
+
+_SAME_NAME: Final = Path(".")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,11 +57,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_program(parser, arguments)
 
 
-def _print_recipes() -> None:
-    print("\n".join(list_recipes()))
+def _add_recipes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="print this recipe in place of the list")
+    parser.add_argument(
+        "--copy",
+        dest="copy_to",
+        nargs="?",
+        type=Path,
+        const=_SAME_NAME,
+        metavar="FILE",
+        help="copy it to a file that is not there yet, by default NAME.yaml",
+    )
 
 
-COMMANDS: Final = {"recipes": (lambda parser: None, _print_recipes)}
+def _recipes(name: str | None, copy_to: Path | None) -> None:
+    """List the shipped recipes, or print or copy one."""
+    if name is None:
+        if copy_to is not None:
+            raise ValueError("--copy needs the name of a recipe.")
+        width = max(map(len, list_recipes()))
+        for each in list_recipes():
+            print(f"{each:<{width}}  {summary_of(each)}")
+        return
+    text = read_shipped(name)
+    if copy_to is None:
+        print(text, end="")
+        return
+    file = Path(f"{name}.yaml") if copy_to == _SAME_NAME else copy_to.expanduser()
+    try:
+        with file.open("x", encoding="utf-8") as copied:
+            copied.write(text)
+    except FileExistsError:
+        raise ValueError(f"{file} is there already: give --copy another file.") from None
+    print(f"Written to {printable(file)}. Train with:\n  timm-selfdistill train {printable(file)}")
+
+
+COMMANDS: Final = {"recipes": (_add_recipes, _recipes)}
 
 if __name__ == "__main__":
     sys.exit(main())

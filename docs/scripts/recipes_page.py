@@ -16,7 +16,9 @@ A recipe is a YAML file; [train.md](train.md#fields) has every field, and the de
 one by its name, followed by changes, or copy it to a file of your own:
 
 ```bash
-timm-selfdistill recipes                                          # their names
+timm-selfdistill recipes                                          # a line about each
+timm-selfdistill recipes digits --copy mine.yaml                  # a file of your own
+timm-selfdistill init FOLDER                                      # or a recipe that suits your images
 timm-selfdistill train digits epochs=5 optimizer.lr=0.02          # one of them, with two changes
 ```
 """

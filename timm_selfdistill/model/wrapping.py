@@ -18,11 +18,10 @@ from timm_selfdistill.backbones import use_small_stem  # which also registers ne
 from timm_selfdistill.exits import Backbone, Exits, choose, explore, named_modules
 from timm_selfdistill.heads import AUTO, PROPORTIONAL, HeadBudget, each_head_kwargs, fit_heads, resolve_budget
 from timm_selfdistill.measure import BuildLimit, TooLargeError
+from timm_selfdistill.model.model_names import SOURCES
 from timm_selfdistill.model.network import SelfDistillModel, WrapConfig
 from timm_selfdistill.program import failure_of_machine
 
-# What timm takes in front of a model's name: where its configuration is.
-_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 # Most parameters and modules of a model: timm's largest have about 2,500 and 6,000.
 _LIMITS = {"parameters": 25_000, "modules": 60_000}
 
@@ -146,7 +145,7 @@ def create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Back
     except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
         if failure_of_machine(error) is not None:
             raise
-        if name.startswith(_SOURCES) and not isinstance(error, RuntimeError | TypeError):
+        if name.startswith(SOURCES) and not isinstance(error, RuntimeError | TypeError):
             raise ValueError(_unknown_source(name, error)) from error
         if pretrained and _is_of_download(error):
             raise ValueError(

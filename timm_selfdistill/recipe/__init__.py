@@ -8,6 +8,8 @@ from timm_selfdistill.recipe.load import is_local as is_local
 from timm_selfdistill.recipe.load import list_recipes as list_recipes
 from timm_selfdistill.recipe.load import load_recipe as load_recipe
 from timm_selfdistill.recipe.load import read_settings as read_settings
+from timm_selfdistill.recipe.load import read_shipped as read_shipped
+from timm_selfdistill.recipe.load import summary_of as summary_of
 from timm_selfdistill.recipe.loss_settings import LossSection as LossSection
 from timm_selfdistill.recipe.recipe import LOCAL as LOCAL
 from timm_selfdistill.recipe.recipe import RECIPE as RECIPE

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -128,6 +129,27 @@ def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
 def list_recipes() -> list[str]:
     """Return the names of the recipes shipped with the library, sorted."""
     return sorted(_shipped())
+
+
+def read_shipped(name: str) -> str:
+    """Return the text of a shipped recipe.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if (path := _shipped().get(name)) is None:
+        known = list_recipes()
+        raise ValueError(
+            f"There is no shipped recipe {name!r}; shipped are {', '.join(known)}{_did_you_mean(name, known)}"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def summary_of(name: str) -> str:
+    """Return the beginning of the comment of a shipped recipe, up to the first full stop or colon."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), read_shipped(name).splitlines())
+    comment = " ".join(line.lstrip("# ") for line in lines)
+    return re.split(r"[.:](?:\s|$)", comment, maxsplit=1)[0]
 
 
 def _shipped() -> dict[str, Path]:
