@@ -59,6 +59,7 @@ PYTHON = [block for page in PAGES for block in blocks(page, "python")]
 RUN_PAGES = sorted({block.page for block in PYTHON if block.reason is None})
 NOT_RUN = [block for block in PYTHON if block.reason is not None]
 TORCHDISTILL_PAGE = ROOT / "docs" / "torchdistill.md"
+OPTIONAL = {"torchdistill.md": ("torchdistill",), "trainers.md": ("transformers", "lightning")}
 YAML = [block for page in PAGES if page != TORCHDISTILL_PAGE for block in blocks(page, "yaml")]
 COMMANDS = [
     pytest.param(command, id=f"{block}:{index}")
@@ -97,8 +98,8 @@ def finished_run(tmp_path_factory, make_image_folder):
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: page.name)
 def test_examples_run_and_print_what_the_page_says(page, finished_run, monkeypatch, capsys):
-    if page == TORCHDISTILL_PAGE:
-        pytest.importorskip("torchdistill")
+    for package in OPTIONAL.get(page.name, ()):
+        pytest.importorskip(package)
     monkeypatch.chdir(finished_run)
     torch.manual_seed(0)
     shared: dict[str, Any] = {"__name__": "example"}
