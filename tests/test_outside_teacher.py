@@ -229,8 +229,8 @@ def test_a_folder_of_this_library_and_one_of_timms_are_teachers(tmp_path: Path, 
         (("model.num_classes=12",), "teacher: The teacher has 10 classes and the student 12"),
         (("loss.preset=none",), "teacher.teaches: must be backbone for this loss, which does not run the exits"),
         (("schedule.regime=frozen",), "teacher.teaches: must be exits where the backbone is frozen"),
-        (("teacher.divergence=l1",), "teacher: Unknown divergence 'l1'"),
-        (("teacher.name=no_such_net",), "teacher: timm cannot create 'no_such_net'"),
+        (("teacher.divergence=l1",), "teacher.divergence: unknown, received 'l1'"),
+        (("teacher.name=no_such_net",), "teacher.name: must be the name of a timm model, received 'no_such_net'"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused_before_data_is_opened(

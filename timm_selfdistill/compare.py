@@ -17,6 +17,7 @@ from timm_selfdistill.losses import PRESETS, list_losses, list_presets, needs_of
 from timm_selfdistill.program import run_program
 from timm_selfdistill.recipe import LossSection, Recipe, load_recipe
 from timm_selfdistill.train import as_begun, build_loss, finished_report, train
+from timm_selfdistill.train.recipe_names import all_problems
 from timm_selfdistill.train.run import add_arguments as add_training_arguments
 
 _logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(recipe: str, overrides: Sequence[str], losses: Sequence[str], seeds: Sequence[int]) -> None:
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, check=all_problems)
     if not any(override.startswith("output_dir=") for override in overrides):
         loaded = loaded.model_copy(update={"output_dir": f"{loaded.output_dir}-compare"})
     comparison = compare(loaded, losses, seeds)

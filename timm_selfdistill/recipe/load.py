@@ -5,7 +5,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -56,7 +56,12 @@ class RecipeError(ValueError):
         return "\n  ".join((f"Recipe {_shorten(self.source, _MOST_CHARACTERS)} has {count}:", *shown))
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    check: Callable[[Mapping[str, Any], bool], Sequence[str]] | None = None,
+) -> Recipe:
     """Read and validate a recipe.
 
     The `recipe.yaml` of a run holds no paths of the machine; they are taken from the `local.yaml` beside it, and
@@ -66,6 +71,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         source: Path of a YAML file, or the name of a shipped recipe ("./name" for a file of that name), or what such a
             file holds.
         overrides: Changes as "section.key=value"; the value is read as YAML, and later ones win.
+        check: Takes what the recipe holds, and whether something is wrong with it, and returns what else is.
 
     Returns:
         The recipe, its `output_dir` always set.
@@ -95,6 +101,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         problems += map(_sentence, errors[:_MOST_PROBLEMS])
         # Counted, but not put into words, which takes long.
         problems += (f"{_path(item['loc'])}: is wrong" for item in errors[_MOST_PROBLEMS:])
+    if check is not None:
+        problems += check(mapping, bool(problems))
     if problems:
         raise RecipeError(path.stem if isinstance(source, Mapping) else str(source), list(dict.fromkeys(problems)))
     return recipe
@@ -223,11 +231,14 @@ def _sentence(error: ErrorDetails) -> str:
         return f"{_path(location)}.{error['msg']}"
     if kind == "missing" and isinstance(location[-1], str):
         return f"{_path(location)}: is required"
+    hint = ""
+    if kind == "literal_error" and isinstance(error["input"], str):
+        hint = _did_you_mean(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
     if kind == "missing":
         location, phrase = location[:-1], "must have 2 entries"  # only pairs have a fixed length
     else:
         phrase = _PHRASES.get(kind) or re.sub(r"^(Value error, must|\w+ should)", "must", error["msg"])
-    return f"{_path(location)}: {phrase}, received {_show(error['input'])}"
+    return f"{_path(location)}: {phrase}, received {_show(error['input'])}{hint}"
 
 
 def _section(parents: Sequence[int | str]) -> type[BaseModel]:

@@ -25,7 +25,7 @@ from timm_selfdistill.measure import Stopwatch
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.program import is_lost_process, run_program
-from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, dump_local, load_recipe
+from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, RecipeError, dump_local, load_recipe
 from timm_selfdistill.report import Report, format_table, write_report
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import check_loss
@@ -41,6 +41,7 @@ from timm_selfdistill.train.launch import (
 from timm_selfdistill.train.parallelism import Replicated, Sharded
 from timm_selfdistill.train.phases import Phase, baseline_phases, self_distillation_phases, with_balanced_classes
 from timm_selfdistill.train.publish import ModelWriter, Publisher
+from timm_selfdistill.train.recipe_names import all_problems, recipe_problems
 from timm_selfdistill.train.run_folder import MODEL, RunRecord, check_folder, check_run, flat, remove_leftovers
 from timm_selfdistill.train.saved_run import as_begun
 from timm_selfdistill.train.steps import RunContext
@@ -69,6 +70,8 @@ def train(recipe: Recipe) -> Report:
     """
     if recipe.output_dir is None:
         raise ValueError("output_dir: must be a folder.")
+    if problems := recipe_problems(recipe.model_dump()):
+        raise RecipeError(recipe.output_dir, problems)
     folder = Path(recipe.output_dir)
     clock = Stopwatch()
     recipe = as_begun(recipe)
@@ -264,7 +267,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train_and_print(recipe: str, overrides: Sequence[str]) -> None:
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides, check=all_problems)
     report = train(loaded)
     if not PartialState().is_main_process:
         return

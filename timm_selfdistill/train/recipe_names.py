@@ -1,0 +1,148 @@
+"""Check every name in a recipe before anything is opened or downloaded, and say all that is wrong at once."""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import timm
+import torch
+from pydantic import ValidationError
+from timm.optim import list_optimizers
+
+from timm_selfdistill.data.columns import check_columns, with_columns
+from timm_selfdistill.data.names import resolve_splits, used_splits
+from timm_selfdistill.data.sources import is_on_hub, load_splits
+from timm_selfdistill.heads import list_heads
+from timm_selfdistill.losses import list_divergences, list_losses, list_presets, list_teachers
+from timm_selfdistill.model.model_names import SOURCES, model_problem
+from timm_selfdistill.recipe import REPO_ID, DataSection
+
+# Which names are allowed for a key, by its section.
+_KNOWN: Final[dict[tuple[str, str], Callable[[], Iterable[str]]]] = {
+    ("exits", "head"): lambda: ("auto", "published", *list_heads()),
+    ("loss", "name"): list_losses,
+    ("loss", "preset"): list_presets,
+    ("loss", "divergence"): list_divergences,
+    ("loss", "teacher"): list_teachers,
+    ("teacher", "divergence"): list_divergences,
+    ("optimizer", "name"): lambda: map(str, list_optimizers()),
+}
+# Of more names, only those like the wrong one are listed.
+_MOST_LISTED = 12
+
+
+def recipe_problems(recipe: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the names of models, exits, heads, losses and optimizer in a recipe.
+
+    Only values of the right type are looked at; the others are reported by the recipe itself.
+
+    Args:
+        recipe: What a recipe holds, by section and key.
+
+    Returns:
+        A sentence for each, as "section.key: what is wrong".
+    """
+    sections = {name: section for name, section in recipe.items() if isinstance(section, Mapping)}
+    value = partial(_value, sections)
+    problems = []
+    for (section, key), known in _KNOWN.items():
+        name, names = value(section, key), list(dict.fromkeys(known()))
+        # timm takes its optimizers in any case, and a wrapper in front of them.
+        plain = name.lower().removeprefix("lookahead_") if isinstance(name, str) and section == "optimizer" else name
+        if isinstance(name, str) and plain not in names:
+            problems.append(f"{section}.{key}: unknown, received {name!r}{_allowed(name, names)}")
+    name = value("model", "name")
+    if isinstance(name, str):
+        # Weights may come from a file that the arguments name.
+        arguments = value("model", "kwargs")
+        own = isinstance(arguments, Mapping) and arguments.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}
+        pretrained = value("model", "pretrained") is True and not own
+        if problem := model_problem(name, pretrained=pretrained):
+            problems.append(f"model.{'pretrained' if problem.startswith('must be false') else 'name'}: {problem}")
+        elif isinstance(points := value("exits", "points"), list | tuple):
+            problems += _point_problems(name, arguments, points)
+    name = value("teacher", "name")
+    is_timms = isinstance(name, str) and not (os.path.isdir(name) or REPO_ID.fullmatch(name))
+    if is_timms and (problem := model_problem(name)):
+        problems.append(f"teacher.name: {problem}")
+    return problems
+
+
+def all_problems(recipe: Mapping[str, Any], is_wrong: bool = False) -> list[str]:
+    """Return what is wrong with the names in a recipe, those of splits and columns too if anything is wrong.
+
+    If nothing is, the data is opened anyway; a data set on the Hub is not asked for.
+
+    Args:
+        recipe: What a recipe holds, by section and key.
+        is_wrong: Whether something else is wrong with it.
+    """
+    problems = recipe_problems(recipe)
+    data = recipe.get("data")
+    if (problems or is_wrong) and isinstance(data, Mapping):
+        problems += _data_problems(data)
+    return problems
+
+
+def _value(sections: Mapping[str, Mapping[str, Any]], section: str, key: str) -> Any:
+    return sections.get(section, {}).get(key)
+
+
+def _allowed(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3)
+    listed = f"; known are {', '.join(names)}" if len(names) <= _MOST_LISTED else ""
+    return f"{listed}; did you mean {' or '.join(map(repr, close))}?" if close else listed
+
+
+def _point_problems(name: str, kwargs: Any, points: Sequence[Any]) -> list[str]:
+    """Return which exits a model has no place for, as far as its modules tell without running it."""
+    names = [point for point in points if isinstance(point, str)]
+    indices = [point for point in points if isinstance(point, int) and not isinstance(point, bool)]
+    if name.startswith(SOURCES) or not (names or indices):
+        return []
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, **(kwargs if isinstance(kwargs, Mapping) else {}))
+    except Exception:  # timm checks few arguments; what is wrong with them is reported where the model is built
+        return []
+    modules = [module for module, _ in model.named_modules() if module]
+    stages = len(getattr(model, "feature_info", None) or ())
+    problems = []
+    for point in names:
+        module = re.sub(r"\[\d+\]$", "", point)
+        if module not in modules:
+            top = [each for each in modules if "." not in each]
+            problems.append(f"exits.points: {name} has no module {point!r}{_allowed(module, modules) or _listed(top)}")
+    problems += [
+        f"exits.points: {name} has {stages} stages, 0 to {stages - 1}, received {index}"
+        for index in indices
+        if stages and index >= stages
+    ]
+    return problems
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"; it has {', '.join(names[:_MOST_LISTED])}"
+
+
+def _data_problems(fields: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the splits and columns that a recipe names."""
+    try:
+        section = DataSection.model_validate(fields)
+    except ValidationError:
+        return []
+    if is_on_hub(section.path):
+        return []
+    try:
+        rows = load_splits(section).rows
+        section = resolve_splits(section, rows)
+        if (features := rows[section.train_split].features) is not None:
+            section = with_columns(section, features)
+        for split in used_splits(section).values():
+            check_columns(rows[split].features, split, section)
+    except ValueError as error:
+        return [f"data: {error}"]
+    return []
