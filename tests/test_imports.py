@@ -16,7 +16,7 @@ pytestmark = pytest.mark.multiprocess
 HEAVY = {"accelerate", "datasets", "evaluate", "matplotlib", "pandas", "pyarrow", "scipy"}
 LOADED = """
 import sys
-print(*sorted({name.split(".")[0] for name in sys.modules}))
+print(*sorted({name.split(".")[0] for name, module in sys.modules.items() if module is not None}))
 """
 
 USED = """
@@ -48,10 +48,55 @@ def run(code: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_public_names_load_torch_and_timm_only(tmp_path: Path) -> None:
-    loaded = set(run(USED + LOADED, tmp_path).split())
-    assert {"torch", "timm"} <= loaded
-    assert loaded & HEAVY == set()
+# What the extra `train` installs cannot be imported, as where it was left out.
+WITHOUT_EXTRA = f"""
+import sys
+for name in {sorted(HEAVY)}:
+    sys.modules[name] = None
+"""
+
+REFUSED = """
+from timm_selfdistill.cli import main
+
+def refusal(call):
+    try:
+        call()
+    except ImportError as error:
+        return str(error)
+    raise AssertionError("nothing is missing")
+
+def refused(*words):
+    try:
+        main(words)
+    except SystemExit as end:
+        assert end.code == 2
+
+print(refusal(lambda: sd.train(sd.load_recipe("digits"))))
+print(refusal(lambda: sd.data.open_dataset))
+print(refusal(lambda: sd.fit_ensemble(logits=torch.randn(2, 8, 3), target=torch.arange(8) % 3)))
+print(refusal(lambda: __import__("timm_selfdistill.evaluate_metrics")))
+sys.stderr = sys.stdout
+refused("train", "digits")
+refused("calibrate", "runs/digits")
+assert main(["predict", "model", "a.png"]) == 0
+assert main(["exits", "test_resnet", "--num", "1"]) == 0
+"""
+
+
+def test_public_names_need_and_load_torch_and_timm_only(tmp_path: Path) -> None:
+    """One interpreter for what is loaded, what works without the extra `train`, and what is said where it does not."""
+    said = run(WITHOUT_EXTRA + USED + REFUSED + LOADED, tmp_path).splitlines()
+    extra = "pip install 'timm_selfdistill[train]'."
+    assert said[:4] == [
+        f"timm_selfdistill.train needs accelerate, which is not installed: {extra}",
+        f"timm_selfdistill.data.open_dataset needs datasets, which is not installed: {extra}",
+        f"fit_ensemble needs scipy, which is not installed: {extra}",
+        f"timm_selfdistill.evaluate_metrics needs evaluate, which is not installed: {extra}",
+    ]
+    for command in ("train", "calibrate"):
+        assert f"error: timm-selfdistill {command} needs accelerate, which is not installed: {extra}" in said
+    assert any(line.startswith("a.png\t") for line in said)
+    assert {"torch", "timm"} <= set(said[-1].split())
 
 
 def test_the_package_alone_loads_neither_torch_nor_timm(tmp_path: Path) -> None:
@@ -110,4 +155,13 @@ def test_names_are_there_as_if_they_had_been_imported() -> None:
 
 def test_no_module_hides_a_public_name() -> None:
     modules = {path.stem for path in Path(sd.__file__).parent.iterdir()}
-    assert modules & set(sd.__all__) == set()
+    # `timm_selfdistill.train` is both, and can be called.
+    assert modules & set(sd.__all__) == {"train"}
+
+
+def test_the_package_train_is_called_as_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm_selfdistill.train as package
+
+    assert sd.train is package is sys.modules["timm_selfdistill.train"]
+    monkeypatch.setattr(package, "train", lambda *args, **kwargs: (args, kwargs))
+    assert sd.train("recipe", key=1) == (("recipe",), {"key": 1})

@@ -3,12 +3,18 @@
 import email
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
+
+import timm_selfdistill as sd
+from timm_selfdistill.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
@@ -85,5 +91,41 @@ def test_wheel_holds_the_library_and_nothing_else(wheel):
     assert {f"timm_selfdistill/recipes/{name}.yaml" for name in RECIPES} <= set(names)
     assert any(name.startswith("timm_selfdistill/digits/") for name in names)
     assert (metadata["Name"], metadata["License-Expression"]) == ("timm_selfdistill", "Apache-2.0")
+    assert metadata["Version"] == sd.__version__
+    assert {"timm_selfdistill/py.typed", "timm_selfdistill/__init__.pyi"} <= set(names)
     assert "timm-selfdistill = timm_selfdistill.cli:main" in entry_points
     assert licence == (ROOT / "LICENSE").read_text()
+
+
+def test_what_a_package_index_shows(wheel):
+    """It renders README.md without warnings, and every link leads out of the page: to the repository, or elsewhere."""
+    check = [sys.executable, "-m", "twine", "check", "--strict", str(wheel)]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(wheel) as archive:
+        (file,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        metadata = email.message_from_bytes(archive.read(file))
+    shown = metadata.get_payload()
+    assert re.findall(r"\]\((?!https://|#)[^)]*", shown) == []
+    repository = dict(line.split(", ") for line in metadata.get_all("Project-URL"))["Repository"]
+    raw = repository.replace("github.com", "raw.githubusercontent.com")
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]*)", (ROOT / "README.md").read_text()):
+        assert (ROOT / link).is_file()
+        assert f"]({repository}/blob/main/{link}" in shown or f"]({raw}/main/{link}" in shown
+
+
+def test_metadata_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = YAML(typ="safe").load(ROOT / "CITATION.cff")
+    repository = project["urls"]["Repository"]
+    assert all(url.startswith(repository) for url in project["urls"].values())
+    for key, value in {"repository-code": repository, "version": sd.__version__, "license": project["license"]}.items():
+        assert citation[key] == value
+    assert citation["authors"] == project["authors"]
+    assert {"authors", "keywords", "classifiers", "urls"} <= set(project)
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli(["--version"])
+    assert capsys.readouterr().out == f"timm-selfdistill {sd.__version__}\n"

@@ -38,6 +38,7 @@ from timm_selfdistill.predict import predict_images as predict_images
 from timm_selfdistill.recipe import list_recipes as list_recipes
 from timm_selfdistill.recipe import load_recipe as load_recipe
 from timm_selfdistill.task import SelfDistillationTask as SelfDistillationTask
+from timm_selfdistill.train import train as train
 from timm_selfdistill.truncation import TruncatedModel as TruncatedModel
 from timm_selfdistill.truncation import truncate as truncate
 

@@ -7,7 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final
 
+from timm_selfdistill import __version__
 from timm_selfdistill.escape import printable
+from timm_selfdistill.lazy import MissingExtraError, needs_extra
 from timm_selfdistill.program import run_program
 from timm_selfdistill.recipe import list_recipes, read_shipped, summary_of
 from timm_selfdistill.stop import leave_on_signals
@@ -47,11 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     chosen = next((word for word in words if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="timm-selfdistill", description="Turn a timm backbone into its own teacher.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, line) in _COMMANDS.items():
         command = commands.add_parser(name, help=line)
         if name == chosen:
-            add_arguments, run = import_module(f"timm_selfdistill.{module}").COMMANDS[name]
+            try:
+                with needs_extra(f"timm-selfdistill {name}"):
+                    add_arguments, run = import_module(f"timm_selfdistill.{module}").COMMANDS[name]
+            except MissingExtraError as error:
+                command.exit(2, f"error: {error}\n")
             add_arguments(command)
             command.set_defaults(run=run)
     return run_program(parser, arguments)

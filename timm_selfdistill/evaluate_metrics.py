@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import evaluate
 import numpy as np
 import numpy.typing as npt
-from datasets import Features, List, Value
 
+from timm_selfdistill.lazy import needs_extra
 from timm_selfdistill.metrics import calibration_error, top_k_accuracy
+
+with needs_extra(__name__):
+    import evaluate
+    from datasets import Features, Value
 
 
 class _InMemoryMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
@@ -45,7 +48,7 @@ class TopKAccuracy(_InMemoryMetric):
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
-            features=Features({"predictions": List(Value("int64")), "references": Value("int64")}),
+            features=Features({"predictions": [Value("int64")], "references": Value("int64")}),
         )
 
     def _compute(self, predictions: npt.ArrayLike, references: npt.ArrayLike) -> dict[str, float]:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from timm_selfdistill.exits import unchanged
 from timm_selfdistill.gather import SampleGatherer
+from timm_selfdistill.lazy import needs_extra
 from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.model import Ensemble, SelfDistillModel
 
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
 _LOWEST_TEMPERATURE: Final = 0.05
 _HIGHEST_TEMPERATURE: Final = 20.0
-# How strongly the weights are held together, and biases at 0, in nats for a deviation of 1: as much as a few dozen
-# images say.
+# What holds the weights together, and biases at 0, in nats for a deviation of 1: as much as a few dozen images say.
 _PULL: Final = 30.0
 _BIAS_PULL: Final = 10.0
 
@@ -136,6 +136,7 @@ def collect_logits(
     return ExitLogits.of_labelled(logits.transpose(0, 1).cpu(), labels.cpu(), model.ensemble)
 
 
+@needs_extra("fit_temperatures")
 def fit_temperatures(logits: Tensor, targets: Tensor) -> tuple[float, ...]:
     """Return for each exit the temperature that minimises the cross-entropy on held-out images.
 
@@ -153,6 +154,7 @@ def fit_temperatures(logits: Tensor, targets: Tensor) -> tuple[float, ...]:
     return tuple(_fit_temperature(row, targets) for row in logits.float())
 
 
+@needs_extra("fit_ensemble")
 def fit_ensemble(
     model: SelfDistillModel | None = None,
     loader: Iterable[tuple[Tensor, Tensor]] | None = None,
@@ -166,9 +168,7 @@ def fit_ensemble(
     penalised by as much as a few dozen images say: with few images, the mean comes out. A bias of each class is fitted
     beside them, and penalised too, where that lowers the cross-entropy on the other half of the images. The problem is
     convex, so the answer depends on the images alone. The ensembles of the exits 0 to k, with which a running ensemble
-    answers, are fitted in the same way.
-
-    Give images that the network was not trained on, and that nothing is reported on.
+    answers, are fitted in the same way. Give images that were not trained on, and that nothing is reported on.
 
     Paper: "Zero Time Waste: Recycling Predictions in Early Exit Neural Networks", NeurIPS 2021,
     https://arxiv.org/abs/2106.05409, whose weights are per class and exit and fitted by gradient descent.

@@ -1,15 +1,50 @@
-"""Import a package's public names when they are first used, and register our networks with timm when it is imported."""
+"""Import a package's public names when they are first used, and register our networks with timm when it is imported.
+
+What an extra of this package installs may be missing; `needs_extra` then says which one.
+"""
 
 import ast
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
+
+# Each extra of pyproject.toml that users choose, and the modules that it brings.
+_EXTRAS: Final = {
+    "train": ("accelerate", "datasets", "evaluate", "matplotlib", "pyarrow", "scipy"),
+    "torchdistill": ("torchdistill",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+}
+
+
+class MissingExtraError(ModuleNotFoundError):
+    """A module is missing that an extra of this package installs."""
+
+
+@contextmanager
+def needs_extra(what: str) -> Iterator[None]:
+    """Where the body misses a module that an extra installs, say what needs it, and how to install it.
+
+    Raises:
+        MissingExtraError: In place of the ModuleNotFoundError of such a module.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        for extra, modules in _EXTRAS.items():
+            if module in modules:
+                raise MissingExtraError(
+                    f"{what} needs {module}, which is not installed: pip install 'timm_selfdistill[{extra}]'.",
+                    name=module,
+                ) from error
+        raise
 
 
 def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
@@ -27,7 +62,10 @@ def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], 
 
     def get(name: str) -> Any:
         if name in modules:
-            value = getattr(import_module(modules[name]), name)
+            with needs_extra(f"{package}.{name}"):
+                module = import_module(modules[name])
+                # A subpackage of that name can be called (`make_callable`), and is what an import statement gives.
+                value = module if module.__name__ == f"{package}.{name}" else getattr(module, name)
             setattr(sys.modules[package], name, value)
             return value
         if name.startswith("_") or find_spec(f"{package}.{name}") is None:
@@ -36,6 +74,23 @@ def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], 
 
     names = sorted(modules)
     return get, lambda: sorted({*vars(sys.modules[package]), *names}), names
+
+
+def make_callable(package: str, name: str) -> None:
+    """Let a package be called as its public function of this name, under which it stands in the package around it."""
+    sys.modules[package].__class__ = type("_CallableModule", (_CallableModule,), {"function": name})
+
+
+class _CallableModule(ModuleType):
+    function: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with needs_extra(self.__name__):
+            function = getattr(self, self.function)
+        return function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
+        return import_module, (self.__name__,)
 
 
 def import_after(name: str, then: str) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 
 from timm_selfdistill.cores import fit_threads
 from timm_selfdistill.escape import PrintableFormatter, printable_message
+from timm_selfdistill.lazy import MissingExtraError, needs_extra
 from timm_selfdistill.stop import Interrupted, StopSignals, end_program
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -74,7 +75,7 @@ def run_safely(run: Callable[[], int | None]) -> int:
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        with StopSignals(), _shown(logging.getLogger("timm_selfdistill")):
+        with needs_extra("This command"), StopSignals(), _shown(logging.getLogger("timm_selfdistill")):
             status = run() or 0
             sys.stdout.flush()
             return status
@@ -87,7 +88,7 @@ def run_safely(run: Callable[[], int | None]) -> int:
         said, status = failure_of_machine(error), 1
         if said is None and isinstance(error, OSError):
             said = f"{message_of(error).rstrip('.')}. Mend that, and run the same command again to go on."
-        elif said is None and isinstance(error, ValueError | ReportedError):
+        elif said is None and isinstance(error, ValueError | ReportedError | MissingExtraError):
             said, status = message_of(error), getattr(error, "exit_status", 2)
         if said is None:
             raise

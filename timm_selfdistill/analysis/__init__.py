@@ -1,8 +1,6 @@
 """What the method's paper explains its gain by, measured on a saved model: flat minima, gradients, features."""
 
-from timm_selfdistill.analysis.analysis_page import Analysis as Analysis
-from timm_selfdistill.analysis.analysis_page import format_analysis as format_analysis
-from timm_selfdistill.analysis.folder_analysis import DRAWS as DRAWS
-from timm_selfdistill.analysis.folder_analysis import IMAGES as IMAGES
-from timm_selfdistill.analysis.folder_analysis import SIGMAS as SIGMAS
-from timm_selfdistill.analysis.folder_analysis import analyze_folder as analyze_folder
+from timm_selfdistill.lazy import attach
+
+# So that what is missing is named together with the extra that installs it.
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -15,19 +15,16 @@ from timm_selfdistill.data import ImageSplit, open_dataset
 from timm_selfdistill.data.decode import decode, read
 from timm_selfdistill.data.transforms import MODES
 from timm_selfdistill.hub import from_pretrained
+from timm_selfdistill.lazy import needs_extra
 from timm_selfdistill.losses import Needs, SelfDistillationLoss, get_loss, needs_of
 from timm_selfdistill.model import ExitOutput, wrap
 from timm_selfdistill.recipe import DataSection
 
-try:
+with needs_extra(__name__):
     from torchdistill.core.interfaces.pre_epoch_proc import default_pre_epoch_process_with_teacher
     from torchdistill.core.interfaces.registry import FORWARD_PROC_FUNC_DICT, PRE_EPOCH_PROC_FUNC_DICT
     from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
     from torchdistill.models.registry import MODEL_DICT
-except ModuleNotFoundError as error:
-    raise ImportError(
-        "timm_selfdistill.plugins.torchdistill needs torchdistill: pip install 'timm_selfdistill[torchdistill]'."
-    ) from error
 
 PREFIX: Final = "timm_selfdistill."
 

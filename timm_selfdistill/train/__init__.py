@@ -1,12 +1,7 @@
-"""Training from a recipe, with Accelerate."""
+"""Training from a recipe, with Accelerate: `timm_selfdistill.train(recipe)`, or `python -m timm_selfdistill.train`."""
 
-from timm_selfdistill.stop import Interrupted as Interrupted
-from timm_selfdistill.train.evaluation import evaluate_folder as evaluate_folder
-from timm_selfdistill.train.evaluation import evaluate_model as evaluate_model
-from timm_selfdistill.train.evaluation import finish_folder as finish_folder
-from timm_selfdistill.train.phases import build_loss as build_loss
-from timm_selfdistill.train.run import main as main
-from timm_selfdistill.train.run import train as train
-from timm_selfdistill.train.run_folder import finished_report as finished_report
-from timm_selfdistill.train.saved_run import as_begun as as_begun
-from timm_selfdistill.train.saved_run import opened_run as opened_run
+from timm_selfdistill.lazy import attach, make_callable
+
+__getattr__, __dir__, __all__ = attach(__name__, __file__)
+
+make_callable(__name__, "train")

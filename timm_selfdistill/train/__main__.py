@@ -2,6 +2,9 @@
 
 import sys
 
-from timm_selfdistill.train.run import main
+from timm_selfdistill.lazy import needs_extra
+
+with needs_extra("timm_selfdistill.train"):
+    from timm_selfdistill.train.run import main
 
 sys.exit(main())
