@@ -351,6 +351,7 @@ def test_a_failing_forward_leaves_no_trace(model, batch):
     assert len(model(batch, return_exits=True).logits) == K + 1
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 cannot compile early exit")
 def test_compiled(tiny_net):
     torch.manual_seed(0)
     model = sd.wrap(tiny_net(), image_size=32, head="linear").eval()

@@ -19,6 +19,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
+from timm_selfdistill import hub
 from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, Training, class_names, model_card
 from timm_selfdistill.hub.card import card_for_repository
 from timm_selfdistill.model import SelfDistillModel
@@ -112,6 +113,21 @@ def test_a_loaded_model_is_saved_to_the_same_files(case: str, tmp_path: Path) ->
     first, second = (json.loads((tmp_path / folder / CONFIG).read_text()) for folder in ("first", "second"))
     assert first["timm_selfdistill"] == second["timm_selfdistill"]
     assert first["model_args"] == second["model_args"]
+
+
+def test_the_methods_are_the_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("resnet")
+    names = [f"class {index}" for index in range(CLASSES)]
+    assert model.save_pretrained(tmp_path / "method", label_names=names) == tmp_path / "method"
+    sd.save_pretrained(model, tmp_path / "function", label_names=names)
+    for name in (BACKBONE, EXITS, CARD, CONFIG):
+        assert (tmp_path / "method" / name).read_bytes() == (tmp_path / "function" / name).read_bytes()
+    loaded = SelfDistillModel.from_pretrained(tmp_path / "method")
+    assert isinstance(loaded, SelfDistillModel)
+    assert class_names(loaded) == tuple(names)
+    assert all(map(torch.equal, model.state_dict().values(), loaded.state_dict().values()))
+    monkeypatch.setattr(hub, "push_to_hub", lambda *args, **options: (args, options))
+    assert model.push_to_hub("me/net", private=True) == ((model, "me/net"), {"private": True})
 
 
 @plain_cases

@@ -241,6 +241,9 @@ def test_compiled_training_step_equals_the_eager_one(make_backbone, images):
         torch.testing.assert_close(one, other, msg=name)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"), reason="torch is too old for it"
+)
 def test_compiled_training_step_under_gradient_checkpointing_equals_the_eager_one(make_backbone, images, monkeypatch):
     # As the documentation says: without this, torch refuses the hooks inside the checkpointed part.
     monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
@@ -613,7 +616,7 @@ def test_any_global_pool(make_backbone, images, name, pool):
 
 
 def test_backbone_whose_pooling_is_switched_off_is_refused(make_backbone):
-    with pytest.raises(ValueError, match=r"ResNet fails on an input of shape \(1, 3, 64, 64\): addmm"):
+    with pytest.raises(ValueError, match=r"ResNet fails on an input of shape \(1, 3, 64, 64\): .*256x2 and 128x5"):
         wrap(make_backbone("resnet18", global_pool=""), image_size=SIZE)
 
 

@@ -143,7 +143,8 @@ class SelfDistillationLoss(nn.Module):
         terms = {"loss": loss}
         for kind, of_exits, of_backbone in (("ce", ce, ce_backbone), ("kd", kd, kd_backbone), ("hint", hint, none)):
             for first, values in ((0, of_exits), (backbone, of_backbone)):
-                terms |= {f"{kind}/{index}": value for index, value in enumerate(values.detach().unbind(), first)}
+                # `|=` is not for torch.compile of torch 2.6.
+                terms.update({f"{kind}/{index}": value for index, value in enumerate(values.detach().unbind(), first)})
         return terms
 
     def extra_repr(self) -> str:

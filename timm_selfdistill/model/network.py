@@ -15,6 +15,7 @@ from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model.ensemble import Ensemble
 from timm_selfdistill.model.gradient_gate import GradientGate
 from timm_selfdistill.model.hooks import Hooks, Visit
+from timm_selfdistill.model.pretrained import PretrainedMethods
 
 # The keys of a backbone's `pretrained_cfg` that describe classes.
 _CLASS_NAMES = ("label_names", "label_descriptions")
@@ -43,7 +44,7 @@ class WrapConfig:
     image_size: tuple[int, int] | None
 
 
-class SelfDistillModel(nn.Module):
+class SelfDistillModel(nn.Module, PretrainedMethods):
     """A timm backbone and its exits; made by `wrap`.
 
     `model(x)` is the backbone's own forward, bit for bit. It has the methods and attributes that timm reads from a
@@ -55,8 +56,7 @@ class SelfDistillModel(nn.Module):
         config: How the backbone was wrapped.
 
     Attributes:
-        ensemble: How the logits of all exits become one answer; the mean until `fit_ensemble` fits it. Saved with the
-            model, and the mean again after `reset_classifier`.
+        ensemble: How the logits of all exits become one answer; the mean until `fit_ensemble`; saved with the model.
         gate: Scales the gradients of the exits into the backbone; set by a `SelfDistillationTask`.
     """
 
