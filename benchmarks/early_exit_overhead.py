@@ -1,4 +1,4 @@
-"""Measure what early exit costs beyond the layers that it runs, and what truncation does.
+"""Measure early exit beside the plain network, what it costs beyond the layers that it runs, and what truncation does.
 
 Run from the repository root, with the package installed: python benchmarks/early_exit_overhead.py
 What each column means is told in benchmarks/README.md.
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -20,23 +21,39 @@ import torch
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
+from timm_selfdistill.calibration import ExitLogits, Goal, PathCosts, choose_settings
 from timm_selfdistill.early_exit.leaving import LeavingBatch
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model import hooks
 
 MODEL, SIZE = "resnet50", 224
+# Networks by name: what timm calls them, how they are built, and the size of their images.
+NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "resnet18 / 8, 32 px": ("resnet18", {"channels": [8, 16, 32, 64]}, 32),
+    "resnet18 / 4, 64 px": ("resnet18", {"channels": [16, 32, 64, 128]}, 64),
+    "vit_tiny, 64 px": ("vit_tiny_patch16_224", {"img_size": 64}, 64),
+    "mobilenetv3_small, 224 px": ("mobilenetv3_small_100", {}, 224),
+    "resnet50, 224 px": ("resnet50", {}, 224),
+}
 
 
 def main() -> int:
-    """Print both tables."""
+    """Print the tables that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--rounds", type=int, default=3, help="forwards at the largest batch; more at smaller ones")
     parser.add_argument("--head", default="auto", help="head of every exit")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--ratios", nargs="*", metavar="NETWORK", help="the table beside the plain network; of all by default"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="time for each line of that table")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device(arguments.device)
+    if arguments.ratios is not None:
+        print_ratios(arguments.ratios or list(NETWORKS), arguments.batch_sizes, arguments.seconds, device)
+        return 0
     model = sd.wrap(MODEL, head=arguments.head).eval().to(device)
     calibrate_statistics(model, torch.randn(8, 3, SIZE, SIZE, device=device))
     largest = max(arguments.batch_sizes)
@@ -57,6 +74,73 @@ def main() -> int:
     print(f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads, {name}")
     print(f"command: python {shlex.join(sys.argv)}")
     return 0
+
+
+@torch.inference_mode()
+def print_ratios(names: list[str], batch_sizes: list[int], seconds: float, device: torch.device) -> None:
+    """Print the time of early exit over that of the plain network, in turns, for several shares that leave."""
+    print(f"{'':>26}  {'batch':>5}  {'plain ms':>8}  " + "  ".join(f"{way:>14}" for way in WAYS) + f"  {'rounds':>6}")
+    for name in names:
+        kind, kwargs, size = NETWORKS[name]
+        torch.manual_seed(0)
+        model = sd.wrap(timm.create_model(kind, num_classes=100, **kwargs), image_size=size).eval().to(device)
+        calibrate_statistics(model, torch.randn(32, 3, size, size, device=device))
+        for batch_size in batch_sizes:
+            x = torch.randn(batch_size, 3, size, size, device=device)
+            plain, ways = sd.truncate(model, model.num_exits), early_exit_ways(model, x)
+            times = take_turns([plain, *ways], x, seconds)
+            ratios = [[way / base for way, base in zip(column, times[0], strict=True)] for column in times[1:]]
+            cells = [f"{statistics.median(column):.3f} ± {error(column):.3f}" for column in ratios]
+            base = f"{name:>26}  {batch_size:>5}  {1000 * statistics.median(times[0]):>8.2f}"
+            print(f"{base}  " + "  ".join(f"{cell:>14}" for cell in cells) + f"  {len(times[0]):>6}", flush=True)
+    print(
+        f"\nprocess time, torch {torch.__version__}, {torch.get_num_threads()} threads\ncommand: {shlex.join(sys.argv)}"
+    )
+
+
+WAYS = ("nobody", "none, by time", "quarters", "quarters, costs", "all at exit 0")
+
+
+def early_exit_ways(model: sd.SelfDistillModel, x: Tensor) -> list[nn.Module]:
+    """Return the network with the settings of each column."""
+    nobody = sd.EarlyExit(model, 1.0001)  # every head runs, and no confidence is so high
+    costs = sd.EarlyExit(model, 1.0001).measure(len(x))
+    # Exits that know nothing of the classes: whatever calibration lets leave is lost.
+    stored = ExitLogits(torch.randn(model.num_exits + 1, 512, 100), torch.randint(100, (512,)))
+    stored.logits[-1, torch.arange(512), stored.targets] += 10
+    paths = PathCosts.of_batch(costs, len(x))
+    chosen = choose_settings(stored, paths, Goal(max_accuracy_drop=0.0)).config
+    # One image leaves at the second exit.
+    thresholds = quarters(model, x) if len(x) > 1 else [1.0001, *[0.0] * (model.num_exits - 1)]
+    return [
+        nobody,
+        sd.EarlyExit.from_config(model, replace(chosen, costs=costs)),
+        sd.EarlyExit(model, thresholds),
+        sd.EarlyExit(model, thresholds, costs=costs),
+        sd.EarlyExit(model, [0.0] + [1.0001] * (model.num_exits - 1)),
+    ]
+
+
+def take_turns(ways: list[nn.Module], x: Tensor, seconds: float) -> list[list[float]]:
+    """Return the seconds of the process for each way, round by round, in an order that changes."""
+    for way in ways:
+        way(x)
+    times: list[list[float]] = [[] for _ in ways]
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(times[0]) < 5:
+        for place in torch.randperm(len(ways)).tolist():
+            start = time.process_time()
+            ways[place](x)
+            if x.device.type != "cpu":
+                torch.accelerator.synchronize(x.device)
+            times[place].append(time.process_time() - start)
+    return times
+
+
+def error(values: list[float]) -> float:
+    """Return the standard error of a median, from the quartiles."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return 0.93 * (high - low) / len(values) ** 0.5
 
 
 def calibrate_statistics(model: nn.Module, x: Tensor) -> None:

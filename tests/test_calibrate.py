@@ -13,12 +13,13 @@ import pytest
 import torch
 
 import timm_selfdistill as sd
-from timm_selfdistill.calibration import Goal, PathCosts, calibrate_folder, collect_logits, format_calibration
+from timm_selfdistill.calibration import Goal, calibrate_folder, collect_logits, format_calibration
 from timm_selfdistill.calibration.calibration_page import format_calibration_markdown
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.data import open_dataset
 from timm_selfdistill.data.loaders import build_loaders
 from timm_selfdistill.data.transforms import InputConfig
+from timm_selfdistill.early_exit import Line, StageCosts
 from timm_selfdistill.early_exit.rules import _RULES
 from timm_selfdistill.hub import folder as hub_folder
 from timm_selfdistill.recipe import load_recipe
@@ -296,10 +297,12 @@ def test_settings_can_be_chosen_by_time(run, capsys):
 
 
 def test_what_takes_long_is_not_asked_where_time_counts(run, monkeypatch):
-    slow = PathCosts((0.1, 0.2, 0.3, 1.0), (50.0, 50.0, 0.01))
-    monkeypatch.setattr("timm_selfdistill.calibration.calibrate.measure_path_seconds", lambda *arguments: slow)
+    stages, heads = [(0, 0.1), (0, 0.1), (0, 0.1), (0, 0.7)], [(40, 10), (0, 50), (0, 0.01)]
+    slow = StageCosts(*(tuple(Line(*line) for line in part) for part in (stages, heads, heads)), batch_size=1)
+    monkeypatch.setattr("timm_selfdistill.calibration.calibrate.measure_stage_costs", lambda *arguments: slow)
     report = calibrate_folder(run, Goal(speedup=1.05), time_batch_size=1)
     assert report["settings"]["thresholds"][:2] == [None, None]
+    assert sd.load_early_exit(run / "model").config.costs == slow
 
 
 def test_images_from_all_over_the_split_are_timed(run, monkeypatch):

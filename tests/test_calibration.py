@@ -17,13 +17,12 @@ from timm_selfdistill.calibration import (
     collect_logits,
     fit_temperatures,
     measure_path_macs,
-    measure_path_seconds,
     path_costs,
     replay,
 )
 from timm_selfdistill.calibration.choose_settings import certified, excess_errors, upper_bound
 from timm_selfdistill.calibration.threshold_search import Search, share_thresholds
-from timm_selfdistill.early_exit import EarlyExitConfig, Rule, exit_answers, exit_confidence
+from timm_selfdistill.early_exit import EarlyExitConfig, Line, Rule, StageCosts, exit_answers, exit_confidence
 from timm_selfdistill.early_exit.rules import _RULES
 from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.model import Ensemble
@@ -113,23 +112,13 @@ def test_macs_of_single_exits_are_those_of_the_report(model):
     assert macs.every_exit == counter.macs - adapters
 
 
-def test_seconds_are_those_of_the_parts(model, monkeypatch):
-    # A clock on which every part takes longer than the one before, by 2 seconds a batch.
-    ticks = iter(range(10**6))
-    monkeypatch.setattr(path_costs.time, "perf_counter", lambda: float(next(ticks)) ** 2)
-    monkeypatch.setattr(path_costs, "_SECONDS", 0.0)
-    seconds = measure_path_seconds(model, (3, 64, 64), 2)
-    assert len(seconds.backbone) == 4
-    assert len(seconds.heads) == 3
-    parts = [seconds.backbone[0], seconds.heads[0], seconds.backbone[1] - seconds.backbone[0], seconds.heads[1]]
-    assert torch.tensor(parts).diff().tolist() == [1.0] * 3  # for each of two images
-    asked = seconds.paths([True, False, True])
-    assert asked.tolist() == [
-        seconds.backbone[0] + seconds.heads[0],
-        seconds.backbone[1] + seconds.heads[0],
-        seconds.backbone[2] + seconds.heads[0] + seconds.heads[2],
-        seconds.backbone[3] + seconds.heads[0] + seconds.heads[2],
-    ]
+def test_seconds_are_those_of_a_batch():
+    costs = StageCosts(
+        (Line(4, 1), Line(0, 3), Line(8, 0)), (Line(2, 1), Line(6, 0.5)), (Line(9, 9),) * 2, batch_size=4
+    )
+    seconds = PathCosts.of_batch(costs, 2)
+    assert seconds == PathCosts((3.0, 6.0, 10.0), (2.0, 3.5))  # of one of two images
+    assert seconds.paths([True, False]).tolist() == [5.0, 8.0, 12.0]
 
 
 def test_the_speedup_is_that_of_what_runs(model, monkeypatch):

@@ -1,6 +1,7 @@
 """Calibrate the early exit of a saved model: choose by one split, report on another, keep the settings."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,15 @@ from timm_selfdistill.calibration.calibration_page import write_calibration
 from timm_selfdistill.calibration.calibration_report import CalibrationReport, Timing, build_calibration_report
 from timm_selfdistill.calibration.choose_settings import Goal, choose_settings
 from timm_selfdistill.calibration.path_costs import (
+    PathCosts,
     images_to_time,
     measure_path_macs,
-    measure_path_seconds,
     measure_speedup,
 )
 from timm_selfdistill.data import ImageData, ImageSplit, open_dataset
 from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.data.transforms import InputConfig
-from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.early_exit import EarlyExitConfig, measure_stage_costs
 from timm_selfdistill.exit_logits import collect_logits
 from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel
@@ -95,10 +96,15 @@ def calibrate_folder(
         model = model.to(PartialState().device)
         macs = measure_path_macs(model, input_size)
         calibration = collect_logits(model, loaders.validation, "calibrate")
-        costs = macs if time_batch_size is None else measure_path_seconds(model, input_size, time_batch_size)
+        settings = EarlyExitConfig((math.inf,) * model.num_exits, rule, None, fallback, running_ensemble)
+        costs, measured = macs, None
+        if time_batch_size is not None:
+            measured = measure_stage_costs(model, settings, time_batch_size, input_size)
+            costs = PathCosts.of_batch(measured, time_batch_size)
         choice = choose_settings(
             calibration, costs, goal, rule=rule, fallback=fallback, running_ensemble=running_ensemble
         )
+        choice = replace(choice, config=replace(choice.config, costs=measured))
         evaluation = collect_logits(model, loaders.eval, "evaluate")
         time: Timing | None = None
         if time_batch_size is not None:

@@ -1,8 +1,8 @@
 """The cost of an image that leaves at an exit: the backbone up to there, and the heads that run on the way."""
 
+import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -11,14 +11,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig
+from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig, StageCosts, measure_stage_costs
 from timm_selfdistill.exits import unchanged
-from timm_selfdistill.measure import MacCounter, median_seconds, seconds_of, synchronize
+from timm_selfdistill.measure import MacCounter, seconds_of
 from timm_selfdistill.model import SelfDistillModel
 
-_WARM_UP_ROUNDS: Final = 3
-_MIN_ROUNDS: Final = 7
-_SECONDS: Final = 2.0
 _MIN_IMAGES: Final = 128
 _MIN_BATCHES: Final = 4
 _SPEEDUP_ROUNDS: Final = 3
@@ -35,6 +32,12 @@ class PathCosts:
 
     backbone: tuple[float, ...]
     heads: tuple[float, ...]
+
+    @classmethod
+    def of_batch(cls, costs: StageCosts, batch_size: int) -> "PathCosts":
+        """Return the seconds of one image of a batch of this size."""
+        stages, heads = ([line.at(batch_size) / batch_size for line in part] for part in (costs.stages, costs.heads))
+        return cls(tuple(accumulate(stages)), tuple(heads))
 
     @property
     def full(self) -> float:
@@ -73,11 +76,21 @@ def measure_path_macs(model: SelfDistillModel, input_size: tuple[int, int, int])
         model: The wrapped model; left unchanged.
         input_size: Channels, height and width of one image.
     """
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    marks = []
     with unchanged(model), MacCounter() as counter:
-        return _to_costs(_measure_parts(model, _blank(model, 1, input_size), lambda: counter.macs))
+
+        def visit(index: int, taps: tuple[Tensor, ...]) -> None:
+            marks.append(counter.macs)
+            model.head_of(index).classify(*taps)
+            marks.append(counter.macs)
+
+        model.forward_while(image, visit)
+        parts = [later - before for before, later in pairwise([0, *marks, counter.macs])]
+    return PathCosts(tuple(accumulate(parts[::2])), tuple(parts[1::2]))
 
 
-@torch.no_grad()
 def measure_path_seconds(model: SelfDistillModel, input_size: tuple[int, int, int], batch_size: int) -> PathCosts:
     """Time backbone and heads, on the model's device, in forwards of whole batches.
 
@@ -87,18 +100,10 @@ def measure_path_seconds(model: SelfDistillModel, input_size: tuple[int, int, in
         batch_size: Images in a batch.
 
     Returns:
-        Seconds of an image, from the median of each part over at least seven forwards and two seconds.
+        Seconds of an image, as `measure_stage_costs` finds them; those of a head with the decision who leaves.
     """
-    batch = _blank(model, batch_size, input_size)
-
-    def now() -> float:
-        synchronize(batch.device)
-        return time.perf_counter()
-
-    with unchanged(model):
-        measure = partial(_measure_parts, model, batch, now)
-        parts, _ = median_seconds(measure, warm_up=_WARM_UP_ROUNDS, rounds=_MIN_ROUNDS, seconds=_SECONDS)
-    return _to_costs([seconds / batch_size for seconds in parts])
+    never = EarlyExitConfig((math.inf,) * model.num_exits)
+    return PathCosts.of_batch(measure_stage_costs(model, never, batch_size, input_size), batch_size)
 
 
 def images_to_time(batch_size: int) -> int:
@@ -124,28 +129,3 @@ def measure_speedup(model: SelfDistillModel, config: EarlyExitConfig, images: Te
         plain, early = map(sum, zip(*turns, strict=True))
         ratios.append(plain / early)
     return statistics.median(ratios)
-
-
-def _blank(model: SelfDistillModel, count: int, input_size: tuple[int, int, int]) -> Tensor:
-    """Return images of zeros, of the model's device and precision."""
-    parameter = next(model.parameters())
-    return torch.zeros(count, *input_size, device=parameter.device, dtype=parameter.dtype)
-
-
-def _measure_parts(model: SelfDistillModel, batch: Tensor, meter: Callable[[], float]) -> list[float]:
-    """Return by how much a meter grows in each part of one forward: backbone, head, backbone, head, ..., backbone."""
-    marks = []
-
-    def visit(index: int, taps: tuple[Tensor, ...]) -> None:
-        marks.append(meter())
-        model.head_of(index).classify(*taps)
-        marks.append(meter())
-
-    marks.append(meter())
-    model.forward_while(batch, visit)
-    marks.append(meter())
-    return [later - before for before, later in pairwise(marks)]
-
-
-def _to_costs(parts: Sequence[float]) -> PathCosts:
-    return PathCosts(tuple(accumulate(parts[::2])), tuple(parts[1::2]))

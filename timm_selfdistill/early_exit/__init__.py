@@ -14,3 +14,6 @@ from timm_selfdistill.early_exit.rules import RuleState as RuleState
 from timm_selfdistill.early_exit.rules import get_rule as get_rule
 from timm_selfdistill.early_exit.rules import list_rules as list_rules
 from timm_selfdistill.early_exit.rules import register_rule as register_rule
+from timm_selfdistill.early_exit.stage_costs import Line as Line
+from timm_selfdistill.early_exit.stage_costs import StageCosts as StageCosts
+from timm_selfdistill.early_exit.stage_costs import measure_stage_costs as measure_stage_costs

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from timm_selfdistill.early_exit.leaving import LeavingBatch, Places, check_buckets, check_limits
 from timm_selfdistill.early_exit.replay import EarlyExitOutput
 from timm_selfdistill.early_exit.rules import EarlyExitConfig
+from timm_selfdistill.early_exit.stage_costs import StageCosts, measure_stage_costs
 from timm_selfdistill.exits import random_images, unchanged
 from timm_selfdistill.model import SelfDistillModel
 
@@ -37,6 +39,8 @@ class EarlyExit(nn.Module):
         buckets: The batch sizes that the network may run on, so that it meets few shapes: what is left of a batch is
             filled up to the next of them with images that are there already, and a batch larger than the largest runs
             in parts of that size. By default, it runs on exactly what is left.
+        costs: What the parts of the network take on this machine, as `measure` returns them: a batch shrinks only where
+            that saves more than it costs. By default, it always does.
 
     Attributes:
         config: The settings, as an `EarlyExitConfig`.
@@ -57,6 +61,7 @@ class EarlyExit(nn.Module):
         fallback: str = "last",
         running_ensemble: bool = False,
         buckets: Sequence[int] | None = None,
+        costs: StageCosts | None = None,
     ) -> None:
         super().__init__()
         if isinstance(thresholds, int | float):
@@ -64,7 +69,7 @@ class EarlyExit(nn.Module):
         if model.num_classes < 2:
             raise ValueError(f"Early exit needs 2 classes or more, but the model has {model.num_classes} class.")
         temperatures = None if temperatures is None else tuple(temperatures)
-        self.config = EarlyExitConfig(tuple(thresholds), rule, temperatures, fallback, running_ensemble)
+        self.config = EarlyExitConfig(tuple(thresholds), rule, temperatures, fallback, running_ensemble, costs)
         self.config.check_exits(model.exit_names[:-1])
         self.buckets = check_buckets(buckets)
         self.model = model
@@ -84,6 +89,7 @@ class EarlyExit(nn.Module):
             fallback=config.fallback,
             running_ensemble=config.running_ensemble,
             buckets=buckets,
+            costs=config.costs,
         )
 
     def forward(self, x: Tensor, max_exit: int | Tensor | None = None) -> EarlyExitOutput:
@@ -106,12 +112,14 @@ class EarlyExit(nn.Module):
         limits = check_limits(max_exit, len(x), self.model.num_exits)
         if not len(x):
             return EarlyExitOutput(x.new_empty(0, self.model.num_classes), x.new_empty(0, dtype=torch.int64))
-        size = len(x) if self.buckets is None else self.buckets[-1]
+        if self.buckets is None or len(x) <= self.buckets[-1]:
+            return self._forward(x, limits)
+        size = self.buckets[-1]
         parts = [
             self._forward(part, None if limits is None else limits[start : start + size])
             for start, part in zip(range(0, len(x), size), x.split(size), strict=True)
         ]
-        return parts[0] if len(parts) == 1 else EarlyExitOutput(*map(torch.cat, zip(*parts, strict=True)))
+        return EarlyExitOutput(*map(torch.cat, zip(*parts, strict=True)))
 
     def fit(self, count: int) -> int:
         """Return on how many rows the network runs for this many images."""
@@ -119,15 +127,39 @@ class EarlyExit(nn.Module):
 
     def shrinks_to(self, exit: int, present: int, left: int) -> bool:
         """Whether, after an exit, the backbone runs on `left` rows in place of the `present` ones."""
-        return left < present and self.shrinks[exit]
+        if left >= present or not self.shrinks[exit]:
+            return False
+        return self.config.costs is None or self.config.costs.saves(exit, present, left, self.config.heads_run)
+
+    def measure(self, batch_size: int, input_size: tuple[int, int, int] | None = None) -> StageCosts:
+        """Time the parts of the network on this machine, and from now on let batches shrink only where that pays.
+
+        The times are kept in `config`, and saved with it; no answer depends on them.
+
+        Args:
+            batch_size: Images in a batch.
+            input_size: Channels, height and width of an image; by default the size that the model was wrapped for.
+
+        Returns:
+            The times.
+
+        Raises:
+            ValueError: If the batch size is not positive.
+        """
+        costs = measure_stage_costs(self.model, self.config, batch_size, input_size)
+        self.config = replace(self.config, costs=costs)
+        return costs
 
     def _forward(self, x: Tensor, limits: Places | None) -> EarlyExitOutput:
         """Classify a batch that is no larger than the largest bucket."""
+        if limits is None and not any(self.config.heads_run):
+            # Nobody leaves, so nothing need be read on the way.
+            rows = self.fit(len(x))
+            images = x if rows == len(x) else x[torch.arange(rows, device=x.device) % len(x)]
+            index = torch.full((len(x),), self.model.num_exits, device=x.device)
+            return EarlyExitOutput(self.model(images)[: len(x)], index)
         batch = LeavingBatch(self, x, limits)
-        if limits is None and not any(map(self.config.runs_head, range(self.model.num_exits))):
-            logits = self.model(batch.images)  # nobody leaves, so nothing need be read on the way
-        else:
-            logits = self.model.forward_while(batch.images, batch.visit)
+        logits = self.model.forward_while(batch.images, batch.visit)
         if logits is not None:
             batch.finish(logits)
         return batch.output()

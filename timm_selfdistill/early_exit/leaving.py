@@ -62,7 +62,7 @@ class LeavingBatch:
         Returns:
             The rows of those that go on [P'], int64, or None for all.
         """
-        if self._config.runs_head(exit) or self._is_last_for_some(exit):
+        if self._config.heads_run[exit] or self._is_last_for_some(exit):
             self._run_head(exit, classify())
         size = self._network.fit(self._left) if self._left else 0
         if self._left and not self._network.shrinks_to(exit, len(self._places), size):

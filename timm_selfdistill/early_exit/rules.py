@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
+from timm_selfdistill.early_exit.stage_costs import StageCosts
 from timm_selfdistill.registry import Registry
 
 FALLBACKS: Final = ("last", "ensemble")
@@ -150,6 +151,8 @@ class EarlyExitConfig:
             model's `ensemble` of all exits.
         running_ensemble: Whether exit k answers, and decides, with the ensemble of the exits 0 to k in place of its own
             logits; the temperatures are then those of these ensembles.
+        costs: What the parts of the network take on the machine that runs it, measured by `EarlyExit.measure`: what is
+            left of a batch then runs on alone only where that saves more than it costs. No answer depends on them.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -160,6 +163,7 @@ class EarlyExitConfig:
     temperatures: tuple[float, ...] | None = None
     fallback: str = "last"
     running_ensemble: bool = False
+    costs: StageCosts | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, str) or len(self.rule) > 100:
@@ -177,6 +181,8 @@ class EarlyExitConfig:
                 f"thresholds are {list(self.thresholds)!r:.300}; with the rule {self.rule} allowed are numbers "
                 f"{bounds}, and infinity for never."
             )
+        if self.costs is not None and len(self.costs.heads) != len(self.thresholds):
+            raise ValueError(f"{len(self.thresholds)} thresholds, but costs of {len(self.costs.heads)} exits.")
         if self.temperatures is None:
             return
         if len(self.temperatures) != len(self.thresholds):
@@ -188,8 +194,8 @@ class EarlyExitConfig:
     def from_json(cls, saved: Mapping[str, Any]) -> "EarlyExitConfig":
         """Return the settings that `to_json` gave; ValueError if a key or a value is not allowed."""
         names = {field.name for field in fields(cls)}
-        # What was saved before there was a running ensemble does not name it.
-        if not isinstance(saved, Mapping) or set(saved) | {"running_ensemble"} != names:
+        # What was saved before there were running ensembles and costs does not name them.
+        if not isinstance(saved, Mapping) or set(saved) | {"running_ensemble", "costs"} != names:
             raise ValueError(f"it is {saved!r:.300}; it must be an object with the keys {', '.join(sorted(names))}.")
         thresholds, temperatures = saved["thresholds"], saved["temperatures"]
         if not isinstance(thresholds, list) or not isinstance(temperatures, list | None):
@@ -199,13 +205,16 @@ class EarlyExitConfig:
             )
         thresholds = tuple(math.inf if value is None else value for value in thresholds)
         temperatures = None if temperatures is None else tuple(temperatures)
-        return cls(**{**saved, "thresholds": thresholds, "temperatures": temperatures})
+        costs = None if saved.get("costs") is None else StageCosts.from_json(saved["costs"])
+        return cls(**{**saved, "thresholds": thresholds, "temperatures": temperatures, "costs": costs})
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON, where null stands for a threshold of infinity."""
         thresholds = [None if value == math.inf else value for value in self.thresholds]
         temperatures = None if self.temperatures is None else list(self.temperatures)
-        return {**asdict(self), "thresholds": thresholds, "temperatures": temperatures}
+        costs = {} if self.costs is None else {"costs": self.costs.to_json()}
+        rest = {name: value for name, value in asdict(self).items() if name != "costs"}
+        return {**rest, "thresholds": thresholds, "temperatures": temperatures, **costs}
 
     @cached_property
     def rule_object(self) -> Rule:
@@ -223,6 +232,11 @@ class EarlyExitConfig:
         """Whether an exit's head runs on the images that reach it: whether its logits can change any answer."""
         deciding = self.thresholds[exit:] if self.running_ensemble else self.thresholds[exit : exit + 1]
         return min(deciding) < math.inf or self.fallback == "ensemble" or self.rule_object.keeps_state
+
+    @cached_property
+    def heads_run(self) -> tuple[bool, ...]:
+        """For each exit, whether its head runs on the images that reach it."""
+        return tuple(map(self.runs_head, range(len(self.thresholds))))
 
     @property
     def combines(self) -> bool:
