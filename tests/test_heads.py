@@ -2,10 +2,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from timm_selfdistill.exits import ExitPoint, Tap
 from timm_selfdistill.heads import HEADS, ExitHead, as_map, as_tokens, choose_head, list_heads, register_head
+from timm_selfdistill.heads.body import DepthwiseConv2d
 from timm_selfdistill.model import wrap
 
 CHANNELS, WIDTH, CLASSES = 12, 20, 5
@@ -292,3 +294,20 @@ def test_third_partys_head_works_by_name(make_backbone, images, third_party):
 def test_taken_head_name_is_refused(third_party):
     with pytest.raises(ValueError, match="head named 'third_party' is already registered"):
         register_head("third_party")(nn.Identity)
+
+
+@pytest.mark.parametrize("size", [(7, 8), (1, 2)])
+def test_a_strided_depthwise_convolution_trains_the_same_in_bfloat16(size):
+    torch.manual_seed(0)
+    conv = DepthwiseConv2d(6, stride=2)
+    x = torch.randn(2, 6, *size, requires_grad=True)
+    expected = F.conv2d(x, conv.weight, stride=2, padding=1, groups=6)
+    assert torch.equal(conv(x), expected)
+    weight = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * weight).sum(), (x, conv.weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = conv(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    for value, reference in zip(torch.autograd.grad((found * weight).sum(), (x, conv.weight)), gradients, strict=True):
+        torch.testing.assert_close(value, reference, rtol=0.05, atol=0.1)

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_selfdistill.checks import is_integer
@@ -59,6 +61,23 @@ def as_tokens(x: Tensor, tap: Tap) -> Tensor:
     if tap.layout == "NHWC":
         return x.flatten(1, 2)
     return x if tap.layout == "NLC" else x.flatten(2).transpose(1, 2)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A 3x3 convolution of each channel by itself, as `nn.Conv2d` computes it.
+
+    On a CPU, torch 2.15 takes 18 times as long for the gradient of a strided one in bfloat16 as in float32. There, all
+    positions are computed, and those that the stride skips are left out afterwards.
+    """
+
+    def __init__(self, channels: int, stride: int = 1) -> None:
+        super().__init__(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = self.stride[0]
+        if step == 1 or x.device.type != "cpu" or not (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):
+            return super().forward(x)
+        return F.conv2d(x, self.weight, padding=self.padding, groups=self.groups)[..., ::step, ::step]
 
 
 def pooled(x: Tensor) -> Tensor:

@@ -3,11 +3,19 @@
 import math
 from collections.abc import Sequence
 
-from timm.layers import ConvNormAct, SeparableConvNormAct
+from timm.layers import BatchNormAct2d, ConvNormAct
 from torch import Tensor, nn
 
 from timm_selfdistill.exits import Tap
-from timm_selfdistill.heads.body import as_tokens, checked_map, checked_width, halvings, pooled, register_head
+from timm_selfdistill.heads.body import (
+    DepthwiseConv2d,
+    as_tokens,
+    checked_map,
+    checked_width,
+    halvings,
+    pooled,
+    register_head,
+)
 
 
 @register_head("proportional")
@@ -47,11 +55,25 @@ class _MapEmbedding(nn.Module):
         # Each output is a mean over what there is of its 3x3 window: every position counts, at any size of the map.
         self.pool = nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False)
         self.reduce = ConvNormAct(tap.channels, width, 1)
-        self.chain = nn.Sequential(*(SeparableConvNormAct(width, width, 3, stride=s) for s in _strides(tap)))
+        self.chain = nn.Sequential(*(_SeparableConv(width, s) for s in _strides(tap)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = checked_map(self, self.tap, x, 2 ** len(self.chain))
         return pooled(self.chain(self.reduce(self.pool(x))))
+
+
+class _SeparableConv(nn.Module):
+    """timm's `SeparableConvNormAct`, but for its depthwise convolution."""
+
+    def __init__(self, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv_dw = DepthwiseConv2d(width, stride)
+        self.conv_pw = nn.Conv2d(width, width, 1, bias=False)
+        self.bn = BatchNormAct2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv_pw(self.conv_dw(x)))
+        return x
 
 
 class _TokenEmbedding(nn.Module):

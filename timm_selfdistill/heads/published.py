@@ -8,7 +8,15 @@ from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
 from timm_selfdistill.exits import ExitPoint, Tap
-from timm_selfdistill.heads.body import as_tokens, checked_map, checked_width, halvings, pooled, register_head
+from timm_selfdistill.heads.body import (
+    DepthwiseConv2d,
+    as_tokens,
+    checked_map,
+    checked_width,
+    halvings,
+    pooled,
+    register_head,
+)
 
 PUBLISHED: Final = "published"
 """In place of a head's name: the published one that suits the exit point."""
@@ -128,8 +136,8 @@ class TokenHead(nn.Module):
 def _separable_conv(in_channels: int, out_channels: int) -> nn.Sequential:
     """Return two depthwise-pointwise pairs of 3x3 convolutions, the first with stride 2, with batch norm and ReLU."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=1, groups=in_channels, bias=False),
+        DepthwiseConv2d(in_channels, stride=2),
         ConvNormAct(in_channels, in_channels, 1),
-        nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
+        DepthwiseConv2d(in_channels),
         ConvNormAct(in_channels, out_channels, 1),
     )
