@@ -1,5 +1,6 @@
 """The command `timm-selfdistill calibrate` on a small run: what it stores, what it reports, what it refuses."""
 
+import copy
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.early_exit import Line, StageCosts
 from timm_selfdistill.early_exit.rules import _RULES
 from timm_selfdistill.hub import folder as hub_folder
+from timm_selfdistill.intervals import paired_interval
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import train
 
@@ -255,7 +257,16 @@ def test_what_is_reported(run):
     # Its answers are those of exit 0 but for a bias that may have been fitted, which costs nothing.
     assert all(report["running"][0][key] == report["exits"][0][key] for key in ("macs", "speedup"))
     assert report["running"][-1] == report["ensemble"]
-    assert report["baseline"] == {"top1": 91.25, "macs": trained["exits"][-1]["macs"], "speedup": 1}
+    full = trained["exits"][-1]["macs"]
+    assert report["baseline"] == {"top1": 91.25, "gain_interval": None, "macs": full, "speedup": 1}
+    gained, lost = (stored.correct[0] & ~stored.correct[-1]).sum(), (stored.correct[-1] & ~stored.correct[0]).sum()
+    assert report["exits"][0]["gain_interval"] == list(paired_interval(int(gained), int(lost), 90))
+    assert f"the goal was met on {len(data.validation)} images only" in format_calibration(report)
+    chosen = copy.deepcopy(report)
+    chosen["calibration"] |= {"num_samples": 5_000, "as_good": 1}
+    text = format_calibration(chosen)
+    assert "images only" not in text
+    assert f"exit 1 ({report['exits'][1]['name']}) for all images is as accurate" in text
     first = [next((exit for exit in range(4) if stored.correct[exit, i]), 3) for i in range(90)]
     assert report["oracle"]["shares"] == [first.count(exit) / 90 for exit in range(4)]
     assert report["oracle"]["top1"] == pytest.approx(100 * float(stored.correct.any(0).double().mean()))

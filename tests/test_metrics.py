@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,29 @@ def test_exit_metrics_equal_reference_arithmetic() -> None:
             predictions=predicted, references=target, confidences=confidence
         )
         assert found["ece"] == pytest.approx(calibration["ece"], abs=1e-6)
-    json.dumps(result)
+        recalls = [(predicted[target == index] == index).float().mean().item() for index in target.unique()]
+        assert found["macro_recall"] == pytest.approx(100 * sum(recalls) / len(recalls))
+    sizes = target.unique(return_counts=True)[1]
+    assert result["class_sizes"] == (sizes.min(), sizes.max())
+    json.dumps(without_answers(result))
+
+
+def test_answers_are_compared_sample_by_sample() -> None:
+    logits, target = samples(40)
+    metrics, other = ExitMetrics(3), ExitMetrics(1)
+    metrics.update(outputs(*logits.unbind(1)), target)
+    other.update(outputs(logits[:, 2] + logits[:, 0]), target)
+    first, second = metrics.compute()["answers"], other.compute()["answers"]
+    right = (logits[:, 2] + logits[:, 0]).argmax(-1) == target
+    for place, own in enumerate([*logits.unbind(1), logits.mean(1)]):
+        mine = own.argmax(-1) == target
+        assert first.gained_and_lost(place, second, 0) == ((mine & ~right).sum(), (right & ~mine).sum())
+    other.update(outputs(logits[:, 0].flip(0)), target.flip(0))
+    assert first.gained_and_lost(0, other.compute()["answers"], 0) is None, "the samples are in another order"
+
+
+def without_answers(result: ExitMetricsResult) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != "answers"}
 
 
 def test_exit_metrics_start_afresh_after_compute() -> None:
@@ -157,7 +180,7 @@ def test_a_fitted_ensemble_is_measured_beside_the_mean() -> None:
     assert found["running"][2] == found["fitted_ensemble"]
     means = plain.compute()
     assert means["running"][2] == means["ensemble"]
-    assert {**found, "fitted_ensemble": None, "running": means["running"]} == means
+    assert without_answers({**found, "fitted_ensemble": None, "running": means["running"]}) == without_answers(means)
 
 
 def test_update_keeps_no_graph() -> None:
@@ -181,7 +204,7 @@ def test_two_processes_count_exactly_what_one_counts(tmp_path: Path) -> None:
     assert not (tmp_path / "unused").exists()
 
 
-def evaluate_everything(accelerator: Accelerator) -> dict[str, ExitMetricsResult]:
+def evaluate_everything(accelerator: Accelerator) -> dict[str, dict[str, Any]]:
     """Data sets whose last batches leave a remainder of every kind, and processes with unequal numbers of batches."""
     results = {f"{size} samples": evaluate_prepared(accelerator, size) for size in (16, 17, 19, 20, 22, 23, 3, 1)}
     mine = slice(0, 5) if accelerator.num_processes == 1 else [slice(0, 0), slice(0, 5)][accelerator.process_index]
@@ -189,7 +212,9 @@ def evaluate_everything(accelerator: Accelerator) -> dict[str, ExitMetricsResult
     logits, target = samples(5)
     for row, label in zip(logits[mine], target[mine], strict=True):
         metrics.update(outputs(*row[:, None]), label[None])
-    return results | {"unequal": metrics.compute()}
+    # The samples of several processes are in another order than those of one.
+    found = {name: without_answers(result) for name, result in (results | {"unequal": metrics.compute()}).items()}
+    return {name: result | {"class_sizes": list(result["class_sizes"])} for name, result in found.items()}
 
 
 def evaluate_prepared(accelerator: Accelerator, size: int) -> ExitMetricsResult:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,6 +13,8 @@ from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
+from timm_selfdistill.intervals import paired_interval, wilson_interval
+from timm_selfdistill.metrics import Answers
 from timm_selfdistill.model import Ensemble, wrap
 from timm_selfdistill.report import (
     build_report,
@@ -50,11 +53,15 @@ def vit():
 
 
 def entry(top1, top5=99.0, ece=0.05):
-    return {"top1": top1, "top5": top5, "ece": ece, "loss": 1.0}
+    return {"top1": top1, "top5": top5, "macro_recall": top1 - 2, "ece": ece, "loss": 1.0}
 
 
 def metrics(*top1, ensemble=80.0, fitted=None, num_samples=1234, num_skipped=0, num_nonfinite=0):
+    right = [*top1, ensemble, ensemble if fitted is None else fitted]
+    rows = [np.arange(num_samples) < (0 if math.isnan(value) else round(value * num_samples / 100)) for value in right]
     return {
+        "class_sizes": (num_samples // CLASSES, num_samples // CLASSES + 1),
+        "answers": Answers(str(num_samples), tuple(np.packbits(row).tobytes() for row in rows)),
         "exits": [entry(value) for value in top1],
         "ensemble": entry(ensemble),
         "fitted_ensemble": None if fitted is None else entry(fitted, ece=0.03),
@@ -236,7 +243,19 @@ def test_accuracies_are_those_of_the_metrics(resnet):
     assert [row["top1"] for row in report["exits"]] == [61.0, 62.0, 63.0, 64.0]
     assert (report["exits"][1]["top5"], report["exits"][1]["ece"]) == (88.0, 0.125)
     assert report["ensemble"]["top1"] == 65.0
-    assert report["baseline"] == {"top1": 63.5, "top5": 99.0, "ece": 0.05}
+    low, high = wilson_interval(63.5 * 12.34, 1234)
+    assert report["baseline"] == {
+        "top1": 63.5,
+        "top1_interval": [low, high],
+        "gain_interval": None,
+        "top5": 99.0,
+        "macro_recall": 61.5,
+        "ece": 0.05,
+    }
+    # The helper lets the first images be right, as many as the accuracy says: 765 and 784 of them.
+    assert report["exits"][1]["gain_interval"] == list(paired_interval(0, 784 - 765, 1234))
+    assert report["ensemble"]["gain_interval"] == list(paired_interval(802 - 784, 0, 1234))
+    assert report["class_sizes"] == [123, 124]
     assert (report["dataset"], report["num_samples"]) == ("digits, test", 1234)
     assert (report["recipe"], report["seed"]) == ("digits", 3)
 
@@ -247,12 +266,13 @@ def test_a_fitted_ensemble_has_a_row_and_a_mark_of_its_own(resnet, report):
     model.ensemble = Ensemble((0.0, 0.25, 0.5, 0.125), images=1100)
     found = build(model, metrics(60.0, 65.0, 70.0, 75.0, fitted=82.5), baseline=metrics(74.5))
     row = {"top1": 82.5, "top5": 99.0, "ece": 0.03, "weights": [0.0, 0.25, 0.5, 0.125], "images": 1100}
-    assert found["fitted_ensemble"] == row
+    assert {key: found["fitted_ensemble"][key] for key in row} == row
+    assert found["fitted_ensemble"]["gain_interval"] == list(paired_interval(1018 - 919, 0, 1234))
     assert found["ensemble"]["top1"] == 80.0
     table = format_table(found)
     lines = {re.split(" {2,}", line)[0]: re.split(" {2,}", line)[1:] for line in table.splitlines()}
-    assert lines["ensemble, fitted"][:4] == ["82.50", "+8.00", "99.00", "0.030"]
-    assert lines["ensemble, fitted"][4:] == lines["ensemble"][4:]
+    assert lines["ensemble, fitted"][:4] == ["82.50", "80.3 to 84.5", "+8.00 (+6.48 to +9.54)", "99.00"]
+    assert lines["ensemble, fitted"][5:] == lines["ensemble"][5:]
     assert "weighs the outputs 0 0.25 0.5 0.125, by 1,100 held-out images" in table
     (axes,) = [axes for axes in draw_report(found).axes if axes.get_title(loc="left")]
     (mark,) = [line for line in axes.get_lines() if line.get_label() == "fitted ensemble (82.50 %)"]
@@ -281,10 +301,11 @@ def test_files_have_the_agreed_layout_and_json_reads_back_the_same(report, tmp_p
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.md", "report.png"]
     read = json.loads((folder / "report.json").read_text())
     assert read == report
-    columns = {"top1", "top5", "ece", "params", "macs", "latency_ms", "speedup"}
+    accuracies = {"top1", "top1_interval", "gain_interval", "top5", "macro_recall", "ece"}
+    columns = accuracies | {"params", "macs", "latency_ms", "speedup"}
     assert all(set(row) == columns | {"index", "name", "running_top1"} for row in read["exits"])
     assert set(read["ensemble"]) == columns
-    assert set(read["baseline"]) == {"top1", "top5", "ece"}
+    assert set(read["baseline"]) == accuracies
     assert {"dataset", "num_samples", "recipe", "seed", "versions"} < set(read)
     assert [row["index"] for row in read["exits"]] == [0, 1, 2, 3]
     assert "](report.png)" in (folder / "report.md").read_text()
@@ -323,9 +344,11 @@ def test_table_is_aligned_and_compares_with_the_baseline(report):
     for title in ("top-1 %", "vs. baseline", "MACs", "ms/batch", "speed-up"):
         end = header.index(title) + len(title)
         assert all(row[end - 1] != " " and row[end : end + 1] in ("", " ") for row in rows[:-1])
-    compared = [row[: header.index("vs. baseline") + len("vs. baseline")].split()[-1] for row in rows[:-1]]
-    assert compared == ["-14.50", "-9.50", "-4.50", "+0.50", "+5.50"]
     cells = [re.split(" {2,}", row) for row in rows]
+    assert [row[3].split()[0] for row in cells[:-1]] == ["-14.50", "-9.50", "-4.50", "+0.50", "+5.50"]
+    low, high = report["exits"][0]["gain_interval"]
+    assert cells[0][3] == f"-14.50 ({low:+.2f} to {high:+.2f})"
+    assert cells[-1][2] == "72.0 to 76.8", "Wilson's interval of 919 of 1,234"
     assert cells[-1][1] == "74.50"
     assert cells[-1][-4:] == cells[3][-4:]
     assert "1,234 samples" in notes
@@ -333,6 +356,26 @@ def test_table_is_aligned_and_compares_with_the_baseline(report):
 
 def test_table_without_baseline_has_no_trace_of_one(report):
     assert "baseline" not in format_table(altered(report, baseline=None))
+
+
+def test_uneven_classes_have_a_column_of_their_mean_accuracy(report):
+    assert "macro" not in format_table(report).lower()
+    table = format_table(altered(report, class_sizes=[10, 400]))
+    header, _, first = table.splitlines()[:3]
+    column = [re.split(" {2,}", line) for line in (header, first)]
+    assert dict(zip(*column, strict=False))["macro recall %"] == "58.00"
+    assert "the smallest has 10 images and the largest 400" in table
+
+
+def test_reports_from_before_are_still_shown(report):
+    old = altered(report)
+    del old["class_sizes"]
+    for row in (*old["exits"], old["ensemble"], old["baseline"]):
+        for key in ("top1_interval", "gain_interval", "macro_recall"):
+            del row[key]
+    header, _, first = format_table(old).splitlines()[:3]
+    column = [re.split(" {2,}", line) for line in (header, first)]
+    assert dict(zip(*column, strict=False))["vs. baseline"] == "-14.50"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Accuracy and calibration of every exit and of their ensemble, exact over uneven batches and several processes."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import numpy as np
@@ -27,22 +29,48 @@ _NO_CLASS = -1
 
 
 class OutputMetrics(TypedDict):
-    """How good one output is: `top1` and `top5` in percent, `ece` in [0, 1], `loss` the mean cross-entropy in nats."""
+    """How good one output is: `top1`, `top5` and `macro_recall`, the mean accuracy of the classes that have samples
+    (balanced accuracy), in percent, `ece` in [0, 1], `loss` the mean cross-entropy in nats.
+    """
 
     top1: float
     top5: float
+    macro_recall: float
     ece: float
     loss: float
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Which samples each output got right, so that two networks can be compared sample by sample.
+
+    Args:
+        order: Digest of the labels in the order of the samples; two are of the same samples only if it is the same.
+        correct: For each exit, the mean of all and, if there is one, the fitted ensemble, one bit a sample.
+    """
+
+    order: str
+    correct: tuple[bytes, ...]
+
+    def gained_and_lost(self, output: int, other: "Answers", other_output: int) -> tuple[int, int] | None:
+        """Return how many samples only this output got right, and how many only the other's; None for other samples."""
+        if self.order != other.order:
+            return None
+        own, others = (
+            np.frombuffer(bits, dtype=np.uint8) for bits in (self.correct[output], other.correct[other_output])
+        )
+        return int(np.bitwise_count(own & ~others).sum()), int(np.bitwise_count(others & ~own).sum())
+
+
 class ExitMetricsResult(TypedDict):
-    """What `ExitMetrics.compute` returns; plain numbers, ready for JSON.
+    """What `ExitMetrics.compute` returns; plain numbers, but for `answers`.
 
     `exits` holds K + 1 entries, shallow to deep, the last the backbone's own; `ensemble`, the mean of the logits, is
     None for a model without added exits, and `fitted_ensemble` where no fitted one was given. `running` are the
     ensembles of the exits 0 to k for every k, by the fitted weights where they were given. `num_samples` counts the
     samples of the metrics, `num_skipped` those that were left out for their label IGNORED, and `num_nonfinite` the
-    samples for which any output was not a number.
+    samples for which any output was not a number. `class_sizes` are the numbers of samples of the smallest and of the
+    largest class that has any.
     """
 
     exits: list[OutputMetrics]
@@ -52,6 +80,8 @@ class ExitMetricsResult(TypedDict):
     num_samples: int
     num_skipped: int
     num_nonfinite: int
+    class_sizes: tuple[int, int]
+    answers: Answers
 
 
 class ExitMetrics:
@@ -140,6 +170,8 @@ class ExitMetrics:
         outputs = [_metrics(scores[:, index], labels) for index in range(scores.shape[1])]
         exits, (mean, fitted, *between) = outputs[: self.num_outputs], outputs[self.num_outputs :]
         combined = mean if self.ensemble.is_mean else fitted
+        sizes = np.unique(labels, return_counts=True)[1]
+        right = scores[:, : self.num_outputs + 2, 2] == labels[:, None]
         return {
             "exits": exits,
             "ensemble": mean if self.num_outputs > 1 else None,
@@ -148,6 +180,11 @@ class ExitMetrics:
             "num_samples": len(labels),
             "num_skipped": num_skipped,
             "num_nonfinite": num_nonfinite,
+            "class_sizes": (int(sizes.min()), int(sizes.max())),
+            "answers": Answers(
+                hashlib.sha256(labels.astype(np.int64).tobytes()).hexdigest(),
+                tuple(np.packbits(column).tobytes() for column in right.T),
+            ),
         }
 
 
@@ -155,6 +192,13 @@ def top_k_accuracy(ranked: npt.NDArray[Any], labels: npt.NDArray[Any], k: Sequen
     """Return for each k the share of samples, in percent, whose label [N] is among the first k of [N, max(k)]."""
     hits = ranked == labels[:, None]
     return {f"top{count}": 100.0 * float(hits[:, :count].any(axis=1).mean()) for count in k}
+
+
+def macro_recall(predicted: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float:
+    """Return the mean accuracy, in percent, of the classes that have samples, of predicted classes [N]."""
+    _, places, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    hits = np.bincount(places, weights=predicted == labels, minlength=len(sizes))
+    return 100.0 * float((hits / sizes).mean())
 
 
 def calibration_error(
@@ -176,6 +220,7 @@ def _metrics(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> 
     return {
         "top1": accuracy["top1"],
         "top5": accuracy["top5"],
+        "macro_recall": macro_recall(ranked[:, 0], labels),
         "ece": ece,
         "loss": math.fsum(scores[:, 1]) / len(labels),
     }

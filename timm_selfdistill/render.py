@@ -12,6 +12,7 @@ import numpy as np
 
 from timm_selfdistill.escape import each_text, markdown_text, printable
 from timm_selfdistill.files import replace_file
+from timm_selfdistill.intervals import wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,6 +109,14 @@ def markdown(table: Table) -> list[str]:
 def number(value: float | None, spec: str) -> str:
     """Return a number as text, "n/a" for None."""
     return MISSING if value is None else format(value, spec)
+
+
+def interval(top1: float | None, total: int) -> str:
+    """Return the 95 % confidence interval of an accuracy in percent of so many images, "n/a" for None."""
+    if top1 is None:
+        return MISSING
+    low, high = wilson_interval(round(top1 * total / 100), total)
+    return f"{low:.1f} to {high:.1f}"
 
 
 def spread(mean: float | None, std: float | None, spec: str) -> str:

@@ -8,10 +8,14 @@ from timm_selfdistill import render
 from timm_selfdistill.calibration.calibration_report import CalibrationReport
 from timm_selfdistill.early_exit import get_rule
 from timm_selfdistill.escape import each_text, plot_text
+from timm_selfdistill.intervals import wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# Percentage points between the ends of an interval, and images, that are too many or too few to choose by.
+_WIDE: Final = 4.0
+_FEW: Final = 200
 _GOALS: Final = {
     "max_accuracy_drop": "an accuracy at most {:g} points below the backbone's",
     "speedup": "a cost {:g} times less than the backbone's",
@@ -69,23 +73,25 @@ def _tables(report: CalibrationReport) -> list[render.Table]:
 def _results(report: CalibrationReport) -> render.Table:
     """Return the header and a row for each way to answer."""
     backbone = report["exits"][-1]
-    rows = [["early exit", *_cells(report["early_exit"], backbone)]]
+    points: list[tuple[str, Mapping[str, Any]]] = [("early exit", report["early_exit"])]
     for row in report["exits"]:
-        note = " (backbone)" if row is backbone else ""
-        rows.append([f"{row['index']}: {row['name']}{note}", *_cells(row, backbone)])
-    for last, point in enumerate(report["running"][1:-1], 1):
-        rows.append([f"exits 0 to {last}", *_cells(point, backbone)])
-    rows.append(["ensemble", *_cells(report["ensemble"], backbone)])
+        points.append((f"{row['index']}: {row['name']}{' (backbone)' if row is backbone else ''}", row))
+    points += ((f"exits 0 to {last}", point) for last, point in enumerate(report["running"][1:-1], 1))
+    points.append(("ensemble", report["ensemble"]))
     if report["baseline"] is not None:
-        rows.append(["baseline", *_cells(report["baseline"], backbone)])
-    rows.append(["oracle", *_cells(report["oracle"], backbone)])
-    return [["", "top-1 %", "vs. backbone", "MACs", "speed-up"], *rows]
+        points.append(("baseline", report["baseline"]))
+    points.append(("oracle", report["oracle"]))
+    rows = [[label, *_cells(point, backbone, report["num_samples"])] for label, point in points]
+    return [["", "top-1 %", "95 % CI", "vs. backbone", "MACs", "speed-up"], *rows]
 
 
-def _cells(point: Mapping[str, Any], backbone: Mapping[str, Any]) -> list[str]:
+def _cells(point: Mapping[str, Any], backbone: Mapping[str, Any], num_samples: int) -> list[str]:
+    bounds = point.get("gain_interval")
+    between = "" if bounds is None or point is backbone else f" ({bounds[0]:+.2f} to {bounds[1]:+.2f})"
     return [
         f"{point['top1']:.2f}",
-        f"{point['top1'] - backbone['top1']:+.2f}",
+        render.interval(point["top1"], num_samples),
+        f"{point['top1'] - backbone['top1']:+.2f}{between}",
         render.with_prefix(point["macs"]),
         f"{point['speedup']:.2f}x",
     ]
@@ -139,6 +145,9 @@ def _sentences(report: CalibrationReport) -> list[str]:
             f"lost; on the images of this report {report['early_exit']['excess_error']:.4f} are."
         )
     found += [
+        "95 % CI: Wilson's confidence interval of top-1; differences are with their 95 % intervals, of answers to the "
+        "same images.",
+        *_warnings(report),
         f"MACs (multiply-accumulates) are the mean for one image of {size}: the backbone up to where it leaves, and "
         "the heads that ran; speed-up is the plain backbone's over these.",
         "The oracle lets each image leave at the first exit that is right, which no rule can know.",
@@ -149,6 +158,23 @@ def _sentences(report: CalibrationReport) -> list[str]:
         found.append(
             f"Images that could not be decoded, and are not counted: {chosen['num_skipped']:,} for calibration, "
             f"{report['num_skipped']:,} for evaluation."
+        )
+    return found
+
+
+def _warnings(report: CalibrationReport) -> list[str]:
+    """Say where the choice rests on few images, or one exit for all images is as good."""
+    chosen, exits, found = report["calibration"], report["exits"], []
+    low, high = wilson_interval(round(chosen["top1"] * chosen["num_samples"] / 100), chosen["num_samples"])
+    if high - low > _WIDE or chosen["num_samples"] < _FEW:
+        found.append(
+            f"Warning: the goal was met on {chosen['num_samples']:,} images only, where an accuracy is known to "
+            f"about {(high - low) / 2:.1f} points: calibrate on more (--split, --data) before you rely on it."
+        )
+    if (index := chosen.get("as_good")) is not None:
+        found.append(
+            f"Warning: exit {index} ({exits[index]['name']}) for all images is as accurate on the images that the "
+            f"settings were chosen by, and not dearer: `export --exit {index}` is simpler."
         )
     return found
 

@@ -10,15 +10,18 @@ from timm_selfdistill.calibration.choose_settings import Choice, Goal, excess_er
 from timm_selfdistill.calibration.path_costs import PathCosts
 from timm_selfdistill.early_exit import EarlyExitConfig, replay, running_ensembles
 from timm_selfdistill.exit_logits import ExitLogits, is_right
+from timm_selfdistill.intervals import paired_interval
 from timm_selfdistill.report.report_content import versions
 
 
 class Point(TypedDict):
     """Accuracy and cost: `top1` in percent, `macs` the mean multiply-accumulates of an image, `speedup` the plain
-    backbone's over these.
+    backbone's over these. `gain_interval` is the 95 % confidence interval of the difference of `top1` from that of the
+    backbone's own classifier on the same images; None where it is not known.
     """
 
     top1: float
+    gain_interval: list[float] | None
     macs: float
     speedup: float
 
@@ -49,6 +52,7 @@ class Calibrated(EarlyExitRow):
     """Early exit on the images that the settings were chosen by: their data set and split, their number, how many more
     could not be decoded, and in `backbone_top1` the accuracy of the backbone's own classifier.
 
+    `as_good` is the exit that, for all images, is as accurate and as cheap or better in one of these, None without one.
     `tested` of them tested a risk, and `lost` of these were answered wrong that the backbone gets right; None for other
     goals.
     """
@@ -57,6 +61,7 @@ class Calibrated(EarlyExitRow):
     num_samples: int
     num_skipped: int
     backbone_top1: float
+    as_good: int | None
     tested: int | None
     lost: int | None
 
@@ -127,8 +132,9 @@ def build_calibration_report(
     `calibration` holds the images that the settings were chosen by, `evaluation` those to report on; `baseline_top1` is
     of the latter, in percent.
     """
-    correct = evaluation.correct
+    correct, backbone = evaluation.correct, evaluation.correct[-1]
     tested, lost = choice.tested or (None, None)
+    on_chosen = _early_exit(choice.config, macs, calibration)
     return {
         "goal": goal.to_json(),
         "settings": choice.config.to_json(),
@@ -136,19 +142,22 @@ def build_calibration_report(
             "dataset": calibration_dataset,
             "num_samples": len(calibration),
             "num_skipped": calibration.num_skipped,
-            **_early_exit(choice.config, macs, calibration),
+            **on_chosen,
             "backbone_top1": _percent(calibration.correct[-1]),
+            "as_good": _as_good(on_chosen, macs, calibration),
             "tested": tested,
             "lost": lost,
         },
         "early_exit": _early_exit(choice.config, macs, evaluation),
         "exits": [
-            {"index": index, "name": name, **_point(_percent(correct[index]), macs.exit(index), macs)}
+            {"index": index, "name": name, **_point(correct[index], macs.exit(index), macs, backbone)}
             for index, name in enumerate(exit_names)
         ],
         "running": _running(macs, evaluation),
-        "ensemble": _point(_percent(evaluation.ensemble_correct), macs.every_exit, macs),
-        "baseline": None if baseline_top1 is None else _point(baseline_top1, macs.full, macs),
+        "ensemble": _point(evaluation.ensemble_correct, macs.every_exit, macs, backbone),
+        "baseline": None
+        if baseline_top1 is None
+        else {"top1": baseline_top1, "gain_interval": None, "macs": macs.full, "speedup": 1.0},
         "oracle": _oracle(macs, evaluation),
         "curve": [_curve_point(config, macs, evaluation) for config in choice.curve],
         "time": time,
@@ -163,7 +172,7 @@ def _early_exit(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) ->
     answers = replay(config, stored.logits, stored.ensemble)
     right = answers.logits.argmax(-1) == stored.targets
     return {
-        **_point(_percent(right), macs.mean(config, answers.exit_index), macs),
+        **_point(right, macs.mean(config, answers.exit_index), macs, stored.correct[-1]),
         "shares": _shares(answers.exit_index, stored),
         "excess_error": float(excess_errors(config, stored).double().mean()),
     }
@@ -172,7 +181,8 @@ def _early_exit(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) ->
 def _running(macs: PathCosts, stored: ExitLogits) -> list[Point]:
     right = is_right(running_ensembles(stored.logits, stored.combined), stored.targets)
     costs = macs.paths([True] * stored.num_exits).tolist()
-    return [_point(_percent(row), cost, macs) for row, cost in zip(right, costs, strict=True)]
+    backbone = stored.correct[-1]
+    return [_point(row, cost, macs, backbone) for row, cost in zip(right, costs, strict=True)]
 
 
 def _oracle(macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:
@@ -180,17 +190,34 @@ def _oracle(macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:
     never_right = ~correct.any(0)
     index = torch.where(never_right, stored.num_exits, correct.to(torch.uint8).argmax(0))
     mean = float(macs.paths([True] * stored.num_exits)[index].mean())
-    return {**_point(_percent(~never_right), mean, macs), "shares": _shares(index, stored), "excess_error": 0.0}
+    point = _point(~never_right, mean, macs, correct[-1])
+    return {**point, "shares": _shares(index, stored), "excess_error": 0.0}
 
 
 def _curve_point(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) -> CurvePoint:
     row = _early_exit(config, macs, stored)
     thresholds = config.to_json()["thresholds"]
-    return {"top1": row["top1"], "macs": row["macs"], "speedup": row["speedup"], "thresholds": thresholds}
+    point: Point = {key: row[key] for key in Point.__annotations__}  # type: ignore[assignment, literal-required]
+    return {**point, "thresholds": thresholds}
 
 
-def _point(top1: float, cost: float, macs: PathCosts) -> Point:
-    return {"top1": top1, "macs": cost, "speedup": macs.full / cost}
+def _as_good(chosen: EarlyExitRow, macs: PathCosts, stored: ExitLogits) -> int | None:
+    """Return the first exit that is at least as accurate for all images as early exit, at no higher cost."""
+    for index in range(stored.num_exits + 1):
+        if macs.exit(index) <= chosen["macs"] and _percent(stored.correct[index]) >= chosen["top1"]:
+            return index
+    return None
+
+
+def _point(right: Tensor, cost: float, macs: PathCosts, backbone: Tensor) -> Point:
+    """Return what images [N] that are answered right, or not, cost, beside those that the backbone gets right [N]."""
+    gained, lost = int((right & ~backbone).sum()), int((backbone & ~right).sum())
+    return {
+        "top1": _percent(right),
+        "gain_interval": list(paired_interval(gained, lost, len(right))),
+        "macs": cost,
+        "speedup": macs.full / cost,
+    }
 
 
 def _percent(right: Tensor) -> float:

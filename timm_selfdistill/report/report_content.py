@@ -3,6 +3,7 @@
 import math
 import platform
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from typing import Final, TypedDict
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from timm_selfdistill.exits import unchanged
+from timm_selfdistill.intervals import paired_interval, wilson_interval
 from timm_selfdistill.measure import MacCounter, median_seconds, seconds_of
 from timm_selfdistill.metrics import ExitMetricsResult, OutputMetrics
-from timm_selfdistill.model import Ensemble, SelfDistillModel
+from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.model.hooks import watch_usage
 
 _BATCH_SIZE: Final = 16
@@ -24,10 +26,16 @@ _SECONDS = 2.0
 
 
 class AccuracyRow(TypedDict):
-    """How good an output is: `top1` and `top5` in percent, `ece` in [0, 1]; None where it is not a finite number."""
+    """How good an output is: `top1`, `top5` and `macro_recall` in percent, `ece` in [0, 1]; None where it is not a
+    finite number. `top1_interval` is the 95 % confidence interval of `top1`, and `gain_interval` that of its difference
+    from the baseline's on the same images, None where there is no such difference.
+    """
 
     top1: float | None
+    top1_interval: list[float] | None
+    gain_interval: list[float] | None
     top5: float | None
+    macro_recall: float | None
     ece: float | None
 
 
@@ -73,7 +81,8 @@ class Report(TypedDict):
     all; `fitted_ensemble` is None for a model whose ensemble was not fitted. `baseline` is the plain backbone trained
     on its own, which costs what the last exit costs. `num_skipped` counts the images that could not be decoded, by
     their use ("training", "validation", "evaluation") as far as it is known, `num_nonfinite` the samples for which an
-    output was not a finite number. `train_seconds` is the time of the training steps of each network of the run;
+    output was not a finite number, `class_sizes` the samples of the smallest and of the largest class that has any.
+    `train_seconds` is the time of the training steps of each network of the run;
     `input_size` is [C, H, W].
     """
 
@@ -86,6 +95,7 @@ class Report(TypedDict):
     num_samples: int
     num_skipped: dict[str, int]
     num_nonfinite: int
+    class_sizes: list[int]
     train_seconds: dict[str, float]
     recipe: str
     seed: int
@@ -149,23 +159,33 @@ def build_report(
         )
     if latency_batch_size < 1:
         raise ValueError(f"latency_batch_size must be 1 or more; got {latency_batch_size}.")
+    fitted = metrics["fitted_ensemble"]
+    rated = _Rated(metrics, baseline)
+    last = len(names) - 1
     costs, rounds = measure_costs(model, input_size, latency_batch_size)
     parameter = next(model.parameters())
     return {
         "exits": [
-            {"index": index, "name": name, **_accuracy(entry), **cost, "running_top1": _finite(pool["top1"])}
+            {"index": index, "name": name, **rated.row(entry, index), **cost, "running_top1": _finite(pool["top1"])}
             for index, (name, entry, pool, cost) in enumerate(
                 zip(names, metrics["exits"], metrics["running"], costs[:-1], strict=True)
             )
         ],
-        "ensemble": {**_accuracy(metrics["ensemble"]), **costs[-1]},
-        "fitted_ensemble": _fitted(model.ensemble, metrics["fitted_ensemble"]),
-        "baseline": None if baseline is None else _accuracy(baseline["exits"][-1]),
+        "ensemble": {**rated.row(metrics["ensemble"], last + 1), **costs[-1]},
+        "fitted_ensemble": None
+        if fitted is None
+        else {
+            **rated.row(fitted, last + 2),
+            "weights": list(model.ensemble.weights),
+            "images": model.ensemble.images,
+        },
+        "baseline": None if baseline is None else _Rated(baseline, None).row(baseline["exits"][-1], 0),
         "backbone": _backbone_name(model.backbone),
         "dataset": dataset,
         "num_samples": metrics["num_samples"],
         "num_skipped": {**(skipped or {}), "evaluation": metrics["num_skipped"]},
         "num_nonfinite": metrics["num_nonfinite"],
+        "class_sizes": list(metrics["class_sizes"]),
         "train_seconds": dict(train_seconds or {}),
         "recipe": recipe,
         "seed": seed,
@@ -238,14 +258,32 @@ def _count(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, int]:
     return sum(needed), counter.macs
 
 
-def _accuracy(metrics: OutputMetrics) -> AccuracyRow:
-    return {"top1": _finite(metrics["top1"]), "top5": _finite(metrics["top5"]), "ece": _finite(metrics["ece"])}
+@dataclass(frozen=True)
+class _Rated:
+    """Makes rows of a network's metrics, compared with those of the baseline if there is one."""
 
+    metrics: ExitMetricsResult
+    baseline: ExitMetricsResult | None
 
-def _fitted(ensemble: Ensemble, metrics: OutputMetrics | None) -> FittedEnsembleRow | None:
-    if metrics is None:
-        return None
-    return {**_accuracy(metrics), "weights": list(ensemble.weights), "images": ensemble.images}
+    def row(self, output: OutputMetrics, place: int) -> AccuracyRow:
+        """Return the row of an output, at this place among the answers."""
+        total = self.metrics["num_samples"]
+        interval = list(wilson_interval(output["top1"] * total / 100, total))
+        return {
+            "top1": _finite(output["top1"]),
+            "top1_interval": interval if math.isfinite(output["top1"]) else None,
+            "gain_interval": self._gain(place, total),
+            "top5": _finite(output["top5"]),
+            "macro_recall": _finite(output["macro_recall"]),
+            "ece": _finite(output["ece"]),
+        }
+
+    def _gain(self, place: int, total: int) -> list[float] | None:
+        if self.baseline is None:
+            return None
+        other = self.baseline["answers"]
+        counts = self.metrics["answers"].gained_and_lost(place, other, len(self.baseline["exits"]) - 1)
+        return None if counts is None else list(paired_interval(*counts, total))
 
 
 def _finite(value: float) -> float | None:

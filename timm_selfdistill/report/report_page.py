@@ -2,11 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from timm_selfdistill import render
 from timm_selfdistill.escape import each_text, plot_text
 from timm_selfdistill.report.report_content import AccuracyRow, EnsembleRow, ExitRow, Report
+
+# Largest class over smallest, from which on the report has the macro recall.
+_UNEVEN: Final = 1.5
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,25 +90,33 @@ def _tables(report: Report) -> list[render.Table]:
     """Return the table with a row for each exit, the ensembles and the baseline."""
     *shallow, last = report["exits"]
     baseline = report["baseline"]
-    header = [
-        "exit",
-        "top-1 %",
-        "vs. baseline",
-        "exits 0..k %",
-        "top-5 %",
-        "ECE",
-        "params",
-        "MACs",
-        "ms/batch",
-        "speed-up",
+    labelled: list[tuple[str, EnsembleRow | ExitRow]] = [
+        *((f"{row['index']}: {row['name']}", row) for row in shallow),
+        (f"{last['index']}: {last['name']} (backbone)", last),
+        ("ensemble", report["ensemble"]),
+        *(("ensemble, fitted", row) for row in _fitted_rows(report)),
     ]
-    rows = [_row(f"{row['index']}: {row['name']}", row, baseline) for row in shallow]
-    rows.append(_row(f"{last['index']}: {last['name']} (backbone)", last, baseline))
-    rows.append(_row("ensemble", report["ensemble"], baseline))
-    rows += [_row("ensemble, fitted", row, baseline) for row in _fitted_rows(report)]
-    if baseline is None:
-        return [[cells[:2] + cells[3:] for cells in [header, *rows]]]
-    return [[header, *rows, _row("baseline", {**last, **baseline, "running_top1": None}, None)]]
+    if baseline is not None:
+        labelled.append(("baseline", {**last, **baseline, "running_top1": None}))
+    columns: dict[str, list[str]] = {
+        "exit": [label for label, _ in labelled],
+        "top-1 %": [render.number(row["top1"], ".2f") for _, row in labelled],
+        "95 % CI": [render.interval(row["top1"], report["num_samples"]) for _, row in labelled],
+    }
+    if baseline is not None:
+        columns["vs. baseline"] = [*(_gain(row, baseline) for _, row in labelled[:-1]), ""]
+    if _is_uneven(report):
+        columns["macro recall %"] = [render.number(row["macro_recall"], ".2f") for _, row in labelled]
+    columns |= {
+        "exits 0..k %": ["" if (top1 := row.get("running_top1")) is None else f"{top1:.2f}" for _, row in labelled],
+        "top-5 %": [render.number(row["top5"], ".2f") for _, row in labelled],
+        "ECE": [render.number(row["ece"], ".3f") for _, row in labelled],
+        "params": [render.with_prefix(row["params"]) for _, row in labelled],
+        "MACs": [render.with_prefix(row["macs"]) for _, row in labelled],
+        "ms/batch": [f"{row['latency_ms']:.2f}" for _, row in labelled],
+        "speed-up": [f"{row['speedup']:.2f}x" for _, row in labelled],
+    }
+    return [[list(columns), *map(list, zip(*columns.values(), strict=True))]]
 
 
 def _fitted_rows(report: Report) -> list[EnsembleRow]:
@@ -113,22 +124,23 @@ def _fitted_rows(report: Report) -> list[EnsembleRow]:
     fitted = report.get("fitted_ensemble")
     if fitted is None:
         return []
-    return [{**report["ensemble"], "top1": fitted["top1"], "top5": fitted["top5"], "ece": fitted["ece"]}]
+    own = {key: value for key, value in fitted.items() if key in AccuracyRow.__annotations__}
+    return [cast(EnsembleRow, {**report["ensemble"], **own})]
 
 
-def _row(label: str, row: EnsembleRow | ExitRow, baseline: AccuracyRow | None) -> list[str]:
-    return [
-        label,
-        render.number(row["top1"], ".2f"),
-        "" if baseline is None else render.number(_minus(row["top1"], baseline["top1"]), "+.2f"),
-        "" if (running := row.get("running_top1")) is None else f"{running:.2f}",
-        render.number(row["top5"], ".2f"),
-        render.number(row["ece"], ".3f"),
-        render.with_prefix(row["params"]),
-        render.with_prefix(row["macs"]),
-        f"{row['latency_ms']:.2f}",
-        f"{row['speedup']:.2f}x",
-    ]
+def _gain(row: AccuracyRow, baseline: AccuracyRow) -> str:
+    """Return the difference from the baseline with its interval, which reports from before do not have."""
+    if row["top1"] is None or baseline["top1"] is None:
+        return render.MISSING
+    interval = row.get("gain_interval")
+    bounds = "" if interval is None else f" ({interval[0]:+.2f} to {interval[1]:+.2f})"
+    return f"{row['top1'] - baseline['top1']:+.2f}{bounds}"
+
+
+def _is_uneven(report: Report) -> bool:
+    """Whether the classes have so different numbers of images that their mean accuracy tells more."""
+    smallest, largest = report.get("class_sizes") or (1, 1)
+    return largest > _UNEVEN * smallest
 
 
 def _sentences(report: Report) -> list[str]:
@@ -138,6 +150,7 @@ def _sentences(report: Report) -> list[str]:
         f"Accuracy on {report['dataset']} ({report['num_samples']:,} samples), "
         f"recipe {report['recipe']}, seed {report['seed']}.",
         f"MACs (multiply-accumulates) are for one image of {size}.",
+        "95 % CI: Wilson's confidence interval of top-1 on this many images.",
         "Exits 0..k: the top-1 accuracy of the ensemble of the exits up to this one.",
         f"Latency is the median of {report['latency_rounds']} runs of a batch of {report['latency_batch_size']} in "
         f"{report['dtype']} on {report['device']} with {_count(report['threads'], 'thread')}; versions: {versions}.",
@@ -148,6 +161,14 @@ def _sentences(report: Report) -> list[str]:
         found.append(f"The fitted ensemble weighs the outputs {weights}, by {images}; the ensemble is their mean.")
     if report["baseline"] is not None:
         found.append("The baseline is the same backbone, trained on its own; it costs what the last exit costs.")
+        if report["exits"][-1].get("gain_interval") is not None:
+            found.append("Differences from it are with their 95 % confidence intervals, of answers to the same images.")
+    if _is_uneven(report):
+        smallest, largest = report["class_sizes"]
+        found.append(
+            f"Macro recall is the mean accuracy of the classes, of which the smallest has "
+            f"{_count(smallest, 'image')} and the largest {largest:,}."
+        )
     if any(report["num_skipped"].values()):
         counts = ", ".join(f"{count:,} for {use}" for use, count in report["num_skipped"].items())
         found.append(f"Images that could not be decoded, and are not counted: {counts}.")
@@ -155,13 +176,9 @@ def _sentences(report: Report) -> list[str]:
         found.append(f"For {_count(report['num_nonfinite'], 'sample')} an output was not a number: counted as wrong.")
     ensembles = [report["ensemble"], *_fitted_rows(report)]
     accuracies: list[AccuracyRow] = [*report["exits"], *ensembles, *filter(None, [report["baseline"]])]
-    if any(value is None for row in accuracies for value in row.values()):
+    if any(row[key] is None for row in accuracies for key in ("top1", "top5", "ece")):
         found.append(f"{render.MISSING} (null in report.json): the value was not a finite number.")
     return found
-
-
-def _minus(value: float | None, other: float | None) -> float | None:
-    return None if value is None or other is None else value - other
 
 
 def _percent(row: AccuracyRow) -> str:
