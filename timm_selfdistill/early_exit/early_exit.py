@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.early_exit.leaving import LeavingBatch, Places, check_buckets, check_limits
+from timm_selfdistill.early_exit.leaving import LeavingBatch, OnAnswer, Places, check_buckets, check_limits
 from timm_selfdistill.early_exit.replay import EarlyExitOutput
 from timm_selfdistill.early_exit.rules import EarlyExitConfig
 from timm_selfdistill.early_exit.stage_costs import StageCosts, measure_stage_costs
@@ -92,13 +92,17 @@ class EarlyExit(nn.Module):
             costs=config.costs,
         )
 
-    def forward(self, x: Tensor, max_exit: int | Tensor | None = None) -> EarlyExitOutput:
+    def forward(
+        self, x: Tensor, max_exit: int | Tensor | None = None, on_answer: OnAnswer | None = None
+    ) -> EarlyExitOutput:
         """Classify a batch.
 
         Args:
             x: Images [B, C, H, W].
             max_exit: The exit that answers at the latest, however confident it is: one for all images, or one for each
                 [B]; K, the backbone's own classifier or the ensemble, by default.
+            on_answer: Called as soon as images have their answer, with their places [N], logits [N, num_classes] and
+                exit, while the others are still in the network.
 
         Returns:
             Logits [B, num_classes] and the exits that gave them [B].
@@ -113,10 +117,10 @@ class EarlyExit(nn.Module):
         if not len(x):
             return EarlyExitOutput(x.new_empty(0, self.model.num_classes), x.new_empty(0, dtype=torch.int64))
         if self.buckets is None or len(x) <= self.buckets[-1]:
-            return self._forward(x, limits)
+            return self._forward(x, limits, on_answer)
         size = self.buckets[-1]
         parts = [
-            self._forward(part, None if limits is None else limits[start : start + size])
+            self._forward(part, None if limits is None else limits[start : start + size], on_answer, start)
             for start, part in zip(range(0, len(x), size), x.split(size), strict=True)
         ]
         return EarlyExitOutput(*map(torch.cat, zip(*parts, strict=True)))
@@ -150,18 +154,21 @@ class EarlyExit(nn.Module):
         self.config = replace(self.config, costs=costs)
         return costs
 
-    def _forward(self, x: Tensor, limits: Places | None) -> EarlyExitOutput:
-        """Classify a batch that is no larger than the largest bucket."""
+    def _forward(self, x: Tensor, limits: Places | None, on_answer: OnAnswer | None, start: int = 0) -> EarlyExitOutput:
+        """Classify a batch that is no larger than the largest bucket; `start` is the place of its first image."""
         if limits is None and not any(self.config.heads_run):
             # Nobody leaves, so nothing need be read on the way.
             rows = self.fit(len(x))
             images = x if rows == len(x) else x[torch.arange(rows, device=x.device) % len(x)]
             index = torch.full((len(x),), self.model.num_exits, device=x.device)
-            return EarlyExitOutput(self.model(images)[: len(x)], index)
-        batch = LeavingBatch(self, x, limits)
-        logits = self.model.forward_while(batch.images, batch.visit)
-        if logits is not None:
-            batch.finish(logits)
+            logits = self.model(images)[: len(x)]
+            if on_answer is not None:
+                on_answer(torch.arange(start, start + len(x)), logits, self.model.num_exits)
+            return EarlyExitOutput(logits, index)
+        batch = LeavingBatch(self, x, limits, on_answer, start)
+        remaining = self.model.forward_while(batch.images, batch.visit)
+        if remaining is not None:
+            batch.finish(remaining)
         return batch.output()
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from timm_selfdistill.early_exit.early_exit import EarlyExit
 
 Places = NDArray[np.int64]
+OnAnswer = Callable[[Tensor, Tensor, int], None]
 
 
 class LeavingBatch:
@@ -29,12 +30,22 @@ class LeavingBatch:
         network: The network that runs.
         x: Images [B, C, H, W].
         limits: Of each image [B], the exit that answers at the latest; None for no limit.
+        on_answer: Called with the places, logits and exit of images that have their answer.
+        start: The place of the first image, for `on_answer`.
 
     Attributes:
         images: What the backbone starts with: the images, and repeated ones where a bucket is larger.
     """
 
-    def __init__(self, network: "EarlyExit", x: Tensor, limits: Places | None) -> None:
+    def __init__(
+        self,
+        network: "EarlyExit",
+        x: Tensor,
+        limits: Places | None,
+        on_answer: OnAnswer | None = None,
+        start: int = 0,
+    ) -> None:
+        self._on_answer, self._start = on_answer, start
         self._network, self._model, self._config = network, network.model, network.config
         self._device = x.device
         self._size = len(x)
@@ -122,6 +133,8 @@ class LeavingBatch:
         self._left -= len(rows)
         logits = logits if len(rows) == len(leaving) else self._take(logits, rows)
         self._answers.append((exit, self._places[rows], logits))
+        if self._on_answer is not None:
+            self._on_answer(torch.from_numpy(self._places[rows] + self._start), logits, exit)
 
     def _take(self, values: Tensor, rows: Places) -> Tensor:
         return values.index_select(0, self._on_device(rows))
