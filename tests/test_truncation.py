@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_selfdistill as sd
 from timm_selfdistill.report.report_content import measure_costs
@@ -124,10 +125,57 @@ def test_other_hooks_on_the_backbone_stay(model, images):
     assert sizes == [4]
 
 
-def test_a_removed_layer_that_is_called_says_that_it_is_gone(model, images):
+def test_the_forward_ends_by_itself_where_it_can(family, make_backbone, images):
+    """Programs that trace a network bear no exception that goes through them, as the one that ended the forward was."""
+    model = sd.wrap(make_backbone(family), image_size=64).eval()
     small = sd.truncate(model, 0)
-    with pytest.raises(RuntimeError, match="comes after the exit"):
+    assert small.ends_by_itself
+    exported = torch.export.export(small, (images,)).module()
+    torch.testing.assert_close(exported(images), model.forward_exit(images, 0))
+    with FlopCounterMode(display=False) as whole, torch.no_grad():
+        small(images)
+    small.ends_by_itself = False
+    with FlopCounterMode(display=False) as ended, torch.no_grad():
+        small(images)
+    assert whole.get_total_flops() == ended.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("unpacks", [True, False])
+def test_elsewhere_an_exception_ends_it(tiny_net, images, unpacks):
+    """What unpacks the output of a removed layer, or reads it, cannot do without the layer."""
+
+    class Late(tiny_net):
+        def __init__(self):
+            super().__init__(size=64)
+            self.late = Pair() if unpacks else nn.Conv2d(32, 32, 1)
+
+        def forward(self, x):
+            x = self.act(self.stage0(x))
+            x = self.act(self.stage2(self.act(self.stage1(x))))
+            if unpacks:
+                one, two = self.late(x)
+                x = one + two
+            else:
+                x = nn.functional.conv2d(x, self.late.weight)
+            return self.fc(x.mean((2, 3)))
+
+    model = sd.wrap(Late(), exits=["stage0"], image_size=64).eval()
+    small = sd.truncate(model, 0)
+    assert not small.ends_by_itself
+    assert torch.equal(small(images), model.forward_exit(images, 0))
+    with pytest.raises((RuntimeError, AttributeError), match=r"comes after the exit|weight"):
         small.backbone(images)
+
+
+class Pair(nn.Module):
+    """A layer with two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(32, 64, 1)
+
+    def forward(self, x):
+        return self.conv(x).chunk(2, 1)
 
 
 @pytest.mark.parametrize("exit", [-1, 4])

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from timm_selfdistill.compat import data_config_traits
 from timm_selfdistill.exits import Backbone, ExitPoint, random_images, unchanged
 from timm_selfdistill.heads import ExitHead
+from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.model.hooks import Hooks, Usage, watch_usage
 
@@ -22,7 +24,9 @@ def truncate(model: SelfDistillModel, exit: int) -> nn.Module:
     """Cut a network off after one of its exits.
 
     Which modules the exit needs is seen in one forward. The others are not copied, and the result is tried in eval and
-    train mode: what the backbone turns out to look at, though it does not run it, stays.
+    train mode: what the backbone turns out to look at, though it does not run it, stays. The backbone's forward then
+    runs to its end through what is left, without work, where that gives the same; else an exception ends it at the
+    exit, which programs that trace the network may not bear.
 
     Args:
         model: The wrapped model; it is not changed.
@@ -47,7 +51,7 @@ def truncate(model: SelfDistillModel, exit: int) -> nn.Module:
     unused = list(_unused(model.backbone, usage))
     small = _cut(model, exit, unused)
     if _gives(small, x, expected):
-        return small
+        return _ending_by_itself(small, x)
     removed: list[nn.Module] = []
     while unused:
         module = unused.pop()
@@ -55,7 +59,7 @@ def truncate(model: SelfDistillModel, exit: int) -> nn.Module:
             removed.append(module)
         else:
             unused += [child for child in module.children() if _has_tensors(child)]
-    return _cut(model, exit, removed)
+    return _ending_by_itself(_cut(model, exit, removed), x)
 
 
 class TruncatedModel(nn.Module):
@@ -69,6 +73,8 @@ class TruncatedModel(nn.Module):
     Attributes:
         exit_name: Name of the exit.
         num_classes: Number of logits.
+        ends_by_itself: Whether the backbone's forward runs to its end through what is left of it, whose result is not
+            used; otherwise an exception ends it at the exit.
     """
 
     backbone: Backbone
@@ -80,11 +86,12 @@ class TruncatedModel(nn.Module):
         self.head = head
         self.exit_name = point.name
         self.num_classes = head.classifier.out_features
+        self.ends_by_itself = False
         self._hooks = Hooks(backbone, [point])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [B, C, H, W] to logits [B, num_classes]."""
-        call = self._hooks.run(self.backbone, x, stop_at=0)
+        call = self._hooks.run(self.backbone, x, stop_at=None if self.ends_by_itself else 0)
         return self.head.classify(*call.taps[0])
 
     @property
@@ -108,10 +115,20 @@ class TruncatedModel(nn.Module):
 
 
 class _Removed(nn.Module):
-    """Takes the place of a module after the exit; it holds nothing, and never runs."""
+    """Takes the place of a module after the exit; it holds nothing.
 
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("This layer comes after the exit that the network was truncated at; it is gone.")
+    Attributes:
+        passes: Whether it returns what it is given, for a forward that runs on to its end; otherwise it never runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = False
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.passes:
+            raise RuntimeError("This layer comes after the exit that the network was truncated at; it is gone.")
+        return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Do nothing: timm's models call this on all their stages."""
@@ -145,6 +162,40 @@ def _cut(model: SelfDistillModel, exit: int, removed: list[nn.Module]) -> Trunca
     return TruncatedModel(backbone, copy.deepcopy(head, {id(head.adapter): nn.Identity()}), model.points[exit])
 
 
+def _ending_by_itself(small: TruncatedModel, x: Tensor) -> TruncatedModel:
+    """Let the forward run on to its end, if that gives the same logits and does not multiply more."""
+    try:
+        expected, macs = _trial(small, x)
+        _pass_on(small, True)
+        logits, more = _trial(small, x)
+        fits = more <= macs and all(map(_is_close, logits, expected))
+    except Exception:  # any error of the backbone means that it cannot do without what was removed
+        fits = False
+    _pass_on(small, fits)
+    return small
+
+
+def _pass_on(small: TruncatedModel, passes: bool) -> None:
+    small.ends_by_itself = passes
+    for module in small.modules():
+        if isinstance(module, _Removed):
+            module.passes = passes
+
+
+def _trial(small: TruncatedModel, x: Tensor) -> tuple[list[Tensor], int]:
+    """Return the logits of a copy in eval mode, in train mode and under gradient checkpointing, and the MACs of all."""
+    trial = copy.deepcopy(small)
+    with unchanged(trial), MacCounter() as counter:
+        logits = []
+        for training, checkpointing in ((False, False), (True, False), (True, True)):
+            trial.train(training)
+            with suppress(AssertionError, AttributeError):  # some of timm's models cannot
+                trial.set_grad_checkpointing(checkpointing)
+            torch.manual_seed(0)
+            logits.append(trial(x).detach())
+    return logits, counter.macs
+
+
 def _gives(small: TruncatedModel, x: Tensor, expected: Tensor) -> bool:
     """Whether a truncated model gives the expected logits in eval mode and runs in train mode."""
     trial = copy.deepcopy(small)
@@ -154,4 +205,8 @@ def _gives(small: TruncatedModel, x: Tensor, expected: Tensor) -> bool:
             trial.train()(x)
     except Exception:  # any error of the backbone means that it misses something
         return False
+    return _is_close(logits, expected)
+
+
+def _is_close(logits: Tensor, expected: Tensor) -> bool:
     return logits.is_meta or torch.allclose(logits, expected, equal_nan=True)
