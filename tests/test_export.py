@@ -14,9 +14,8 @@ from test_timm_families import ENCODERS, MEMBERS
 from timm.data import resolve_model_data_config
 
 import timm_selfdistill as sd
-from timm_selfdistill import export as exporting
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.export import METADATA
+from timm_selfdistill.export import METADATA, from_folder, graphs
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -112,8 +111,29 @@ def test_one_graph_runs_all_exits_and_combines_them(model, images, tmp_path, for
         assert held == {"0", "2"}  # exit 1 has no weight
     with pytest.raises(ValueError, match="allowed for the ensemble are torch-export and onnx"):
         sd.export_model(model, "ensemble", tmp_path / "net", format="safetensors")
-    with pytest.raises(ValueError, match="There is no exit 'all'; allowed are 0 to 3 and 'ensemble'"):
-        export(model, "all", tmp_path / "new", format)
+    with pytest.raises(ValueError, match="There is no exit 'every'; allowed are 0 to 3, 'ensemble' and 'all'"):
+        export(model, "every", tmp_path / "new", format)
+
+
+@pytest.mark.parametrize("format", SUFFIXES)
+def test_one_graph_has_the_logits_of_each_exit(model, images, tmp_path, format):
+    path = export(model, "all", tmp_path, format, dynamic_batch=True)
+    with torch.no_grad():
+        expected = model(images, return_exits=True).logits
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert [output.name for output in session.get_outputs()] == ["logits_0", "logits_1", "logits_2", "logits_3"]
+        found = [torch.from_numpy(array) for array in session.run(None, {"images": images.numpy()})]
+        said = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
+    else:
+        extra = {METADATA: ""}
+        found = torch.export.load(path, extra_files=extra).module()(images)
+        said = json.loads(extra[METADATA])
+    for logits, wanted in zip(found, expected, strict=True):
+        assert (logits - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert (said["exit"], said["exit_name"]) == ("all", "all exits")
+    with pytest.raises(ValueError, match="allowed for all exits are torch-export and onnx"):
+        sd.export_model(model, "all", tmp_path / "net", format="safetensors")
 
 
 @pytest.mark.parametrize("exit", range(4))
@@ -254,7 +274,7 @@ def test_what_exists_is_not_replaced_unless_it_is_an_export(model, tmp_path):
 
 @pytest.mark.parametrize("format", SUFFIXES)
 def test_other_logits_are_an_error_and_leave_nothing(model, tmp_path, monkeypatch, format):
-    monkeypatch.setattr(exporting, "_TOLERANCE", -1.0)
+    monkeypatch.setattr(graphs, "TOLERANCE", -1.0)
     with pytest.raises(sd.ExportError, match=f"exported to {format}, gives other logits for a batch of 1"):
         export(model, 0, tmp_path, format)
     assert list(tmp_path.iterdir()) == []
@@ -262,7 +282,7 @@ def test_other_logits_are_an_error_and_leave_nothing(model, tmp_path, monkeypatc
 
 def test_a_graph_that_the_optimizer_breaks_is_written_without_it(model, images, tmp_path, monkeypatch):
     tried = []
-    save = exporting._save_onnx
+    save = graphs._save_onnx
 
     def save_unless_optimized(*args, optimize):
         tried.append(optimize)
@@ -270,7 +290,7 @@ def test_a_graph_that_the_optimizer_breaks_is_written_without_it(model, images, 
             raise sd.ExportError
         return save(*args, optimize=optimize)
 
-    monkeypatch.setattr(exporting, "_save_onnx", save_unless_optimized)
+    monkeypatch.setattr(graphs, "_save_onnx", save_unless_optimized)
     path = export(model, 0, tmp_path, "onnx", dynamic_batch=True)
     assert tried == [True, False]
     with torch.no_grad():
@@ -358,10 +378,10 @@ def test_command_refuses_what_cannot_work(run, tmp_path, capsys, monkeypatch):
 
     assert "There is no exit 4" in fails(str(run), "--format", "onnx", "--exit", "4")
     assert "holds no model" in fails(str(tmp_path), "--format", "onnx")
-    monkeypatch.setattr(exporting, "_TOLERANCE", -1.0)
+    monkeypatch.setattr(graphs, "TOLERANCE", -1.0)
     assert "gives other logits" in fails(str(run), "--format", "torch-export", "--output", str(tmp_path / "a.pt2"))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(exporting, "from_pretrained", None)
+    monkeypatch.setattr(from_folder, "from_pretrained", None)
     assert "pip install 'timm_selfdistill[onnx]'" in fails(str(run), "--format", "onnx")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit) as error:

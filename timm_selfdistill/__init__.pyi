@@ -9,6 +9,7 @@ from timm_selfdistill.exit_logits import fit_ensemble as fit_ensemble
 from timm_selfdistill.exits import ExitPoint as ExitPoint
 from timm_selfdistill.exits import Tap as Tap
 from timm_selfdistill.export import ExportError as ExportError
+from timm_selfdistill.export import export_early_exit as export_early_exit
 from timm_selfdistill.export import export_model as export_model
 from timm_selfdistill.heads import list_heads as list_heads
 from timm_selfdistill.heads import register_head as register_head
@@ -33,6 +34,7 @@ from timm_selfdistill.model import Ensemble as Ensemble
 from timm_selfdistill.model import ExitOutput as ExitOutput
 from timm_selfdistill.model import SelfDistillModel as SelfDistillModel
 from timm_selfdistill.model import wrap as wrap
+from timm_selfdistill.onnx import OnnxEarlyExit as OnnxEarlyExit
 from timm_selfdistill.predict import Prediction as Prediction
 from timm_selfdistill.predict import predict_images as predict_images
 from timm_selfdistill.recipe import list_recipes as list_recipes

@@ -55,16 +55,26 @@ def _predict(folder: str, from_checkpoint: bool, **options: Any) -> int:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_model_source(parser)
     parser.add_argument("--format", required=True, choices=list(FORMATS), help="what to write")
-    parser.add_argument(
+    answering = parser.add_mutually_exclusive_group()
+    answering.add_argument(
         "--exit",
         type=_exit_choice,
         metavar="K|ensemble",
         help="index of the exit, or ensemble: all together; the backbone's own by default",
     )
+    answering.add_argument(
+        "--all-exits", dest="exit", action="store_const", const="all", help="the logits of each exit, in one graph"
+    )
+    answering.add_argument(
+        "--threshold", type=float, help="early exit: leave at any exit with this confidence, whatever is saved"
+    )
+    parser.add_argument("--quantize", choices=["dynamic"], help="onnx-stages with 8-bit weights")
     parser.add_argument("--dynamic-batch", action="store_true", help="take batches of any size, not only one image")
     _add_image_size(parser)
     parser.add_argument(
-        "--output", type=Path, help="where to write; by default exit-K or ensemble with an ending, in the folder"
+        "--output",
+        type=Path,
+        help="where to write; by default exit-K, ensemble, all or the format, with an ending, in the folder",
     )
     parser.add_argument(
         "--force", dest="overwrite", action="store_true", help="replace what an earlier export wrote there"

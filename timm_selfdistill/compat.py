@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.models import _hub
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # the only way to see every operand
 from torch.utils._pytree import tree_leaves as tree_leaves  # flattens the arguments that a dispatch mode is given
 from torch.utils._pytree import tree_map_only as tree_map_only  # torch has no public way to map nested tensors
@@ -45,6 +45,15 @@ def cpu_computes_bf16() -> bool:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def batch_multiple(size: SymInt, batch: SymInt) -> int | None:
+    """Return how many times a traced batch size another size is, or None if it is no multiple for every batch.
+
+    torch compares symbolic sizes in public only by adding guards to the graph. Checked with torch 2.15.
+    """
+    ratio = size.node.expr / batch.node.expr
+    return int(ratio) if ratio.is_Integer else None
 
 
 def is_view(tensor: Tensor) -> bool:

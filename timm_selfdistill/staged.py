@@ -1,0 +1,244 @@
+"""Early exit over graphs, one for each stage of a network: what their manifest says, and the loop that runs them.
+
+It needs numpy only, as does `timm_selfdistill.onnx`, which runs the graphs.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+MANIFEST: Final = "manifest.json"
+FORMAT: Final = "timm_selfdistill.stages"
+VERSION: Final = 1
+"""Of the manifest's form: raised when what was written before can no longer be read, or the other way round."""
+
+BATCH: Final = "batch"
+"""What stands in a shape for the number of images."""
+
+IMAGES, TEMPERATURES, LOGITS, CONFIDENCE = "images", "temperatures", "logits", "confidence"
+_ROUNDING = 1e-4  # as of EarlyExitConfig
+_KINDS: Final[Mapping[str, type]] = {
+    **{"format_version": int, "runtime": str, "architecture": str, "exit_names": list, "num_classes": int},
+    **{"input_size": list, "early_exit": dict, "rule_range": list, "stages": list, "sha256": dict},
+}
+
+Array = NDArray[Any]
+
+
+class StagedAnswer(NamedTuple):
+    """The answers of a network with early exit, in the order of the input.
+
+    Attributes:
+        logits: Logits [B, num_classes].
+        exit_index: Which exit gave them [B], int64; K, the number of added exits, stands for the fallback.
+    """
+
+    logits: Array
+    exit_index: Array
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that goes into a stage or comes out of it; a shape has None for the number of images."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    @property
+    def batched(self) -> bool:
+        """Whether it has a row for each image."""
+        return self.shape[:1] == (None,)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return what `to_json` was called on."""
+        return cls(
+            value["name"], value["dtype"], tuple(None if size == BATCH else int(size) for size in value["shape"])
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as the manifest holds it."""
+        shape = [BATCH if size is None else size for size in self.shape]
+        return {"name": self.name, "dtype": self.dtype, "shape": shape}
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: its file and its tensors; a name means the same in all stages, but for logits and confidence."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return what `to_json` was called on."""
+        inputs, outputs = (tuple(map(TensorSpec.from_json, value[key])) for key in ("inputs", "outputs"))
+        return cls(str(value["file"]), inputs, outputs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as the manifest holds it."""
+        inputs, outputs = ([tensor.to_json() for tensor in tensors] for tensors in (self.inputs, self.outputs))
+        return {"file": self.file, "inputs": inputs, "outputs": outputs}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of stages says of itself.
+
+    Args:
+        content: The JSON object.
+        stages: The K + 1 stages; each but the last ends with an added exit.
+        thresholds: One for each added exit, infinity for never.
+        temperatures: What each exit's logits are divided by.
+        rule_range: The lowest and the highest confidence.
+    """
+
+    content: Mapping[str, Any]
+    stages: tuple[StageSpec, ...]
+    thresholds: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    rule_range: tuple[float, float]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of a folder; ValueError if there is none, or none of this version."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {MANIFEST}: it holds no stages of an exported network.")
+        try:
+            return cls.from_json(json.loads(path.read_bytes()))
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+            said = error if isinstance(error, ValueError) else f"it is no whole manifest: {error!r:.200}"
+            raise ValueError(f"{path} cannot be read: {said}") from error
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Return a manifest of its JSON object; ValueError or another error if it is none."""
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"it must be a JSON object whose 'format' is {FORMAT!r}.")
+        if content.get("format_version") != VERSION:
+            raise ValueError(
+                f"its format_version is {content.get('format_version')!r:.100}, this version of timm_selfdistill reads "
+                f"{VERSION}: export the network again, or read it with the version that wrote it "
+                f"({content.get('versions')!r:.200})."
+            )
+        for key, kind in _KINDS.items():
+            if not isinstance(content.get(key), kind):
+                raise ValueError(f"its {key!r} is {content.get(key)!r:.100}; it must be of type {kind.__name__}.")
+        stages = tuple(map(StageSpec.from_json, content["stages"]))
+        settings, exits = content["early_exit"], len(stages) - 1
+        temperatures = settings["temperatures"] or [1.0] * exits
+        lowest, highest = (math.inf if bound is None else float(bound) for bound in content["rule_range"])
+        thresholds = tuple(math.inf if value is None else value for value in settings["thresholds"])
+        manifest = cls(content, stages, thresholds, tuple(map(float, temperatures)), (lowest, highest))
+        manifest.check_thresholds(thresholds)
+        if len(temperatures) != exits or len(content["exit_names"]) != exits + 1:
+            raise ValueError(f"it has {exits + 1} stages, and temperatures or exit_names for another number.")
+        return manifest
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.content["input_size"]
+        return int(channels), int(height), int(width)
+
+    def check_thresholds(self, thresholds: Sequence[float]) -> None:
+        """Raise ValueError unless these are K thresholds that the rule allows."""
+        exits, (lowest, highest) = len(self.stages) - 1, self.rule_range
+        if len(thresholds) != exits:
+            raise ValueError(f"{len(thresholds)} thresholds for {exits} exits: give one for each.")
+        if not all(_is_allowed(value, lowest, highest) for value in thresholds):
+            raise ValueError(
+                f"thresholds are {list(thresholds)!r:.300}; with the rule {self.content['early_exit'].get('rule')} "
+                f"allowed are numbers from {lowest:g} to {highest:g}, and infinity for never."
+            )
+
+    def check_files(self, folder: Path) -> None:
+        """Raise ValueError unless the stages' files are there and as they were written."""
+        sha256 = self.content["sha256"]
+        if missing := [stage.file for stage in self.stages if stage.file not in sha256]:
+            raise ValueError(f"{folder / MANIFEST} has no sha256 of {', '.join(missing)}.")
+        for name, expected in sha256.items():
+            path = folder / name
+            if path.name != name or not path.is_file():
+                raise ValueError(f"{folder} has no file {name!r:.100}, which its {MANIFEST} names.")
+            if sha256_of(path) != expected:
+                raise ValueError(f"{path} was damaged or exchanged: its sha256 is not that of the {MANIFEST}.")
+
+
+RunStage = Callable[[int, Mapping[str, Array], Sequence[str]], Sequence[Array]]
+Leaves = Callable[[int, Array, Array], Array]
+
+
+def run_stages(
+    manifest: Manifest, run: RunStage, images: Array, leaves: Leaves, unasked: Sequence[int] = ()
+) -> StagedAnswer:
+    """Run stage after stage, on the images that are left.
+
+    Args:
+        manifest: The manifest.
+        run: Called with the index of a stage, its inputs by name and the names of the outputs that it returns.
+        images: Images [B, C, H, W].
+        leaves: Called with the index of an exit, the confidence [P] of the images that are left, and their places in
+            the batch [P]; returns which of them leave [P].
+        unasked: Exits where no image may leave; neither their logits nor their confidence is asked for.
+    """
+    logits = np.zeros((len(images), manifest.content["num_classes"]), np.float32)
+    exit_index = np.full(len(images), len(manifest.stages) - 1, np.int64)
+    places = np.arange(len(images))
+    held: dict[str, Array] = {IMAGES: images, TEMPERATURES: np.array(manifest.temperatures, np.float32)}
+    for exit, stage in enumerate(manifest.stages if len(images) else ()):
+        outputs = [
+            tensor.name for tensor in stage.outputs if exit not in unasked or tensor.name not in (LOGITS, CONFIDENCE)
+        ]
+        inputs = {tensor.name: held[tensor.name] for tensor in stage.inputs}
+        found = dict(zip(outputs, run(exit, inputs, outputs), strict=True)) if outputs else {}
+        answers = found.pop(LOGITS, None)
+        confidence = found.pop(CONFIDENCE, None)
+        held |= found
+        if answers is None:
+            continue
+        if confidence is None:
+            logits[places], exit_index[places] = answers, exit
+            break
+        leaving = leaves(exit, confidence, places)
+        if leaving.any():
+            logits[places[leaving]], exit_index[places[leaving]] = answers[leaving], exit
+            staying = ~leaving
+            places = places[staying]
+            needed = {tensor.name: tensor for later in manifest.stages[exit + 1 :] for tensor in later.inputs}
+            held = {
+                name: value[staying] if needed[name].batched else value
+                for name, value in held.items()
+                if name in needed
+            }
+        if not len(places):
+            break
+    return StagedAnswer(logits, exit_index)
+
+
+def reaches(confidence: Array, threshold: float) -> Array:
+    """Whether images leave at a threshold; they never do where the confidence is NaN or infinite."""
+    leaving: Array = (confidence >= confidence.dtype.type(threshold)) & (confidence < math.inf)
+    return leaving
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def _is_allowed(value: Any, lowest: float, highest: float) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == math.inf or lowest - _ROUNDING <= value <= highest + _ROUNDING
