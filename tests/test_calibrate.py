@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -290,6 +291,33 @@ def test_settings_are_replaced_and_an_edited_card_stays(run):
     assert card.read_text() == text
     assert sd.load_early_exit(run / "model").config.rule == "margin"
     assert json.loads((run / "calibration.json").read_text()) == second
+
+
+def test_exported_stages_get_settings_of_their_own(run, capsys):
+    """Thresholds for what the quantised graphs say, kept in their manifest."""
+    before = content(run)
+    assert cli(["export", str(run), "--format", "onnx-stages", "--threshold", "1", "--quantize", "dynamic"]) == 0
+    stages = run / "onnx-stages"
+    assert cli(["calibrate", str(run), "--max-accuracy-drop", "3", "--onnx", str(stages)]) == 0
+    assert {name: data for name, data in content(run).items() if not name.startswith("onnx-stages")} == before
+    report = json.loads((stages / "calibration.json").read_text())
+    assert "early exit" in capsys.readouterr().out
+    network = sd.OnnxEarlyExit(stages)
+    settings = network.manifest["early_exit"]
+    assert [math.inf if value is None else value for value in settings["thresholds"]] == list(network.thresholds)
+    assert min(network.thresholds) < 1
+    assert any(value != 1 for value in settings["temperatures"])
+    _, held_out = loaders(run)
+    right = torch.cat([torch.from_numpy(network(x.numpy()).logits).argmax(-1) == y for x, y in held_out.eval])
+    # Dynamic ranges are those of the batch, and so an image's answer depends a little on who is left beside it.
+    assert report["early_exit"]["top1"] == pytest.approx(100 * right.float().mean().item(), abs=3)
+    for options, message in (
+        (["--rule", "margin"], "was exported with rule 'max-softmax', which is part of its graphs; 'margin' was asked"),
+        (["--fallback", "ensemble"], "was exported with fallback 'last'"),
+        (["--by-time", "1"], "exported stages are calibrated by MACs"),
+    ):
+        assert cli(["calibrate", str(run), "--speedup", "1.1", "--onnx", str(stages), *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_settings_can_be_chosen_by_time(run, capsys):

@@ -69,6 +69,9 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="choose by the time of batches of N images here, in place of MACs",
     )
+    parser.add_argument(
+        "--onnx", type=Path, metavar="FOLDER", help="calibrate stages of this model that were exported as onnx-stages"
+    )
     parser.add_argument("--output", type=Path, help="folder for calibration.json, .md, .png; the run's by default")
     add_from_checkpoint(parser)
 

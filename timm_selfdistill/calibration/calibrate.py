@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from timm_selfdistill.calibration.calibration_page import write_calibration
 from timm_selfdistill.calibration.calibration_report import CalibrationReport, Timing, build_calibration_report
 from timm_selfdistill.calibration.choose_settings import Goal, choose_settings
+from timm_selfdistill.calibration.onnx_settings import collect_stage_logits, open_stages, save_stage_settings
 from timm_selfdistill.calibration.path_costs import (
     PathCosts,
     images_to_time,
@@ -25,12 +27,14 @@ from timm_selfdistill.data import ImageData, ImageSplit, open_dataset
 from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.early_exit import EarlyExitConfig, measure_stage_costs
-from timm_selfdistill.exit_logits import collect_logits
+from timm_selfdistill.exit_logits import ExitLogits, collect_logits
 from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
 from timm_selfdistill.report import device_name
 from timm_selfdistill.train.saved_run import SavedRun, check_classes, evaluation_loaders, opened_run, warn_of_other_data
+
+Collect = Callable[[Iterable[tuple[Tensor, Tensor]], str], ExitLogits]
 
 # What decides which rows a run trained on, and which it held out.
 _FIXED: Final = ("path", "name", "target", "train_split", "eval_fraction", "validation")
@@ -47,6 +51,7 @@ def calibrate_folder(
     fallback: str = "last",
     running_ensemble: bool = False,
     time_batch_size: int | None = None,
+    onnx: Path | None = None,
     output: Path | None = None,
     from_checkpoint: bool = False,
 ) -> CalibrationReport:
@@ -66,7 +71,9 @@ def calibrate_folder(
         running_ensemble: Whether exits answer with the ensemble of those up to them, as there.
         time_batch_size: Choose by the time that batches of this size take on this machine, in place of
             multiply-accumulates.
-        output: Folder for the report; the run's by default, or the model's where there is no run.
+        onnx: Stages of this model that were exported as ONNX, quantised or not: their logits are calibrated, and the
+            settings go to their manifest, not to the model.
+        output: Folder for the report; the run's by default, or the model's where there is no run; the stages' for them.
         from_checkpoint: Take the run's newest checkpoint instead of its model, for example of a run that was stopped.
             There is then no saved model to keep the settings with; the report has them.
 
@@ -81,6 +88,8 @@ def calibrate_folder(
         raise ValueError(f"time_batch_size is {time_batch_size}; it must be a number of images, 1 or more.")
     if time_batch_size is not None and goal.macs_budget is not None:
         raise ValueError("macs_budget is a number of MACs, but the thresholds are to be chosen by time: give speedup.")
+    if onnx is not None and time_batch_size is not None:
+        raise ValueError("The times are those of PyTorch: exported stages are calibrated by MACs.")
     EarlyExitConfig((), rule, fallback=fallback)  # refuses unknown names before anything runs
     with opened_run(folder, from_checkpoint) as saved:
         model = from_pretrained(saved.model_folder)
@@ -95,8 +104,11 @@ def calibrate_folder(
         assert loaders.validation is not None
         model = model.to(PartialState().device)
         macs = measure_path_macs(model, input_size)
-        calibration = collect_logits(model, loaders.validation, "calibrate")
         settings = EarlyExitConfig((math.inf,) * model.num_exits, rule, None, fallback, running_ensemble)
+        collect: Collect = partial(collect_logits, model)
+        if onnx is not None:
+            collect = partial(collect_stage_logits, open_stages(onnx, model, settings))
+        calibration = collect(loaders.validation, "calibrate")
         costs, measured = macs, None
         if time_batch_size is not None:
             measured = measure_stage_costs(model, settings, time_batch_size, input_size)
@@ -105,7 +117,7 @@ def calibrate_folder(
             calibration, costs, goal, rule=rule, fallback=fallback, running_ensemble=running_ensemble
         )
         choice = replace(choice, config=replace(choice.config, costs=measured))
-        evaluation = collect_logits(model, loaders.eval, "evaluate")
+        evaluation = collect(loaders.eval, "evaluate")
         time: Timing | None = None
         if time_batch_size is not None:
             images = _images_to_time(data, recipe, input_config, images_to_time(time_batch_size))
@@ -131,8 +143,12 @@ def calibrate_folder(
             baseline_top1=_baseline(saved.folder / "report.json", dataset, len(evaluation)),
             time=time,
         )
-        save_early_exit(saved.model_folder, choice.config)
-        write_calibration(report, saved.output if output is None else output.expanduser())
+        if onnx is None:
+            save_early_exit(saved.model_folder, choice.config)
+        else:
+            save_stage_settings(onnx, choice.config)
+        place = saved.output if onnx is None else onnx
+        write_calibration(report, place if output is None else output.expanduser())
     return report
 
 
