@@ -116,3 +116,8 @@ def dataset_of_table(table: Any, features: Any) -> Any:
 def stored_positions(rows: Any, taken: Any) -> Any:
     """Return where rows of a `datasets.Dataset` are stored in its table: `select` and `shuffle` only keep a list."""
     return taken if rows._indices is None else rows._indices.column(0).take(taken)
+
+
+def in_backward() -> bool:
+    """Whether autograd runs this, as when it computes again what was checkpointed; torch has no public name for it."""
+    return bool(torch._C._current_graph_task_id() != -1)

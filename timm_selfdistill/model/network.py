@@ -16,9 +16,9 @@ from timm_selfdistill.model.ensemble import Ensemble
 from timm_selfdistill.model.gradient_gate import GradientGate
 from timm_selfdistill.model.hooks import Hooks, Visit
 from timm_selfdistill.model.pretrained import PretrainedMethods
+from timm_selfdistill.model.recomputed_norms import set_grad_checkpointing
 
-# The keys of a backbone's `pretrained_cfg` that describe classes.
-_CLASS_NAMES = ("label_names", "label_descriptions")
+_CLASS_NAMES = ("label_names", "label_descriptions")  # keys of a backbone's `pretrained_cfg`
 
 
 class ExitOutput(NamedTuple):
@@ -244,8 +244,8 @@ class SelfDistillModel(nn.Module, PretrainedMethods):
             self.head_of(index).reset_classifier(num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Switch gradient checkpointing of the backbone; the exits run once a step either way."""
-        self.backbone.set_grad_checkpointing(enable)
+        """Switch gradient checkpointing of the backbone; exits and batch statistics see each image once either way."""
+        set_grad_checkpointing(self.backbone, enable)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the backbone's parameters that timm exempts from weight decay."""

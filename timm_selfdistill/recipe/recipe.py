@@ -97,9 +97,9 @@ class Recipe(Section):
         shared = self.without_local_paths().model_dump(mode="json")
         full = self.model_dump(mode="json") | {key: shared[key] for key in ("output_dir", "resume")}
         # Complete, as another call may run in another folder.
-        for key in ("path", "root"):
-            if full["data"][key] is not None:
-                full["data"][key] = complete_path(full["data"][key])
+        for section, key in (("data", "path"), ("data", "root"), ("model", "weights")):
+            if full[section][key] is not None:
+                full[section][key] = complete_path(full[section][key])
         return different(full, shared)
 
     @classmethod

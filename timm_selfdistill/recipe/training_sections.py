@@ -11,6 +11,7 @@ from timm_selfdistill.checks import (
     BelowOne,
     Count,
     Epochs,
+    LocalPath,
     ModelArguments,
     NotNegative,
     OptimizerArguments,
@@ -34,7 +35,10 @@ class ModelSection(Section):
         name: Name of a timm model.
         num_classes: Number of classes; null takes it from the data.
         pretrained: Start from timm's pretrained weights.
+        weights: Start from weights of your own: a file (.safetensors, or a checkpoint of torch), or the folder of a run
+            or of a saved model, of which exits that fit are taken too.
         small_stem: Replace the stem by one 3x3 convolution with stride 1, for ResNet-like nets on small images.
+        grad_checkpointing: Compute the backbone's forward again in backward: less memory, about a third more time.
         channels_last: Keep images and weights in the channels-last memory layout.
         kwargs: Further arguments of `timm.create_model`.
     """
@@ -42,9 +46,17 @@ class ModelSection(Section):
     name: Text
     num_classes: Annotated[int, Field(ge=2)] | None = None
     pretrained: bool = False
+    weights: LocalPath | None = None
     small_stem: bool = False
+    grad_checkpointing: bool = False
     channels_last: bool = True
     kwargs: ModelArguments = {}
+
+    @classmethod
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        if name == "weights" and value is not None and before.get("pretrained"):
+            return "must be null where model.pretrained is true"
+        return None
 
     @field_validator("name")
     @classmethod

@@ -1,5 +1,6 @@
 """Build the parts of a run: the network, its optimizer and schedule, and the data as the training loop takes it."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,17 +21,20 @@ from timm_selfdistill.data.batches import Arrangement, TrainingOrder
 from timm_selfdistill.data.loaders import Loaders
 from timm_selfdistill.data.transforms import InputConfig, build_mixup
 from timm_selfdistill.exits import unchanged
+from timm_selfdistill.hub.start_weights import load_start_weights
 from timm_selfdistill.losses import needs_of
 from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.train.phases import Phase, label_smoothing
 
+_logger = logging.getLogger(__name__)
+
 # What gives each process its share of the data, which Accelerate does already.
 _SHARDING_SAMPLERS = (DistributedSampler, OrderedDistributedSampler, RepeatAugSampler)
 
 
-def build_model(recipe: Recipe, class_names: Sequence[str], dataset: str) -> SelfDistillModel:
-    """Build the recipe's wrapped model, for the classes of the data set of this name."""
+def build_model(recipe: Recipe, class_names: Sequence[str], dataset: str, *, tell: bool = False) -> SelfDistillModel:
+    """Build the recipe's wrapped model, for the classes of the data set of this name; tell which parts begin anew."""
     section, exits = recipe.model, recipe.exits
     num_classes = section.num_classes or len(class_names)
     if num_classes < len(class_names):
@@ -48,7 +52,23 @@ def build_model(recipe: Recipe, class_names: Sequence[str], dataset: str) -> Sel
         pretrained=section.pretrained,
         model_kwargs=section.kwargs,
     )
+    if section.weights is not None:
+        for notice in load_start_weights(model, section.weights):
+            if tell:
+                _logger.warning("%s", notice)
+    if section.grad_checkpointing:
+        _checkpoint_gradients(model, section.name)
     return model.to(memory_format=torch.channels_last) if section.channels_last else model
+
+
+def _checkpoint_gradients(model: SelfDistillModel, name: str) -> None:
+    try:
+        model.set_grad_checkpointing()
+    except (AssertionError, AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"model.grad_checkpointing: must be false for {name!r}, which timm cannot compute again in parts; a "
+            "smaller batch_size or a larger optimizer.accumulate needs less memory too."
+        ) from error
 
 
 def synchronize_batch_norm(model: SelfDistillModel) -> SelfDistillModel:

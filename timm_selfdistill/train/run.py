@@ -132,7 +132,7 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: St
         check_run(folder, recipe, record.data, networks)
         if accelerator.is_main_process:
             remove_leftovers(folder)
-    model = build_model(recipe, data.class_names, data.name)
+    model = build_model(recipe, data.class_names, data.name, tell=accelerator.is_main_process)
     if recipe.loss.class_weights == "balanced":
         networks = {
             name: with_balanced_classes(phases, data.train, model.num_classes) for name, phases in networks.items()

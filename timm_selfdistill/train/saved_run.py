@@ -126,7 +126,7 @@ def load_newest(folder: Path, network: str = "self-distilled") -> CheckpointMode
         )
     recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else record.recipe
     # Its weights come from the checkpoint.
-    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})})
+    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False, "weights": None})})
     model = build_model(plain, record.data.classes, recipe.data.path)
     try:
         model.load_state_dict(_evaluated_weights(state))
