@@ -182,10 +182,34 @@ def test_files_folders_and_lists_are_found(tmp_path):
     inside = [f"{b}/2.JPG", f"{b}/a/1.png"]
     assert find_images([c, b], []) == [c, *inside]
     assert find_images(["-", c], [f"{b}\n", "\n", "gone.png\r\n"]) == [*inside, "gone.png", c]
-    with pytest.raises(ValueError, match=r"no file or folder gone\.png"):
-        find_images([c, "gone.png"], [])
+    assert find_images([c, "gone.png"], []) == [c, "gone.png"]
     with pytest.raises(ValueError, match=r"no image in -; in a folder, files with the ending of an image"):
         find_images(["-"], [])
+
+
+def test_a_missing_file_does_not_stop_the_others(run, images, capsys):
+    assert cli(["predict", str(run), images[0], "gone.png", images[1]]) == 1
+    out, err = capsys.readouterr()
+    assert [line[0] for line in lines(out)] == images[:2]
+    assert "gone.png: it cannot be read: No such file or directory" in err
+    assert "1 of 3 images have no answer." in err
+
+
+def test_commands_say_when_early_exit_answers(run, images, capsys):
+    assert cli(["predict", str(run), images[0], "--threshold", "0.5"]) == 0
+    said = "Early exit answers, by the --threshold 0.5: an image stops at the first exit that is confident enough. "
+    assert said + "--exit 3 lets the whole network answer.\n" in capsys.readouterr().err
+    model = sd.from_pretrained(run / "model")
+    shutil.copytree(run / "model", run.parent / "saved" / "model", dirs_exist_ok=True)
+    settings = sd.EarlyExitConfig((0.5, 0.5, 0.5))
+    sd.save_pretrained(model, run.parent / "saved" / "model", early_exit=settings)
+    assert cli(["predict", str(run.parent / "saved"), images[0]]) == 0
+    assert "Early exit answers, by the settings that are saved with the model" in capsys.readouterr().err
+    assert cli(["predict", str(run.parent / "saved"), images[0], "--exit", "3"]) == 0
+    assert capsys.readouterr().err == ""
+    for threshold in ("1.5", "-0.5", "nan"):
+        assert cli(["predict", str(run), images[0], f"--threshold={threshold}"]) == 2, threshold
+        assert "threshold" in capsys.readouterr().err
 
 
 def test_command_prints_a_line_an_image(run, model, images, capsys):

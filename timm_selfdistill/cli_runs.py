@@ -8,8 +8,10 @@ from timm_selfdistill.analysis import DRAWS, IMAGES, SIGMAS, analyze_folder, for
 from timm_selfdistill.calibration import CONFIDENCE, Goal, calibrate_folder, format_calibration
 from timm_selfdistill.cli_models import add_from_checkpoint, add_run_folder
 from timm_selfdistill.early_exit import FALLBACKS, list_rules
+from timm_selfdistill.hub import read_early_exit
 from timm_selfdistill.report import format_table
 from timm_selfdistill.train import evaluate_folder, finish_folder
+from timm_selfdistill.train.saved_run import SavedRun
 
 
 def _add_finish(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +30,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add_from_checkpoint(parser)
 
 
-def _evaluate(folder: Path, **options: Any) -> None:
-    print(format_table(evaluate_folder(folder, **options)))
+def _evaluate(folder: Path, from_checkpoint: bool, **options: Any) -> None:
+    print(format_table(evaluate_folder(folder, from_checkpoint=from_checkpoint, **options)))
+    if not from_checkpoint and read_early_exit(SavedRun.find(folder).model_folder) is not None:
+        print(
+            "\nEach row is one exit for all images. Early exit by the saved settings answers in predict, and calibrate "
+            "reports on it."
+        )
 
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:

@@ -198,8 +198,8 @@ def _run(model: SelfDistillModel | EarlyExit, choice: ExitChoice, images: Tensor
 def find_images(arguments: Sequence[str], lines: Iterable[str]) -> list[str]:
     """Return the image files that a command line names, whatever their names are, and those in its folders, sorted.
 
-    "-" stands for the lines, a file or folder each; what does not exist there is returned too, and fails when it is
-    read. An argument that does not exist is a ValueError, and so is no image at all.
+    "-" stands for the lines, a file or folder each. What does not exist is returned too, and fails when it is read, so
+    that it does not stop the others. No image at all is a ValueError.
     """
     files: list[str] = []
     for argument in arguments:
@@ -209,10 +209,8 @@ def find_images(arguments: Sequence[str], lines: Iterable[str]) -> list[str]:
                     files += _in_folder(path) if Path(path).is_dir() else [path]
         elif Path(argument).is_dir():
             files += _in_folder(argument)
-        elif Path(argument).exists():
-            files.append(argument)
         else:
-            raise ValueError(f"There is no file or folder {argument}.")
+            files.append(argument)
     if not files:
         raise ValueError(
             f"There is no image in {', '.join(arguments)}; in a folder, files with the ending of an image are, such as "
@@ -257,6 +255,13 @@ def print_predictions(
     """
     files = find_images(images, sys.stdin)
     model = _load(source, exit, threshold)
+    if isinstance(model, EarlyExit):
+        where = "settings that are saved with the model" if threshold is None else f"--threshold {threshold:g}"
+        print(
+            f"Early exit answers, by the {where}: an image stops at the first exit that is confident enough. "
+            f"--exit {model.model.num_exits} lets the whole network answer.",
+            file=sys.stderr,
+        )
     predictions = predict_images(model, files, exit=exit, top_k=top_k, batch_size=batch_size, workers=workers)
     failed = 0
     # None hides the bar where the error output is no terminal.
