@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import timm_selfdistill as sd
+from timm_selfdistill import cli_models
 from timm_selfdistill.calibration import Goal, calibrate_folder, collect_logits, format_calibration
 from timm_selfdistill.calibration.calibration_page import format_calibration_markdown
 from timm_selfdistill.cli import main as cli
@@ -318,6 +319,30 @@ def test_exported_stages_get_settings_of_their_own(run, capsys):
     ):
         assert cli(["calibrate", str(run), "--speedup", "1.1", "--onnx", str(stages), *options]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_held_out_images_set_the_ranges_of_a_static_export(run, monkeypatch, capsys):
+    asked = {}
+
+    def export(source, **options):
+        asked.update(options)
+        return run
+
+    monkeypatch.setattr(cli_models, "export_folder", export)
+    monkeypatch.setattr(cli_models, "_RANGE_IMAGES", 5)
+    assert cli(["export", str(run), "--format", "onnx-stages", "--quantize", "static"]) == 0
+    found = asked["calibration_images"]
+    assert asked["quantize"] == "static"
+    assert found.shape == (5, 1, 16, 16)
+    _, held_out = loaders(run)
+    known = torch.cat([x for x, _ in held_out.validation])
+    places = [int((known == image).flatten(1).all(1).nonzero()[0]) for image in found]
+    assert places[0] == 0
+    assert places[-1] == len(known) - 1
+    assert cli(["export", str(run), "--format", "onnx-stages", "--quantize", "static", "--data", "digits"]) == 2
+    assert "Name the split of digits" in capsys.readouterr().err
+    assert cli(["export", str(run), "--format", "onnx-stages", "--split", "test"]) == 2
+    assert "--data and --split name the images of --quantize static" in capsys.readouterr().err
 
 
 def test_settings_can_be_chosen_by_time(run, capsys):

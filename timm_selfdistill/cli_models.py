@@ -16,6 +16,8 @@ from timm_selfdistill.preview import format_preview, preview_exits
 from timm_selfdistill.recipe import read_settings
 from timm_selfdistill.stop import in_background
 
+_RANGE_IMAGES: Final = 128  # that set the ranges of static quantisation
+
 
 def add_run_folder(parser: argparse.ArgumentParser) -> None:
     """Add the folder of a trained model on this machine."""
@@ -68,7 +70,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     answering.add_argument(
         "--threshold", type=float, help="early exit: leave at any exit with this confidence, whatever is saved"
     )
-    parser.add_argument("--quantize", choices=["dynamic"], help="onnx-stages with 8-bit weights")
+    parser.add_argument(
+        "--quantize", choices=["dynamic", "static"], help="onnx-stages in 8 bits, with ranges of the batch or of images"
+    )
+    parser.add_argument("--data", dest="data_path", metavar="DATA", help="data set of the images of --quantize static")
+    parser.add_argument("--split", help="its split; what the run held out for validation by default")
     parser.add_argument("--dynamic-batch", action="store_true", help="take batches of any size, not only one image")
     _add_image_size(parser)
     parser.add_argument(
@@ -81,9 +87,20 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _export(folder: str, from_checkpoint: bool, **options: Any) -> None:
+def _export(
+    folder: str, from_checkpoint: bool, data_path: str | None, split: str | None, quantize: str | None, **options: Any
+) -> None:
+    images = None
+    if quantize == "static":
+        from timm_selfdistill.calibration import held_out_images
+
+        images = held_out_images(
+            Path(folder), _RANGE_IMAGES, data_path=data_path, split=split, from_checkpoint=from_checkpoint
+        )
+    elif data_path is not None or split is not None:
+        raise ValueError("--data and --split name the images of --quantize static.")
     with _model_source(folder, from_checkpoint) as source:
-        path = export_folder(source, default_folder=folder, **options)
+        path = export_folder(source, default_folder=folder, quantize=quantize, calibration_images=images, **options)
     print(printable(path))
 
 

@@ -143,7 +143,21 @@ class Manifest:
         manifest.check_thresholds(thresholds)
         if len(temperatures) != exits or len(content["exit_names"]) != exits + 1:
             raise ValueError(f"it has {exits + 1} stages, and temperatures or exit_names for another number.")
+        if not all(0 < value < math.inf for value in manifest.temperatures):
+            raise ValueError(f"its temperatures are {temperatures!r:.300}; allowed are finite numbers above 0.")
+        manifest._check_stages()
         return manifest
+
+    def _check_stages(self) -> None:
+        """Raise ValueError unless each stage gets what it needs, and gives what is asked of it."""
+        known = {IMAGES, TEMPERATURES}
+        for index, stage in enumerate(self.stages):
+            needed = {tensor.name for tensor in stage.inputs}
+            given = {tensor.name for tensor in stage.outputs}
+            asked = {LOGITS} if index == len(self.stages) - 1 else {LOGITS, CONFIDENCE}
+            if not needed <= known or not asked <= given or {LOGITS, CONFIDENCE} & given != asked:
+                raise ValueError(f"its stage {index} does not fit: {sorted(needed)} to {sorted(given)}.")
+            known |= given - asked
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -120,7 +120,7 @@ def calibrate_folder(
         evaluation = collect(loaders.eval, "evaluate")
         time: Timing | None = None
         if time_batch_size is not None:
-            images = _images_to_time(data, recipe, input_config, images_to_time(time_batch_size))
+            images = _some_images(data, recipe, input_config, images_to_time(time_batch_size))
             speedup = measure_speedup(model, choice.config, images, time_batch_size)
             device = device_name(PartialState().device)
             time = {"batch_size": time_batch_size, "device": device, "speedup": speedup, "num_images": len(images)}
@@ -150,6 +150,27 @@ def calibrate_folder(
         place = saved.output if onnx is None else onnx
         write_calibration(report, place if output is None else output.expanduser())
     return report
+
+
+def held_out_images(
+    folder: Path,
+    count: int,
+    *,
+    data_path: str | None = None,
+    split: str | None = None,
+    from_checkpoint: bool = False,
+) -> Tensor:
+    """Return images that a model was not trained on, prepared for it [N, C, H, W], at most `count` of all over a split.
+
+    Arguments and errors are those of `calibrate_folder`: they are the images that it would calibrate on.
+    """
+    with opened_run(folder, from_checkpoint) as saved:
+        model = from_pretrained(saved.model_folder)
+        recipe, _ = _choose_images(saved, model, data_path, split, ())
+        data = _open(recipe)
+        input_config = InputConfig.from_model(model.backbone, recipe.data)
+        assert data.validation is not None
+        return _some_images(replace(data, eval=data.validation), recipe, input_config, count)
 
 
 def _choose_images(
@@ -218,8 +239,8 @@ def _open(recipe: Recipe) -> ImageData:
     return data
 
 
-def _images_to_time(data: ImageData, recipe: Recipe, input_config: InputConfig, count: int) -> Tensor:
-    """Return some of the images that are reported on: from all over the split, or the first of a stream."""
+def _some_images(data: ImageData, recipe: Recipe, input_config: InputConfig, count: int) -> Tensor:
+    """Return some of the images of `data.eval`: from all over the split, or the first of a stream."""
     if isinstance(data.eval, ImageSplit):
         places = np.linspace(0, len(data.eval) - 1, min(count, len(data.eval))).round().astype(np.int64)
         data = replace(data, eval=data.eval.select(places))

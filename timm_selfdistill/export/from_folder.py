@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from torch import Tensor
+
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig
 from timm_selfdistill.export.early_exit_graphs import EARLY_EXIT_FORMATS, check_early_exit_format, export_early_exit
 from timm_selfdistill.export.one_graph import MODEL_FORMATS, ExportChoice, check_format, export_model
@@ -26,6 +28,7 @@ def export_folder(
     image_size: int | tuple[int, int] | None = None,
     overwrite: bool = False,
     quantize: str | None = None,
+    calibration_images: Tensor | None = None,
     default_folder: str | Path | None = None,
 ) -> Path:
     """Write a saved model as `export_model` does, or with early exit as `export_early_exit` does.
@@ -42,7 +45,7 @@ def export_folder(
     # Before the model is loaded.
     if early:
         check_early_exit_format(format)
-        check_quantization(quantize, format, None)
+        check_quantization(quantize, format, calibration_images)
         given = {"exit": exit is not None, "dynamic_batch": dynamic_batch}
         if unfit := [name for name, is_given in given.items() if is_given]:
             raise ValueError(f"{format} writes all exits, for any batch: leave out {', '.join(unfit)}.")
@@ -59,7 +62,9 @@ def export_folder(
     if early:
         network = _load_early_exit(location, threshold)
         path = beside / f"{format}{FORMATS[format]}" if output is None else output
-        return export_early_exit(network, path.expanduser(), quantize=quantize, **common)
+        return export_early_exit(
+            network, path.expanduser(), quantize=quantize, calibration_images=calibration_images, **common
+        )
     model = from_pretrained(location)
     choice = model.num_exits if exit is None else exit
     name = choice if isinstance(choice, str) else f"exit-{choice}"

@@ -1,7 +1,7 @@
 """Quantise the stages of an exported network to int8 with ONNX Runtime; classifiers and rules stay in float32."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # an optional dependency
 QUANTIZERS: Final = ("dynamic", "static")
 
 
-def check_quantization(mode: str | None, format_name: str, images: Array | None) -> None:
+def check_quantization(mode: str | None, format_name: str, images: Sized | None) -> None:
     """Raise ValueError unless stages of this format can be quantised in this way, None for not at all."""
     if mode is not None and mode not in QUANTIZERS:
         raise ValueError(f"quantize is {mode!r:.100}; allowed are {', '.join(QUANTIZERS)}.")
