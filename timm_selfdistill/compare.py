@@ -15,6 +15,7 @@ from accelerate import PartialState
 from timm_selfdistill.comparison_page import BASELINE, Comparison, format_comparison, summarize, write_comparison
 from timm_selfdistill.losses import PRESETS, list_losses, list_presets, needs_of
 from timm_selfdistill.program import run_program
+from timm_selfdistill.progress import tell
 from timm_selfdistill.recipe import LossSection, Recipe, load_recipe
 from timm_selfdistill.train import as_begun, build_loss, finished_report, train
 from timm_selfdistill.train.recipe_names import all_problems
@@ -55,7 +56,9 @@ def compare(recipe: Recipe, losses: Sequence[str], seeds: Sequence[int]) -> Comp
     reports = {loss: list(found) for loss, found in done.items()}
     # Seed by seed, so that an unfinished comparison compares something.
     for index in range(len(seeds)):
-        for loss in losses:
+        for place, loss in enumerate(losses, 1):
+            if PartialState().is_main_process:
+                tell(f"[{index * len(losses) + place}/{len(seeds) * len(losses)}] {loss}, seed {seeds[index]}")
             if done[loss][index] is None:
                 reports[loss][index] = train(plan[loss][index])
             elif PartialState().is_main_process:

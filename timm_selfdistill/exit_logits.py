@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
 from timm_selfdistill.exits import unchanged
 from timm_selfdistill.gather import SampleGatherer
 from timm_selfdistill.lazy import needs_extra
 from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.model import Ensemble, SelfDistillModel
+from timm_selfdistill.progress import progress_bar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -127,7 +127,7 @@ def collect_logits(
     device = next(model.parameters()).device
     samples = SampleGatherer(accelerator if gather else None, most)
     kept_on = "cpu" if samples.accelerator is None else device
-    for images, targets in tqdm(loader, desc=title, leave=False, disable=title is None):
+    for images, targets in progress_bar(loader, title=title, show=title is not None):
         with nullcontext() if accelerator is None else accelerator.autocast():
             logits = torch.stack(model(images.to(device), return_exits=True).logits, 1)
         logits = logits.to(kept_on, torch.promote_types(logits.dtype, torch.float32))

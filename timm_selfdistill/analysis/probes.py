@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from timm.models import group_parameters
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from timm_selfdistill.exits import unchanged
 from timm_selfdistill.metrics import IGNORED, OutputMetrics
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.progress import progress_bar
 from timm_selfdistill.train import evaluate_model
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -164,7 +164,7 @@ def collect_features(
     device = next(model.parameters()).device
     features: list[list[Tensor]] = [[] for _ in model.exit_names]
     targets = []
-    for images, labels in tqdm(batches, desc=title, leave=False):
+    for images, labels in progress_bar(batches, title=title):
         known = labels.cpu() != IGNORED
         targets.append(labels.cpu()[known].long())
         out = model(images.to(device), return_exits=True)

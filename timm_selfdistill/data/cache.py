@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from timm_selfdistill.data.batch_augment import BatchTransform, split_transform
 from timm_selfdistill.data.batch_crops import upload
@@ -20,6 +19,7 @@ from timm_selfdistill.data.decode import SampleError, Use
 from timm_selfdistill.data.splits import ImageSplit
 from timm_selfdistill.data.workers import worker_options
 from timm_selfdistill.metrics import IGNORED
+from timm_selfdistill.progress import progress_bar
 
 _DECODED_AT_ONCE = 256
 _MODES = ("L", "RGB")
@@ -131,7 +131,7 @@ def _decode(
     )
     skipped = np.zeros(len(split), dtype=bool)
     first, done = None, 0
-    for decoded in tqdm(loader, desc=f"decode {decoder.use}", leave=False, disable=not show_progress):
+    for decoded in progress_bar(loader, title=f"decode {decoder.use}", show=show_progress):
         for position, image in enumerate(decoded, done):
             if image is None:
                 skipped[position] = True

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from timm_selfdistill.data import ImageData, open_dataset
 from timm_selfdistill.data.decode import SkipList, merge_skipped
@@ -20,6 +19,7 @@ from timm_selfdistill.files import locked
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
+from timm_selfdistill.progress import progress_bar
 from timm_selfdistill.recipe import AugmentSection, Recipe
 from timm_selfdistill.report import Report, build_report, write_report
 from timm_selfdistill.stop import StopSignals
@@ -68,7 +68,7 @@ def evaluate_model(
     model.eval()
     ensemble = unwrapped_model(model).ensemble if num_exits else None
     metrics = ExitMetrics(num_exits + 1, accelerator if gather else None, ensemble)
-    for images, targets in tqdm(loader, desc=title, leave=False, disable=not accelerator.is_main_process):
+    for images, targets in progress_bar(loader, title=title, show=accelerator.is_main_process):
         images, targets = images.to(accelerator.device), targets.to(accelerator.device)
         with accelerator.autocast():
             out = model(images, return_exits=True) if num_exits else ExitOutput((model(images),), ())

@@ -188,6 +188,7 @@ def _train_networks(
     context, recipe, accelerator = run.context, run.context.recipe, run.context.accelerator
     results: dict[str, ExitMetricsResult] = {}
     seconds: dict[str, float] = {}
+    first_step = 0
     for name, phases in run.networks.items():
         # Built anew from the same seed: every network starts from the same weights and sees the same images.
         set_seed(recipe.seed)
@@ -200,7 +201,8 @@ def _train_networks(
         on_epoch = None
         if push is not None and push.every is not None:
             on_epoch = _push_nothing if run.publisher is None else run.publisher.after_epoch
-        trainer = Trainer(context, name, model, phases, on_epoch)
+        trainer = Trainer(context, name, model, phases, on_epoch, first_step)
+        first_step += trainer.total_epochs * trainer.updates_per_epoch
         with clock.phase("training"):
             model = trainer.run()
         seconds[name] = trainer.progress.seconds

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.program import NonFiniteLossError
+from timm_selfdistill.progress import progress_bar
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import SelfDistillationTask
@@ -216,7 +216,7 @@ class RunningTerms:
         batch_size: int,
         accelerator: Accelerator,
     ) -> None:
-        self.bar = tqdm(total=updates, initial=done, desc=title, unit="step", disable=not accelerator.is_main_process)
+        self.bar = progress_bar(title=title, show=accelerator.is_main_process, total=updates, initial=done, unit="step")
         self.updates = self._done_before = done
         sums = {} if saved is None else saved["sums"]
         self._sums: dict[str, Tensor] = {name: total.to(accelerator.device) for name, total in sums.items()}
@@ -239,7 +239,7 @@ class RunningTerms:
         values = {name: float(total) / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         rate = (self.updates - self._done_before) * self._batch_size / (time.monotonic() - self._start)
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()} | {"img/s": f"{rate:.0f}"})
+        self.bar.set_postfix({"loss": f"{values.get('loss', 0):.3g}", "img/s": f"{rate:.0f}"})
         return values | {"images_per_second": rate}
 
     def advance(self) -> None:

@@ -142,13 +142,13 @@ class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has 
 
     @on_main_process  # type: ignore[untyped-decorator]  # of accelerate
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        """Append values named "NETWORK/NAME", "NETWORK/epoch" among them; network and epoch get their own keys."""
+        """Append values named "NETWORK/NAME"; the network, its epoch and its own step get keys of their own."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         network = next(iter(values)).partition("/")[0]
-        epoch = values[f"{network}/epoch"]
-        others = {name: value for name, value in values.items() if name != f"{network}/epoch"}
+        own = {key: values[f"{network}/{key}"] for key in ("step", "epoch")}
+        others = {name: value for name, value in values.items() if name.partition("/")[2] not in own}
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "network": network, "epoch": epoch, **others}) + "\n")
+            file.write(json.dumps({"step": own["step"], "network": network, "epoch": own["epoch"], **others}) + "\n")
 
     @on_main_process  # type: ignore[untyped-decorator]  # of accelerate
     def keep(self, network: str, count: int) -> None:

@@ -13,6 +13,7 @@ from timm_selfdistill.checkpoint import CheckpointWriter
 from timm_selfdistill.checkpoint_format import CheckpointError
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.progress import duration, tell
 from timm_selfdistill.task import SelfDistillationTask, unwrapped_model
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.parallelism import share_buffers
@@ -30,7 +31,7 @@ class Trainer:
     """Trains one network through its phases, saving checkpoints from which a run goes on as if nothing had happened.
 
     `on_epoch` is called after every epoch with the model that would be evaluated, the number of epochs done and that of
-    all; it is given to all processes or to none.
+    all; it is given to all processes or to none. `first_step` is how many steps the networks before it take.
     """
 
     def __init__(
@@ -40,9 +41,13 @@ class Trainer:
         model: SelfDistillModel,
         phases: Sequence[Phase],
         on_epoch: Callable[[SelfDistillModel, int, int], None] | None = None,
+        first_step: int = 0,
     ) -> None:
         self.context, self.name, self.model, self.phases, self.on_epoch = context, name, model, phases, on_epoch
+        self.first_step = first_step
         self.progress = Progress()
+        self._shown: dict[str, float] = {}  # the newest terms
+        self._seconds: list[float] = []  # of the epochs of this process
         self.guard = NonFiniteGuard(context, name)
         self.flags = FlagExchange(context.accelerator, at_once=self.guard.skips)
         self.checkpoints = context.folder / CHECKPOINTS / name
@@ -103,6 +108,7 @@ class Trainer:
             if metrics is not None:
                 self._log("validation", _flatten(metrics))
             progress.epoch, progress.micro, progress.running = progress.epoch + 1, 0, None
+            self._tell_epoch(metrics, time.monotonic() - start)
             if stepper.scheduler is not None:
                 stepper.scheduler.step(progress.epoch - progress.first_epoch)
             if self.on_epoch is not None:
@@ -181,7 +187,8 @@ class Trainer:
         running.advance()
         is_last = running.updates == self.updates_per_epoch
         if progress.step % _LOG_INTERVAL == 0 or is_last:
-            self._log("train", running.read() | {"lr": stepper.rate})
+            self._shown = running.read() | {"lr": stepper.rate}
+            self._log("train", self._shown)
         every = self.context.recipe.checkpoint.every_steps
         if every is not None and progress.step % every == 0 and not is_last:
             stop |= self._receive_flags()
@@ -244,11 +251,28 @@ class Trainer:
                 "dropout, Mixup, batch statistics and the order of sums depend on the processes."
             )
 
+    def _tell_epoch(self, metrics: ExitMetricsResult | None, seconds: float) -> None:
+        """Write the line of an epoch that stays."""
+        self._seconds.append(seconds)
+        if not self.context.accelerator.is_main_process:
+            return
+        parts = [f"{self.name} {self.progress.epoch}/{self.total_epochs}"]
+        parts += [f"{name} {self._shown[key]:.3g}" for key, name in (("loss", "loss"), ("lr", "rate")) if self._shown]
+        if metrics is not None:
+            top1 = " ".join(f"{row['top1']:.1f}" for row in metrics["exits"])
+            pool = metrics["fitted_ensemble"] or metrics["ensemble"]
+            parts.append(f"top-1 {top1}" if pool is None else f"top-1 {top1}, ensemble {pool['top1']:.1f}")
+        left = (self.total_epochs - self.progress.epoch) * sum(self._seconds) / len(self._seconds)
+        parts += [duration(seconds), f"{duration(left)} left"] if left else [duration(seconds)]
+        tell("  ".join(parts))
+
     def _log(self, kind: str, values: dict[str, float]) -> None:
         """Give the trackers the values of the present epoch, under names that no other network has."""
         progress = self.progress
         named = {f"{self.name}/{kind}/{name}": value for name, value in values.items()}
-        self.context.accelerator.log({f"{self.name}/epoch": progress.epoch + 1, **named}, step=progress.step)
+        own = {f"{self.name}/epoch": progress.epoch + 1, f"{self.name}/step": progress.step}
+        # Trackers want steps that only rise, also where a second network follows.
+        self.context.accelerator.log({**own, **named}, step=self.first_step + progress.step)
         progress.logged += 1
 
 
