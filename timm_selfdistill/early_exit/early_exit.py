@@ -3,10 +3,13 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from timm_selfdistill.early_exit.compiled_stages import CompiledStages
 from timm_selfdistill.early_exit.leaving import LeavingBatch, OnAnswer, Places, check_buckets, check_limits
 from timm_selfdistill.early_exit.replay import EarlyExitOutput
 from timm_selfdistill.early_exit.rules import EarlyExitConfig
@@ -74,6 +77,7 @@ class EarlyExit(nn.Module):
         self.buckets = check_buckets(buckets)
         self.model = model
         self.training = model.training
+        self._stages: CompiledStages | None = None
         self.shrinks = _find_shrinking_exits(model)
 
     @classmethod
@@ -125,6 +129,29 @@ class EarlyExit(nn.Module):
         ]
         return EarlyExitOutput(*map(torch.cat, zip(*parts, strict=True)))
 
+    def compile_stages(self, image_size: tuple[int, int] | None = None, **settings: Any) -> None:
+        """Compile the backbone between two exits, and every head, once for each bucket: nothing is compiled later.
+
+        The network then takes images of this size only, in its device and precision of now; its weights may be changed
+        in place, but not replaced. Every backbone that can be compiled shrinks after all exits.
+
+        Args:
+            image_size: Height and width of the images; by default those that the model was wrapped for.
+            settings: Those of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
+
+        Raises:
+            ValueError: If there are no buckets, or the network cannot be traced by `torch.export`.
+        """
+        if self.buckets is None:
+            raise ValueError("Stages are compiled for the sizes of batches: give buckets, such as [1, 4, 16].")
+        compiler = partial(torch.compile, dynamic=False, fullgraph=True, **settings)
+        self._stages = CompiledStages(self.model, self.buckets, image_size, compiler)
+        self.shrinks = (True,) * self.model.num_exits
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was compiled, which cannot be copied."""
+        return {**self.__dict__, "_stages": None}
+
     def fit(self, count: int) -> int:
         """Return on how many rows the network runs for this many images."""
         return count if self.buckets is None else next(size for size in self.buckets if size >= count)
@@ -156,7 +183,7 @@ class EarlyExit(nn.Module):
 
     def _forward(self, x: Tensor, limits: Places | None, on_answer: OnAnswer | None, start: int = 0) -> EarlyExitOutput:
         """Classify a batch that is no larger than the largest bucket; `start` is the place of its first image."""
-        if limits is None and not any(self.config.heads_run):
+        if limits is None and not any(self.config.heads_run) and self._stages is None:
             # Nobody leaves, so nothing need be read on the way.
             rows = self.fit(len(x))
             images = x if rows == len(x) else x[torch.arange(rows, device=x.device) % len(x)]
@@ -166,7 +193,10 @@ class EarlyExit(nn.Module):
                 on_answer(torch.arange(start, start + len(x)), logits, self.model.num_exits)
             return EarlyExitOutput(logits, index)
         batch = LeavingBatch(self, x, limits, on_answer, start)
-        remaining = self.model.forward_while(batch.images, batch.visit)
+        if self._stages is None:
+            remaining = self.model.forward_while(batch.images, batch.visit)
+        else:
+            remaining = self._stages.run(batch.images, batch.leave)
         if remaining is not None:
             batch.finish(remaining)
         return batch.output()

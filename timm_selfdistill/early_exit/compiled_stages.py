@@ -1,0 +1,243 @@
+"""The backbone between two exits, and each head, as a compiled function for each batch size of the buckets."""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.split_module import split_module
+
+from timm_selfdistill.exits import random_images, unchanged
+from timm_selfdistill.model import SelfDistillModel
+
+_TOLERANCE: Final = 1e-3
+
+Compiler = Callable[[nn.Module], Callable[..., Any]]
+Leave = Callable[[int, Callable[[], Tensor]], Tensor | None]
+
+
+class CompiledStages:
+    """A network cut at its exits; each part is compiled once for each batch size, and none while it serves.
+
+    For each size the network is traced by `torch.export`, with all its exits, and split by what each exit depends on;
+    what a later part reads is carried from part to part. The weights are those of the model.
+
+    Args:
+        model: The wrapped model.
+        sizes: The batch sizes.
+        image_size: Height and width of the images; by default those that the model was wrapped for.
+        compiler: Compiles a part.
+
+    Raises:
+        ValueError: If the network cannot be traced, or the parts give other logits.
+    """
+
+    def __init__(
+        self, model: SelfDistillModel, sizes: Sequence[int], image_size: tuple[int, int] | None, compiler: Compiler
+    ) -> None:
+        size = model.wrap_config.image_size if image_size is None else image_size
+        images = random_images(model.backbone, size, max(sizes))
+        self._name, self._shape = type(model.backbone).__name__, images.shape[1:]
+        with torch.no_grad(), unchanged(model):
+            self._parts = {rows: _split(model, images[:rows], compiler) for rows in sizes}
+            if len({tuple((part.inputs, tuple(part.outputs)) for part in parts) for parts in self._parts.values()}) > 1:
+                raise ValueError(f"{self._name} runs other operations for other batch sizes, so it cannot be compiled.")
+            self._check(model, images)
+
+    def run(self, images: Tensor, leave: Leave) -> Tensor | None:
+        """Run part after part, as `SelfDistillModel.forward_while` runs the backbone.
+
+        Args:
+            images: Images [P, C, H, W], P one of the sizes.
+            leave: Called at each exit with its index and a function that runs its head; returns the rows [P'] of the
+                images that go on, P' one of the sizes, or None for all.
+
+        Returns:
+            The backbone's logits [P', num_classes]; None if no image went on to the end.
+
+        Raises:
+            ValueError: If the images have another shape than what was compiled.
+        """
+        if images.shape[1:] != self._shape or len(images) not in self._parts:
+            raise ValueError(
+                f"The images have the shape {list(images.shape)}; compiled are images of {list(self._shape)} in "
+                f"batches of {', '.join(map(str, self._parts))}."
+            )
+        if images.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        present, held = len(images), {"images": images}
+        for exit in range(len(self._parts[present]) // 2):
+            stage, head = self._parts[present][2 * exit : 2 * exit + 2]
+            stage.run(held)
+            rows = leave(exit, lambda head=head, held=held: head.run(held))  # type: ignore[misc]
+            if rows is None:
+                continue
+            if not len(rows):
+                return None
+            smaller = self._parts[len(rows)]
+            needed = {name for part in smaller[2 * exit + 2 :] for name in part.inputs}
+            shapes = {"images": (len(rows), *self._shape)}
+            for part in smaller:
+                shapes |= part.outputs
+            held = {name: _take(held[name], rows, present, shapes[name]) for name in held if name in needed}
+            present = len(rows)
+        return self._parts[present][-1].run(held)
+
+    def _check(self, model: SelfDistillModel, images: Tensor) -> None:
+        """Compile all parts by running them, and raise ValueError unless they give the logits of the network."""
+        expected = model(images, return_exits=True).logits
+        for size in (*self._parts, *self._parts):  # twice, as CUDA graphs are recorded in the second run
+            self._compare(range(size), self.run(images[:size], self._staying(size, expected)), expected[-1])
+        largest = max(self._parts)
+        for size in self._parts:
+            for exit in range(len(expected) - 1 if size < largest else 0):
+                rows = torch.arange(largest - size, largest, device=images.device)
+                logits = self.run(images, lambda index, classify, at=exit, to=rows: to if index == at else None)  # type: ignore[misc]
+                self._compare(range(largest - size, largest), logits, expected[-1])
+
+    def _staying(self, size: int, expected: Sequence[Tensor]) -> Leave:
+        def leave(exit: int, classify: Callable[[], Tensor]) -> None:
+            self._compare(range(size), classify(), expected[exit])
+
+        return leave
+
+    def _compare(self, rows: range, found: Tensor | None, expected: Tensor) -> None:
+        tolerance = _TOLERANCE if expected.dtype in (torch.float32, torch.float64) else 50 * _TOLERANCE
+        part = expected[rows.start : rows.stop]
+        if found is None or not float((found - part).abs().max()) <= tolerance * float(expected.abs().max()):
+            raise ValueError(f"The parts of {self._name} give other logits than the whole, so it cannot be compiled.")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the network: what it reads and computes by name, the shapes of that, and the name of its logits."""
+
+    function: Callable[..., Any] | None  # None where it computes nothing
+    inputs: tuple[str, ...]
+    outputs: dict[str, tuple[int, ...]]
+    logits: str
+
+    def run(self, held: dict[str, Tensor]) -> Tensor:
+        """Add what it computes to what is held, and return its logits; of a stage, anything."""
+        if self.function is not None:
+            held.update(zip(self.outputs, self.function(*(held[name] for name in self.inputs)), strict=True))
+        return held[self.logits]
+
+
+class _Everything(nn.Module):
+    """The network with what its heads read, and their logits, as outputs."""
+
+    def __init__(self, model: SelfDistillModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        outputs: list[Tensor] = []
+
+        def visit(index: int, taps: tuple[Tensor, ...]) -> None:
+            outputs.extend([*taps, self.model.head_of(index).classify(*taps)])
+
+        logits = self.model.forward_while(images, visit)
+        assert logits is not None
+        return [*outputs, logits]
+
+
+class _Bound(nn.Module):
+    """A part with its weights, which `split_module` makes arguments; `plan` has None where another value goes."""
+
+    def __init__(self, part: nn.Module, plan: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.part = part
+        self.plan = [None if weight is None else f"weight{place}" for place, weight in enumerate(plan)]
+        for name, weight in zip(self.plan, plan, strict=True):
+            if isinstance(weight, nn.Parameter):
+                self.register_parameter(str(name), weight)
+            elif weight is not None:
+                self.register_buffer(str(name), weight)
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        given = iter(values)
+        outputs: tuple[Tensor, ...] = self.part(
+            *(next(given) if name is None else getattr(self, name) for name in self.plan)
+        )
+        return outputs
+
+
+def _split(model: SelfDistillModel, images: Tensor, compiler: Compiler) -> tuple[_Part, ...]:
+    """Return the 2 K + 1 parts of the network for one batch size: stage, head, stage, ..., stage."""
+    try:
+        # Without operations that change their input, which other parts would see.
+        program = torch.export.export(_Everything(model), (images,), strict=False).run_decompositions({})
+    except Exception as error:  # whatever torch raises, the network cannot be traced
+        name = type(model.backbone).__name__
+        raise ValueError(f"{name} cannot be traced by torch.export, so it cannot be compiled: {error}") from error
+    whole = program.module(check_guards=False)
+    assert isinstance(whole, fx.GraphModule)
+    # Of each part, the places of what it is for among the outputs: taps, logits, taps, ..., logits.
+    ends: list[range] = []
+    for point in (*model.points, None):
+        for count in (len(point.taps), 1) if point is not None else (1,):
+            start = ends[-1].stop if ends else 0
+            ends.append(range(start, start + count))
+    part_of = _assign(whole, ends)
+    split = split_module(whole, whole, part_of.__getitem__, tuple_return=True)
+    returned: Any = split.graph.output_node().args[0]
+    calls = {str(node.target): node for node in split.graph.nodes if node.op == "call_module"}
+    held, parts = {"images": images}, []
+    for place, end in enumerate(ends):
+        result, call = returned[end.start].name, calls.get(f"submod_{place}")
+        if call is None:
+            parts.append(_Part(None, (), {}, result))
+            continue
+        arguments: Any = call.args
+        plan = [_tensor(split, str(node.target)) if node.op == "get_attr" else None for node in arguments]
+        bound = _Bound(split.get_submodule(f"submod_{place}"), plan)
+        read = tuple(node.name for node in arguments if node.op != "get_attr")
+        names = {node.args[1]: node.name for node in call.users}
+        outputs = dict(
+            zip((names[index] for index in range(len(names))), bound(*(held[name] for name in read)), strict=True)
+        )
+        held |= outputs
+        shapes = {name: tuple(value.shape) for name, value in outputs.items()}
+        parts.append(_Part(compiler(bound), read, shapes, result))
+    return tuple(parts)
+
+
+def _assign(whole: fx.GraphModule, ends: Sequence[range]) -> dict[fx.Node, int]:
+    """Return the part of each operation: the first that depends on it."""
+    returned: Any = whole.graph.output_node().args[0]
+    part_of: dict[fx.Node, int] = {}
+    for part, end in enumerate(ends):
+        stack = [returned[place] for place in end]
+        while stack:
+            node = stack.pop()
+            if node not in part_of:
+                part_of[node] = part
+                stack += node.all_input_nodes
+        for node in whole.graph.nodes:
+            # No tuple goes from part to part: all that is taken from it is in its part.
+            if node.target is operator.getitem and node.all_input_nodes[0] in part_of:
+                part_of.setdefault(node, part_of[node.all_input_nodes[0]])
+    return part_of
+
+
+def _tensor(module: nn.Module, path: str) -> Tensor:
+    """Return a parameter, buffer or constant by its path."""
+    holder, _, name = path.rpartition(".")
+    value: Tensor = getattr(module.get_submodule(holder), name)
+    return value
+
+
+def _take(value: Tensor, rows: Tensor, present: int, shape: Sequence[int]) -> Tensor:
+    """Return a carried tensor for some of the `present` images; `shape` is what it has for so many."""
+    changed = [dim for dim, (size, other) in enumerate(zip(value.shape, shape, strict=True)) if size != other]
+    if not changed:
+        return value  # it has no rows of images
+    dim = changed[0]
+    if value.shape[dim] == present:
+        return value.index_select(dim, rows)
+    # Several rows for each image.
+    taken: Tensor = value.unflatten(dim, (present, -1)).index_select(dim, rows).flatten(dim, dim + 1)
+    return taken
