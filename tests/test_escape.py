@@ -114,7 +114,7 @@ def test_a_report_of_hostile_names_is_a_table_a_page_and_a_picture() -> None:
     table, page = format_table(report), format_markdown(report)
     for text in (table, page):
         assert text.replace("\n", "").isprintable()
-    assert len(table.splitlines()) == 2 + 3 + 1 + 4
+    assert len(table.splitlines()) == 2 + 3 + 1 + 5
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 3
     assert {row.replace("\\|", "").count("|") for row in rows} == {rows[0].count("|")}

@@ -53,6 +53,8 @@ def test_defaults_are_the_agreed_ones(load):
         "name": "resnet18",
         "num_classes": None,
         "pretrained": False,
+        "weights": None,
+        "grad_checkpointing": False,
         "small_stem": False,
         "channels_last": True,
         "kwargs": {},
