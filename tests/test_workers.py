@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from timm_selfdistill.data import workers
 from timm_selfdistill.data.workers import signal_free_context, worker_options
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -93,3 +96,50 @@ def test_asking_for_options_does_not_choose_how_processes_start() -> None:
     before = multiprocessing.get_start_method(allow_none=True)
     assert worker_options(0)["multiprocessing_context"] is None
     assert multiprocessing.get_start_method(allow_none=True) == before
+
+
+# As the standard library is on Windows; there is none here to try it on.
+WINDOWS = """
+import select, signal, sys
+from multiprocessing import context
+for module, names in (
+    (signal, ["SIGUSR1", "pthread_sigmask", "sigwait", "sigwaitinfo"]),
+    (select, ["poll"]),
+    (context, ["ForkContext", "ForkProcess", "ForkServerContext", "ForkServerProcess"]),
+):
+    for name in names:
+        delattr(module, name)
+from timm_selfdistill.data import workers
+from timm_selfdistill.program import _reader_is_gone, run_safely
+from timm_selfdistill.stop import PREEMPTIONS
+
+assert run_safely(lambda: None) == 0 and not _reader_is_gone()
+with workers._blocked():
+    workers.signal_free_context("spawn").Process
+workers._begin(0, init=print)
+print(list(workers._START_METHODS), *PREEMPTIONS, signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
+"""
+
+
+def test_what_windows_does_not_have_is_not_needed() -> None:
+    done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["0", f"['spawn'] {signal.SIGTERM!s} True"]
+
+
+def test_where_the_sender_of_a_signal_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS: a loader process that is told to end gives the one that started it time to save."""
+    done: list[object] = []
+
+    def end(status: int) -> None:
+        done.append(status)
+        raise SystemExit
+
+    monkeypatch.delattr(signal, "sigwaitinfo")
+    monkeypatch.setattr(signal, "sigwait", lambda signals: signal.SIGTERM)
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: multiprocessing.current_process())
+    monkeypatch.setattr(time, "sleep", done.append)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit):
+        workers._end_if_told()
+    assert done == [workers._PATIENCE_SECONDS, 0]

@@ -195,9 +195,11 @@ def _reader_is_gone() -> bool:
     try:
         sys.stdout.flush()
         # What could not be written may have been dropped, so that nothing is left to flush.
-        output = select.poll()
-        output.register(sys.stdout, 0)
-        is_gone = bool(output.poll(0))
+        is_gone = False
+        if hasattr(select, "poll"):  # not on Windows
+            output = select.poll()
+            output.register(sys.stdout, 0)
+            is_gone = bool(output.poll(0))
     except BrokenPipeError:
         is_gone = True
     if is_gone:

@@ -17,7 +17,8 @@ T = TypeVar("T")
 EXIT_PREEMPTED: Final = 75  # EX_TEMPFAIL: run the same command again
 EXIT_INTERRUPTED: Final = 130
 
-_PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
+# Windows has no SIGUSR1.
+PREEMPTIONS: Final = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # A launcher hands Ctrl-C and SIGTERM on to processes that a terminal or scheduler has signalled too.
 _ECHO_SECONDS = 1.0
 # What is still under way when everything is saved, such as a download, may take so long to end.
@@ -59,7 +60,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (*_PREEMPTIONS, signal.SIGINT):
+            for number in (*PREEMPTIONS, signal.SIGINT):
                 self._former[number] = signal.signal(number, self._handle)
         return self
 
@@ -126,7 +127,7 @@ def in_background(work: Callable[[], T], name: str) -> Future[T]:
 def leave_on_signals() -> None:
     """From now on, let a signal end the process at once, with one line and its exit status; nothing is unsaved."""
     if threading.current_thread() is threading.main_thread():
-        for number in (*_PREEMPTIONS, signal.SIGINT):
+        for number in (*PREEMPTIONS, signal.SIGINT):
             signal.signal(number, _leave)
 
 

@@ -8,14 +8,20 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import context, resource_tracker
 from typing import Any, Final
 
+from timm_selfdistill.stop import PREEMPTIONS
+
 # Those that `train` handles.
-_LEFT_TO_MAIN: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_LEFT_TO_MAIN: Final = (signal.SIGINT, *PREEMPTIONS)
+# Where the sender of a signal is not known, as on macOS, how long the parent has to save before its loaders end.
+_PATIENCE_SECONDS: Final = 10.0
+_CAN_BLOCK: Final = hasattr(signal, "pthread_sigmask")  # not on Windows, where only Ctrl-C reaches all processes
 
 
 def worker_options(workers: int, init: Callable[[int], None] | None = None) -> dict[str, Any]:
@@ -46,9 +52,12 @@ def signal_free_context(method: str) -> context.BaseContext:
 
 def _begin(worker: int, *, init: Callable[[int], None] | None) -> None:
     """Set up a loader process."""
-    # Processes do not inherit the blocking from a fork server that ran before.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_MAIN)
-    threading.Thread(target=_end_if_told, daemon=True, name="signals").start()
+    if _CAN_BLOCK:
+        # Processes do not inherit the blocking from a fork server that ran before.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_MAIN)
+        threading.Thread(target=_end_if_told, daemon=True, name="signals").start()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if init is not None:
         init(worker)
 
@@ -57,14 +66,27 @@ def _end_if_told() -> None:
     """Take the blocked signals; end the process if its parent terminates it, as torch does with one that hangs."""
     parent = multiprocessing.parent_process()
     while True:
-        received = signal.sigwaitinfo(_LEFT_TO_MAIN)
-        if received.si_signo == signal.SIGTERM and parent is not None and received.si_pid == parent.pid:
+        number, sender = _next_signal()
+        if number == signal.SIGTERM and parent is not None and sender in (None, parent.pid):
+            if sender is None:
+                time.sleep(_PATIENCE_SECONDS)
             os._exit(0)
+
+
+def _next_signal() -> tuple[int, int | None]:
+    """Wait for a blocked signal; return its number and the process that sent it, None where that is not told."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return signal.sigwait(_LEFT_TO_MAIN), None
+    received = signal.sigwaitinfo(_LEFT_TO_MAIN)
+    return received.si_signo, received.si_pid
 
 
 @contextmanager
 def _blocked() -> Iterator[None]:
     """Block the signals in the body, for processes that start there; in this process they arrive after the body."""
+    if not _CAN_BLOCK:
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_MAIN)
     try:
         yield
@@ -79,20 +101,20 @@ class _SignalFree:
 
 
 # At module level each, because a spawned process is pickled by the name of its class.
-class _ForkProcess(_SignalFree, context.ForkProcess):
-    pass
-
-
 class _SpawnProcess(_SignalFree, context.SpawnProcess):
     pass
 
 
-class _ForkServerProcess(_SignalFree, context.ForkServerProcess):
-    pass
-
-
-_START_METHODS: Final = {
-    "fork": (context.ForkContext, _ForkProcess),
-    "spawn": (context.SpawnContext, _SpawnProcess),
-    "forkserver": (context.ForkServerContext, _ForkServerProcess),
+_START_METHODS: Final[dict[str, tuple[Callable[[], context.BaseContext], type]]] = {
+    "spawn": (context.SpawnContext, _SpawnProcess)
 }
+if hasattr(context, "ForkContext"):  # not on Windows
+
+    class _ForkProcess(_SignalFree, context.ForkProcess):
+        pass
+
+    class _ForkServerProcess(_SignalFree, context.ForkServerProcess):
+        pass
+
+    _START_METHODS["fork"] = (context.ForkContext, _ForkProcess)
+    _START_METHODS["forkserver"] = (context.ForkServerContext, _ForkServerProcess)
