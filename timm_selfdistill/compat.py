@@ -39,12 +39,22 @@ def data_config_traits(backbone: nn.Module) -> dict[str, Any]:
     return dict(getattr(backbone, "_traits", {}))
 
 
+def cpu_capabilities() -> dict[str, Any]:
+    """Return what torch tells of the CPU: its name, where known, and its instructions, of which bf16 ones matter here.
+
+    torch before 2.7 has only private names for the instructions, and none for the name.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    return {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),
+    }
+
+
 def cpu_computes_bf16() -> bool:
-    """Whether this CPU multiplies in bf16 itself; torch before 2.7 has no public name for it."""
-    if not hasattr(torch.cpu, "get_capabilities"):
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    """Whether this CPU multiplies in bf16 itself."""
+    return any(cpu_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def batch_multiple(size: SymInt, batch: SymInt) -> int | None:

@@ -59,7 +59,7 @@ class Answers:
         own, others = (
             np.frombuffer(bits, dtype=np.uint8) for bits in (self.correct[output], other.correct[other_output])
         )
-        return int(np.bitwise_count(own & ~others).sum()), int(np.bitwise_count(others & ~own).sum())
+        return int(np.unpackbits(own & ~others).sum()), int(np.unpackbits(others & ~own).sum())
 
 
 class ExitMetricsResult(TypedDict):

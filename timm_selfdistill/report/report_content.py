@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from timm_selfdistill.compat import cpu_capabilities
 from timm_selfdistill.exits import unchanged
 from timm_selfdistill.intervals import paired_interval, wilson_interval
 from timm_selfdistill.measure import MacCounter, median_seconds, seconds_of
@@ -213,7 +214,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     if device.type == "cpu":
-        return f"cpu ({torch.cpu.get_capabilities().get('cpu_name') or platform.machine()})"
+        return f"cpu ({cpu_capabilities().get('cpu_name') or platform.machine()})"
     return device.type
 
 
