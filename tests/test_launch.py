@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import timm_selfdistill as sd
 from timm_selfdistill.files import locked
 from timm_selfdistill.recipe import list_recipes, load_recipe
-from timm_selfdistill.train import launch, train, trainer
+from timm_selfdistill.train import tracking, train, trainer
 from timm_selfdistill.train.builders import Feed, synchronize_batch_norm
 from timm_selfdistill.train.launch import asks_for_sharding, refuse_optimizer
 
@@ -52,7 +52,7 @@ def refused(tmp_path, monkeypatch) -> Callable[..., None]:
 
 
 def test_a_tracker_that_is_not_installed_is_refused(refused, monkeypatch):
-    monkeypatch.setattr(launch, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
     refused(
         "trackers: wandb cannot be used: unknown, or the package is not installed. Installed are tensorboard; ",
         "trackers=[wandb,tensorboard]",

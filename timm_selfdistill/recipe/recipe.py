@@ -22,6 +22,7 @@ from timm_selfdistill.recipe.training_sections import (
     OptimizerSection,
     PushSection,
     ScheduleSection,
+    TrackingSection,
 )
 
 # A run's recipe as it may be shared, and the paths of this machine that belong to it.
@@ -57,6 +58,7 @@ class Recipe(Section):
             checkpoint.
         checkpoint: When checkpoints are written, and how many are kept.
         trackers: Names of Accelerate trackers to log to besides metrics.jsonl.
+        tracking: Project, name and options of the run in these trackers.
         push_to_hub: Push the run's model to the Hugging Face Hub; null for no push.
     """
 
@@ -80,6 +82,7 @@ class Recipe(Section):
     resume: LocalPath = "auto"
     checkpoint: CheckpointSection = CheckpointSection()
     trackers: Names = ()
+    tracking: TrackingSection = TrackingSection()
     push_to_hub: PushSection | None = None
 
     def to_yaml(self) -> str:

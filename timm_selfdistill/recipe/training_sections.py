@@ -26,6 +26,7 @@ from timm_selfdistill.checks import (
 LOCAL_MODEL: Final = "local-dir:"  # timm's prefix of a model folder
 REPO_ID: Final = re.compile(r"[\w.-]+/[\w.-]+")
 LICENSE: Final = re.compile(r"[a-z0-9][a-z0-9.-]*")
+_SECRET: Final = re.compile(r"api_?key|token|secret|password", re.IGNORECASE)
 
 
 class ModelSection(Section):
@@ -217,6 +218,26 @@ class CheckpointSection(Section):
 
     every_steps: Count | None = None
     keep: Count = 2
+
+
+class TrackingSection(Section):
+    """What the trackers are told at the start of a run.
+
+    Args:
+        project: The project, or experiment, that the run belongs to; null for the name of the run's folder.
+        run: The run's name; null for the name of its folder.
+        options: Further arguments of the trackers' own start, by the name of the tracker.
+    """
+
+    project: Text | None = None
+    run: Text | None = None
+    options: Mapping[str, Arguments] = {}
+
+    @classmethod
+    def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
+        if name == "options" and (secrets := [key for each in value.values() for key in each if _SECRET.search(key)]):
+            return f"must not hold {', '.join(secrets)}: recipes are shared; log in, or set the tracker's variables"
+        return None
 
 
 class PushSection(Section):

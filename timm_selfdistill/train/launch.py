@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend, patch_environment
 from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
@@ -17,6 +16,7 @@ from timm_selfdistill.compat import accelerate_states
 from timm_selfdistill.losses import needs_of
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.train.precision import make_accelerator
+from timm_selfdistill.train.tracking import check_trackers
 from timm_selfdistill.train.train_state import JsonLinesTracker
 
 # What leaves each process with a part of the network, in ways that the loop does not know.
@@ -48,15 +48,7 @@ _REPLICATE = "Without FSDP, distributed_type MULTI_GPU leaves the network whole.
 
 def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     """Return the accelerator of a run, its trackers not yet started; refuse a launch that would do something else."""
-    available = sorted(str(name) for name in get_available_trackers())
-    missing = [name for name in recipe.trackers if name not in available]
-    if missing:
-        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
-        raise ValueError(
-            f"trackers: {', '.join(missing)} cannot be used: unknown, or the package is not installed. "
-            f"Installed are {', '.join(available) or 'none'}; Accelerate knows {known}. "
-            "metrics.jsonl is always written."
-        )
+    check_trackers(recipe)
     sharding = asks_for_sharding()
     _join_again()
     # `Sharded` shards, not Accelerate.

@@ -25,12 +25,14 @@ from timm_selfdistill.measure import Stopwatch
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.program import is_lost_process, run_program
+from timm_selfdistill.progress import tell
 from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, RecipeError, dump_local, load_recipe
 from timm_selfdistill.report import Report, format_table, write_report
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import check_loss
 from timm_selfdistill.train.builders import build_feed, build_model, check_one_image, synchronize_batch_norm
 from timm_selfdistill.train.evaluation import evaluate_model, fit_held_out, report_run
+from timm_selfdistill.train.header import header
 from timm_selfdistill.train.launch import (
     asks_for_sharding,
     fresh_accelerate,
@@ -42,9 +44,10 @@ from timm_selfdistill.train.parallelism import Replicated, Sharded
 from timm_selfdistill.train.phases import Phase, baseline_phases, self_distillation_phases, with_balanced_classes
 from timm_selfdistill.train.publish import ModelWriter, Publisher
 from timm_selfdistill.train.recipe_names import all_problems, recipe_problems
-from timm_selfdistill.train.run_folder import MODEL, RunRecord, check_folder, check_run, flat, remove_leftovers
+from timm_selfdistill.train.run_folder import MODEL, RunRecord, check_folder, check_run, remove_leftovers
 from timm_selfdistill.train.saved_run import as_begun
 from timm_selfdistill.train.steps import RunContext
+from timm_selfdistill.train.tracking import start_trackers, track_report
 from timm_selfdistill.train.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
@@ -175,7 +178,10 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: St
             publisher = Publisher(recipe.push_to_hub, folder, writer)
         if accelerator.is_main_process:
             _write_recipe(folder, recipe)
-    accelerator.init_trackers(folder.name, config=flat(record.recipe))
+    start_trackers(accelerator, recipe, folder)
+    if accelerator.is_main_process:
+        for line in header(model, data, recipe, accelerator, list(networks), input_config, feed.steps_per_epoch):
+            tell(line)
     parallelism = Sharded(accelerator) if in_parts else Replicated(accelerator)
     context = RunContext(recipe, folder, record, feed, parallelism, signals)
     return _Run(context, data, networks, input_config, eval_loader, writer, publisher)
@@ -183,8 +189,8 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: St
 
 def _train_networks(
     run: _Run, clock: Stopwatch
-) -> tuple[SelfDistillModel, dict[str, ExitMetricsResult], dict[str, float]]:
-    """Train and evaluate every network, the self-distilled one last; return it, and metrics and seconds by name."""
+) -> tuple[SelfDistillModel, dict[str, ExitMetricsResult], dict[str, float], int]:
+    """Train and evaluate every network, the self-distilled one last; return it, metrics and seconds by name, steps."""
     context, recipe, accelerator = run.context, run.context.recipe, run.context.accelerator
     results: dict[str, ExitMetricsResult] = {}
     seconds: dict[str, float] = {}
@@ -218,7 +224,7 @@ def _train_networks(
                 gather=gather,
                 title=f"evaluate {name}",
             )
-    return model, results, seconds
+    return model, results, seconds, first_step
 
 
 def _push_nothing(model: SelfDistillModel, epoch: int, total: int) -> None:
@@ -226,7 +232,11 @@ def _push_nothing(model: SelfDistillModel, epoch: int, total: int) -> None:
 
 
 def _finish(
-    run: _Run, model: SelfDistillModel, results: Mapping[str, ExitMetricsResult], seconds: Mapping[str, float]
+    run: _Run,
+    model: SelfDistillModel,
+    results: Mapping[str, ExitMetricsResult],
+    seconds: Mapping[str, float],
+    steps: int,
 ) -> Report:
     """Write the report and the model, and push them if asked."""
     accelerator, folder, recipe = run.context.accelerator, run.context.folder, run.context.recipe
@@ -238,6 +248,7 @@ def _finish(
     if accelerator.is_main_process:
         write_report(report, folder)
         run.writer.save(model, folder / MODEL, report)
+        track_report(accelerator.trackers, report, folder, steps)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()

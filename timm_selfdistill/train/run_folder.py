@@ -37,7 +37,7 @@ _ADDED_TO = (*_LOGS, CHECKPOINTS, MODEL, ".pushing", ".lock")
 _NETWORKS = ("baseline", "self-distilled")
 # What may differ between a run and its continuation: sections that do not change the numbers, and fields that change
 # them only where the run would have stopped.
-_FREE_SECTIONS = ("output_dir", "resume", "trackers", "checkpoint", "push_to_hub")
+_FREE_SECTIONS = ("output_dir", "resume", "trackers", "tracking", "checkpoint", "push_to_hub")
 _FREE_FIELDS = ("data.on_error", "data.workers", "data.check_duplicates")
 # Where the data lies may differ as long as it is the same data.
 _LOCATIONS = ("data.path", "data.root")

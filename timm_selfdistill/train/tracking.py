@@ -1,0 +1,146 @@
+"""Accelerate's trackers: how a run is called there, and what they get of its report."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from PIL import Image
+
+from timm_selfdistill.recipe import Recipe
+from timm_selfdistill.report import Report, format_markdown
+from timm_selfdistill.train.run_folder import flat
+from timm_selfdistill.train.train_state import JsonLinesTracker
+
+_logger = logging.getLogger(__name__)
+
+_REPORT: Final = "report"
+# Under which arguments trackers take the names that Accelerate does not pass.
+_ARGUMENTS: Final[Mapping[str, Mapping[str, str]]] = {
+    "aim": {"experiment": "project"},
+    "clearml": {"task_name": "run"},
+    "dvclive": {"exp_name": "run"},
+    "mlflow": {"run_name": "run"},
+    "swanlab": {"experiment_name": "run"},
+    "trackio": {"name": "run"},
+    "wandb": {"name": "run"},
+}
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Refuse trackers that are unknown or not installed, and options for unknown ones."""
+    available, known = sorted(str(name) for name in get_available_trackers()), sorted(LOGGER_TYPE_TO_CLASS)
+    if missing := [name for name in recipe.trackers if name not in available]:
+        raise ValueError(
+            f"trackers: {', '.join(missing)} cannot be used: unknown, or the package is not installed. "
+            f"Installed are {', '.join(available) or 'none'}; Accelerate knows {', '.join(known)}. "
+            "metrics.jsonl is always written."
+        )
+    if unknown := sorted(recipe.tracking.options.keys() - set(known)):
+        raise ValueError(f"tracking.options: unknown trackers {', '.join(unknown)}; allowed are {', '.join(known)}.")
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path) -> None:
+    """Start the trackers of a run with the recipe as their configuration.
+
+    Raises:
+        ValueError: If a tracker does not take its options.
+    """
+    project = recipe.tracking.project or folder.name
+    names = {"project": project, "run": recipe.tracking.run or folder.name}
+    options = {
+        tracker: {argument: names[which] for argument, which in _ARGUMENTS.get(tracker, {}).items()}
+        | dict(recipe.tracking.options.get(tracker, {}))
+        for tracker in recipe.trackers
+    }
+    try:
+        accelerator.init_trackers(project, config=flat(recipe.without_local_paths()), init_kwargs=options)
+    except TypeError as error:
+        raise ValueError(f"tracking.options: a tracker does not take them: {error}") from error
+    # Accelerate calls the run of aim by the project.
+    if "aim" in recipe.trackers and accelerator.is_main_process:
+        accelerator.get_tracker("aim", unwrap=True).name = names["run"]
+
+
+def track_report(trackers: Sequence[GeneralTracker], report: Report, folder: Path, step: int) -> None:
+    """Give the trackers the numbers of a report, and its table and picture where they have a place for them.
+
+    Args:
+        trackers: The trackers of the main process.
+        report: The report, which the folder holds already.
+        folder: The run's folder.
+        step: The last step of the run.
+    """
+    numbers = dict(_numbers(report))
+    for tracker in trackers:
+        if isinstance(tracker, JsonLinesTracker):
+            continue
+        try:
+            tracker.log(numbers, step=step)
+            if (more := _MORE.get(tracker.name)) is not None:
+                more(tracker, report, folder, step)
+        except Exception as error:  # of any package: the run is done and saved
+            _logger.warning("The tracker %s did not take the report: %s", tracker.name, error)
+
+
+def _numbers(report: Report) -> Iterator[tuple[str, float]]:
+    """Yield what is a number in the rows of a report, under names like those of the validation."""
+    rows: dict[str, Mapping[str, Any] | None] = {
+        **{f"self-distilled/report/{{}}/{row['index']}": row for row in report["exits"]},
+        "self-distilled/report/{}/ensemble": report["ensemble"],
+        "self-distilled/report/{}/fitted_ensemble": report["fitted_ensemble"],
+        "baseline/report/{}/0": report["baseline"],
+    }
+    for name, row in rows.items():
+        for key, value in (row or {}).items():
+            if key != "index" and isinstance(value, int | float):
+                yield name.format(key), value
+    for network, seconds in report["train_seconds"].items():
+        yield f"{network}/report/train_seconds", seconds
+
+
+def _to_tensorboard(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
+    tracker.log({f"{_REPORT}/table": format_markdown(report)}, step=step)
+    # A batch with the channels first.
+    tracker.log_images({_REPORT: _picture(folder).transpose(2, 0, 1)[None]}, step=step)
+
+
+def _to_list_of_images(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
+    tracker.log_images({_REPORT: [_picture(folder)]}, step=step)
+
+
+def _to_wandb(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
+    rows = [*report["exits"], {"name": "ensemble", **report["ensemble"]}]
+    columns = ["name", "top1", "top5", "ece", "params", "macs", "latency_ms", "speedup"]
+    data = [[row.get(column) for column in columns] for row in rows]
+    tracker.log_table(f"{_REPORT}/table", columns=columns, data=data, step=step)
+    _to_list_of_images(tracker, report, folder, step)
+
+
+def _to_one_image(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
+    tracker.log_images({_REPORT: _picture(folder)}, step=step)
+
+
+def _to_mlflow(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
+    for name in ("report.md", "report.png"):
+        tracker.log_artifact(str(folder / name))
+
+
+def _picture(folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the report's picture, as height x width x RGB."""
+    with Image.open(folder / "report.png") as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+# What a tracker takes beside numbers, each in its own form.
+_MORE: Final[Mapping[str, Callable[[GeneralTracker, Report, Path, int], None]]] = {
+    "aim": _to_one_image,
+    "clearml": _to_one_image,
+    "mlflow": _to_mlflow,
+    "swanlab": _to_list_of_images,
+    "tensorboard": _to_tensorboard,
+    "wandb": _to_wandb,
+}
