@@ -33,6 +33,13 @@ BASELINE = "none"
 COLORS = (BLUE, ORANGE, GREEN, "#7b4fa3")
 HEADER = ["", "seeds", "backbone", "mean", "fitted", *(f"{share} % MACs" for share in SHARES), "AUROC", "time"]
 
+TITLES = {
+    "T1": "narrow ResNet-18, CIFAR-100",
+    "T2": "ResNet-18, CIFAR-100",
+    "T3": "ResNet-18, ten ImageNet classes",
+    "T4": "EfficientNet-Lite0, fine-tuned",
+}
+
 Results = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -150,7 +157,7 @@ def draw(results: Results, shown: Sequence[str]) -> Figure:
             if runs := list(methods.get(method, {}).values()):
                 axes.plot(*zip(*_anytime(runs), strict=True), "o-", color=color, label=f"{method}, anytime")
                 axes.plot(*zip(*_budgets(runs), strict=True), "s--", color=color, mfc="white", label="early exit")
-        axes.set_title(f"{task}, {len(methods[BASELINE])} seed(s)", loc="left", fontsize=10)
+        axes.set_title(f"{task}: {TITLES.get(task, '')}", loc="left", fontsize=10)
         axes.set_xlabel("multiply-accumulates, % of the plain network's")
     plots[0].set_ylabel("top-1 accuracy (%)")
     handles, labels = plots[0].get_legend_handles_labels()

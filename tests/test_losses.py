@@ -121,7 +121,7 @@ def gradients(loss, out):
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("exits", [1, 3])
-@pytest.mark.parametrize("preset", ["byot-iccv2019", "byot-tpami2021", "deep-supervision", "none"])
+@pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_preset_gives_the_published_terms_and_gradients(preset, exits, soft):
     out, target = make_output(exits), make_soft_target() if soft else make_target()
     terms = SelfDistillationLoss.from_preset(preset)(out, target)
@@ -136,14 +136,14 @@ def test_preset_gives_the_published_terms_and_gradients(preset, exits, soft):
 
 
 def test_three_exits_give_the_ten_terms_of_the_paper():
-    terms = SelfDistillationLoss()(make_output(3), make_target())
+    terms = SelfDistillationLoss("byot-iccv2019")(make_output(3), make_target())
     names = [f"ce/{i}" for i in range(4)] + [f"kd/{i}" for i in range(3)] + [f"hint/{i}" for i in range(3)]
     assert list(terms) == ["loss", *names]
     assert all(value.ndim == 0 for value in terms.values())
 
 
 def test_only_the_loss_carries_a_gradient():
-    terms = SelfDistillationLoss()(make_output(), make_target())
+    terms = SelfDistillationLoss("byot-iccv2019")(make_output(), make_target())
     assert [name for name, value in terms.items() if value.requires_grad] == ["loss"]
 
 
@@ -161,7 +161,7 @@ def test_a_preset_may_be_given_by_its_name():
 
 def test_logits_in_place_of_the_outputs_of_all_exits_are_refused():
     with pytest.raises(ValueError, match=r"one tensor \[4, 7\]; .* return_exits=True"):
-        SelfDistillationLoss()(torch.zeros(4, 7), torch.zeros(4, dtype=torch.int64))
+        SelfDistillationLoss("byot-iccv2019")(torch.zeros(4, 7), torch.zeros(4, dtype=torch.int64))
 
 
 def test_iccv_hint_weight_is_the_published_weight_on_sums_at_batch_128():
@@ -254,7 +254,7 @@ def test_the_teacher_ensemble_takes_the_weights_that_the_model_has_when_training
     expected = loss(model(images, return_exits=True), labels, ensemble=model.ensemble)["loss"]
     model.ensemble = Ensemble.mean(model.num_exits + 1)
     torch.testing.assert_close(task(images, labels)["loss"], expected)
-    assert not SelfDistillationLoss().needs.ensemble
+    assert not SelfDistillationLoss("byot-iccv2019").needs.ensemble
 
 
 @pytest.mark.parametrize("teacher", ["deepest", "ensemble", "next-deeper"])
@@ -296,7 +296,7 @@ def test_loss_does_not_depend_on_the_batch_size(preset):
 )
 def test_zero_weight_removes_its_terms_and_nothing_else(weight, gone):
     out, target = make_output(), make_target()
-    full = SelfDistillationLoss()(out, target)
+    full = SelfDistillationLoss("byot-iccv2019")(out, target)
     terms = SelfDistillationLoss.from_preset("byot-iccv2019", **{weight: 0.0})(out, target)
     assert set(full) - set(terms) == gone
     contribution = getattr(PRESETS["byot-iccv2019"], weight) * sum(full[name] for name in gone)
@@ -335,7 +335,7 @@ def test_one_hot_target_equals_class_indices(smoothing):
 def test_label_smoothing_is_torchs(soft):
     out, target = make_output(), make_soft_target() if soft else make_target()
     terms = SelfDistillationLoss.from_preset("byot-iccv2019", label_smoothing=0.2)(out, target)
-    plain = SelfDistillationLoss()(out, target)
+    plain = SelfDistillationLoss("byot-iccv2019")(out, target)
     for i, logits in enumerate(out.logits):
         theirs = nn.functional.cross_entropy(logits, target, label_smoothing=0.2)
         torch.testing.assert_close(terms[f"ce/{i}"], theirs.detach())
@@ -423,18 +423,18 @@ def test_huge_logits_and_features_give_finite_values_and_gradients(dtype, diverg
 def test_a_diverged_network_is_not_hidden():
     out = make_output()
     logits = (torch.full_like(out.logits[0], math.nan), *out.logits[1:])
-    assert SelfDistillationLoss()(ExitOutput(logits, out.features), make_target())["loss"].isnan()
+    assert SelfDistillationLoss("byot-iccv2019")(ExitOutput(logits, out.features), make_target())["loss"].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_inputs_and_autocast_are_computed_in_float32(dtype):
     out = make_output(dtype=dtype, scale=8.0)
-    exact = SelfDistillationLoss()(
+    exact = SelfDistillationLoss("byot-iccv2019")(
         ExitOutput(tuple(x.double() for x in out.logits), tuple(x.double() for x in out.features)), make_target()
     )
-    plain = SelfDistillationLoss()(out, make_target())
+    plain = SelfDistillationLoss("byot-iccv2019")(out, make_target())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = SelfDistillationLoss()(out, make_target())
+        inside = SelfDistillationLoss("byot-iccv2019")(out, make_target())
     for name, value in exact.items():
         assert plain[name].dtype == inside[name].dtype == torch.float32
         torch.testing.assert_close(plain[name], inside[name], rtol=0, atol=0)
@@ -444,7 +444,10 @@ def test_half_inputs_and_autocast_are_computed_in_float32(dtype):
 def test_exits_may_differ_in_precision():
     out = make_output(dtype=torch.bfloat16)
     mixed = ExitOutput((*out.logits[:-1], out.logits[-1].float()), (*out.features[:-1], out.features[-1].float()))
-    torch.testing.assert_close(SelfDistillationLoss()(mixed, make_target()), SelfDistillationLoss()(out, make_target()))
+    torch.testing.assert_close(
+        SelfDistillationLoss("byot-iccv2019")(mixed, make_target()),
+        SelfDistillationLoss("byot-iccv2019")(out, make_target()),
+    )
 
 
 @pytest.mark.parametrize("preset", ["byot-iccv2019", "byot-tpami2021", "none"])
@@ -546,7 +549,7 @@ def bad_calls():
 @pytest.mark.parametrize(("out", "target", "message"), [pytest.param(*case, id=name) for name, *case in bad_calls()])
 def test_wrong_shapes_and_dtypes_are_refused(out, target, message):
     with pytest.raises(ValueError, match=message):
-        SelfDistillationLoss()(out, target)
+        SelfDistillationLoss("byot-iccv2019")(out, target)
 
 
 @pytest.fixture
@@ -636,7 +639,7 @@ def test_the_short_form_of_what_a_loss_needs_is_read(attributes, needs):
     ],
 )
 def test_a_class_index_out_of_range_is_refused(change, message):
-    for loss in (SelfDistillationLoss(), SelfDistillationLoss.from_preset("none"), CSKD(), PSKD()):
+    for loss in (SelfDistillationLoss("byot-iccv2019"), SelfDistillationLoss.from_preset("none"), CSKD(), PSKD()):
         out, target = make_output(), make_target()
         change(target[:1])
         further = {"partners": out} if isinstance(loss, CSKD) else {}
@@ -651,7 +654,7 @@ def test_probabilities_that_are_none_are_refused(values):
     target = make_soft_target()
     target[1] = torch.tensor(values)
     with pytest.raises(ValueError, match="allowed are numbers of 0 or more with the sum 1"):
-        SelfDistillationLoss()(make_output(), target)
+        SelfDistillationLoss("byot-iccv2019")(make_output(), target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -660,7 +663,7 @@ def test_probabilities_rounded_to_half_precision_are_taken(dtype):
     out = ExitOutput((logits, logits), (logits, logits))
     smoothed = torch.full((4, 1000), 0.1 / 1000, dtype=torch.float32)
     smoothed[:, 0] += 0.9
-    assert SelfDistillationLoss()(out, smoothed.to(dtype))["loss"].isfinite()
+    assert SelfDistillationLoss("byot-iccv2019")(out, smoothed.to(dtype))["loss"].isfinite()
 
 
 def test_torch_leaves_no_sample_out_under_compile_either():

@@ -19,6 +19,7 @@ from timm_selfdistill.escape import printable
 from timm_selfdistill.files import replace_file
 from timm_selfdistill.model.model_names import model_problem
 from timm_selfdistill.recipe import DataSection, load_recipe
+from timm_selfdistill.recipe.loss_settings import DEFAULT_PRESET
 
 # Images up to this side are small: networks for larger ones would shrink them to nothing.
 _SMALL_SIDE = 64
@@ -114,7 +115,7 @@ def format_recipe(found: Survey, start: Start, title: str) -> str:
         f"# to be trained on {where}. docs/train.md has every other key.",
         "model:",
         *(f"  {line}" for line in model),
-        "loss: {preset: byot-iccv2019}",
+        f"loss: {{preset: {DEFAULT_PRESET}}}",
         "data:",
         *(f"  {line}" for line in data),
         *_training_lines(start),

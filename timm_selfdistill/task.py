@@ -23,9 +23,9 @@ class SelfDistillationTask(ClassificationTask):
 
     Args:
         model: The wrapped model.
-        criterion: Maps `(ExitOutput, target)` to a dict of terms with the key 'loss'; BYOT (ICCV 2019) by default.
-            Its attribute `needs`, a `Needs`, says what it is given. For the average of the weights call `setup_ema`,
-            for the time and the past model `set_time`.
+        criterion: Maps `(ExitOutput, target)` to a dict of terms with the key 'loss'; by default
+            `SelfDistillationLoss()`. Its attribute `needs`, a `Needs`, says what it is given. For the average of the
+            weights call `setup_ema`, for the time and the past model `set_time`.
         regime: 'joint' trains everything; 'frozen' trains the exits only, the backbone stays as it is (in eval mode).
         teacher: A model from outside that teaches too, beside the loss.
         device: Device for task tensors/buffers.

@@ -21,7 +21,7 @@ from timm_selfdistill.losses.protocol import (
 )
 from timm_selfdistill.losses.teachers import get_teacher
 from timm_selfdistill.model import Ensemble, ExitOutput
-from timm_selfdistill.recipe.loss_settings import BYOT_ICCV2019, PRESETS, SelfDistillationConfig, list_presets
+from timm_selfdistill.recipe.loss_settings import DEFAULT_PRESET, PRESETS, SelfDistillationConfig, list_presets
 
 
 @register_loss("self-distillation")
@@ -32,7 +32,7 @@ class SelfDistillationLoss(nn.Module):
     +-1e14, with a gradient of zero, so that no finite input gives NaN or infinity; NaN stays NaN.
 
     Args:
-        config: The settings, or the name of published ones, one of `list_presets()`; byot-iccv2019 by default.
+        config: The settings, or the name of a preset, one of `list_presets()`; byot-iccv2019 by default.
 
     Attributes:
         config: The settings.
@@ -43,7 +43,7 @@ class SelfDistillationLoss(nn.Module):
         ValueError: If the preset, divergence or teacher is unknown, or the divergence has no such setting.
     """
 
-    def __init__(self, config: SelfDistillationConfig | str = BYOT_ICCV2019) -> None:
+    def __init__(self, config: SelfDistillationConfig | str = DEFAULT_PRESET) -> None:
         super().__init__()
         self.config = config = _preset(config) if isinstance(config, str) else config
         self._divergence = bind_settings(config.divergence, config.divergence_kwargs)

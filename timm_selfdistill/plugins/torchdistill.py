@@ -19,6 +19,7 @@ from timm_selfdistill.lazy import needs_extra
 from timm_selfdistill.losses import Needs, SelfDistillationLoss, get_loss, needs_of
 from timm_selfdistill.model import ExitOutput, wrap
 from timm_selfdistill.recipe import DataSection
+from timm_selfdistill.recipe.loss_settings import DEFAULT_PRESET
 
 with needs_extra(__name__):
     from torchdistill.core.interfaces.pre_epoch_proc import default_pre_epoch_process_with_teacher
@@ -78,7 +79,7 @@ class ExitLoss(nn.Module):
         super().__init__()
         cls = get_loss(name)
         if cls is SelfDistillationLoss:
-            preset = settings.pop("preset", "byot-iccv2019")
+            preset = settings.pop("preset", DEFAULT_PRESET)
             self.loss: nn.Module = SelfDistillationLoss.from_preset(preset, **settings)
         else:
             self.loss = cls(**settings)

@@ -166,6 +166,9 @@ PRESETS: Final[dict[str, SelfDistillationConfig]] = {
 }
 
 
+DEFAULT_PRESET: Final = "byot-iccv2019"
+
+
 def list_presets() -> list[str]:
     """Return the names of the presets of `SelfDistillationLoss`, sorted."""
     return sorted(PRESETS)
@@ -182,7 +185,7 @@ def _class_weights(value: Any) -> Any:
 
 class _NamedLoss(BaseModel):
     name: Text = "self-distillation"
-    preset: Text | None = "byot-iccv2019"
+    preset: Text | None = DEFAULT_PRESET
 
 
 _NULLABLE: dict[str, Any] = {name: (kind | None, None) for name, kind in _TYPES.items()}
