@@ -40,6 +40,11 @@ CIFAR = {
 }
 SGD = {"name": "momentum", "momentum": 0.9, "weight_decay": 5e-4}
 
+# All exits together teach each of them, and the backbone.
+ENSEMBLE = (
+    *("loss.preset=deep-supervision", "loss.ce_weight=0.7", "loss.kd_weight=0.3", "loss.deepest_kd_weight=0.3"),
+    "loss.teacher=ensemble",
+)
 
 # Keys of the recipe that differ from the task's.
 METHODS = {
@@ -47,16 +52,11 @@ METHODS = {
     "label-smoothing": ("loss.preset=none", "loss.label_smoothing=0.1"),
     "deep-supervision": ("loss.preset=deep-supervision",),
     "byot-iccv2019": ("loss.preset=byot-iccv2019", "exits.head=bottleneck"),
+    "byot-proportional": ("loss.preset=byot-iccv2019",),
     "byot-tpami2021": ("loss.preset=byot-tpami2021", "exits.head=bottleneck", "exits.hint_adapter=true"),
+    "ensemble": ENSEMBLE,
     "equilibrium-fade": ("loss.preset=deep-supervision", "loss.gate=equilibrium", "loss.gate_fade=0.4"),
-    "ensemble-fade": (
-        "loss.preset=deep-supervision",
-        "loss.ce_weight=0.7",
-        "loss.kd_weight=0.3",
-        "loss.deepest_kd_weight=0.3",
-        "loss.teacher=ensemble",
-        "loss.gate_fade=0.4",
-    ),
+    "ensemble-fade": (*ENSEMBLE, "loss.gate_fade=0.4"),
     "ps-kd": ("loss.name=ps-kd", "loss.preset=null"),
     "dlb": ("loss.name=dlb", "loss.preset=null"),
 }

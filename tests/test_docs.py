@@ -118,6 +118,20 @@ def test_commands_print_what_the_page_shows(command, output, capsys):
     assert capsys.readouterr().out == output
 
 
+AFTER_THE_FIRST = [
+    command
+    for block in blocks(ROOT / "README.md", "bash")
+    for command in block.text.splitlines()
+    if command.startswith("timm-selfdistill ") and "flowers" not in command
+]
+
+
+@pytest.mark.parametrize("command", AFTER_THE_FIRST)
+def test_the_readmes_commands_run_after_its_first_one(command, finished_run, monkeypatch):
+    monkeypatch.chdir(finished_run)
+    assert cli(shlex.split(command, comments=True)[1:]) == 0
+
+
 @pytest.mark.parametrize("block", NOT_RUN, ids=str)
 def test_examples_that_are_not_run_are_at_least_python(block):
     compile(block.text, str(block), "exec")
