@@ -1,4 +1,5 @@
 import copy
+import threading
 from urllib.error import URLError
 
 import pytest
@@ -226,6 +227,19 @@ def test_compiled_model_equals_the_eager_one(make_backbone, images, name, kwargs
         assert_close(compiled(images, return_exits=True), model(images, return_exits=True))
         torch.testing.assert_close(compiled(images), model(images))
     torch._dynamo.reset()
+
+
+def test_the_first_forward_of_a_thread_may_be_compiled(make_backbone, images):
+    found = []
+    for return_exits in (True, False):  # torch notices in the second
+        torch._dynamo.reset()
+        model = wrap(make_backbone("resnet18"), image_size=SIZE)
+        run = torch.compile(model, fullgraph=True, backend="eager")
+        thread = threading.Thread(target=lambda run=run, exits=return_exits: found.append(run(images, exits)))
+        thread.start()
+        thread.join()
+    torch._dynamo.reset()
+    assert len(found) == 2
 
 
 def test_compiled_training_step_equals_the_eager_one(make_backbone, images):

@@ -48,7 +48,9 @@ class Call:
 
 
 class _Thread(threading.local):
-    call: Call | None = None  # the one that is under way in this thread
+    def __init__(self) -> None:
+        # Set in each thread before the first forward: torch.compile fails where a forward makes the attribute.
+        self.call: Call | None = None  # the one that is under way
 
 
 _THREAD = _Thread()
