@@ -13,8 +13,8 @@ ENSEMBLE: Final = "ensemble"
 ExitChoice = int | Literal["ensemble"]
 
 
-class AllExits(nn.Module):
-    """Runs all exits that have a weight, and combines their logits as the model's `ensemble` says.
+class _Whole(nn.Module):
+    """A module around a wrapped model.
 
     Args:
         model: The wrapped model; its mode is this module's.
@@ -24,6 +24,10 @@ class AllExits(nn.Module):
         super().__init__()
         self.training = model.training
         self.model = model
+
+
+class AllExits(_Whole):
+    """Runs all exits that have a weight, and combines their logits as the model's `ensemble` says."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [B, C, H, W] to logits [B, num_classes]."""
@@ -33,17 +37,8 @@ class AllExits(nn.Module):
         return ensemble([found.get(index, found[self.model.num_exits]) for index in range(self.model.num_exits + 1)])
 
 
-class EachExit(nn.Module):
-    """Runs all exits, and returns the logits of each.
-
-    Args:
-        model: The wrapped model; its mode is this module's.
-    """
-
-    def __init__(self, model: SelfDistillModel) -> None:
-        super().__init__()
-        self.training = model.training
-        self.model = model
+class EachExit(_Whole):
+    """Runs all exits, and returns the logits of each."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map images [B, C, H, W] to K + 1 logits [B, num_classes], shallow to deep, the last the backbone's own."""
