@@ -266,7 +266,7 @@ def test_early_exit_is_saved_with_the_model(tmp_path: Path) -> None:
         ({"thresholds": ["high", 1, 1]}, "allowed are numbers"),
         ({"thresholds": 3}, "thresholds are 3 .* allowed are lists of numbers"),
         ({"thresholds": [0.5]}, "1 thresholds for 3 exits"),
-        ({"colour": "red"}, "must be an object with the keys fallback, rule"),
+        ({"colour": "red"}, "must be an object with the keys costs, fallback, rule"),
     ],
 )
 def test_damaged_early_exit_settings_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

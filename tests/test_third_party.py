@@ -135,4 +135,4 @@ def test_without_the_package_its_names_are_unknown(tmp_path):
     settings = [*SMALL, "loss.name=example-loss", f"output_dir={tmp_path / 'run'}"]
     process = run(tmp_path, "-m", "timm_selfdistill.cli", "train", "digits", *settings)
     assert process.returncode == 2
-    assert "Unknown loss 'example-loss'; known are" in process.stderr
+    assert "loss.name: unknown, received 'example-loss'; known are" in process.stderr

@@ -257,7 +257,9 @@ class Trainer:
         if not self.context.accelerator.is_main_process:
             return
         parts = [f"{self.name} {self.progress.epoch}/{self.total_epochs}"]
-        parts += [f"{name} {self._shown[key]:.3g}" for key, name in (("loss", "loss"), ("lr", "rate")) if self._shown]
+        parts += [
+            f"{name} {self._shown[key]:.3g}" for key, name in (("loss", "loss"), ("lr", "rate")) if key in self._shown
+        ]
         if metrics is not None:
             top1 = " ".join(f"{row['top1']:.1f}" for row in metrics["exits"])
             pool = metrics["fitted_ensemble"] or metrics["ensemble"]
