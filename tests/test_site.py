@@ -1,6 +1,7 @@
 """The documentation site: what `mkdocs build --strict` does not see, or only when the site is built."""
 
 import re
+import tomllib
 from pathlib import Path
 
 from recipes_page import PAGE, render
@@ -22,6 +23,22 @@ def test_the_navigation_has_every_page():
 def test_the_api_page_has_every_public_name():
     names = re.findall(r"^::: timm_selfdistill\.(\w+)$", (DOCS / "api.md").read_text(), re.M)
     assert sorted(names) == sd.__all__
+
+
+def test_the_site_links_to_the_repository_of_the_package():
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    assert YAML(typ="safe").load(ROOT / "mkdocs.yml")["repo_url"] == urls["Repository"]
+
+
+def test_every_page_has_a_title_of_its_own():
+    titles = [re.match(r"# (.+)\n", path.read_text())[1] for path in sorted(DOCS.rglob("*.md"))]
+    assert len(titles) == len(set(titles))
+
+
+def test_the_home_page_shows_a_picture_and_is_short():
+    page = (DOCS / "index.md").read_text()
+    assert re.search(r"^!\[.{20,}\]\([\w-]+\.png\)$", page, re.M)
+    assert len(re.findall(r"^\|", page, re.M)) <= 12, "a list by task, not a row for each page"
 
 
 def test_the_recipes_page_is_that_of_the_files():
