@@ -10,6 +10,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+_DOCS = re.compile(r"(?<=\]\()docs/")
 _OUTSIDE = re.compile(r"(?<=\]\()\.\./(?P<path>[^)#\s]+)")
 
 
@@ -26,4 +27,4 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Link to the files where the site has them."""
-    return _OUTSIDE.sub(r"\g<path>", markdown)
+    return _DOCS.sub("", _OUTSIDE.sub(r"\g<path>", markdown))
