@@ -42,7 +42,7 @@ def main() -> int:
         start = time.perf_counter()
         try:
             said = f"cut: {try_stages(subjects[name], arguments.write)}"
-        except Exception as error:
+        except Exception as error:  # whatever a network raises is what the table is to tell
             said = failed[name] = f"not cut: {type(error).__name__}: {str(error)[:300]}"
         print(f"{name:28} {time.perf_counter() - start:6.1f} s  {said}", flush=True)
     print(f"\n{len(failed)} cannot be cut: {', '.join(failed) or 'none'}")

@@ -27,7 +27,7 @@ def make_app(batcher: Batcher, model: sd.SelfDistillModel) -> FastAPI:
         body = await request.body()
         try:
             image = await asyncio.to_thread(lambda: prepare(decode(body, MODES[config.channels])))
-        except Exception as error:
+        except Exception as error:  # Pillow raises whatever a format's library does
             raise HTTPException(415, f"This is no image that can be read: {error}") from error
         try:
             deadline = None if deadline_ms is None else deadline_ms / 1000
