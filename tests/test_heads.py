@@ -7,7 +7,7 @@ from torch import nn
 
 from timm_selfdistill.exits import ExitPoint, Tap
 from timm_selfdistill.heads import HEADS, ExitHead, as_map, as_tokens, choose_head, list_heads, register_head
-from timm_selfdistill.heads.body import DepthwiseConv2d
+from timm_selfdistill.heads.bodies import DepthwiseConv2d
 from timm_selfdistill.model import wrap
 
 CHANNELS, WIDTH, CLASSES = 12, 20, 5

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_selfdistill.exits import ExitPoint, Tap
-from timm_selfdistill.heads.body import HEADS
-from timm_selfdistill.heads.published import PUBLISHED, choose_head
+from timm_selfdistill.heads.bodies import HEADS, PUBLISHED, choose_head
 
 
 class ExitHead(nn.Module):
