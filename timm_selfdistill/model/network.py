@@ -1,24 +1,24 @@
 """A timm backbone with classifiers on its intermediate features."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
-from timm.models import group_parameters
 from torch import Tensor, nn
 
-from timm_selfdistill.compat import data_config_traits
 from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, find_exit_points, pool_feature
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model.ensemble import Ensemble
-from timm_selfdistill.model.gradient_gate import GradientGate
+from timm_selfdistill.model.gradients import GradientGate
 from timm_selfdistill.model.hooks import Hooks, Visit
-from timm_selfdistill.model.pretrained import PretrainedMethods
-from timm_selfdistill.model.recomputed_norms import set_grad_checkpointing
+from timm_selfdistill.model.interface import HubInterface, TimmInterface
 
-_CLASS_NAMES = ("label_names", "label_descriptions")  # keys of a backbone's `pretrained_cfg`
+ENSEMBLE: Final = "ensemble"
+"""What stands in place of an exit's index where all exits answer together."""
+
+ExitChoice = int | Literal["ensemble"]
 
 
 class ExitOutput(NamedTuple):
@@ -44,7 +44,7 @@ class WrapConfig:
     image_size: tuple[int, int] | None
 
 
-class SelfDistillModel(nn.Module, PretrainedMethods):
+class SelfDistillModel(nn.Module, TimmInterface, HubInterface):
     """A timm backbone and its exits; made by `wrap`.
 
     `model(x)` is the backbone's own forward, bit for bit. It has the methods and attributes that timm reads from a
@@ -170,46 +170,6 @@ class SelfDistillModel(nn.Module, PretrainedMethods):
         """Names of the K exits and of the backbone's own classifier."""
         return (*(point.name for point in self.taps.points), self.taps.classifier.name)
 
-    @property
-    def num_classes(self) -> int:
-        """Number of logits."""
-        return int(self.backbone.num_classes)
-
-    @property
-    def num_features(self) -> int:
-        """Channels of the backbone's last feature map."""
-        return int(self.backbone.num_features)
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the images, where the backbone has this attribute."""
-        return int(self.backbone.in_chans)
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """The backbone's pretrained configuration."""
-        return dict(self.backbone.pretrained_cfg)
-
-    @property
-    def default_cfg(self) -> dict[str, Any]:
-        """The backbone's pretrained configuration, under its older name."""
-        return self.pretrained_cfg
-
-    @property
-    def _traits(self) -> dict[str, Any]:
-        """What timm's `resolve_input_data_config` reads the backbone's image size from."""
-        return data_config_traits(self.backbone)
-
-    @property
-    def feature_info(self) -> Any:
-        """The backbone's `feature_info`."""
-        return self.backbone.feature_info
-
-    def get_classifier(self) -> nn.Module:
-        """Return the backbone's own classifier."""
-        classifier: nn.Module = self.backbone.get_classifier()
-        return classifier
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier of the backbone and of every exit.
 
@@ -243,41 +203,6 @@ class SelfDistillModel(nn.Module, PretrainedMethods):
         for index in range(self.num_exits):
             self.head_of(index).reset_classifier(num_classes)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Switch gradient checkpointing of the backbone; exits and batch statistics see each image once either way."""
-        set_grad_checkpointing(self.backbone, enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the backbone's parameters that timm exempts from weight decay."""
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        return {f"backbone.{name}" for name in names}
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """Return a function from parameter name to layer, for layer-wise learning-rate decay.
-
-        The backbone's parameters keep the layers that timm gives them; the exits share the last one, the classifier's.
-        """
-        layers = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
-        layer_of, last = {f"backbone.{name}": layer for name, layer in layers.items()}, max(layers.values())
-        return lambda name: layer_of.get(name, last)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Return the backbone's last feature map, unpooled."""
-        features: Tensor = self.backbone.forward_features(x)
-        return features
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the backbone's logits, or the feature before its classifier, for its last feature map."""
-        output: Tensor = self.backbone.forward_head(x, pre_logits=pre_logits)
-        return output
-
-    def _forget_class_names(self) -> None:
-        """Remove what timm keeps of the classes' names."""
-        for attribute in ("pretrained_cfg", "default_cfg"):
-            config = getattr(self.backbone, attribute, None)
-            if config is not None and any(key in config for key in _CLASS_NAMES):
-                setattr(self.backbone, attribute, {key: config[key] for key in config if key not in _CLASS_NAMES})
-
     def _build_heads(self, num_classes: int) -> nn.ModuleList:
         config = self.wrap_config
         heads = nn.ModuleList(
@@ -293,6 +218,63 @@ class SelfDistillModel(nn.Module, PretrainedMethods):
         parts = [[pool_feature(recorded[name], axes[name]) for name in group] for group in self.taps.classifier.groups]
         features = [torch.cat(part, 1) if len(part) > 1 else part[0] for part in parts]
         return torch.stack(features).mean(0) if len(features) > 1 else features[0]
+
+
+class _Whole(nn.Module):
+    """A module around a wrapped model.
+
+    Args:
+        model: The wrapped model; its mode is this module's.
+    """
+
+    def __init__(self, model: SelfDistillModel) -> None:
+        super().__init__()
+        self.training = model.training
+        self.model = model
+
+
+class AllExits(_Whole):
+    """Runs all exits that have a weight, and combines their logits as the model's `ensemble` says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [B, C, H, W] to logits [B, num_classes]."""
+        ensemble = self.model.ensemble
+        found = _run(self.model, x, lambda index: bool(ensemble.weights[index]))
+        # What stands for a member without a weight is not looked at.
+        return ensemble([found.get(index, found[self.model.num_exits]) for index in range(self.model.num_exits + 1)])
+
+
+class EachExit(_Whole):
+    """Runs all exits, and returns the logits of each."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map images [B, C, H, W] to K + 1 logits [B, num_classes], shallow to deep, the last the backbone's own."""
+        found = _run(self.model, x, lambda index: True)
+        return tuple(found[index] for index in range(self.model.num_exits + 1))
+
+
+def check_choice(model: SelfDistillModel, exit: int | str, words: Sequence[str] = (ENSEMBLE,)) -> None:
+    """Raise ValueError unless this is the index of an exit, `num_exits`, or one of the words."""
+    if exit in words:
+        return
+    if isinstance(exit, str):
+        allowed = [f"0 to {model.num_exits}", *map(repr, words)]
+        raise ValueError(f"There is no exit {exit!r:.100}; allowed are {', '.join(allowed[:-1])} and {allowed[-1]}.")
+    model.check_exit(exit)
+
+
+def _run(model: SelfDistillModel, x: Tensor, runs: Callable[[int], bool]) -> dict[int, Tensor]:
+    """Return the logits of the exits whose heads are to run, and of the backbone, by index."""
+    found: dict[int, Tensor] = {}
+
+    def visit(index: int, taps: tuple[Tensor, ...]) -> None:
+        if runs(index):
+            found[index] = model.head_of(index).classify(*taps)
+
+    last = model.forward_while(x, visit)
+    assert last is not None  # no image leaves
+    found[model.num_exits] = last
+    return found
 
 
 def _mean_logits(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:

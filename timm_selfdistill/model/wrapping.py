@@ -1,29 +1,31 @@
-"""Wrap a backbone, given or named."""
+"""Wrap a backbone, given or named, and tell whether timm has a model of a name."""
 
 import difflib
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import psutil
 import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import nn
 
-from timm_selfdistill.backbones import use_small_stem  # which also registers networks with timm, for recipes
+from timm_selfdistill.backbones import use_small_stem  # which also registers our networks with timm
 from timm_selfdistill.exits import Backbone, Exits, choose, explore, named_modules
 from timm_selfdistill.heads import AUTO, PROPORTIONAL, HeadBudget, each_head_kwargs, fit_heads, resolve_budget
 from timm_selfdistill.measure import BuildLimit, TooLargeError
-from timm_selfdistill.model.model_names import SOURCES
 from timm_selfdistill.model.network import SelfDistillModel, WrapConfig
 from timm_selfdistill.program import failure_of_machine
 
 # Most parameters and modules of a model: timm's largest have about 2,500 and 6,000.
 _LIMITS = {"parameters": 25_000, "modules": 60_000}
+# What timm takes in front of a model's name: where its configuration is.
+SOURCES: Final = ("hf-hub:", "hf_hub:", "local-dir:")
+_MOST_SIMILAR = 3
 
 
 def wrap(
@@ -189,3 +191,32 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RuntimeError | TypeError | ValueError | OSError) and lines:
         return lines[0].rstrip(".")
     return repr(error)
+
+
+def model_problem(name: str, *, pretrained: bool = False) -> str | None:
+    """Return what is wrong with the name of a timm model, None if nothing is known to be.
+
+    Args:
+        name: The name, with a tag of pretrained weights or without.
+        pretrained: Whether weights are wanted.
+    """
+    if name.startswith(SOURCES):
+        return None
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        return f"must be the name of a timm model, received {name!r}{_hint(architecture, timm.list_models())}"
+    if tag:
+        try:
+            get_pretrained_cfg(name)
+        except RuntimeError:
+            known = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
+            listed = f"; {architecture} has {', '.join(known)}" if known else f"; {architecture} has none"
+            return f"has no weights {tag!r}{listed}{_hint(tag, known)}"
+    if pretrained and not is_model_pretrained(name):
+        return f"must be false, as timm has no weights of {name!r}"
+    return None
+
+
+def _hint(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=_MOST_SIMILAR)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
