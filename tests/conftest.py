@@ -70,7 +70,7 @@ def _fresh_accelerate() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _float32_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run gives must not depend on the machine's instructions, by which precision: auto chooses."""
-    monkeypatch.setattr("timm_selfdistill.train.precision.cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr("timm_selfdistill.train.launch.cpu_computes_bf16", lambda: False)
 
 
 @pytest.fixture(params=FAMILIES)

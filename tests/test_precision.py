@@ -10,7 +10,7 @@ import torch
 
 from timm_selfdistill.compat import cpu_computes_bf16
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.train import as_begun, finished_report, precision, train
+from timm_selfdistill.train import as_begun, finished_report, launch, train
 from timm_selfdistill.train.launch import fresh_accelerate
 
 CPU = torch.device("cpu")
@@ -41,17 +41,17 @@ def test_a_gpu_computes_in_bf16_from_capability_8(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], chosen: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert precision.suitable_precision(GPU)[0] == chosen
+    assert launch.suitable_precision(GPU)[0] == chosen
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_is_what_suits_the_device_and_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, native: bool
 ) -> None:
-    monkeypatch.setattr(precision, "cpu_computes_bf16", lambda: native)
+    monkeypatch.setattr(launch, "cpu_computes_bf16", lambda: native)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with fresh_accelerate(), caplog.at_level(logging.INFO, "timm_selfdistill"):
-        found = precision.make_accelerator("auto").mixed_precision
+        found = launch.make_accelerator("auto").mixed_precision
     assert found == ("bf16" if native else "no")
     assert f"Precision {found}: " in caplog.text
 
@@ -59,7 +59,7 @@ def test_auto_is_what_suits_the_device_and_says_why(
 def test_emulated_bf16_is_warned_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with fresh_accelerate():
-        assert precision.make_accelerator("bf16").mixed_precision == "bf16"
+        assert launch.make_accelerator("bf16").mixed_precision == "bf16"
     assert "bf16 is emulated on this cpu device, so training takes longer than in float32" in caplog.text
 
 

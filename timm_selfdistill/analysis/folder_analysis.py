@@ -33,8 +33,7 @@ from timm_selfdistill.model import ExitOutput, SelfDistillModel
 from timm_selfdistill.recipe import AugmentSection, Recipe, load_recipe
 from timm_selfdistill.report import versions
 from timm_selfdistill.train import build_loss
-from timm_selfdistill.train.launch import fresh_accelerate
-from timm_selfdistill.train.precision import make_accelerator
+from timm_selfdistill.train.launch import fresh_accelerate, make_accelerator
 from timm_selfdistill.train.saved_run import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
 
 IMAGES: Final = 1000

@@ -24,8 +24,7 @@ from timm_selfdistill.recipe import AugmentSection, Recipe
 from timm_selfdistill.report import Report, build_report, write_report
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import unwrapped_model
-from timm_selfdistill.train.launch import fresh_accelerate
-from timm_selfdistill.train.precision import make_accelerator
+from timm_selfdistill.train.launch import fresh_accelerate, make_accelerator
 from timm_selfdistill.train.publish import ModelWriter
 from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, check_folder, read_record
 from timm_selfdistill.train.saved_run import (

@@ -1,23 +1,32 @@
-"""Start a run: Accelerate; refuse launches that would do something else."""
+"""Start a run: Accelerate and its precision, the launches that are refused, and what a run says of itself."""
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend, patch_environment
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, DynamoBackend, is_bf16_available, parse_flag_from_env, patch_environment
 from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from timm_selfdistill.compat import accelerate_states
+from timm_selfdistill.compat import accelerate_states, cpu_computes_bf16
+from timm_selfdistill.data import ImageData
+from timm_selfdistill.data.splits import ImageSplit, StreamSplit
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.losses import needs_of
+from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
-from timm_selfdistill.train.precision import make_accelerator
+from timm_selfdistill.render import with_prefix
+from timm_selfdistill.report import device_name
 from timm_selfdistill.train.tracking import check_trackers
 from timm_selfdistill.train.train_state import JsonLinesTracker
+
+_logger = logging.getLogger(__name__)
 
 # What leaves each process with a part of the network, in ways that the loop does not know.
 _UNKNOWN_PARTS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -176,3 +185,99 @@ def _join_again() -> None:
         rank=rank,
         world_size=world_size,
     )
+
+
+def make_accelerator(precision: str, **options: Any) -> Accelerator:
+    """Return an accelerator of a recipe's precision.
+
+    Args:
+        precision: "auto" for what suits the device, else what Accelerate calls it.
+        **options: Further arguments of `Accelerator`.
+
+    Raises:
+        ValueError: If the device cannot compute in the precision.
+    """
+    # As Accelerator makes it, which it leaves as it is then.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    device = state.device
+    if precision == "auto":
+        precision, reason = suitable_precision(device)
+        if state.is_main_process:
+            _logger.info("Precision %s: %s.", precision, reason)
+    elif precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision: fp16 does nothing on a CPU; allowed there are auto, no and bf16.")
+    elif precision == "bf16" and not computes_bf16(device):
+        if device.type == "cuda":
+            raise ValueError("precision: this GPU cannot compute in bf16; allowed are auto, no and fp16.")
+        if state.is_main_process:
+            _logger.warning(
+                "precision: bf16 is emulated on this %s device, so training takes longer than in float32 (up to three "
+                "times as long on a CPU without AVX-512); precision=auto chooses what suits the device.",
+                device.type,
+            )
+    return Accelerator(mixed_precision=precision, **options)
+
+
+def suitable_precision(device: torch.device) -> tuple[str, str]:
+    """Return the fastest precision that a device computes in natively, and why it is that one."""
+    if computes_bf16(device):
+        return "bf16", f"the {device.type} device computes in bf16"
+    if device.type == "cuda":
+        return "fp16", "this GPU computes in half precision, but not in bf16"
+    return "no", f"this {device.type} device is fastest in float32"
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies in bf16 itself, without emulating it."""
+    if device.type == "cpu":
+        return cpu_computes_bf16()
+    if device.type == "cuda":
+        # torch.cuda.is_bf16_supported is true of older GPUs too, which emulate it.
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return bool(is_bf16_available(ignore_tpu=False))
+
+
+def header(
+    model: SelfDistillModel,
+    data: ImageData,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    networks: Sequence[str],
+    input_config: InputConfig,
+    batches_per_epoch: int,
+) -> list[str]:
+    """Return the lines that stand above those of the epochs.
+
+    Args:
+        model: The network with its exits.
+        data: The data of the run.
+        recipe: The recipe.
+        accelerator: The accelerator of the run.
+        networks: The names of the networks that are trained, in order.
+        input_config: What images are made into.
+        batches_per_epoch: Training batches of a process in an epoch.
+    """
+    size = " x ".join(map(str, (input_config.channels, *input_config.image_size)))
+    exits = ", ".join(f"{point.name} ({100 * point.cost:.0f} % of the cost)" for point in model.points)
+    whole, plain = (sum(each.numel() for each in part.parameters()) for part in (model, model.backbone))
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    processes = accelerator.num_processes
+    epochs, steps = recipe.epochs + recipe.schedule.cooldown_epochs, batches_per_epoch // recipe.optimizer.accumulate
+    return [
+        f"model   {recipe.model.name}, {with_prefix(plain)} parameters, {with_prefix(whole)} with exits",
+        f"exits   {exits}",
+        f"data    {data.name}: {_images(data.train)} training images, {_images(data.validation)} held out, "
+        f"{_images(data.eval)} to report on; {model.num_classes} classes, {size} pixels",
+        f"device  {device_name(accelerator.device)}, {precision}"
+        + (f", {processes} processes" if processes > 1 else ""),
+        f"plan    {' and '.join(networks)}: {epochs} epochs of {steps} steps, batches of {recipe.batch_size}",
+        f"output  {recipe.output_dir}",
+    ]
+
+
+def _images(split: ImageSplit | StreamSplit | None) -> str:
+    """Return how many images a split has, as far as it is known."""
+    if split is None:
+        return "no"
+    count = len(split.indices) if isinstance(split, ImageSplit) else split.size
+    return "an unknown number of" if count is None else f"{count:,}"

@@ -1,5 +1,6 @@
-"""What a run trains, phase by phase: the loss, the parts it reaches, and for how many epochs."""
+"""What a run trains, phase by phase: the loss, the teacher from outside, the parts that train, and for how long."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -7,10 +8,11 @@ import numpy as np
 from torch import nn
 
 from timm_selfdistill.data import ImageSplit, StreamSplit
+from timm_selfdistill.hub import BACKBONE, CONFIG, KEY, fetch, from_pretrained, read_json
 from timm_selfdistill.losses import OutsideTeacher, SelfDistillationLoss, get_loss, needs_of
-from timm_selfdistill.recipe import LossSection, Recipe
+from timm_selfdistill.recipe import REPO_ID, LossSection, Recipe, TeacherSection
+from timm_selfdistill.recipe.training_sections import LOCAL_MODEL
 from timm_selfdistill.task import Regime
-from timm_selfdistill.train.outside_teacher import build_teacher
 
 
 @dataclass(frozen=True)
@@ -132,3 +134,45 @@ def _preset(section: LossSection) -> str:
     if section.preset is None:
         raise ValueError("loss.preset: must be the name of a preset for the loss self-distillation.")
     return str(section.preset)
+
+
+def build_teacher(recipe: Recipe) -> OutsideTeacher | None:
+    """Load the recipe's teacher from outside, or return None where it has none.
+
+    Nothing that was fetched is unpickled or executed: a model of this library is checked as `from_pretrained` does it,
+    and timm loads weights only.
+
+    Raises:
+        ValueError: If there is no such model, it has another number of classes than `model.num_classes`, or it would
+            teach what does not run or train.
+        HubError: If its repository cannot be read.
+    """
+    section = recipe.teacher
+    if section is None:
+        return None
+    if recipe.schedule.regime == "frozen" and section.teaches != "exits":
+        raise ValueError("teacher.teaches: must be exits where the backbone is frozen, by schedule.regime=frozen.")
+    try:
+        teacher = _load(section)
+        if recipe.model.num_classes is not None:
+            teacher.check_classes(recipe.model.num_classes)
+    except ValueError as error:
+        raise ValueError(f"teacher: {error}") from error
+    return teacher
+
+
+def _load(section: TeacherSection) -> OutsideTeacher:
+    name, kwargs = section.name, dict(section.kwargs)
+    if not os.path.isdir(name) and not REPO_ID.fullmatch(name):
+        return OutsideTeacher(name, section.config, model_kwargs=kwargs)
+    folder = fetch(name)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if isinstance(config, dict) and KEY in config:
+        if kwargs:
+            raise ValueError(f"kwargs are arguments of timm.create_model, but {name} is a model of this library.")
+        return OutsideTeacher(from_pretrained(folder), section.config)
+    # A repository may have its weights in a file that `fetch` leaves out.
+    is_whole = os.path.isdir(name) or (folder / BACKBONE).is_file()
+    return OutsideTeacher(
+        f"{LOCAL_MODEL}{folder}" if is_whole else f"hf-hub:{name}", section.config, model_kwargs=kwargs
+    )

@@ -32,10 +32,10 @@ from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import check_loss
 from timm_selfdistill.train.builders import build_feed, build_model, check_one_image, synchronize_batch_norm
 from timm_selfdistill.train.evaluation import evaluate_model, fit_held_out, report_run
-from timm_selfdistill.train.header import header
 from timm_selfdistill.train.launch import (
     asks_for_sharding,
     fresh_accelerate,
+    header,
     per_process_batch,
     refuse_loss,
     start_accelerator,
