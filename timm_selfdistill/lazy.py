@@ -111,7 +111,8 @@ class _After(MetaPathFinder):
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+            loader: Any = spec.loader  # of this spec only
+            execute = loader.exec_module
 
             def execute_and_import(module: ModuleType) -> None:
                 execute(module)
@@ -119,5 +120,5 @@ class _After(MetaPathFinder):
                     sys.meta_path.remove(self)
                 import_module(self.then)
 
-            spec.loader.exec_module = execute_and_import  # type: ignore[method-assign]  # of this spec only
+            loader.exec_module = execute_and_import
         return spec

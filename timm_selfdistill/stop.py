@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class StopSignals:
         self._last = -_ECHO_SECONDS
         self._owner = os.getpid()
         self._launched = "TORCHELASTIC_RUN_ID" in os.environ
-        self._former: dict[signal.Signals, object] = {}
+        self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -68,7 +68,7 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._former.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+            signal.signal(number, handler)
         self._former = {}
         if error is None and self._raised:
             raise self.interruption()

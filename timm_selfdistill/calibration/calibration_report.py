@@ -168,12 +168,18 @@ def build_calibration_report(
     }
 
 
-def _early_exit(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:
+def _replayed(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) -> tuple[Point, Tensor]:
+    """Return what early exit gives on the images, and the exit at which each leaves [N]."""
     answers = replay(config, stored.logits, stored.ensemble)
     right = answers.logits.argmax(-1) == stored.targets
+    return _point(right, macs.mean(config, answers.exit_index), macs, stored.correct[-1]), answers.exit_index
+
+
+def _early_exit(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:
+    point, exit_index = _replayed(config, macs, stored)
     return {
-        **_point(right, macs.mean(config, answers.exit_index), macs, stored.correct[-1]),
-        "shares": _shares(answers.exit_index, stored),
+        **point,
+        "shares": _shares(exit_index, stored),
         "excess_error": float(excess_errors(config, stored).double().mean()),
     }
 
@@ -195,10 +201,8 @@ def _oracle(macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:
 
 
 def _curve_point(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) -> CurvePoint:
-    row = _early_exit(config, macs, stored)
-    thresholds = config.to_json()["thresholds"]
-    point: Point = {key: row[key] for key in Point.__annotations__}  # type: ignore[assignment, literal-required]
-    return {**point, "thresholds": thresholds}
+    point, _ = _replayed(config, macs, stored)
+    return {**point, "thresholds": config.to_json()["thresholds"]}
 
 
 def _as_good(chosen: EarlyExitRow, macs: PathCosts, stored: ExitLogits) -> int | None:

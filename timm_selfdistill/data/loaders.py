@@ -132,11 +132,13 @@ def build_loaders(
             rows = rows.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
             rows = split_dataset_by_node(rows, rank=process, world_size=processes)
         shares = min(section.workers, rows.num_shards)  # a shard is read by one worker
-        options |= {"dataset": _Stream(rows, f"{data.name}, split {split.name!r}")}
+        stream = _Stream(rows, f"{data.name}, split {split.name!r}")
         options |= worker_options(shares, seed_worker)
         # Those of a training stream are started, and so seeded, anew in every epoch: one can then be repeated.
         loaders[use] = (
-            _SteadyLoader(steps, seed, **options) if training else DataLoader(**options, persistent_workers=shares > 0)
+            _SteadyLoader(steps, seed, stream, **options)
+            if training
+            else DataLoader(stream, **options, persistent_workers=shares > 0)
         )
     return Loaders(loaders["training"], loaders.get("validation"), loaders["evaluation"], steps, order)
 
@@ -197,9 +199,9 @@ class _Stream(IterableDataset[dict[str, Any]]):
 class _SteadyLoader(DataLoader[Any]):
     """A loader of a stream that gives exactly `steps` batches an epoch: it starts over or stops early."""
 
-    def __init__(self, steps: int, seed: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.steps, self.seed = steps, seed
+    def __init__(self, steps: int, seed: int, stream: "_Stream", **options: Any) -> None:
+        super().__init__(stream, **options)
+        self.steps, self.seed, self.stream = steps, seed, stream
 
     def __len__(self) -> int:
         return self.steps
@@ -218,7 +220,7 @@ class _SteadyLoader(DataLoader[Any]):
 
     def begin(self, epoch: int) -> None:
         """Choose the order of the coming epoch, and the seeds of its workers."""
-        self.dataset.rows.set_epoch(epoch)  # type: ignore[attr-defined]  # a `_Stream`
+        self.stream.rows.set_epoch(epoch)
         words = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
         self.generator.manual_seed(int(words[0]))
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import context, resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any, Final
 
 from timm_selfdistill.stop import PREEMPTIONS
@@ -44,10 +45,7 @@ def signal_free_context(method: str) -> context.BaseContext:
     """Return a context of a start method whose processes have the signals blocked from their first moment on."""
     if method != "fork":
         resource_tracker.ensure_running()  # a start in the body of `_blocked` would unblock the signals
-    start_context, process = _START_METHODS[method]
-    free: Any = start_context()
-    free.Process = process
-    return free  # type: ignore[no-any-return]  # a context, of which the line before replaces a class
+    return _START_METHODS[method]()
 
 
 def _begin(worker: int, *, init: Callable[[int], None] | None) -> None:
@@ -94,10 +92,10 @@ def _blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _SignalFree:
+class _SignalFree(BaseProcess):
     def start(self) -> None:
         with _blocked():
-            super().start()  # type: ignore[misc]  # of the process that this class is mixed into
+            super().start()
 
 
 # At module level each, because a spawned process is pickled by the name of its class.
@@ -105,9 +103,11 @@ class _SpawnProcess(_SignalFree, context.SpawnProcess):
     pass
 
 
-_START_METHODS: Final[dict[str, tuple[Callable[[], context.BaseContext], type]]] = {
-    "spawn": (context.SpawnContext, _SpawnProcess)
-}
+class _SpawnContext(context.SpawnContext):
+    Process = _SpawnProcess
+
+
+_START_METHODS: Final[dict[str, Callable[[], context.BaseContext]]] = {"spawn": _SpawnContext}
 if hasattr(context, "ForkContext"):  # not on Windows
 
     class _ForkProcess(_SignalFree, context.ForkProcess):
@@ -116,5 +116,10 @@ if hasattr(context, "ForkContext"):  # not on Windows
     class _ForkServerProcess(_SignalFree, context.ForkServerProcess):
         pass
 
-    _START_METHODS["fork"] = (context.ForkContext, _ForkProcess)
-    _START_METHODS["forkserver"] = (context.ForkServerContext, _ForkServerProcess)
+    class _ForkContext(context.ForkContext):
+        Process = _ForkProcess
+
+    class _ForkServerContext(context.ForkServerContext):
+        Process = _ForkServerProcess
+
+    _START_METHODS.update({"fork": _ForkContext, "forkserver": _ForkServerContext})

@@ -196,9 +196,14 @@ def _readings(
         # Several entries for the dry run's one image, such as the inner tokens of TNT.
         return
     if len(shape) == 4:
-        for layout, channels, grid in (("NCHW", shape[1], shape[2:]), ("NHWC", shape[3], shape[1:3])):
+        _, first, second, third = shape
+        maps: tuple[tuple[Layout, int, tuple[int, int]], ...] = (
+            ("NCHW", first, (second, third)),
+            ("NHWC", third, (first, second)),
+        )
+        for layout, channels, grid in maps:
             reduction = math.sqrt(math.prod(image_size) / math.prod(grid)) if all(grid) else math.inf
-            yield Reading(layout, channels, (grid[0], grid[1]), 0, reduction, member)  # type: ignore[arg-type]
+            yield Reading(layout, channels, grid, 0, reduction, member)
     elif len(shape) == 3:
         yield _read_tokens("NLC", shape[1], shape[2], _MAX_PREFIX_TOKENS, member, image_size, reductions)
         # Networks that put channels first have no tokens in front of the grid's.

@@ -95,10 +95,10 @@ def unplain(value: Any, path: str = "", depth: int = 0) -> Iterator[str]:
 
 def dump(value: dict[str, Any]) -> str:
     """Return plain values as a document that `parse` reads back to equal ones."""
-    yaml = _yaml()
+    yaml: Any = _yaml()  # without types for these settings
     yaml.default_flow_style = False
     yaml.width = 4096
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.sort_base_mapping_type_on_output = False
     text = io.StringIO()
     yaml.dump(value, text)
     return text.getvalue()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -122,7 +122,7 @@ def find_checkpoint(resume: str, checkpoints: Path, accelerator: Accelerator) ->
 
 
 class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
-    """Appends each set of logged values to a file, as one JSON object a line."""
+    """Appends each set of logged values to a file, as one JSON object a line; called on the main process only."""
 
     name = "jsonl"
     requires_logging_directory = False
@@ -136,11 +136,9 @@ class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has 
         """The file."""
         return self.path
 
-    @on_main_process  # type: ignore[untyped-decorator]  # of accelerate
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Do nothing: the recipe is saved beside the file."""
 
-    @on_main_process  # type: ignore[untyped-decorator]  # of accelerate
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
         """Append values named "NETWORK/NAME"; the network, its epoch and its own step get keys of their own."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +148,6 @@ class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has 
         with self.path.open("a") as file:
             file.write(json.dumps({"step": own["step"], "network": network, "epoch": own["epoch"], **others}) + "\n")
 
-    @on_main_process  # type: ignore[untyped-decorator]  # of accelerate
     def keep(self, network: str, count: int) -> None:
         """Keep only the first `count` lines of a network: a resumed run writes those after its checkpoint again."""
         if not self.path.is_file():

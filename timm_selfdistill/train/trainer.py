@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -280,8 +280,8 @@ class Trainer:
 
 def _flatten(metrics: ExitMetricsResult) -> dict[str, float]:
     """Return the metrics under names such as "top1/0" and "top1/ensemble", and how many images were skipped."""
-    outputs = {str(index): dict(output) for index, output in enumerate(metrics["exits"])}
+    outputs: dict[str, Mapping[str, Any]] = {str(index): output for index, output in enumerate(metrics["exits"])}
     if metrics["ensemble"] is not None:
-        outputs["ensemble"] = dict(metrics["ensemble"])
+        outputs["ensemble"] = metrics["ensemble"]
     flat = {f"{name}/{key}": value for key, output in outputs.items() for name, value in output.items()}
-    return {**flat, "num_skipped": metrics["num_skipped"]}  # type: ignore[dict-item]
+    return {**flat, "num_skipped": metrics["num_skipped"]}
