@@ -17,7 +17,7 @@ import torch
 import timm_selfdistill as sd
 from timm_selfdistill import cli_models
 from timm_selfdistill.calibration import Goal, calibrate_folder, collect_logits, format_calibration
-from timm_selfdistill.calibration.calibration_page import format_calibration_markdown
+from timm_selfdistill.calibration.calibration_page import _PAGE
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.data import open_dataset
 from timm_selfdistill.data.loaders import build_loaders
@@ -100,7 +100,7 @@ def test_the_stored_network_does_what_the_report_says(run, options, capsys):
     printed = capsys.readouterr().out
     report = json.loads((run / "calibration.json").read_text())
     assert printed == format_calibration(report) + "\n"
-    assert (run / "calibration.md").read_text().startswith(format_calibration_markdown(report))
+    assert (run / "calibration.md").read_text().startswith(_PAGE.markdown(report))
     after = content(run)
     assert {name for name in before if before[name] != after[name]} == {"model/config.json", "model/README.md"}
     assert set(after) - set(before) == set(FILES)

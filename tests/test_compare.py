@@ -84,7 +84,7 @@ def test_without_a_baseline_the_first_loss_stands_for_it() -> None:
 
 def test_an_accuracy_that_is_no_number_names_the_run() -> None:
     broken = report(1, 60.0, None, 75.0, 76.0)
-    with pytest.raises(ValueError, match="byot-iccv2019, seed 1: the accuracy is no number"):
+    with pytest.raises(ValueError, match="byot-iccv2019, seed 1: the accuracy is not a number"):
         summary(none=PLAIN[:2], byot_iccv2019=[TAUGHT[0], broken])
 
 

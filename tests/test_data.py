@@ -278,7 +278,7 @@ def test_integer_labels_are_their_own_names(tmp_path: Path) -> None:
         ([0, 1, -1], [0], "int64", r"Split 'train', row 2: 'label' is -1, which is none of the 2 classes 0, 1"),
         ([0, 1, 1], [0, 2], "int64", "Split 'test', row 1: 'label' is 2, which is none of the 2 classes"),
         ([0, 1, None], [0], "int64", "Split 'train', row 2: 'label' has no label"),
-        ([0, 7, 1], [0], "int64", "goes up to 7 in 3 rows: these are no class indices"),
+        ([0, 7, 1], [0], "int64", "goes up to 7 in 3 rows: these are not class indices"),
         ([0, 2, 2], [0], "int64", "1 of the 3 classes .* no image in the training split 'train': '1'"),
         ([0.0, 1.0], [0.0], "float32", "holds float; labels are class indices or strings"),
         (["a", "b"], ["c"], "string", "Split 'test', row 0: 'label' is 'c', which is none of the 2 classes a, b"),
@@ -592,7 +592,7 @@ def test_prepared_loaders_share_the_rows_among_processes(parquet: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["nonsense", "rand-m9-foo1", "rand-m1e3", "v0-m9", "randx-m9", "-"])
 def test_an_unknown_policy_lists_the_known_ones(policy: str) -> None:
-    with pytest.raises(ValueError, match=r"augment\.auto_augment: '.*' is no policy of timm's.*rand-m9-.*svhn"):
+    with pytest.raises(ValueError, match=r"augment\.auto_augment: '.*' is not a policy of timm's.*rand-m9-.*svhn"):
         train_transform(AugmentSection(auto_augment=policy), COLOUR)
 
 

@@ -1,4 +1,4 @@
-"""Reading image files: depth, colours, formats that are never opened, and what is no file."""
+"""Reading image files: depth, colours, formats that are never opened, and what is not a file."""
 
 import io
 import os
@@ -221,7 +221,7 @@ def test_what_is_no_file_is_never_opened(no_files: dict[str, Path], monkeypatch:
     monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("opened it"))
     for kind, path in no_files.items():
         for reading in (lambda path=path: read_file(path), lambda path=path: read({"bytes": None, "path": str(path)})):
-            with pytest.raises(ValueError, match=f"it is no file, but .*{kind}"):
+            with pytest.raises(ValueError, match=f"it is not a file, but .*{kind}"):
                 reading()
 
 

@@ -95,7 +95,7 @@ def test_what_cannot_be_finished_is_named(
     tmp_path: Path, make_image_folder: Any, after_steps: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli(["finish", str(tmp_path)]) == 2
-    assert "is no run's folder with checkpoints" in capsys.readouterr().err
+    assert "is not a run's folder with checkpoints" in capsys.readouterr().err
     images = make_image_folder(tmp_path / "images")
     settings = ["model.name=test_resnet", "model.kwargs={}", "data.image_size=32", f"data.path={images}"]
     settings += ["data.eval_split=validation", "batch_size=8", "baseline=true", "precision='no'"]

@@ -246,7 +246,7 @@ def test_early_exit_is_saved_with_the_model(tmp_path: Path) -> None:
     loaded = sd.load_early_exit(tmp_path)
     assert loaded.config == fast.config
     assert same([*loaded(images(model))], [*fast(images(model))])
-    assert "Infinity" not in (tmp_path / CONFIG).read_text()  # which is no JSON
+    assert "Infinity" not in (tmp_path / CONFIG).read_text()  # which is not JSON
     card = (tmp_path / CARD).read_text()
     assert "fast = sd.load_early_exit(FOLDER)" in card
     assert 'sd.load_early_exit("me/net")' in card_for_repository(card, model, "me/net", early_exit=fast.config)
@@ -455,7 +455,7 @@ def forge(folder: Path) -> None:
         (remove(CONFIG), "there is no config.json"),
         (swap, "damaged or was exchanged"),
         (exchange, "exits.safetensors is damaged or was exchanged"),
-        (forge, "exits.safetensors is no safetensors file"),
+        (forge, "exits.safetensors is not a safetensors file"),
         (rewrite("[]"), "no key 'timm_selfdistill'"),
         (rewrite("\0"), "config.json is damaged"),
         (configure(timm_selfdistill=3), "no key 'timm_selfdistill'"),

@@ -92,8 +92,8 @@ def test_what_is_behind_an_exit_is_limited_too(saved: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": NaN}', "NaN is no number"),
-        ('{"a": -Infinity}', "-Infinity is no number"),
+        ('{"a": NaN}', "NaN is not a number"),
+        ('{"a": -Infinity}', "-Infinity is not a number"),
         ('{"a": 1, "a": 2}', "the key 'a' stands in it twice"),
         ("[" * 100_000, "nested too deep"),
         ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit"),

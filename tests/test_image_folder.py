@@ -274,7 +274,7 @@ def test_annotations_beside_every_image_do_not_matter(tmp_path: Path) -> None:
 def test_a_name_that_is_no_utf8_is_named(tmp_path: Path) -> None:
     make(tmp_path, PETS)
     os.rename(tmp_path / "train" / "cat", os.fsencode(tmp_path / "train") + b"/caf\xe9")
-    with pytest.raises(ValueError, match=r"The name b'.*/train/caf\\xe9' is no UTF-8: rename it"):
+    with pytest.raises(ValueError, match=r"The name b'.*/train/caf\\xe9' is not UTF-8: rename it"):
         read(tmp_path)
 
 

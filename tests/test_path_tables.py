@@ -81,7 +81,7 @@ def test_paths_are_relative_to_the_root_or_absolute(folder: Path, tmp_path: Path
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.chdir(tmp_path)
     assert len(open_table("~/tables/labels.csv", root="~/photos").train) == 2
-    with pytest.raises(ValueError, match=r"data\.root '.*nowhere' is no folder"):
+    with pytest.raises(ValueError, match=r"data\.root '.*nowhere' is not a folder"):
         open_table(file, root=str(folder / "nowhere"))
     with pytest.raises(ValueError, match=r"data\.root 'x' is where the images of a table are, but data\.path 'digits'"):
         open_table("digits", root="x", image="image")
@@ -213,7 +213,7 @@ def test_labels_are_of_one_kind_in_all_tables(folder: Path) -> None:
 
 def test_what_is_missing_is_told_before_training(folder: Path) -> None:
     os.mkfifo(folder / "photos" / "pipe.png")
-    for name, what in (("gone.png", "is not there"), ("pipe.png", "is no file")):
+    for name, what in (("gone.png", "is not there"), ("pipe.png", "is not a file")):
         file = write(folder / "labels.csv", {"path": [*paths(3), f"photos/{name}"], "label": LABELS})
         with pytest.raises(
             ValueError, match=rf"1 of the 4 images of .*labels\.csv are missing; the first, .*{name}, {what}"
@@ -249,8 +249,8 @@ def test_an_image_is_in_one_split(folder: Path) -> None:
             '{"path": "a", "class": 1, "size": 2}\n',
             "data.target is 'label', but .* has no such column; it has path, class, size",
         ),
-        ("a.jsonl", '{"path": "a", "label": 1}\n{"path"\n', "line 2 is no JSON"),
-        ("a.jsonl", '{"path": "a", "label": 1}\n[1]\n', "row 1 is no JSON object"),
+        ("a.jsonl", '{"path": "a", "label": 1}\n{"path"\n', "line 2 is not JSON"),
+        ("a.jsonl", '{"path": "a", "label": 1}\n[1]\n', "row 1 is not a JSON object"),
         ("a.jsonl", '{"path": "photos/0.png", "label": 1}\n{"path": "photos/1.png", "label": "x"}\n', "cannot be read"),
         ("a.jsonl", '{"path": 3, "label": 1}\n', "Column 'path' of .* holds int64, not strings"),
         ("a.jsonl", "", "it is empty"),

@@ -298,10 +298,10 @@ def test_what_is_no_file_is_told_at_once_and_the_others_go_on(run, images, tmp_p
     assert time.monotonic() - start < 300
     out, err = capsys.readouterr()
     assert [line[0] for line in lines(out)] == [str(folder / "b.png")]
-    assert err.count(f"{folder / 'a.png'}: it is no file, but a named pipe\n") == 2
-    assert err.count(f"{folder / 'c.png'}: it is no file, but a device\n") == 2
+    assert err.count(f"{folder / 'a.png'}: it is not a file, but a named pipe\n") == 2
+    assert err.count(f"{folder / 'c.png'}: it is not a file, but a device\n") == 2
     (one,) = sd.predict_images(sd.from_pretrained(run / "model"), [folder / "d.png"])
-    assert one.error == "it is no file, but a folder"
+    assert one.error == "it is not a file, but a folder"
 
 
 def test_command_refuses_what_cannot_work(run, images, tmp_path, capsys, monkeypatch):

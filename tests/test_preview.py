@@ -70,7 +70,7 @@ def test_modules_that_are_no_points_are_named_with_the_reason(tiny_net):
 
     preview = preview_exits("net_with_mistakes", image_size=32)
     assert [row.point.name for row in preview.exits] == ["stage0", "stage1", "stage2"]
-    assert preview.unusable == {"stage7": "is no module", "unused": "never runs", "act": "runs 3 times"}
+    assert preview.unusable == {"stage7": "is not a module", "unused": "never runs", "act": "runs 3 times"}
     assert format_preview(preview).endswith("Not a point: 'act' runs 3 times.")
 
 

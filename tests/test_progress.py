@@ -33,7 +33,7 @@ def test_a_run_says_one_line_an_epoch_and_trackers_get_rising_steps(
     monkeypatch.setattr(Accelerator, "log", watched)
     train(load_recipe("digits", [*SMALL, *DATA, f"output_dir={tmp_path}", "baseline=true"]))
     said = capsys.readouterr().err
-    assert "\r" not in said, "the error output is no terminal here"
+    assert "\r" not in said, "the error output is not a terminal here"
     lines = [line for line in said.splitlines() if re.match(r"(baseline|self-distilled) \d/2  ", line)]
     assert [line.split("  ")[0] for line in lines] == [
         "baseline 1/2",

@@ -32,7 +32,7 @@ def check(name: str, value: Any, kind: Any) -> Any:
         kind: The type, such as `Positive`; its `Field(description=...)`, if any, says what is allowed.
 
     Raises:
-        ValueError: If the value is of another type; bool is no number here.
+        ValueError: If the value is of another type; bool is not a number here.
     """
     try:
         return _adapter(kind).validate_python(value)

@@ -157,7 +157,7 @@ def _top1(loss: str, report: Report, position: int) -> float:
     exits = report["exits"]
     top1 = report["ensemble"]["top1"] if position == len(exits) else exits[position]["top1"]
     if top1 is None:
-        raise ValueError(f"{loss}, seed {report['seed']}: the accuracy is no number; see the run's report.")
+        raise ValueError(f"{loss}, seed {report['seed']}: the accuracy is not a number; see the run's report.")
     return top1
 
 

@@ -58,7 +58,7 @@ def cpu_computes_bf16() -> bool:
 
 
 def batch_multiple(size: SymInt, batch: SymInt) -> int | None:
-    """Return how many times a traced batch size another size is, or None if it is no multiple for every batch.
+    """Return how many times a traced batch size another size is, or None if it is not a multiple for every batch.
 
     torch compares symbolic sizes in public only by adding guards to the graph. Checked with torch 2.15.
     """

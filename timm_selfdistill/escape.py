@@ -125,7 +125,7 @@ def without_places(text: str, places: Mapping[str, str]) -> str:
         places: Paths, and what replaces each; any other path below the home folder is replaced by its last name.
     """
     for place in sorted(places, key=len, reverse=True):
-        # Not within a longer name: /data/al is no part of /data/alice.
+        # Not within a longer name: /data/al is not part of /data/alice.
         text = re.sub(rf"(?<![\w.-]){re.escape(place)}(?![\w-]|\.\w)", places[place].replace("\\", r"\\"), text)
     home = os.path.expanduser("~").rstrip("/")
     if not home:

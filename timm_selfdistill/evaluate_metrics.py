@@ -29,7 +29,7 @@ class TopKAccuracy(_InMemoryMetric):
 
     `compute(predictions, references)` takes the class indices of each sample [N, max(k)], most likely first, and the
     labels [N], and returns `{"top1": percent, "top5": percent}`. With fewer columns than k all of them count, as when
-    there are fewer than five classes. An index of -1 is no class and is never right.
+    there are fewer than five classes. An index of -1 is not a class and is never right.
 
     Args:
         k: The numbers of classes to look at.

@@ -141,7 +141,7 @@ def _load_image(path: str, mode: str, transform: Transform) -> Tensor | str:
         data = read_file(path)
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
-    except ValueError as error:  # it is no file, or too large
+    except ValueError as error:  # it is not a file, or too large
         return str(error)
     try:
         image = decode(data, mode)
@@ -264,7 +264,7 @@ def print_predictions(
         )
     predictions = predict_images(model, files, exit=exit, top_k=top_k, batch_size=batch_size, workers=workers)
     failed = 0
-    # None hides the bar where the error output is no terminal.
+    # None hides the bar where the error output is not a terminal.
     with tqdm(total=len(files), unit="image", leave=False, disable=True if len(files) <= batch_size else None) as bar:
         for prediction in predictions:
             if prediction.error is not None:

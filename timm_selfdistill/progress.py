@@ -18,11 +18,11 @@ def progress_bar(items: Iterable[Any] | None = None, *, title: str | None, show:
     Args:
         items: What is iterated over; without it, the caller counts.
         title: What stands before the bar.
-        show: Whether to show it; it is hidden where the error output is no terminal, or TQDM_DISABLE is set.
+        show: Whether to show it; it is hidden where the error output is not a terminal, or TQDM_DISABLE is set.
         **options: Further arguments of `tqdm`.
     """
     is_off = not show or os.environ.get("TQDM_DISABLE", "0").lower() not in ("", "0", "false")
-    # None hides the bar where the error output is no terminal.
+    # None hides the bar where the error output is not a terminal.
     return tqdm(items, desc=title, leave=False, ncols=_WIDTH, disable=True if is_off else None, **options)
 
 

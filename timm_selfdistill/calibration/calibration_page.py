@@ -1,7 +1,6 @@
 """The report of a calibration as tables, as markdown, as a picture (accuracy over compute) and as files."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from timm_selfdistill import render
@@ -22,21 +21,6 @@ _GOALS: Final = {
     "macs_budget": "at most {:g} MACs",
     "risk": "a risk of at most {:g}",
 }
-
-
-def format_calibration(report: CalibrationReport) -> str:
-    """Return the content of `calibration.json` as two tables and sentences for the terminal."""
-    return _PAGE.terminal(report)
-
-
-def format_calibration_markdown(report: CalibrationReport) -> str:
-    """Return the report as a markdown section, without the picture."""
-    return _PAGE.markdown(report)
-
-
-def write_calibration(report: CalibrationReport, folder: Path) -> None:
-    """Write `calibration.json`, `calibration.md` and `calibration.png`; each is complete or not there at all."""
-    _PAGE.write(report, folder)
 
 
 def draw_calibration(report: CalibrationReport) -> "Figure":
@@ -182,3 +166,4 @@ def _warnings(report: CalibrationReport) -> list[str]:
 _PAGE = render.Page(
     "calibration", "Early exit", "Accuracy of early exit over its compute", _tables, _sentences, draw_calibration
 )
+format_calibration, write_calibration = _PAGE.terminal, _PAGE.write

@@ -63,11 +63,11 @@ def read_file(path: str | Path) -> bytes:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is no regular file, or too large for an image.
+        ValueError: If it is not a regular file, or too large for an image.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"it is no file, but {_KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}")
+        raise ValueError(f"it is not a file, but {_KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}")
     if status.st_size > MOST_BYTES:
         raise ValueError(f"it has {status.st_size:,} bytes; images may have {MOST_BYTES:,}")
     with open(path, "rb") as file:

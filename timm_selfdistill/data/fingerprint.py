@@ -118,7 +118,7 @@ def _digest_of_images(split: ImageSplit, sizes: Indices, paths: Any, skipped: in
 
 
 def _common_folder(columns: Sequence[Any]) -> str:
-    """Return the folder that all paths lie in, with its last separator, or "" where they are no complete ones."""
+    """Return the folder that all paths lie in, with its last separator, or "" where they are not complete."""
     # What the first and the last in the order of letters have in common, all have.
     extremes = [pc.min_max(paths).as_py() for paths in columns if len(paths)]
     folders = [os.path.dirname(path) for pair in extremes for path in pair.values()]

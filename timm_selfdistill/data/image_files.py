@@ -74,7 +74,7 @@ def find_images(folder: str, scan: FolderScan) -> list[str]:
     """Return the images of a folder and of all folders in it, in the order of their names; links are followed.
 
     A file is opened only if its ending is unknown, and then only if it is a regular file. What is left out is added to
-    the scan. A folder that cannot be read and a name that is no UTF-8 are ValueErrors.
+    the scan. A folder that cannot be read and a name that is not UTF-8 are ValueErrors.
     """
     return list(chain.from_iterable(_images_by_folder(folder, scan)))
 
@@ -192,4 +192,4 @@ def _check_names(prefix: str, names: Sequence[str]) -> None:
         "".join(names).encode()
     except UnicodeEncodeError:
         wrong = next(name for name in names if any("\ud800" <= letter <= "\udfff" for letter in name))
-        raise ValueError(f"The name {os.fsencode(prefix + wrong)!r} is no UTF-8: rename it.") from None
+        raise ValueError(f"The name {os.fsencode(prefix + wrong)!r} is not UTF-8: rename it.") from None

@@ -108,7 +108,7 @@ def _split_folders(root: str, folders: Sequence[str], section: DataSection) -> d
         if any(holds_image(os.path.join(path, name)) for name in inside):
             raise ValueError(
                 f"{root!r} holds the folder {os.path.basename(path)!r}, which looks like a split of class folders "
-                f"({quoted(inside)}), and beside it {quoted(with_images)}, named like no split. If those are no data, "
+                f"({quoted(inside)}), and beside it {quoted(with_images)}, named like no split. If those are not data, "
                 "move them away; if they are splits, name them in data.train_split, data.eval_split or "
                 f"data.validation; if all are classes, rename {os.path.basename(path)!r}."
             )

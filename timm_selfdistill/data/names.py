@@ -164,7 +164,7 @@ def class_names_of(rows: datasets.Dataset, section: DataSection) -> tuple[str, .
     highest = int(labels.max())
     if highest >= len(labels):
         raise ValueError(
-            f"data.target {section.target!r} goes up to {highest} in {len(labels)} rows: these are no class indices."
+            f"data.target {section.target!r} goes up to {highest} in {len(labels)} rows: these are not class indices."
         )
     return tuple(map(str, range(highest + 1)))
 

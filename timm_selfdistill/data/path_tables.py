@@ -51,8 +51,8 @@ def load_tables(path: Path, section: DataSection) -> Splits | None:
     if files is None:
         if section.root is not None:
             raise ValueError(
-                f"data.root {section.root!r} is where the images of a table are, but data.path {section.path!r} is no "
-                "table of paths."
+                f"data.root {section.root!r} is where the images of a table are, but data.path {section.path!r} is not "
+                "a table of paths."
             )
         return None
     parts: list[tuple[str, Table]] = []
@@ -72,7 +72,7 @@ def load_tables(path: Path, section: DataSection) -> Splits | None:
             parts += _by_split_column(table) if "split" in columns else [(name, table)]
     root = None if section.root is None else Path(section.root).expanduser()
     if root is not None and not root.is_dir():
-        raise ValueError(f"data.root {section.root!r} is no folder.")
+        raise ValueError(f"data.root {section.root!r} is not a folder.")
     return _splits_of_tables(parts, section, root)
 
 
@@ -128,7 +128,7 @@ def metadata_files(folder: Path) -> list[Path]:
 
 
 def _table_files(path: Path, section: DataSection) -> dict[str, list[Path]] | None:
-    """Return the table files of each split; None if the data set is no table of paths."""
+    """Return the table files of each split; None if the data set is not a table of paths."""
     if path.is_dir():
         named = (path / name for name in sorted(os.listdir(path)) if name.lower().endswith(_ENDINGS_IN_FOLDER))
         files = [
@@ -206,7 +206,7 @@ def _check_files(paths: Sequence[str], given: Sequence[str], table: Path, folder
         if name not in listings[parent]:
             missing.append(path)
     if missing:
-        what = "is no file" if os.path.exists(missing[0]) else "is not there"
+        what = "is not a file" if os.path.exists(missing[0]) else "is not there"
         raise ValueError(
             f"{len(missing)} of the {len(paths)} images of {table} are missing; the first, {missing[0]}, {what}. Paths "
             f"are relative to {folder}; data.root names another folder."

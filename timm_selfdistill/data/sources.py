@@ -174,7 +174,7 @@ class Source(NamedTuple):
     Args:
         load: Takes the path and the recipe's `data`. Returns the splits, with the columns of the recipe; None if the
             path names another kind. Raises ValueError if the data set cannot be read or contradicts the recipe.
-        endings: Of the files that it reads; a path that ends so is no name on the Hub.
+        endings: Of the files that it reads; a path that ends so is not a name on the Hub.
     """
 
     load: Callable[[Path, DataSection], Splits | None]

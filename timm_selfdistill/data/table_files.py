@@ -186,10 +186,10 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number} is no JSON: {error}") from error
+                    raise ValueError(f"line {number} is not JSON: {error}") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no JSON object but {row!r}")
+            raise ValueError(f"row {number} is not a JSON object but {row!r}")
     if not rows:
         raise ValueError("it is empty")
     return rows

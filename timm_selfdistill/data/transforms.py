@@ -236,8 +236,8 @@ def _check_policy(policy: str) -> None:
         create_transform(32, is_training=True, auto_augment=policy)
     except Exception as error:  # timm checks by assertions, conversions and look-ups
         raise ValueError(
-            f"augment.auto_augment: {policy!r} is no policy of timm's ({str(error) or repr(error)}); allowed are its "
-            "rand-m9-mstd0.5-inc1, augmix-m3-w3, original, originalr, v0, v0r and 3a with their settings, and "
+            f"augment.auto_augment: {policy!r} is not a policy of timm's ({str(error) or repr(error)}); allowed are "
+            "its rand-m9-mstd0.5-inc1, augmix-m3-w3, original, originalr, v0, v0r and 3a with their settings, and "
             f"{', '.join(_TORCHVISION_POLICIES)}."
         ) from error
 

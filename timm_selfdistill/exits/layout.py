@@ -22,7 +22,7 @@ _MAX_REDUCTION = 64
 _TAPPED_INSTEAD = {
     # Names the containers of the first and the last, parallel stage only; the last one's end is that of the network.
     "CoaT": ("serial_blocks*", "parallel_blocks.*"),
-    # Names a `stem` and a `stage1` that are no modules, and describes one branch of each of the others.
+    # Names a `stem` and a `stage1` that are not modules, and describes one branch of each of the others.
     "HighResolutionNet": ("layer1", "stage*"),
     # Names `block.0`, `block.1`, ... for what is `stages.0`, `stages.1`, ...
     "MultiScaleVit": ("stages.*",),
@@ -112,7 +112,7 @@ def resolve_feature_info(backbone: Backbone) -> dict[str, Candidate]:
 
 
 def entries_without_module(backbone: Backbone, candidates: Mapping[str, Candidate]) -> tuple[str, ...]:
-    """Return the names in `feature_info` that are no modules, and so no candidates."""
+    """Return the names in `feature_info` that are not modules, and so no candidates."""
     if _tapped_instead(backbone):
         return ()
     resolved = {index for candidate in candidates.values() for index in candidate.indices}

@@ -97,7 +97,7 @@ class Exploration:
     """Everything that one dry run tells about a backbone: all points that an exit can be attached to, shallow to deep.
 
     `candidates` are what `feature_info` and the caller named, by name, of which some may be no points;
-    `without_module` are the names in `feature_info` that are no modules.
+    `without_module` are the names in `feature_info` that are not modules.
     """
 
     points: tuple[ExitPoint, ...]
@@ -111,15 +111,15 @@ class Exploration:
         return [point for point in self.points if _MIN_COST <= point.cost <= _MAX_COST]
 
     def faults(self) -> dict[str, str]:
-        """Return why the other things that `feature_info` and the caller named are no points, by name."""
+        """Return why the other things that `feature_info` and the caller named are not points, by name."""
         points = {point.name for point in self.points}
         return {
-            **dict.fromkeys(self.without_module, "is no module"),
+            **dict.fromkeys(self.without_module, "is not a module"),
             **{name: self.fault(name) for name in self.candidates if name not in points},
         }
 
     def fault(self, name: str) -> str:
-        """Return why the candidate of this name is no point that an exit can be attached to."""
+        """Return why the candidate of this name is not a point that an exit can be attached to."""
         record = self.run.records[self.candidates[name].module]
         if record.calls != 1:
             return f"runs {record.calls} times" if record.calls else "never runs"

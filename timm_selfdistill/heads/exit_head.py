@@ -18,7 +18,7 @@ class ExitHead(nn.Module):
     """An exit's network: a body that embeds what is tapped, and a linear classifier on what the body returns.
 
     Where the backbone has several branches at the point, each has its own body, and what they return is averaged. Where
-    that is no feature of the teacher's width, a linear layer makes one of it, for the hints only.
+    that is not a feature of the teacher's width, a linear layer makes one of it, for the hints only.
 
     Args:
         point: The exit point that is read.

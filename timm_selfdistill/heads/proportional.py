@@ -166,7 +166,7 @@ class HeadBudget:
         backbone: The backbone.
 
     Raises:
-        ValueError: If the share is no such number.
+        ValueError: If the share is not such a number.
     """
 
     share: float

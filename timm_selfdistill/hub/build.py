@@ -95,7 +95,7 @@ def read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], path: Path) -> None:

@@ -64,7 +64,7 @@ def save_pretrained(
     Raises:
         ValueError: If the backbone is not a timm model, or not one that `data_config` fits, or has other weights than
             timm would build it with; if `early_exit` has not one threshold for each exit, there are more names than
-            classes, or a weight is no finite number.
+            classes, or a weight is not a finite number.
     """
     _check(model, "model")
     if early_exit is not None:

@@ -14,12 +14,11 @@ from timm_selfdistill.hub.folder import BACKBONE, CARD, EXITS, load_folder, read
 from timm_selfdistill.hub.remote import bare, check_repo_id, explained
 from timm_selfdistill.hub.saved_config import CONFIG
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.recipe import LICENSE, RecipeError, load_recipe
+from timm_selfdistill.recipe import LICENSE, RECIPE, RecipeError, load_recipe
 
-_RECIPE: Final = "recipe.yaml"
 _TEXTS: Final = (".md", ".yaml", ".json")
 # What a training run writes beside its model.
-_OF_A_RUN: Final = ("report.json", "report.md", "report.png", _RECIPE)
+_OF_A_RUN: Final = ("report.json", "report.md", "report.png", RECIPE)
 # What `calibrate` writes there: it describes the early-exit settings, and is pushed only with them.
 _OF_SETTINGS: Final = ("calibration.json", "calibration.md", "calibration.png")
 
@@ -148,7 +147,7 @@ def _shareable(files: Mapping[str, Path | bytes], folder: Path) -> dict[str, byt
     texts = {name: file if isinstance(file, bytes) else file.read_bytes() for name, file in files.items()}
     places = {str(path): folder.resolve().name for path in (folder.resolve(), folder) if path.is_absolute()}
     try:
-        recipe = load_recipe(folder / _RECIPE)
+        recipe = load_recipe(folder / RECIPE)
     except RecipeError:  # none, or that of another version
         recipe = None
     if recipe is not None:
@@ -157,8 +156,8 @@ def _shareable(files: Mapping[str, Path | bytes], folder: Path) -> dict[str, byt
         places |= {full: short for full, short in names if full != short}
         if recipe.output_dir is not None and Path(recipe.output_dir).is_absolute():
             places[recipe.output_dir] = Path(recipe.output_dir).name
-        if _RECIPE in texts:
-            texts[_RECIPE] = shared.to_yaml().encode()
+        if RECIPE in texts:
+            texts[RECIPE] = shared.to_yaml().encode()
     return {
         # Bytes that cannot be decoded are kept.
         name: redact(without_places(text.decode(errors="surrogateescape"), places)).encode(errors="surrogateescape")

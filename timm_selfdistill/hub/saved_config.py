@@ -241,7 +241,7 @@ def _leaves(name: str, value: Any, depth: int, count: Iterator[int]) -> Iterator
 
 
 def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no number in JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -80,7 +80,12 @@ def _read_file(path: Path) -> State:
             break
     if not _holds_tensors(stored):
         raise ValueError(f"model.weights: {path} holds no state dict, itself or under one of {', '.join(_PLACES)}.")
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
+    return without_wrappers({name: tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)})
+
+
+def without_wrappers(state: State) -> State:
+    """Return weights under their own names, whatever the network was wrapped in."""
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
 
 
 def _holds_tensors(value: Any) -> bool:

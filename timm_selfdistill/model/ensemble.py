@@ -22,8 +22,8 @@ class Ensemble:
             the same weights, scaled to the sum of all, and the same bias.
 
     Raises:
-        ValueError: If a weight is negative or no finite number, none is above 0, a bias is no finite number, the number
-            of images is not positive, or `running` is not of 1, 2, ..., K outputs and as many classes.
+        ValueError: If a weight or a bias is not finite, a weight is negative, no weight is above 0, the number of
+            images is not positive, or `running` is not of 1, 2, ..., K outputs and as many classes.
     """
 
     weights: tuple[float, ...]

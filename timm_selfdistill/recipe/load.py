@@ -126,7 +126,7 @@ def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
     """Read settings "key=value" that are written like a recipe's overrides, but belong to no recipe.
 
     Raises:
-        ValueError: If any of them is no such setting; lists all that are wrong.
+        ValueError: If any of them is not such a setting; lists all that are wrong.
     """
     mapping: dict[str, Any] = {}
     if problems := [problem for override in overrides for problem in _override(mapping, override)]:

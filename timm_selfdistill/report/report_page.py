@@ -10,6 +10,9 @@ from timm_selfdistill.report.report_content import AccuracyRow, EnsembleRow, Exi
 
 # Largest class over smallest, from which on the report has the macro recall.
 _UNEVEN: Final = 1.5
+# Title and format of a metric's column; a metric that is not here is shown under its own name.
+_COLUMNS: Final = {"top5": ("top-5 %", ".2f"), "ece": ("ECE", ".3f")}
+_SHOWN_APART: Final = ("top1", "top1_interval", "gain_interval", "macro_recall")
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,10 +110,14 @@ def _tables(report: Report) -> list[render.Table]:
         columns["vs. baseline"] = [*(_gain(row, baseline) for _, row in labelled[:-1]), ""]
     if _is_uneven(report):
         columns["macro recall %"] = [render.number(row["macro_recall"], ".2f") for _, row in labelled]
+    columns["exits 0..k %"] = [
+        "" if (top1 := row.get("running_top1")) is None else f"{top1:.2f}" for _, row in labelled
+    ]
+    for metric in AccuracyRow.__annotations__:
+        if metric not in _SHOWN_APART:
+            title, spec = _COLUMNS.get(metric, (metric, ".3f"))
+            columns[title] = [render.number(dict[str, Any](row).get(metric), spec) for _, row in labelled]
     columns |= {
-        "exits 0..k %": ["" if (top1 := row.get("running_top1")) is None else f"{top1:.2f}" for _, row in labelled],
-        "top-5 %": [render.number(row["top5"], ".2f") for _, row in labelled],
-        "ECE": [render.number(row["ece"], ".3f") for _, row in labelled],
         "params": [render.with_prefix(row["params"]) for _, row in labelled],
         "MACs": [render.with_prefix(row["macs"]) for _, row in labelled],
         "ms/batch": [f"{row['latency_ms']:.2f}" for _, row in labelled],

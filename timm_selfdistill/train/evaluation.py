@@ -155,7 +155,7 @@ def finish_folder(folder: Path) -> Report:
     """
     folder = folder.expanduser()
     if not (folder / CHECKPOINTS).is_dir():
-        raise ValueError(f"{folder} is no run's folder with checkpoints.")
+        raise ValueError(f"{folder} is not a run's folder with checkpoints.")
     check_folder(folder)
     with StopSignals(), fresh_accelerate(), locked(folder):
         return _finish(folder, load_newest(folder))

@@ -193,7 +193,7 @@ def find_units(model: SelfDistillModel) -> list[nn.Module]:
     if not hasattr(backbone, "group_matcher"):
         return list(model.heads)
     layers = group_parameters(backbone, backbone.group_matcher(), reverse=True)
-    # The first and last layer, timm's places for all that is no block, need not be modules that are called.
+    # The first and last layer, timm's places for all that is not a block, need not be modules that are called.
     ends = {min(layers.values()), max(layers.values())}
     layer_of = {
         parameter: None if layers[name] in ends else layers[name] for name, parameter in backbone.named_parameters()

@@ -97,7 +97,7 @@ def read_record(checkpoints: Path) -> RunRecord | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is no run's and has files with a run's names, or that has links out of it; write nothing."""
+    """Refuse a folder that is not a run's but has files with a run's names, or has links out of it; write nothing."""
     inside = [folder / CHECKPOINTS / network for network in _NETWORKS]
     for path in (*_found(folder, _ADDED_TO), *inside):
         if path.is_symlink():
@@ -131,7 +131,7 @@ def check_run(folder: Path, recipe: Recipe, data: Fingerprint, networks: Collect
         path = Path(recipe.resume)
         if not path.is_dir() or path.parent.name not in networks:
             raise ValueError(
-                f"resume: {recipe.resume} is no checkpoint of this run; allowed are auto, never, or a folder "
+                f"resume: {recipe.resume} is not a checkpoint of this run; allowed are auto, never, or a folder "
                 f"checkpoints/NAME/checkpoint-STEP with NAME {' or '.join(networks)}."
             )
         record = RunRecord.from_json(read_entry(path, RECORD_KEY))

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.loaders import Loaders, build_loaders
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import CONFIG, complete_names, read_run, save_pretrained
+from timm_selfdistill.hub.start_weights import without_wrappers
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import RECIPE, AugmentSection, DataSection, Recipe, load_recipe
 from timm_selfdistill.train.builders import build_model
@@ -33,8 +33,6 @@ _HOW_TO_READ = {
     *("on_error", "workers", "image_size", "mean", "std", "interpolation", "crop_pct", "shuffle_buffer", "cache"),
     *("check_duplicates", "sampling"),
 }
-# What DDP, compile and timm's average of the weights put before the name of a weight.
-_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 
 
 @dataclass(frozen=True)
@@ -233,4 +231,4 @@ def warn_of_other_data(saved: SavedRun, recipe: Recipe, data: ImageData) -> None
 def _evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the weights in a checkpoint's state that are evaluated and saved: the best, the average or the last."""
     weights = state["progress"]["best_weights"] or state.get("ema", state["model"])
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
+    return without_wrappers(weights)
