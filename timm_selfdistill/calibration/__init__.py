@@ -4,7 +4,7 @@ from timm_selfdistill.lazy import needs_extra
 
 with needs_extra(__name__):
     from timm_selfdistill.calibration.calibrate import calibrate_folder as calibrate_folder
-    from timm_selfdistill.calibration.calibrate import held_out_images as held_out_images
+    from timm_selfdistill.calibration.calibration_images import held_out_images as held_out_images
     from timm_selfdistill.calibration.calibration_page import format_calibration as format_calibration
     from timm_selfdistill.calibration.calibration_report import CalibrationReport as CalibrationReport
     from timm_selfdistill.calibration.choose_settings import CONFIDENCE as CONFIDENCE

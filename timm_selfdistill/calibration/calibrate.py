@@ -13,31 +13,34 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from timm_selfdistill.calibration.calibration_images import choose_images, open_images, some_images
 from timm_selfdistill.calibration.calibration_page import write_calibration
 from timm_selfdistill.calibration.calibration_report import CalibrationReport, Timing, build_calibration_report
 from timm_selfdistill.calibration.choose_settings import Goal, choose_settings
-from timm_selfdistill.calibration.onnx_settings import collect_stage_logits, open_stages, save_stage_settings
 from timm_selfdistill.calibration.path_costs import (
     PathCosts,
     images_to_time,
     measure_path_macs,
     measure_speedup,
 )
-from timm_selfdistill.data import ImageData, ImageSplit, open_dataset
 from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.early_exit import EarlyExitConfig, measure_stage_costs
 from timm_selfdistill.exit_logits import ExitLogits, collect_logits
+from timm_selfdistill.files import replace_file
 from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.recipe import AugmentSection, DataSection, Recipe, load_recipe
+from timm_selfdistill.onnx import OnnxEarlyExit
+from timm_selfdistill.progress import progress_bar
+from timm_selfdistill.recipe import AugmentSection
 from timm_selfdistill.report import device_name
-from timm_selfdistill.train.saved_run import SavedRun, check_classes, evaluation_loaders, opened_run, warn_of_other_data
+from timm_selfdistill.staged import MANIFEST
+from timm_selfdistill.train.saved_run import check_classes, evaluation_loaders, opened_run, warn_of_other_data
+
+# Settings that are part of the graphs of exported stages.
+_IN_GRAPHS: Final = ("rule", "fallback", "running_ensemble")
 
 Collect = Callable[[Iterable[tuple[Tensor, Tensor]], str], ExitLogits]
-
-# What decides which rows a run trained on, and which it held out.
-_FIXED: Final = ("path", "name", "target", "train_split", "eval_fraction", "validation")
 
 
 def calibrate_folder(
@@ -93,8 +96,8 @@ def calibrate_folder(
     EarlyExitConfig((), rule, fallback=fallback)  # refuses unknown names before anything runs
     with opened_run(folder, from_checkpoint) as saved:
         model = from_pretrained(saved.model_folder)
-        recipe, title = _choose_images(saved, model, data_path, split, overrides)
-        data = _open(recipe)
+        recipe, title = choose_images(saved, model, data_path, split, overrides)
+        data = open_images(recipe)
         check_classes(saved.model_folder, data)
         if data_path is None:
             warn_of_other_data(saved, recipe, data)
@@ -107,7 +110,7 @@ def calibrate_folder(
         settings = EarlyExitConfig((math.inf,) * model.num_exits, rule, None, fallback, running_ensemble)
         collect: Collect = partial(collect_logits, model)
         if onnx is not None:
-            collect = partial(collect_stage_logits, open_stages(onnx, model, settings))
+            collect = partial(_collect_stage_logits, _open_stages(onnx, model, settings))
         calibration = collect(loaders.validation, "calibrate")
         costs, measured = macs, None
         if time_batch_size is not None:
@@ -120,7 +123,7 @@ def calibrate_folder(
         evaluation = collect(loaders.eval, "evaluate")
         time: Timing | None = None
         if time_batch_size is not None:
-            images = _some_images(data, recipe, input_config, images_to_time(time_batch_size))
+            images = some_images(data, recipe, input_config, images_to_time(time_batch_size))
             speedup = measure_speedup(model, choice.config, images, time_batch_size)
             device = device_name(PartialState().device)
             time = {"batch_size": time_batch_size, "device": device, "speedup": speedup, "num_images": len(images)}
@@ -146,110 +149,10 @@ def calibrate_folder(
         if onnx is None:
             save_early_exit(saved.model_folder, choice.config)
         else:
-            save_stage_settings(onnx, choice.config)
+            _save_stage_settings(onnx, choice.config)
         place = saved.output if onnx is None else onnx
         write_calibration(report, place if output is None else output.expanduser())
     return report
-
-
-def held_out_images(
-    folder: Path,
-    count: int,
-    *,
-    data_path: str | None = None,
-    split: str | None = None,
-    from_checkpoint: bool = False,
-) -> Tensor:
-    """Return images that a model was not trained on, prepared for it [N, C, H, W], at most `count` of all over a split.
-
-    Arguments and errors are those of `calibrate_folder`: they are the images that it would calibrate on.
-    """
-    with opened_run(folder, from_checkpoint) as saved:
-        model = from_pretrained(saved.model_folder)
-        recipe, _ = _choose_images(saved, model, data_path, split, ())
-        data = _open(recipe)
-        input_config = InputConfig.from_model(model.backbone, recipe.data)
-        assert data.validation is not None
-        return _some_images(replace(data, eval=data.validation), recipe, input_config, count)
-
-
-def _choose_images(
-    saved: SavedRun, model: SelfDistillModel, data_path: str | None, split: str | None, overrides: Sequence[str]
-) -> tuple[Recipe, str]:
-    """Return the recipe of which the validation images are to calibrate on, of another data set the training images,
-    and what the report calls them; refuse images that were trained on or are reported on.
-    """
-    fixed = sorted({override.partition("=")[0].strip() for override in overrides} & set(_FIXED))
-    if data_path is not None:
-        fixed = [key for key in fixed if key in ("path", "train_split", "validation")]
-    if fixed:
-        raise ValueError(
-            f"{', '.join(fixed)} cannot be changed here: it decides which images were trained on. Name the split to "
-            "calibrate on with --split, and another data set with --data."
-        )
-    if data_path is not None and split is None:
-        raise ValueError(f"Name the split of {data_path} to calibrate on with --split.")
-    own = None if saved.recipe_path is None else load_recipe(saved.recipe_path).data
-    if data_path is None and own is None:
-        raise ValueError("There is no recipe.yaml beside the model: name the data set with --data and --split.")
-    recipe = saved.evaluation_recipe(model, data_path, overrides)
-    section = recipe.data
-    if split is None:
-        if not section.validation:
-            raise ValueError(
-                "The run held out no images for validation (data.validation is 0), and thresholds must not be chosen "
-                f"by those it trained on or reports on ({section.eval_split}): name another split with --split, or "
-                "another data set with --data and --split."
-            )
-        if isinstance(section.validation, str):
-            return recipe, section.validation
-        return recipe, f"the {100 * section.validation:g} % of {section.train_split} that the run held out"
-    if own is not None and split == own.train_split and (data_path is None or _is_same_data(own, data_path)):
-        which = "is the split that" if data_path is None else f"of {data_path} is what"
-        raise ValueError(
-            f"--split {split} {which} the model was trained on, where its confidence is higher than elsewhere: name a "
-            "split that was held out, or leave --data and --split out, for the run's own validation images."
-        )
-    if section.eval_fraction is None and split == section.eval_split:
-        raise ValueError(
-            f"--split {split} is the split that is reported on: thresholds that were chosen by it would look better "
-            "than they are. Name another one to calibrate on, or report on another one with eval_split=NAME."
-        )
-    changed = section.model_copy(update={"validation" if data_path is None else "train_split": split})
-    return recipe.model_copy(update={"data": changed}), split
-
-
-def _is_same_data(section: DataSection, path: str) -> bool:
-    return section.path == path or Path(section.path).expanduser().resolve() == Path(path).expanduser().resolve()
-
-
-def _open(recipe: Recipe) -> ImageData:
-    """Open the data, its split for validation being the one to calibrate on; it must share no row with the other."""
-    data = open_dataset(recipe.data, recipe.seed)
-    if not recipe.data.validation:
-        data = replace(data, validation=data.train)
-    one, other = data.validation, data.eval
-    if isinstance(one, ImageSplit) and isinstance(other, ImageSplit) and one.name == other.name:
-        shared = np.intersect1d(one.indices, other.indices)
-        if len(shared):
-            raise ValueError(
-                f"{len(shared)} images of split {one.name!r} are both to calibrate on and to report on: name other "
-                "splits with --split and eval_split=NAME."
-            )
-    return data
-
-
-def _some_images(data: ImageData, recipe: Recipe, input_config: InputConfig, count: int) -> Tensor:
-    """Return some of the images of `data.eval`: from all over the split, or the first of a stream."""
-    if isinstance(data.eval, ImageSplit):
-        places = np.linspace(0, len(data.eval) - 1, min(count, len(data.eval))).round().astype(np.int64)
-        data = replace(data, eval=data.eval.select(places))
-    found: list[Tensor] = []
-    for images, _ in evaluation_loaders(data, recipe, AugmentSection(), input_config, SkipList()).eval:
-        found.append(images)
-        if sum(map(len, found)) >= count:
-            break
-    return torch.cat(found)[:count]
 
 
 def _baseline(path: Path, dataset: str, num_samples: int) -> float | None:
@@ -261,3 +164,41 @@ def _baseline(path: Path, dataset: str, num_samples: int) -> float | None:
         return None
     top1: float | None = report["baseline"]["top1"]
     return top1
+
+
+def _open_stages(folder: Path, model: SelfDistillModel, settings: EarlyExitConfig) -> OnnxEarlyExit:
+    """Open exported stages; ValueError unless they are of the model, and decide and answer as the settings say."""
+    stages = OnnxEarlyExit(folder)
+    said = stages.manifest
+    if said["exit_names"] != list(model.exit_names) or said["num_classes"] != model.num_classes:
+        raise ValueError(
+            f"{folder} has the exits {', '.join(map(str, said['exit_names']))} and {said['num_classes']} classes; the "
+            f"model has {', '.join(model.exit_names)} and {model.num_classes}: export it again."
+        )
+    for name in _IN_GRAPHS:
+        if said["early_exit"].get(name) != getattr(settings, name):
+            raise ValueError(
+                f"{folder} was exported with {name} {said['early_exit'].get(name)!r:.100}, which is part of its "
+                f"graphs; {getattr(settings, name)!r} was asked for: give that, or export it again."
+            )
+    if settings.combines:
+        raise ValueError(f"{folder} answers with an ensemble; only stages whose exits answer alone are calibrated.")
+    return stages
+
+
+def _collect_stage_logits(stages: OnnxEarlyExit, loader: Iterable[tuple[Tensor, Tensor]], title: str) -> ExitLogits:
+    """Run stages over a split once; arguments and errors are those of `collect_logits`."""
+    found, targets = [], []
+    for images, labels in progress_bar(loader, title=title):
+        found.append(torch.from_numpy(stages.every_exit(images.numpy().astype(np.float32))))
+        targets.append(labels)
+    if not found:
+        raise ValueError("There are no images to calibrate on.")
+    return ExitLogits.of_labelled(torch.cat(found, 1), torch.cat(targets))
+
+
+def _save_stage_settings(folder: Path, config: EarlyExitConfig) -> None:
+    """Keep early-exit settings in the manifest of stages."""
+    content = json.loads((folder / MANIFEST).read_bytes())
+    content["early_exit"] = config.to_json()
+    replace_file(folder / MANIFEST, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
