@@ -24,6 +24,7 @@ from timm_selfdistill.escape import printable
 from timm_selfdistill.hub import class_names, load_with_early_exit
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.model.network import ENSEMBLE, AllExits, ExitChoice, check_choice
+from timm_selfdistill.progress import progress_bar, tell
 
 BATCH_SIZE: Final = 32
 _MAX_WORKERS = 4
@@ -264,12 +265,11 @@ def print_predictions(
         )
     predictions = predict_images(model, files, exit=exit, top_k=top_k, batch_size=batch_size, workers=workers)
     failed = 0
-    # None hides the bar where the error output is not a terminal.
-    with tqdm(total=len(files), unit="image", leave=False, disable=True if len(files) <= batch_size else None) as bar:
+    with progress_bar(title="predict", show=len(files) > batch_size, total=len(files), unit="image") as bar:
         for prediction in predictions:
             if prediction.error is not None:
                 failed += 1
-                tqdm.write(printable(f"{prediction.path}: {prediction.error}"), file=sys.stderr)
+                tell(f"{prediction.path}: {prediction.error}")
             else:
                 tqdm.write(json.dumps(prediction.to_json()) if as_json else prediction.to_text())
             bar.update()
