@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.compat import data_config_traits
 from timm_selfdistill.exits import Backbone, ExitPoint, random_images, unchanged
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.model.hooks import Hooks, Usage, watch_usage
+from timm_selfdistill.model.interface import BackboneInterface
 
 # A forward may read their length or run along them, so they stay, with their members removed.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -62,7 +62,7 @@ def truncate(model: SelfDistillModel, exit: int) -> nn.Module:
     return _ending_by_itself(_cut(model, exit, removed), x)
 
 
-class TruncatedModel(nn.Module):
+class TruncatedModel(nn.Module, BackboneInterface):
     """A backbone up to an exit, and the exit's head; made by `truncate`.
 
     Args:
@@ -93,25 +93,6 @@ class TruncatedModel(nn.Module):
         """Map images [B, C, H, W] to logits [B, num_classes]."""
         call = self._hooks.run(self.backbone, x, stop_at=None if self.ends_by_itself else 0)
         return self.head.classify(*call.taps[0])
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """The backbone's pretrained configuration, from which timm resolves how images are prepared."""
-        return dict(self.backbone.pretrained_cfg)
-
-    @property
-    def _traits(self) -> dict[str, Any]:
-        """What timm's `resolve_input_data_config` reads the backbone's image size from."""
-        return data_config_traits(self.backbone)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Switch gradient checkpointing of the backbone."""
-        self.backbone.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the backbone's parameters that timm exempts from weight decay."""
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        return {f"backbone.{name}" for name in names}
 
 
 class _Removed(nn.Module):

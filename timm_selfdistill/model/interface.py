@@ -17,10 +17,33 @@ if TYPE_CHECKING:
 _CLASS_NAMES = ("label_names", "label_descriptions")  # keys of a backbone's `pretrained_cfg`
 
 
-class TimmInterface:
-    """Methods and attributes of timm's models; the backbone gives the answers."""
+class BackboneInterface:
+    """What timm asks of any network that holds a backbone, whole or cut off."""
 
     backbone: Backbone
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The backbone's pretrained configuration."""
+        return dict(self.backbone.pretrained_cfg)
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        """What timm's `resolve_input_data_config` reads the backbone's image size from."""
+        return data_config_traits(self.backbone)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Switch gradient checkpointing of the backbone; exits and batch statistics see each image once either way."""
+        set_grad_checkpointing(self.backbone, enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the backbone's parameters that timm exempts from weight decay."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {f"backbone.{name}" for name in names}
+
+
+class TimmInterface(BackboneInterface):
+    """The other methods and attributes of timm's models; the backbone gives the answers."""
 
     @property
     def num_classes(self) -> int:
@@ -38,19 +61,9 @@ class TimmInterface:
         return int(self.backbone.in_chans)
 
     @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """The backbone's pretrained configuration."""
-        return dict(self.backbone.pretrained_cfg)
-
-    @property
     def default_cfg(self) -> dict[str, Any]:
         """The backbone's pretrained configuration, under its older name."""
         return self.pretrained_cfg
-
-    @property
-    def _traits(self) -> dict[str, Any]:
-        """What timm's `resolve_input_data_config` reads the backbone's image size from."""
-        return data_config_traits(self.backbone)
 
     @property
     def feature_info(self) -> Any:
@@ -61,15 +74,6 @@ class TimmInterface:
         """Return the backbone's own classifier."""
         classifier: nn.Module = self.backbone.get_classifier()
         return classifier
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Switch gradient checkpointing of the backbone; exits and batch statistics see each image once either way."""
-        set_grad_checkpointing(self.backbone, enable)
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the names of the backbone's parameters that timm exempts from weight decay."""
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        return {f"backbone.{name}" for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
         """Return a function from parameter name to layer, for layer-wise learning-rate decay.
