@@ -84,8 +84,8 @@ def test_what_could_not_be_done_for_want_of_room_is_told_too() -> None:
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (PermissionError(errno.EACCES, "Permission denied", "a"), 1, "error: [Errno 13] Permission denied: 'a'. Mend"),
-        (ConnectionError("no route"), 1, "error: no route. Mend that, and run the same command again to go on."),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), 1, "error: [Errno 13] Permission denied: 'a'. Fix"),
+        (ConnectionError("no route"), 1, "error: no route. Fix that, and run the same command again to go on."),
         (NonFiniteLossError("The loss is not finite."), 1, "error: The loss is not finite."),
         (ValueError("batch_size: wrong."), 2, "error: batch_size: wrong."),
         (HubError("Pushing failed."), 2, "error: Pushing failed."),

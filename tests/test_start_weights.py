@@ -65,12 +65,12 @@ def test_weights_are_those_of_the_file(saved: tuple[sd.SelfDistillModel, Path], 
     assert equal(source.heads, begun.heads) == (kind in ("run", "run/model", "whole.pt"))
 
 
-def test_a_classifier_of_other_classes_begins_anew(saved: tuple[sd.SelfDistillModel, Path]) -> None:
+def test_a_classifier_of_other_classes_is_not_loaded(saved: tuple[sd.SelfDistillModel, Path]) -> None:
     source, run = saved
     begun = model(num_classes=7)
     before = copy.deepcopy(begun)
     (notice,) = load_start_weights(begun, run)
-    assert notice == f"model.weights: the classifier begins anew: {run} has 4 classes, and the model 7."
+    assert notice == f"model.weights: the classifier is not loaded: {run} has 4 classes, and the model 7."
     assert equal(source.backbone, begun.backbone, ("fc.",))
     assert equal(before.backbone.fc, begun.backbone.fc)
     for index in range(3):
@@ -78,12 +78,12 @@ def test_a_classifier_of_other_classes_begins_anew(saved: tuple[sd.SelfDistillMo
         assert equal(before.head_of(index).classifier, begun.head_of(index).classifier)
 
 
-def test_exits_of_another_head_begin_anew(saved: tuple[sd.SelfDistillModel, Path]) -> None:
+def test_exits_of_another_head_are_not_loaded(saved: tuple[sd.SelfDistillModel, Path]) -> None:
     source, run = saved
     begun = model(head="linear")
     before = copy.deepcopy(begun)
     (notice,) = load_start_weights(begun, run)
-    assert "the exits layer1, layer2, layer3 begin anew" in notice
+    assert "the exits layer1, layer2, layer3 are not loaded" in notice
     assert equal(source.backbone, begun.backbone)
     assert equal(before.heads, begun.heads)
 
@@ -123,7 +123,7 @@ def test_a_recipe_names_them(saved: tuple[sd.SelfDistillModel, Path], caplog: py
     recipe = load_recipe("digits", [NETWORK, f"model.weights={run}", "data.image_size=32"])
     begun = build_model(recipe, list("abcdef"), "letters", tell=True)
     assert equal(source.backbone, begun.backbone, ("fc.",))
-    assert "begins anew" in caplog.text
+    assert "is not loaded" in caplog.text
     assert recipe.without_local_paths().model.weights == "run"
     assert recipe.local_paths()["model"] == {"weights": str(run)}
     with pytest.raises(RecipeError, match=r"model.weights: must be null where model.pretrained is true"):

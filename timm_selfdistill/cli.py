@@ -33,7 +33,7 @@ _COMMANDS: Final = {
     "predict": ("cli_models", "classify image files"),
     "export": ("cli_models", "write the network up to an exit as safetensors, torch.export or ONNX"),
     "push": ("cli_models", "push a trained model to the Hugging Face Hub"),
-    "exits": ("cli_models", "show where exits could hang on a timm model, and what they would cost"),
+    "exits": ("cli_models", "show where a timm model can have exits, and what they would cost"),
     "recipes": ("cli", "list the shipped recipes, print or copy one"),
 }
 

@@ -134,7 +134,7 @@ def format_preview(preview: Preview) -> str:
     height, width = preview.image_size
     unfit = [row.point.name for row in preview.exits if not row.fits]
     notes = [
-        "* an exit hangs here by default, or with the number that was asked for; others: exits=[index or module, ...].",
+        "* an exit is added here by default, or with the number given; others: exits=[index or module, ...].",
         f"Backbone: {with_prefix(preview.params)} parameters, {with_prefix(preview.macs)} multiply-accumulates (MACs) "
         f"for one image of {height} x {width}, {preview.num_classes} classes.",
         "A head's MACs and parameters are also told as a share of the backbone's, in percent.",

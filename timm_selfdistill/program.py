@@ -87,7 +87,7 @@ def run_safely(run: Callable[[], int | None]) -> int:
             return 1
         said, status = failure_of_machine(error), 1
         if said is None and isinstance(error, OSError):
-            said = f"{message_of(error).rstrip('.')}. Mend that, and run the same command again to go on."
+            said = f"{message_of(error).rstrip('.')}. Fix that, and run the same command again to go on."
         elif said is None and isinstance(error, ValueError | ReportedError | MissingExtraError):
             said, status = message_of(error), getattr(error, "exit_status", 2)
         if said is None:

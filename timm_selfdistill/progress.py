@@ -13,7 +13,7 @@ _WIDTH: Final = 80
 
 
 def progress_bar(items: Iterable[Any] | None = None, *, title: str | None, show: bool = True, **options: Any) -> Any:
-    """Return a bar of tqdm around items, of at most 80 columns, which leaves nothing behind.
+    """Return a bar of tqdm around items, of at most 80 columns, which is removed at its end.
 
     Args:
         items: What is iterated over; without it, the caller counts.

@@ -112,7 +112,7 @@ def number(value: float | None, spec: str) -> str:
 
 
 def interval(top1: float | None, total: int) -> str:
-    """Return the 95 % confidence interval of an accuracy in percent of so many images, "n/a" for None."""
+    """Return the 95 % confidence interval of an accuracy in percent on `total` images, "n/a" for None."""
     if top1 is None:
         return MISSING
     low, high = wilson_interval(round(top1 * total / 100), total)

@@ -134,7 +134,7 @@ def build_loaders(
         shares = min(section.workers, rows.num_shards)  # a shard is read by one worker
         stream = _Stream(rows, f"{data.name}, split {split.name!r}")
         options |= worker_options(shares, seed_worker)
-        # Those of a training stream are started, and so seeded, anew in every epoch: one can then be repeated.
+        # Those of a training stream are started and seeded in every epoch, so that one can be repeated.
         loaders[use] = (
             _SteadyLoader(steps, seed, stream, **options)
             if training

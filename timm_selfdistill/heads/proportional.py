@@ -177,7 +177,7 @@ class HeadBudget:
         check("head_budget", self.share, Share)
 
     def width(self, point: ExitPoint, num_exits: int) -> int | None:
-        """Return the largest width of a head that fits at a point, one of so many; None if none does."""
+        """Return the largest width of a head that fits at one of `num_exits` points; None if none does."""
         return next((width for width in self._widths() if self._fits(point, num_exits, width)), None)
 
     @property

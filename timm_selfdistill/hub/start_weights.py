@@ -33,7 +33,7 @@ def load_start_weights(model: SelfDistillModel, source: str | Path) -> list[str]
             with `model.safetensors`: a run's, a model's of this library or of timm.
 
     Returns:
-        A sentence for each part that begins anew.
+        A sentence for each part that is not loaded.
 
     Raises:
         ValueError: If there is no such file, it cannot be read, or its names or shapes are not those of the backbone.
@@ -123,7 +123,7 @@ def _load_backbone(model: SelfDistillModel, state: State, path: Path) -> Iterato
     model.backbone.load_state_dict({**own, **{name: state[name] for name in own if name in state and name not in anew}})
     if anew:
         rows = [f"{len(state[name])} classes" for name in sorted(anew) if name in state][:1] or ["none"]
-        yield (f"model.weights: the classifier begins anew: {path} has {rows[0]}, and the model {model.num_classes}.")
+        yield f"model.weights: the classifier is not loaded: {path} has {rows[0]}, and the model {model.num_classes}."
 
 
 def _classifier_names(backbone: Any) -> list[str]:
@@ -148,7 +148,7 @@ def _load_exits(model: SelfDistillModel, state: State, path: Path) -> Iterator[s
             continue
         head.load_state_dict({**own, **{name: tensor for name, tensor in given.items() if name not in differ}})
     if anew:
-        yield f"model.weights: the exits {', '.join(anew)} begin anew, as those in {path} have other heads."
+        yield f"model.weights: the exits {', '.join(anew)} are not loaded, as those in {path} have other heads."
 
 
 def _shape(tensor: Tensor) -> str:

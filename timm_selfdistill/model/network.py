@@ -176,7 +176,7 @@ class SelfDistillModel(nn.Module, TimmInterface, HubInterface):
         Args:
             num_classes: Number of logits, at least 1. Where it changes, names of the old classes are dropped.
             global_pool: The backbone's pooling; unchanged by default. Where it changes the width of the teacher's
-                feature, the exits are built anew.
+                feature, new exits are built.
 
         Raises:
             ValueError: If `num_classes` is not positive.

@@ -81,10 +81,9 @@ class Report(TypedDict):
     `exits` go from shallow to deep; the last is the backbone's own classifier. `ensemble` is the mean of the logits of
     all; `fitted_ensemble` is None for a model whose ensemble was not fitted. `baseline` is the plain backbone trained
     on its own, which costs what the last exit costs. `num_skipped` counts the images that could not be decoded, by
-    their use ("training", "validation", "evaluation") as far as it is known, `num_nonfinite` the samples for which an
-    output was not a finite number, `class_sizes` the samples of the smallest and of the largest class that has any.
-    `train_seconds` is the time of the training steps of each network of the run;
-    `input_size` is [C, H, W].
+    their use ("training", "validation", "evaluation") as far as it is known. `num_nonfinite` counts the samples for
+    which an output was not a finite number. `class_sizes` are the samples of the smallest and of the largest class that
+    has any. `train_seconds` is the time of the training steps of each network. `input_size` is [C, H, W].
     """
 
     exits: list[ExitRow]

@@ -34,7 +34,7 @@ _SHARDING_SAMPLERS = (DistributedSampler, OrderedDistributedSampler, RepeatAugSa
 
 
 def build_model(recipe: Recipe, class_names: Sequence[str], dataset: str, *, tell: bool = False) -> SelfDistillModel:
-    """Build the recipe's wrapped model, for the classes of the data set of this name; tell which parts begin anew."""
+    """Build the recipe's wrapped model, for the classes of the data set of this name; tell what is not loaded."""
     section, exits = recipe.model, recipe.exits
     num_classes = section.num_classes or len(class_names)
     if num_classes < len(class_names):

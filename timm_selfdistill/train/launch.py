@@ -171,7 +171,7 @@ def _join_again() -> None:
     """Let the processes of a restarted launch find one another, not their predecessors.
 
     The launcher's store outlives a restart, and torch looks there under the same names: a process that reads the
-    address of one that is gone fails or waits for ever.
+    address of one that is gone fails or waits forever.
     """
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1

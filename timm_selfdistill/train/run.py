@@ -196,7 +196,7 @@ def _train_networks(
     seconds: dict[str, float] = {}
     first_step = 0
     for name, phases in run.networks.items():
-        # Built anew from the same seed: every network starts from the same weights and sees the same images.
+        # Built again from the same seed: every network starts from the same weights and sees the same images.
         set_seed(recipe.seed)
         model = build_model(recipe, run.data.class_names, run.data.name).to(accelerator.device)
         if recipe.sync_batchnorm and accelerator.num_processes > 1:

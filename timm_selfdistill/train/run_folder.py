@@ -271,7 +271,7 @@ def _records(folder: Path) -> Iterator[RunRecord]:
             of_model = RunRecord.from_json(read_run(folder / MODEL))
         except CheckpointError:
             raise
-        except ValueError:  # damaged, or no model of this library's: written anew
+        except ValueError:  # damaged, or no model of this library's: written again
             return
         if of_model is not None:
             yield of_model

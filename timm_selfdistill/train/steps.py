@@ -183,7 +183,7 @@ class NonFiniteGuard:
             )
         if progress.skipped == _MAX_SKIPS:
             raise NonFiniteLossError(
-                f"The loss was not finite in {progress.skipped} steps in a row ({at}), which skipping does not mend; "
+                f"The loss was not finite in {progress.skipped} steps in a row ({at}), where skipping does not help; "
                 f"{self._path} lists the rows of the batches. The checkpoints before them are kept."
             )
         _logger.warning("Skipped a step, as the loss is not finite (%s).", at)
