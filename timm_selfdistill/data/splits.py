@@ -109,8 +109,8 @@ def open_dataset(section: DataSection, seed: int) -> ImageData:
         seed: Decides which rows are drawn.
 
     Raises:
-        ValueError: If there is no such data set, split or column, a column does not hold images or class labels, a
-            class has no training image or is too small to be split, an image of a folder is in two splits, or a stream
+        ValueError: If there is no such data set, split or column; if a column does not hold images or class labels; if
+            a class has no training image or is too small to be split; if an image is in two splits; or if a stream
             would need an index.
     """
     splits = load_splits(section)
