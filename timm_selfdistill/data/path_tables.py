@@ -43,8 +43,8 @@ _ENDINGS_IN_FOLDER: Final = tuple(ending for ending in TABLE_ENDINGS if ending !
 def load_tables(path: Path, section: DataSection) -> Splits | None:
     """Read a data set whose images are files that a table names.
 
-    It is a CSV, TSV or JSON lines file; a parquet file in which `data.image` holds strings; a glob of either; or a folder
-    in which tables with the columns of the recipe have the names of splits (`train.csv`, `test.csv`).
+    It is a CSV, TSV or JSON lines file; a parquet file in which `data.image` holds strings; a glob of either; or a
+    folder in which tables with the columns of the recipe have the names of splits (`train.csv`, `test.csv`).
     Paths are relative to `data.root`, by default the table's folder.
     """
     files = _table_files(path, section)
