@@ -25,7 +25,7 @@ from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.early_exit import Line, StageCosts
 from timm_selfdistill.early_exit.rules import _RULES
 from timm_selfdistill.hub import folder as hub_folder
-from timm_selfdistill.intervals import paired_interval
+from timm_selfdistill.metrics import paired_interval
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import train
 

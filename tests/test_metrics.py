@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from scipy import stats
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from timm_selfdistill.evaluate_metrics import ExpectedCalibrationError
-from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
+from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult, paired_interval, wilson_interval
 from timm_selfdistill.model import Ensemble, ExitOutput
 
 FITTED = Ensemble((0.0, 0.25, 0.5))
@@ -236,3 +238,28 @@ if __name__ == "__main__":
     result_file = Path(sys.argv[1]) / f"{accelerator.process_index}.json"
     result_file.write_text(json.dumps(evaluate_everything(accelerator)))
     accelerator.end_training()
+
+
+@pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (7, 10), (95, 100), (3601, 10_000)])
+def test_wilson_is_scipys(hits: int, total: int) -> None:
+    expected = stats.binomtest(hits, total).proportion_ci(0.95, "wilson")
+    assert wilson_interval(hits, total) == pytest.approx((100 * expected.low, 100 * expected.high))
+
+
+def test_four_more_of_a_hundred_are_not_a_certain_gain() -> None:
+    # (4 + 1) / 102 and (0 + 1) / 102, as Bonett and Price write it.
+    more, fewer = 5 / 102, 1 / 102
+    half = 1.959963985 * math.sqrt((more + fewer - (more - fewer) ** 2) / 102)
+    assert paired_interval(4, 0, 100) == pytest.approx((100 * (more - fewer - half), 100 * (more - fewer + half)))
+    low, high = paired_interval(4, 0, 100)
+    assert low < 0 < high
+    assert paired_interval(0, 4, 100) == pytest.approx((-high, -low))
+
+
+def test_the_paired_interval_holds_the_true_difference_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    for gained, lost, total in ((0.08, 0.04, 100), (0.02, 0.02, 200), (0.10, 0.02, 50)):
+        drawn = rng.multinomial(total, [gained, lost, 1 - gained - lost], 2_000)
+        intervals = [paired_interval(int(more), int(fewer), total) for more, fewer, _ in drawn]
+        held = np.mean([low <= 100 * (gained - lost) <= high for low, high in intervals])
+        assert held > 0.94

@@ -13,8 +13,7 @@ from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
-from timm_selfdistill.intervals import paired_interval, wilson_interval
-from timm_selfdistill.metrics import Answers
+from timm_selfdistill.metrics import Answers, paired_interval, wilson_interval
 from timm_selfdistill.model import Ensemble, wrap
 from timm_selfdistill.report import (
     build_report,

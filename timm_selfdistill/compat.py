@@ -66,6 +66,10 @@ def batch_multiple(size: SymInt, batch: SymInt) -> int | None:
     return int(ratio) if ratio.is_Integer else None
 
 
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""The base class of all of torch's batch norms, which has no public name. Checked with torch 2.15."""
+
+
 def is_view(tensor: Tensor) -> bool:
     """Whether a tensor is a view for autograd; torch has no public name for it. Checked with torch 2.15."""
     return tensor._is_view()

@@ -1,10 +1,11 @@
-"""Accuracy and calibration of every exit and of their ensemble, exact over uneven batches and several processes."""
+"""Accuracy and calibration of every exit and of their ensemble, over all processes, and how certain accuracies are."""
 
 import hashlib
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 import numpy as np
@@ -26,6 +27,8 @@ IGNORED: Final = -100
 
 _NUM_RANKED = 5
 _NO_CLASS = -1
+# Of the standard normal distribution, for confidence intervals of 95 %.
+_Z: Final = NormalDist().inv_cdf(0.975)
 
 
 class OutputMetrics(TypedDict):
@@ -210,6 +213,45 @@ def calibration_error(
     # |B| / N * |accuracy - mean confidence| is |sum of hits - sum of confidences| / N, without empty-bin divisions.
     gap = (predicted == labels) - confidence
     return math.fsum(abs(math.fsum(gap[bins == index])) for index in range(num_bins)) / len(labels)
+
+
+def wilson_interval(hits: float, total: int) -> tuple[float, float]:
+    """Return the score interval of a share, in percent.
+
+    It is that of Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953: never empty, never outside 0 to 100,
+    and close to its confidence for few images and for shares near 0 and 100, where the usual interval is not.
+
+    Args:
+        hits: How many images were right.
+        total: Of how many, 1 or more.
+    """
+    share, squared = hits / total, _Z**2 / total
+    middle = (share + squared / 2) / (1 + squared)
+    half = _Z / (1 + squared) * math.sqrt(share * (1 - share) / total + squared / (4 * total))
+    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+
+
+def paired_interval(gained: int, lost: int, total: int) -> tuple[float, float]:
+    """Return the interval of the difference of two accuracies on the same images, in percentage points.
+
+    It is Wald's interval of paired shares with the adjustment of Bonett and Price (2012),
+    https://doi.org/10.3102/1076998611411915, which adds one image to each of the two counts; Fagerland, Lydersen and
+    Laake (2014, https://doi.org/10.1002/sim.6148) recommend it. Images that both get right or both wrong only count in
+    the total, as in McNemar's test.
+
+    Args:
+        gained: How many images only the first one got right.
+        lost: How many only the second one got right.
+        total: Number of images, 1 or more.
+    """
+    more, fewer, count = (gained + 1) / (total + 2), (lost + 1) / (total + 2), total + 2
+    half = _Z * math.sqrt((more + fewer - (more - fewer) ** 2) / count)
+    return 100 * max(-1.0, more - fewer - half), 100 * min(1.0, more - fewer + half)
+
+
+def top1_interval(top1: float | None, total: int) -> tuple[float, float] | None:
+    """Return Wilson's interval of an accuracy in percent on `total` images, None for None."""
+    return None if top1 is None else wilson_interval(round(top1 * total / 100), total)
 
 
 def _metrics(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> OutputMetrics:

@@ -12,7 +12,6 @@ import numpy as np
 
 from timm_selfdistill.escape import each_text, markdown_text, printable
 from timm_selfdistill.files import replace_file
-from timm_selfdistill.intervals import wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,12 +110,9 @@ def number(value: float | None, spec: str) -> str:
     return MISSING if value is None else format(value, spec)
 
 
-def interval(top1: float | None, total: int) -> str:
-    """Return the 95 % confidence interval of an accuracy in percent on `total` images, "n/a" for None."""
-    if top1 is None:
-        return MISSING
-    low, high = wilson_interval(round(top1 * total / 100), total)
-    return f"{low:.1f} to {high:.1f}"
+def interval(bounds: tuple[float, float] | None) -> str:
+    """Return a confidence interval in percent as text, "n/a" for None."""
+    return MISSING if bounds is None else f"{bounds[0]:.1f} to {bounds[1]:.1f}"
 
 
 def spread(mean: float | None, std: float | None, spec: str) -> str:

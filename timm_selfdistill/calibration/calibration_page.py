@@ -7,7 +7,7 @@ from timm_selfdistill import render
 from timm_selfdistill.calibration.calibration_report import CalibrationReport
 from timm_selfdistill.early_exit import get_rule
 from timm_selfdistill.escape import each_text, plot_text
-from timm_selfdistill.intervals import wilson_interval
+from timm_selfdistill.metrics import top1_interval, wilson_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +74,7 @@ def _cells(point: Mapping[str, Any], backbone: Mapping[str, Any], num_samples: i
     between = "" if bounds is None or point is backbone else f" ({bounds[0]:+.2f} to {bounds[1]:+.2f})"
     return [
         f"{point['top1']:.2f}",
-        render.interval(point["top1"], num_samples),
+        render.interval(top1_interval(point["top1"], num_samples)),
         f"{point['top1'] - backbone['top1']:+.2f}{between}",
         render.with_prefix(point["macs"]),
         f"{point['speedup']:.2f}x",

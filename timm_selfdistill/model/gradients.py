@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from timm_selfdistill.compat import forward_hooks, in_backward
+from timm_selfdistill.compat import BatchNorm, forward_hooks, in_backward
 
 _MOMENTUM = "_momentum_outside_recomputation"
 

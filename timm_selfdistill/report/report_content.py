@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from timm_selfdistill.compat import cpu_capabilities
 from timm_selfdistill.exits import unchanged
-from timm_selfdistill.intervals import paired_interval, wilson_interval
 from timm_selfdistill.measure import MacCounter, median_seconds, seconds_of
-from timm_selfdistill.metrics import ExitMetricsResult, OutputMetrics
+from timm_selfdistill.metrics import ExitMetricsResult, OutputMetrics, paired_interval, wilson_interval
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.model.hooks import watch_usage
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from timm_selfdistill import render
 from timm_selfdistill.escape import each_text, plot_text
+from timm_selfdistill.metrics import top1_interval
 from timm_selfdistill.report.report_content import AccuracyRow, EnsembleRow, ExitRow, Report
 
 # Largest class over smallest, from which on the report has the macro recall.
@@ -104,7 +105,7 @@ def _tables(report: Report) -> list[render.Table]:
     columns: dict[str, list[str]] = {
         "exit": [label for label, _ in labelled],
         "top-1 %": [render.number(row["top1"], ".2f") for _, row in labelled],
-        "95 % CI": [render.interval(row["top1"], report["num_samples"]) for _, row in labelled],
+        "95 % CI": [render.interval(top1_interval(row["top1"], report["num_samples"])) for _, row in labelled],
     }
     if baseline is not None:
         columns["vs. baseline"] = [*(_gain(row, baseline) for _, row in labelled[:-1]), ""]
