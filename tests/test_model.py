@@ -416,8 +416,8 @@ def test_wrapped_model_is_not_wrapped_again(make_backbone):
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("resnt18", {}, r"timm cannot create 'resnt18'.*Similar names: resnet18"),
-        ("resnt18.a1_in1k", {}, r"Similar names: resnet18"),
+        ("resnt18", {}, r"timm cannot create 'resnt18'.*did you mean .*'resnet18'"),
+        ("resnt18.a1_in1k", {}, r"did you mean .*'resnet18'"),
         ("qqqqqqqqqq", {}, r"Unknown model \(qqqqqqqqqq\)\.$"),
         ("resnet18", {"bogus": 1}, r"cannot create 'resnet18' with \{'bogus': 1\}: .*unexpected.*'bogus'\.$"),
     ],

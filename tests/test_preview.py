@@ -132,7 +132,7 @@ def test_command_prints_the_table(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnt18"], "timm cannot create 'resnt18'.*Similar names: resnet18"),
+        (["resnt18"], "timm cannot create 'resnt18'.*did you mean .*'resnet18'"),
         (["resnet18", "bogus=1"], "unexpected keyword argument 'bogus'"),
         (["resnet18", "in_chans"], "override 'in_chans': must have the form section.key=value"),
         (["resnet18", "in_chans="], "override 'in_chans=': has no value"),

@@ -61,9 +61,7 @@ def test_taken_name_is_refused_and_the_first_entry_kept(heads):
 def test_unknown_name_lists_the_known_ones_and_the_nearest(heads):
     heads.register("linear")("a")
     heads.register("bottleneck")("b")
-    with pytest.raises(
-        ValueError, match=r"Unknown head 'linaer'; known are bottleneck, linear\. Did you mean 'linear'"
-    ):
+    with pytest.raises(ValueError, match=r"Unknown head 'linaer'; known are bottleneck, linear; did you mean 'linear'"):
         heads.get("linaer")
 
 

@@ -1,8 +1,9 @@
 """The types of settings, which check their values: for recipes, configurations and arguments alike."""
 
+import difflib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -55,6 +56,12 @@ def is_number(value: Any) -> bool:
 def is_integer(value: Any) -> bool:
     """Whether a value is a whole number, which True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
+    """Return the end of a message that names what is like a word: "; did you mean 'a' or 'b'?", or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=most)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 class Section(BaseModel):

@@ -1,11 +1,11 @@
 """Named classes and functions that a recipe or a third party refers to by a string."""
 
-import difflib
 import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
+from timm_selfdistill.checks import did_you_mean
 from timm_selfdistill.escape import printable
 
 T = TypeVar("T")
@@ -53,9 +53,9 @@ class Registry(Generic[T]):
             return self._entries[name]
         if name in self._broken:
             raise ValueError(f"{self.kind} {name!r} is installed but cannot be loaded: {self._broken[name]}")
-        close = difflib.get_close_matches(str(name), self._entries, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown {self.kind} {name!r}; known are {', '.join(self.names())}.{hint}")
+        known = self.names()
+        hint = did_you_mean(str(name), known)
+        raise ValueError(f"Unknown {self.kind} {name!r}; known are {', '.join(known)}{hint or '.'}")
 
     def names(self) -> list[str]:
         """Return all names, sorted."""

@@ -1,6 +1,5 @@
 """Wrap a backbone, given or named, and tell whether timm has a model of a name."""
 
-import difflib
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import nn
 
 from timm_selfdistill.backbones import use_small_stem  # which also registers our networks with timm
+from timm_selfdistill.checks import did_you_mean
 from timm_selfdistill.exits import Backbone, Exits, choose, explore, named_modules
 from timm_selfdistill.heads import AUTO, PROPORTIONAL, HeadBudget, each_head_kwargs, fit_heads, resolve_budget
 from timm_selfdistill.measure import BuildLimit, TooLargeError
@@ -25,7 +25,6 @@ from timm_selfdistill.program import failure_of_machine
 _LIMITS = {"parameters": 25_000, "modules": 60_000}
 # What timm takes in front of a model's name: where its configuration is.
 SOURCES: Final = ("hf-hub:", "hf_hub:", "local-dir:")
-_MOST_SIMILAR = 3
 
 
 def wrap(
@@ -156,9 +155,8 @@ def create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Back
                 f"{constants.HF_HUB_CACHE}), or start without them, by model.pretrained=false (pretrained=False)."
             ) from error
         architecture = name.split(".")[0]
-        close = [] if timm.is_model(architecture) else difflib.get_close_matches(architecture, timm.list_models(), n=5)
-        hint = f" Similar names: {', '.join(close)}." if close else ""
-        raise ValueError(f"timm cannot create {name!r} with {kwargs}: {_reason(error)}.{hint}") from error
+        hint = "" if timm.is_model(architecture) else did_you_mean(architecture, timm.list_models(), most=3)
+        raise ValueError(f"timm cannot create {name!r} with {kwargs}: {_reason(error)}{hint or '.'}") from error
 
 
 def _unknown_source(name: str, error: Exception) -> str:
@@ -204,19 +202,15 @@ def model_problem(name: str, *, pretrained: bool = False) -> str | None:
         return None
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        return f"must be the name of a timm model, received {name!r}{_hint(architecture, timm.list_models())}"
+        hint = did_you_mean(architecture, timm.list_models(), most=3)
+        return f"must be the name of a timm model, received {name!r}{hint}"
     if tag:
         try:
             get_pretrained_cfg(name)
         except RuntimeError:
             known = [found.partition(".")[2] for found in timm.list_pretrained(f"{architecture}.*")]
             listed = f"; {architecture} has {', '.join(known)}" if known else f"; {architecture} has none"
-            return f"has no weights {tag!r}{listed}{_hint(tag, known)}"
+            return f"has no weights {tag!r}{listed}{did_you_mean(tag, known, most=3)}"
     if pretrained and not is_model_pretrained(name):
         return f"must be false, as timm has no weights of {name!r}"
     return None
-
-
-def _hint(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=_MOST_SIMILAR)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,18 +1,17 @@
 """Find, read and override recipes, and say everything that is wrong with them at once."""
 
 import copy
-import difflib
 import itertools
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from timm_selfdistill.checks import expand_home
+from timm_selfdistill.checks import did_you_mean, expand_home
 from timm_selfdistill.recipe.plain_yaml import MAX_BYTES, dump, parse, unplain
 from timm_selfdistill.recipe.recipe import LOCAL, RECIPE, Recipe, merge
 
@@ -148,7 +147,7 @@ def read_shipped(name: str) -> str:
     if (path := _shipped().get(name)) is None:
         known = list_recipes()
         raise ValueError(
-            f"There is no shipped recipe {name!r}; shipped are {', '.join(known)}{_did_you_mean(name, known)}"
+            f"There is no shipped recipe {name!r}; shipped are {', '.join(known)}{did_you_mean(name, known)}"
         )
     return path.read_text(encoding="utf-8")
 
@@ -187,7 +186,7 @@ def _parse_file(path: Path) -> tuple[Any, list[str]]:
         return parse(data.decode("utf-8-sig"))
     except FileNotFoundError:
         known = list_recipes()
-        hint = _did_you_mean(path.stem, known)
+        hint = did_you_mean(path.stem, known)
         return None, [f"neither the path of a file nor a shipped recipe; shipped are {', '.join(known)}{hint}"]
     except UnicodeDecodeError as error:
         return None, [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
@@ -225,7 +224,7 @@ def _sentence(error: ErrorDetails) -> str:
     location, kind = error["loc"], error["type"]
     if kind == "extra_forbidden":
         allowed = _section(location[:-1]).model_fields
-        hint = _did_you_mean(str(location[-1]), allowed) or f"; allowed are {', '.join(allowed)}"
+        hint = did_you_mean(str(location[-1]), allowed) or f"; allowed are {', '.join(allowed)}"
         return f"{_path(location)}: unknown key{hint}"
     if kind == "conflict":
         return f"{_path(location)}.{error['msg']}"
@@ -233,7 +232,7 @@ def _sentence(error: ErrorDetails) -> str:
         return f"{_path(location)}: is required"
     hint = ""
     if kind == "literal_error" and isinstance(error["input"], str):
-        hint = _did_you_mean(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+        hint = did_you_mean(error["input"], re.findall(r"'([^']*)'", error["ctx"]["expected"]))
     if kind == "missing":
         location, phrase = location[:-1], "must have 2 entries"  # only pairs have a fixed length
     else:
@@ -255,11 +254,6 @@ def _path(location: Sequence[int | str]) -> str:
     return "".join(
         f"[{part}]" if isinstance(part, int) else f".{part or repr(part)}" for part in location
     ).removeprefix(".")
-
-
-def _did_you_mean(word: str, allowed: Collection[str]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _show(value: Any) -> str:

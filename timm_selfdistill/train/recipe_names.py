@@ -1,6 +1,5 @@
 """Check every name in a recipe before anything is opened or downloaded, and say all that is wrong at once."""
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from timm.optim import list_optimizers
 
+from timm_selfdistill.checks import did_you_mean
 from timm_selfdistill.data.columns import check_columns, with_columns
 from timm_selfdistill.data.names import resolve_splits, used_splits
 from timm_selfdistill.data.sources import is_on_hub, load_splits
@@ -92,9 +92,8 @@ def _value(sections: Mapping[str, Mapping[str, Any]], section: str, key: str) ->
 
 
 def _allowed(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=3)
     listed = f"; known are {', '.join(names)}" if len(names) <= _MOST_LISTED else ""
-    return f"{listed}; did you mean {' or '.join(map(repr, close))}?" if close else listed
+    return listed + did_you_mean(name, names, most=3)
 
 
 def _point_problems(name: str, kwargs: Any, points: Sequence[Any]) -> list[str]:
