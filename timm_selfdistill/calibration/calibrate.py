@@ -87,12 +87,8 @@ def calibrate_folder(
         ValueError: If the model or the data cannot be read, the data has other classes than the model, the images to
             calibrate on were trained on, are reported on or do not exist, or the goal cannot be reached.
     """
-    if time_batch_size is not None and time_batch_size < 1:
-        raise ValueError(f"time_batch_size is {time_batch_size}; it must be a number of images, 1 or more.")
-    if time_batch_size is not None and goal.macs_budget is not None:
-        raise ValueError("macs_budget is a number of MACs, but the thresholds are to be chosen by time: give speedup.")
-    if onnx is not None and time_batch_size is not None:
-        raise ValueError("The times are those of PyTorch: exported stages are calibrated by MACs.")
+    if time_batch_size is not None:
+        _check_timing(time_batch_size, goal, onnx)
     EarlyExitConfig((), rule, fallback=fallback)  # refuses unknown names before anything runs
     with opened_run(folder, from_checkpoint) as saved:
         model = from_pretrained(saved.model_folder)
@@ -121,12 +117,10 @@ def calibrate_folder(
         )
         choice = replace(choice, config=replace(choice.config, costs=measured))
         evaluation = collect(loaders.eval, "evaluate")
-        time: Timing | None = None
+        time = None
         if time_batch_size is not None:
             images = some_images(data, recipe, input_config, images_to_time(time_batch_size))
-            speedup = measure_speedup(model, choice.config, images, time_batch_size)
-            device = device_name(PartialState().device)
-            time = {"batch_size": time_batch_size, "device": device, "speedup": speedup, "num_images": len(images)}
+            time = _time(model, choice.config, images, time_batch_size)
         dataset = f"{data.name}, {recipe.data.eval_split}"
         report = build_calibration_report(
             choice,
@@ -153,6 +147,23 @@ def calibrate_folder(
         place = saved.output if onnx is None else onnx
         write_calibration(report, place if output is None else output.expanduser())
     return report
+
+
+def _check_timing(batch_size: int, goal: Goal, onnx: Path | None) -> None:
+    """Refuse to choose by time where that has no meaning."""
+    if batch_size < 1:
+        raise ValueError(f"time_batch_size is {batch_size}; it must be a number of images, 1 or more.")
+    if goal.macs_budget is not None:
+        raise ValueError("macs_budget is a number of MACs, but the thresholds are to be chosen by time: give speedup.")
+    if onnx is not None:
+        raise ValueError("The times are those of PyTorch: exported stages are calibrated by MACs.")
+
+
+def _time(model: SelfDistillModel, config: EarlyExitConfig, images: Tensor, batch_size: int) -> Timing:
+    """Time early exit beside the plain backbone, on images [N, C, H, W]."""
+    speedup = measure_speedup(model, config, images, batch_size)
+    device = device_name(PartialState().device)
+    return {"batch_size": batch_size, "device": device, "speedup": speedup, "num_images": len(images)}
 
 
 def _baseline(path: Path, dataset: str, num_samples: int) -> float | None:
