@@ -171,7 +171,7 @@ def test_saved_heads_are_rebuilt_exactly(layout, tmp_path):
 def test_a_saved_model_does_not_depend_on_the_rule(tmp_path, monkeypatch):
     model = make_model("NCHW", head_budget=0.04)
     sd.save_pretrained(model, tmp_path)
-    monkeypatch.setattr("timm_selfdistill.heads.budget.HeadBudget.width", lambda *args: 16)
+    monkeypatch.setattr("timm_selfdistill.heads.proportional.HeadBudget.width", lambda *args: 16)
     assert widths(make_model("NCHW")) == [16] * 3
     assert widths(sd.from_pretrained(tmp_path)) == widths(model)
 
