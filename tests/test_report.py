@@ -23,6 +23,7 @@ from timm_selfdistill.report import (
     report_content,
     write_report,
 )
+from timm_selfdistill.report.report_content import AccuracyRow
 
 pytestmark = pytest.mark.whole_reports
 
@@ -364,6 +365,14 @@ def test_uneven_classes_have_a_column_of_their_mean_accuracy(report):
     column = [re.split(" {2,}", line) for line in (header, first)]
     assert dict(zip(*column, strict=False))["macro recall %"] == "58.00"
     assert "the smallest has 10 images and the largest 400" in table
+
+
+def test_a_metric_that_the_page_does_not_know_has_a_column_of_its_name(report, monkeypatch):
+    monkeypatch.setitem(AccuracyRow.__annotations__, "auroc", float)
+    rows = [{**row, "auroc": 0.9871} for row in report["exits"]]
+    header, _, first = format_table(altered(report, exits=rows)).splitlines()[:3]
+    column = [re.split(" {2,}", line) for line in (header, first)]
+    assert dict(zip(*column, strict=False))["auroc"] == "0.987"
 
 
 def test_reports_from_before_are_still_shown(report):
