@@ -1,18 +1,26 @@
 """A multi-exit network as papers report it: accuracy at shares of the plain network's cost, and the anytime curve.
 
-Run from the repository root, with the package installed: python benchmarks/multi_exit.py ANSWERS
-ANSWERS is an answers.safetensors of benchmarks/gain.py. What each column means is told in benchmarks/README.md.
+Run from the repository root, with the package installed: python benchmarks/multi_exit.py ANSWERS [--beside RUN]
+ANSWERS is an answers.safetensors of benchmarks/gain.py. With RUN, the folder of a run with saved early-exit settings,
+early exit is timed beside earlyon (pip install earlyon) on the same network. What each column means is told in
+benchmarks/README.md.
 """
 
 import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import torch
 from gain_report import SHARES, at_budget, percent
+from onnx_early_exit import evaluation_images, first, least_seconds
 from safetensors import safe_open
+from torch import Tensor, nn
 
 import timm_selfdistill as sd
 from timm_selfdistill.calibration.path_costs import PathCosts
@@ -37,6 +45,10 @@ def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("answers", type=Path, help="answers.safetensors of a run of benchmarks/gain.py")
+    parser.add_argument("--beside", type=Path, metavar="RUN", help="a run to time beside earlyon")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32, 256])
+    parser.add_argument("--images", type=int, default=512, help="test images that are timed")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--markdown", action="store_true", help="print tables as markdown")
     arguments = parser.parse_args()
     show = markdown if arguments.markdown else align
@@ -54,6 +66,9 @@ def main() -> int:
     print(
         "\nMSDNet on CIFAR-100, published\n" + "\n".join(show([["multiply-adds", "% of all", "top-1 %"], *published]))
     )
+    if arguments.beside is not None:
+        print(f"\nbeside earlyon {version('earlyon')}")
+        print("\n".join(show([["", "batch", "top-1 %", "images/s", "speed-up"], *beside(arguments)])))
     print(
         f"\nTop-1 % of {len(test):,} images; thresholds, temperatures and weights chosen on {len(held_out):,} others. "
         f"The plain network: {costs.full / 1e6:.1f} M MACs.\ncommand: python {shlex.join(sys.argv)}"
@@ -84,6 +99,72 @@ def anytime(test: ExitLogits, costs: PathCosts) -> list[list[str]]:
         [str(exit), f"{100 * float(cost):.0f}", f"{percent(alone):.2f}", f"{percent(together):.2f}"]
         for exit, (cost, alone, together) in enumerate(zip(paths, test.correct, running, strict=True))
     ]
+
+
+@torch.inference_mode()
+def beside(arguments: argparse.Namespace) -> list[list[str]]:
+    """Return lines of the plain network, early exit and earlyon, with the same heads and settings, at each batch size.
+
+    Accuracies are those of the images that are timed, in batches of this size: with earlyon, a batch leaves together.
+    """
+    fast = sd.load_early_exit(arguments.beside / "model")
+    images, targets = first(evaluation_images(arguments.beside).eval, arguments.images)
+    plain = sd.truncate(fast.model, fast.model.num_exits).eval()
+    lines = []
+    for batch_size in arguments.batch_sizes:
+        ways: dict[str, Callable[[Tensor], Any]] = {"plain timm": plain, "timm_selfdistill": fast}
+        other = earlyon(fast)
+        ways["earlyon"] = other if batch_size == 1 else other.forward_inference_batched
+        batches = list(images.split(batch_size))
+        spent = least_seconds(list(ways.values()), batches, arguments.rounds)
+        for (name, run), seconds in zip(ways.items(), spent, strict=True):
+            logits = torch.cat([logits_of(run(batch)) for batch in batches])
+            right = percent(logits.argmax(-1) == targets)
+            speed = f"{len(images) / seconds:.0f}"
+            lines.append([name, str(batch_size), f"{right:.2f}", speed, f"{spent[0] / seconds:.2f}x"])
+    return lines
+
+
+def earlyon(fast: sd.EarlyExit) -> Any:
+    """Return the network as earlyon runs it: the same weights, heads, temperatures and thresholds."""
+    from earlyon.core.types import EarlyExitConfig, ExitPoint
+    from earlyon.core.wrappers import EarlyExitWrapper
+
+    config, model = fast.config, fast.model
+    assert (config.rule, config.fallback, config.running_ensemble) == ("max-softmax", "last", False)
+
+    class Head(nn.Module):
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.head = model.head_of(index)
+
+        def forward(self, tap: Tensor) -> Tensor:
+            logits: Tensor = self.head.classify(tap)
+            return logits
+
+    names = model.exit_names[:-1]
+    points = [ExitPoint(f"exit{index}", name, 1) for index, name in enumerate(names)]
+    temperatures = config.temperatures or (1.0,) * len(names)
+    settings = EarlyExitConfig(
+        "custom",
+        model.num_classes,
+        points,
+        confidence_thresholds=[min(threshold, 1.0) for threshold in config.thresholds],
+        enabled_exits=[threshold <= 1 for threshold in config.thresholds],
+        temperatures={f"exit{index}": value for index, value in enumerate(temperatures)} | {"final": 1.0},
+    )
+    backbone = sd.truncate(model, model.num_exits).eval()
+    size = (1, *model.pretrained_cfg["input_size"])
+    heads = {point.name: Head(index) for index, point in enumerate(points)}
+    return EarlyExitWrapper(backbone, heads, nn.Identity(), settings, input_shape=size).eval()
+
+
+def logits_of(answer: Any) -> Tensor:
+    """Return the logits [B, num_classes] of an answer of either library, or of a plain network."""
+    for name in ("logits", "predictions", "prediction"):
+        answer = getattr(answer, name, answer)
+    logits: Tensor = answer
+    return logits
 
 
 if __name__ == "__main__":

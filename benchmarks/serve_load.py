@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="folder of a saved model with early-exit settings")
     parser.add_argument("images", type=Path, help="folder with image files")
     parser.add_argument("--most", type=int, default=400, help="different images that are sent")
+    parser.add_argument("--labelled", action="store_true", help="the images' folders are named as their classes")
     parser.add_argument("--seconds", type=float, default=10.0, help="time of each load")
     parser.add_argument("--rounds", type=int, default=3, help="how often the servers take turns")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.8], help="loads, of what plain can answer")
@@ -43,11 +44,14 @@ def main() -> int:
     arguments = parser.parse_args()
     files = sorted(path for path in arguments.images.rglob("*") if path.suffix.lower() in ENDINGS)
     random.Random(0).shuffle(files)
-    bodies = [path.read_bytes() for path in files[: arguments.most]]
+    files = files[: arguments.most]
+    bodies = [path.read_bytes() for path in files]
     expected = {way: answers(arguments.model, bodies, plain=way == "plain") for way in ("plain", "early exit")}
     common = [arguments.model, "--threads", str(arguments.threads)]
     ports = {"plain": start([*common, "--plain"]), "early exit": start(common)}
     try:
+        if arguments.labelled:
+            accuracy({way: port for way, (port, _) in ports.items()}, files)
         measure({way: port for way, (port, _) in ports.items()}, bodies, expected, arguments)
     finally:
         for _, process in ports.values():
@@ -84,6 +88,18 @@ def measure(
             )
             if share is None and way == "plain":
                 capacity = speed
+
+
+def accuracy(ports: dict[str, int], files: list[Path]) -> None:
+    """Print the share of the answers over HTTP that are right: a file's folder has the name of its class."""
+    for way, port in ports.items():
+        connection, right = http.client.HTTPConnection("127.0.0.1", port), 0
+        for path in files:
+            connection.request("POST", "/classify", path.read_bytes())
+            right += json.loads(connection.getresponse().read())["label"] == path.parent.name
+        connection.close()
+        print(f"{way:>10}  top-1 {100 * right / len(files):.2f} % of the answers to {len(files)} images")
+    print()
 
 
 def answers(folder: Path, bodies: list[bytes], plain: bool) -> list[tuple[int, int]]:

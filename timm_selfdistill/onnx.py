@@ -9,7 +9,6 @@ import numpy as np
 
 from timm_selfdistill.lazy import needs_extra
 from timm_selfdistill.staged import (
-    CONFIDENCE,
     IMAGES,
     LOGITS,
     TEMPERATURES,
@@ -104,18 +103,26 @@ class OnnxEarlyExit:
         """Return with which logits [K + 1, B, num_classes] each exit would answer, the fallback last."""
         self._check(images)
         found: list[Array] = []
-        for exit, inputs in enumerate(self.stage_inputs(images)):
-            found += self._run(exit, inputs, [LOGITS])
+        held = self._given(images)
+        for exit, stage in enumerate(self._stages.stages):
+            outputs = [*stage.carried_names, LOGITS]
+            inputs = {name: held[name] for name in stage.input_names}
+            *carried, logits = self._run(exit, inputs, outputs)
+            found.append(logits)
+            held |= dict(zip(stage.carried_names, carried, strict=True))
         return np.stack(found)
 
     def stage_inputs(self, images: Array) -> Iterator[dict[str, Array]]:
         """Yield the inputs of each stage by name where no image leaves."""
-        held = {IMAGES: images, TEMPERATURES: np.array(self._stages.temperatures, np.float32)}
+        held = self._given(images)
         for exit, stage in enumerate(self._stages.stages):
-            inputs = {tensor.name: held[tensor.name] for tensor in stage.inputs}
+            inputs = {name: held[name] for name in stage.input_names}
             yield inputs
-            carried = [tensor.name for tensor in stage.outputs if tensor.name not in (LOGITS, CONFIDENCE)]
+            carried = stage.carried_names
             held |= dict(zip(carried, self._run(exit, inputs, carried) if carried else (), strict=True))
+
+    def _given(self, images: Array) -> dict[str, Array]:
+        return {IMAGES: images, TEMPERATURES: np.array(self._stages.temperatures, np.float32)}
 
     def _check(self, images: Array) -> None:
         shape = self._stages.image_shape
@@ -126,14 +133,14 @@ class OnnxEarlyExit:
             )
 
     def _run(self, stage: int, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Sequence[Array]:
-        batched = {tensor.name for tensor in self._stages.stages[stage].inputs if tensor.batched}
-        count = len(inputs[min(batched)])
+        batched = self._stages.stages[stage].batched_names
+        count = len(inputs[batched[0]])
         size = next((size for size in self._buckets if size >= count), count)
         if size != count:
             rows = np.arange(size) % count
             inputs = {name: value[rows] if name in batched else value for name, value in inputs.items()}
-        found: Sequence[Array] = self._sessions[stage].run(list(outputs), dict(inputs), self._options)
-        return [value[:count] for value in found]
+        found: Sequence[Array] = self._sessions[stage].run(outputs, inputs, self._options)
+        return found if size == count else [value[:count] for value in found]
 
     def _leaves(self, exit: int, confidence: Array, places: Array) -> Array:
         return reaches(confidence, self.thresholds[exit])

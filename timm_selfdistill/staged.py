@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
@@ -77,6 +78,26 @@ class StageSpec:
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @cached_property
+    def input_names(self) -> list[str]:
+        """Names of the inputs."""
+        return [tensor.name for tensor in self.inputs]
+
+    @cached_property
+    def batched_names(self) -> list[str]:
+        """Names of the inputs that have a row for each image."""
+        return [tensor.name for tensor in self.inputs if tensor.batched]
+
+    @cached_property
+    def output_names(self) -> list[str]:
+        """Names of the outputs."""
+        return [tensor.name for tensor in self.outputs]
+
+    @cached_property
+    def carried_names(self) -> list[str]:
+        """Names of the outputs that are for later stages, not for the answer."""
+        return [name for name in self.output_names if name not in (LOGITS, CONFIDENCE)]
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -159,7 +180,16 @@ class Manifest:
                 raise ValueError(f"its stage {index} does not fit: {sorted(needed)} to {sorted(given)}.")
             known |= given - asked
 
-    @property
+    @cached_property
+    def needed_after(self) -> list[dict[str, bool]]:
+        """Names of the tensors that the stages after each one read, and whether they have a row for each image."""
+        names = [{tensor.name: tensor.batched for tensor in stage.inputs} for stage in self.stages]
+        return [
+            {name: batched for later in names[index + 1 :] for name, batched in later.items()}
+            for index in range(len(names))
+        ]
+
+    @cached_property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         channels, height, width = self.content["input_size"]
@@ -206,37 +236,36 @@ def run_stages(
             the batch [P]; returns which of them leave [P].
         unasked: Exits where no image may leave; neither their logits nor their confidence is asked for.
     """
-    logits = np.zeros((len(images), manifest.content["num_classes"]), np.float32)
-    exit_index = np.full(len(images), len(manifest.stages) - 1, np.int64)
-    places = np.arange(len(images))
+    last, count = len(manifest.stages) - 1, len(images)
+    logits, exit_index = np.empty((0, manifest.content["num_classes"]), np.float32), np.full(count, last, np.int64)
+    places = np.arange(count)
     held: dict[str, Array] = {IMAGES: images, TEMPERATURES: np.array(manifest.temperatures, np.float32)}
-    for exit, stage in enumerate(manifest.stages if len(images) else ()):
-        outputs = [
-            tensor.name for tensor in stage.outputs if exit not in unasked or tensor.name not in (LOGITS, CONFIDENCE)
-        ]
-        inputs = {tensor.name: held[tensor.name] for tensor in stage.inputs}
-        found = dict(zip(outputs, run(exit, inputs, outputs), strict=True)) if outputs else {}
-        answers = found.pop(LOGITS, None)
-        confidence = found.pop(CONFIDENCE, None)
-        held |= found
-        if answers is None:
+    for exit, stage in enumerate(manifest.stages if count else ()):
+        outputs = stage.carried_names if exit in unasked else stage.output_names
+        inputs = {name: held[name] for name in stage.input_names}
+        if outputs:
+            held.update(zip(outputs, run(exit, inputs, outputs), strict=True))
+        if exit in unasked:
             continue
-        if confidence is None:
-            logits[places], exit_index[places] = answers, exit
+        leaving = None if exit == last else leaves(exit, held[CONFIDENCE], places)
+        number = len(places) if leaving is None else np.count_nonzero(leaving)
+        if number == count:  # all images leave here: no row is moved
+            return StagedAnswer(held[LOGITS], np.full(count, exit, np.int64))
+        if not number:
+            continue
+        if not len(logits):
+            logits = np.zeros((count, manifest.content["num_classes"]), np.float32)
+        if leaving is None or number == len(places):
+            logits[places], exit_index[places] = held[LOGITS], exit
             break
-        leaving = leaves(exit, confidence, places)
-        if leaving.any():
-            logits[places[leaving]], exit_index[places[leaving]] = answers[leaving], exit
-            staying = ~leaving
-            places = places[staying]
-            needed = {tensor.name: tensor for later in manifest.stages[exit + 1 :] for tensor in later.inputs}
-            held = {
-                name: value[staying] if needed[name].batched else value
-                for name, value in held.items()
-                if name in needed
-            }
-        if not len(places):
-            break
+        gone, staying = places[leaving], ~leaving
+        logits[gone], exit_index[gone] = held[LOGITS][leaving], exit
+        places = places[staying]
+        held = {
+            name: held[name][staying] if batched else held[name]
+            for name, batched in manifest.needed_after[exit].items()
+            if name in held
+        }
     return StagedAnswer(logits, exit_index)
 
 
