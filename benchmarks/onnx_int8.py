@@ -6,6 +6,7 @@ The thresholds of each are chosen on its own graphs, by the images that the run 
 """
 
 import argparse
+import json
 import math
 import shlex
 import sys
@@ -21,8 +22,8 @@ from onnx_early_exit import evaluation_images, first, least_seconds, session_opt
 from torch import Tensor
 
 import timm_selfdistill as sd
-from timm_selfdistill.calibration import Goal, choose_settings, held_out_images, measure_path_macs
-from timm_selfdistill.calibration.onnx_settings import collect_stage_logits, save_stage_settings
+from timm_selfdistill.calibration import ExitLogits, Goal, choose_settings, held_out_images, measure_path_macs
+from timm_selfdistill.staged import MANIFEST
 
 KINDS = {"float32": None, "int8, dynamic": "dynamic", "int8, static": "static"}
 
@@ -86,10 +87,12 @@ def write(
         images = held_out_images(arguments.run, arguments.range_images) if mode == "static" else None
         sd.export_early_exit(fast, folder, format="onnx-stages", quantize=mode, calibration_images=images)
     plain = sd.OnnxEarlyExit(folder, thresholds=math.inf, session_options=session_options())
-    stored = collect_stage_logits(plain, held_out, folder.name)
+    logits, classes = zip(*((plain.every_exit(images.numpy()), classes) for images, classes in held_out), strict=True)
+    stored = ExitLogits.of_labelled(torch.from_numpy(np.concatenate(logits, 1)), torch.cat(classes))
     macs = measure_path_macs(fast.model, tuple(plain.manifest["input_size"]))
     config = choose_settings(stored, macs, Goal(max_accuracy_drop=arguments.max_accuracy_drop)).config
-    save_stage_settings(folder, config)
+    content = {**plain.manifest, "early_exit": config.to_json()}
+    (folder / MANIFEST).write_text(json.dumps(content, allow_nan=False))
     return sd.OnnxEarlyExit(folder, session_options=session_options()), plain
 
 
