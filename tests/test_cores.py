@@ -65,26 +65,79 @@ def test_processes_that_were_launched_together_share(machine: Path, monkeypatch:
     assert cores.share_of_cores() == 1
 
 
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of threads that torch was told; the last is what it has, at first eight."""
+    told = [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1])
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return told
+
+
 @pytest.mark.parametrize(("before", "variable", "after"), [(8, None, 2), (1, None, 1), (8, "8", None)])
 def test_threads_fit_the_cores_unless_the_environment_says_how_many(
-    machine: Path, monkeypatch: pytest.MonkeyPatch, before: int, variable: str | None, after: int | None
+    machine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: list[int],
+    before: int,
+    variable: str | None,
+    after: int | None,
 ) -> None:
     groups(machine, "0::/\n", cpu_max="200000 100000")
-    chosen: list[int] = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: before)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    chosen[:] = [before]
     if variable is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
     cores.fit_threads()
-    assert chosen == ([] if after is None else [after])
+    assert chosen == ([before] if after is None else [before, after])
 
 
-def test_loader_processes_fit_the_cores(machine: Path) -> None:
-    groups(machine, "0::/\n", cpu_max="200000 100000")
+@pytest.mark.parametrize(
+    ("available", "device", "wanted", "given", "processes", "threads"),
+    [
+        (1, "cpu", None, None, 0, 1),
+        (2, "cpu", None, None, 0, 2),
+        (4, "cpu", None, None, 1, 3),
+        (8, "cpu", None, None, 2, 6),
+        (2, "cpu", None, "1", 1, 1),
+        (8, "cpu", None, "6", 2, 6),
+        (2, "cpu", None, "8", 0, 8),
+        (1, "cuda", None, None, 1, 1),
+        (4, "cuda", None, None, 3, 1),
+        (8, "cuda", None, None, 4, 4),
+        # What is asked for holds as far as there are cores.
+        (8, "cpu", 0, None, 0, 8),
+        (8, "cpu", 5, None, 5, 3),
+        (2, "cpu", 5, None, 2, 1),
+    ],
+)
+def test_threads_and_loader_processes_together_fit_the_cores(
+    machine: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: list[int],
+    available: int,
+    device: str,
+    wanted: int | None,
+    given: str | None,
+    processes: int,
+    threads: int,
+) -> None:
+    groups(machine, "0::/\n", cpu_max=f"{available}00000 100000")
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        chosen.append(int(given))
+    found = cores.loader_processes(wanted, device)
+    cores.fit_threads(beside=found)
+    assert (found, chosen[-1]) == (processes, threads)
+
+
+@pytest.mark.parametrize(("asked", "started"), [(None, 2), (5, 5), (9, 8), (1, 1), (0, 0)])
+def test_loaders_leave_the_cores_that_torch_computes_with(
+    machine: Path, chosen: list[int], asked: int | None, started: int
+) -> None:
     config = InputConfig(1, (16, 16), (0.5,), (0.5,), "bilinear", 1.0)
-    for asked, started in ((5, 2), (1, 1)):
-        section = DataSection(path="digits", workers=asked)
-        options: dict[str, Any] = {"batch_size": 8, "accelerator_shards": (0, 1), "seed": 0}
-        loaders = build_loaders(open_dataset(section, 0), section, AugmentSection(), config, **options)
-        assert (loaders.train.num_workers, loaders.eval.num_workers) == (started, started)
+    section = DataSection(path="digits", workers=asked)
+    options: dict[str, Any] = {"batch_size": 8, "accelerator_shards": (0, 1), "seed": 0}
+    loaders = build_loaders(open_dataset(section, 0), section, AugmentSection(), config, **options)
+    assert (loaders.train.num_workers, loaders.eval.num_workers) == (started, started)
+    assert chosen[-1] == max(1, 8 - started)

@@ -1,6 +1,7 @@
 """What a run says while it trains: bars on a terminal only, lines that stay, and trackers' steps that only rise."""
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ def test_a_run_says_one_line_an_epoch_and_trackers_get_rising_steps(
         log(self, values, step=step, **options)
 
     monkeypatch.setattr(Accelerator, "log", watched)
-    train(load_recipe("digits", [*SMALL, *DATA, f"output_dir={tmp_path}", "baseline=true"]))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        train(load_recipe("digits", [*SMALL, *DATA, f"output_dir={tmp_path}", "baseline=true"]))
+    assert [str(warning.message) for warning in warned] == []
     said = capsys.readouterr().err
     assert "\r" not in said, "the error output is not a terminal here"
     lines = [line for line in said.splitlines() if re.match(r"(baseline|self-distilled) \d/2  ", line)]

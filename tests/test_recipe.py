@@ -71,7 +71,7 @@ def test_defaults_are_the_agreed_ones(load):
     assert {getattr(recipe.loss, name) for name in ("temperature", "kd_weight", "hint_weight", "t_squared")} == {None}
     assert (recipe.data.image, recipe.data.target) == ("image", "label")
     assert (recipe.data.train_split, recipe.data.eval_split, recipe.data.validation) == ("train", "test", 0.1)
-    assert (recipe.data.workers, recipe.data.streaming, recipe.data.shuffle_buffer) == (4, False, 10000)
+    assert (recipe.data.workers, recipe.data.streaming, recipe.data.shuffle_buffer) == (None, False, 10000)
     assert (recipe.augment.train_crop_mode, recipe.augment.hflip, recipe.augment.color_jitter) == ("rrc", 0.5, None)
     assert not recipe.augment.mixes
     assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.weight_decay) == ("sgd", 0.1, 5e-4)

@@ -19,7 +19,7 @@ from timm_selfdistill.hub import CONFIG
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.stop import Interrupted
 from timm_selfdistill.train import evaluate_folder, finished_report, train, trainer
-from timm_selfdistill.train.run_folder import check_folder
+from timm_selfdistill.train.run_folder import check_folder, recipe_changes
 
 __all__ = ["after_steps", "whole"]  # fixtures
 
@@ -178,6 +178,9 @@ def test_the_loader_processes_of_a_stream_decide_its_order(tmp_path: Path, after
         ValueError, match=r"data\.workers \(0, now 1: the order of a stream depends on its loader processes\)"
     ):
         train(recipe(tmp_path, *stream, "data.workers=1"))
+    # Four are the default.
+    before, now = recipe(tmp_path, *stream, "data.workers=null"), recipe(tmp_path, *stream, "data.workers=4")
+    assert recipe_changes(before, now, data_is_known=True) == []
 
 
 # More epochs.

@@ -1,10 +1,14 @@
 """What trackers are told: the names of a run, its options, and its report at the end."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from accelerate import tracking as accelerates
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType
@@ -67,7 +71,8 @@ def test_a_tracker_gets_names_options_recipe_and_report(
     report = train(load_recipe("digits", [*TINY, *own, f"output_dir={tmp_path / 'first'}"]))
     (told,) = recorder.started
     assert told.names == ("flowers", "first", ["a"])
-    assert told.config["epochs"] == "1"
+    assert (told.config["epochs"], told.config["baseline"], told.config["model.name"]) == (1, True, "resnet18")
+    assert told.config["model.num_classes"] == "None"
     step, numbers = told.logged[-1]
     assert step == max(step for step, _ in told.logged) == 4
     assert all(type(value) in (int, float) for value in numbers.values())
@@ -90,6 +95,64 @@ def test_a_tracker_gets_names_options_recipe_and_report(
     assert said[3].endswith(", fp32")
     assert said[4].endswith("baseline and self-distilled: 1 epochs of 2 steps, batches of 16")
     assert sum(line.startswith("model ") for line in lines) == 1
+
+
+class Client:
+    """Stands for what a package gives to log with; keeps what is called."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, tuple[Any, ...]] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.calls.update({name: (*args, *kwargs.values())})
+
+
+@pytest.mark.parametrize(
+    ("tracker", "options", "calls"),
+    [
+        ("comet_ml", {}, {"set_name": ("three",), "log_image": ("picture", "report", 4), "log_asset": ("report.md",)}),
+        ("dvclive", {"exp_name": "three", "dir": "dvclive"}, {"log_image": ("report.png", "picture")}),
+        ("trackio", {"name": "three"}, {"log": ({"report": "trackio picture"}, 4)}),
+        ("clearml", {"task_name": "three"}, {}),
+    ],
+)
+def test_each_package_is_told_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str, options: dict[str, str], calls: dict[str, Any]
+) -> None:
+    called = tracker
+
+    class Own(Recorder):
+        name = called
+
+        def __init__(self, project: str, **given: str) -> None:
+            super().__init__(project, name="")
+            self.given, self.client = given, Client()
+
+        @property
+        def tracker(self) -> Any:
+            return self.client
+
+    monkeypatch.setitem(accelerates.LOGGER_TYPE_TO_CLASS, tracker, Own)
+    monkeypatch.setattr(accelerates, "get_available_trackers", lambda: [LoggerType(tracker)])
+    monkeypatch.setattr(tracking, "_picture", lambda folder: "picture")
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda picture: f"trackio {picture}"))
+    recipe = load_recipe("digits", [f"trackers=[{tracker}]", "tracking={project: flowers, run: three}"])
+    accelerator = Accelerator(log_with=list(recipe.trackers), cpu=True)
+    tracking.start_trackers(accelerator, recipe, tmp_path)
+    (told,) = accelerator.trackers
+    assert told.names[0] == "flowers"
+    assert {key: value.removeprefix(f"{tmp_path}/") for key, value in told.given.items()} == options
+    rows = {"exits": [{"index": 0, "top1": 50.0, "name": "layer1"}], "ensemble": {"top1": 60.0}}
+    report: Any = {**rows, "fitted_ensemble": None, "baseline": None, "train_seconds": {"self-distilled": 1.5}}
+    tracking.track_report(accelerator.trackers, report, tmp_path, 4)
+    numbers = {"top1/0": 50.0, "top1/ensemble": 60.0, "train_seconds": 1.5}
+    assert told.logged == [(4, {f"self-distilled/report/{name}": value for name, value in numbers.items()})]
+    found = {
+        name: tuple(str(value).removeprefix(f"{tmp_path}/") if name == "log_asset" else value for value in values)
+        for name, values in told.client.calls.items()
+    }
+    assert found == calls
+    assert told.images == ({4: {"report": "picture"}} if tracker == "clearml" else {})
 
 
 def test_a_tracker_that_fails_at_the_end_does_not_lose_the_run(

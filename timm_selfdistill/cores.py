@@ -4,6 +4,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
+
+# Loader processes where nobody says how many.
+MAX_WORKERS: Final = 4
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -20,15 +24,41 @@ def share_of_cores() -> int:
     return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def fit_threads() -> None:
+def fit_threads(beside: int = 0) -> None:
     """Let torch compute with no more threads than this process has cores, unless OMP_NUM_THREADS says how many.
 
     torch counts the cores of the machine, whatever the quota. Without torch, nothing is done.
+
+    Args:
+        beside: Loader processes of this process, which have a core each.
     """
     torch = sys.modules.get("torch")
-    if torch is not None and "OMP_NUM_THREADS" not in os.environ:
+    if torch is not None and not _threads_are_given():
         # Never more than torch's choice, which leaves out the second threads of a core.
-        torch.set_num_threads(min(share_of_cores(), torch.get_num_threads()))
+        torch.set_num_threads(max(1, min(share_of_cores() - beside, torch.get_num_threads())))
+
+
+def loader_processes(wanted: int | None, device_type: str) -> int:
+    """Return how many loader processes there are beside the threads that compute.
+
+    Args:
+        wanted: What was asked for, which holds as far as there are cores. By default no two processes or threads fight
+            over a core: where the CPU computes, up to four get the cores that OMP_NUM_THREADS leaves, or a quarter of
+            all; elsewhere, all but the one that feeds the device.
+        device_type: Where the network runs, as torch calls it.
+    """
+    share = share_of_cores()
+    if wanted is not None:
+        return min(wanted, share)
+    if device_type != "cpu":
+        return min(MAX_WORKERS, max(1, share - 1))
+    torch = sys.modules.get("torch")
+    free = share - torch.get_num_threads() if torch is not None and _threads_are_given() else share // 4
+    return max(0, min(MAX_WORKERS, free))
+
+
+def _threads_are_given() -> bool:
+    return "OMP_NUM_THREADS" in os.environ
 
 
 def _quotas() -> Iterator[float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from timm_selfdistill.cores import share_of_cores
+from timm_selfdistill.cores import fit_threads, loader_processes
 from timm_selfdistill.data.decode import check_pillow, decode, read_file
 from timm_selfdistill.data.image_files import image_endings
 from timm_selfdistill.data.transforms import MODES, InputConfig, Transform, eval_transform
@@ -27,7 +27,6 @@ from timm_selfdistill.model.network import ENSEMBLE, AllExits, ExitChoice, check
 from timm_selfdistill.progress import progress_bar, tell
 
 BATCH_SIZE: Final = 32
-_MAX_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,8 @@ def predict_images(
             `model.ensemble` says; by default the backbone's own classifier.
         top_k: How many classes to return for each image; at most those of the model.
         batch_size: Images that run at a time.
-        workers: Processes that read and decode images; by default up to four, and none for a single batch.
+        workers: Processes that read and decode images; by default up to four with cores of their own, which torch's
+            threads leave to them, and none for a single batch.
 
     Returns:
         An iterator over the answers, in the order of the files. An image that cannot be read or decoded, or for which
@@ -117,7 +117,9 @@ def predict_images(
     files = [str(path) for path in paths]
     config = InputConfig.from_model(network.backbone)
     if workers is None:
-        workers = min(_MAX_WORKERS, share_of_cores()) if len(files) > batch_size else 0
+        device = next(network.parameters()).device.type
+        workers = loader_processes(None, device) if len(files) > batch_size else 0
+        fit_threads(beside=workers)
     loader: DataLoader[list[tuple[str, Tensor | str]]] = DataLoader(
         files,  # type: ignore[arg-type]  # a list is a dataset
         batch_size=batch_size,

@@ -12,7 +12,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset
 
-from timm_selfdistill.cores import share_of_cores
+from timm_selfdistill.cores import fit_threads, loader_processes
 from timm_selfdistill.data.batches import Batch, Collate, DrawnSamples, TrainingOrder, seed_generators
 from timm_selfdistill.data.cache import CachedSplit, cache_splits
 from timm_selfdistill.data.decode import SampleError, SkipList, Use, check_pillow
@@ -75,7 +75,8 @@ def build_loaders(
         seed: Decides the order of the training samples and the workers' augmentation.
         accumulate: Micro steps of an optimizer step.
         skipped: Lists the images that are skipped; in no file by default.
-        device: Where `data.cache=device` keeps the images.
+        device: Where the network runs, and where `data.cache=device` keeps the images. torch's threads are
+            lowered to the cores that the loader processes leave.
 
     Raises:
         ValueError: If the training split is smaller than one batch of all processes or of unknown length, if an odd
@@ -89,14 +90,15 @@ def build_loaders(
         splits["validation"] = data.validation
     splits["evaluation"] = data.eval
     collates = _build_collates(splits, section, augment, input, skipped)
-    # More would fight over the cores; a stream keeps all, as its order depends on them.
-    workers = min(section.workers, share_of_cores())
+    device = torch.device(device)
+    workers = loader_processes(section.workers, device.type)
+    fit_threads(beside=workers)
     cached: dict[Use, CachedSplit] = {}
     if section.cache == "device":
         cached = cache_splits(
             {use: split for use, split in splits.items() if isinstance(split, ImageSplit)},
             collates,
-            torch.device(device),
+            device,
             auto_augment=augment.auto_augment,
             seed=seed,
             workers=workers,
@@ -131,7 +133,9 @@ def build_loaders(
         if training:
             rows = rows.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
             rows = split_dataset_by_node(rows, rank=process, world_size=processes)
-        shares = min(section.workers, rows.num_shards)  # a shard is read by one worker
+        # A shard is read by one worker. There are as many on any machine, as the order depends on them.
+        shares = min(section.stream_workers, rows.num_shards)
+        fit_threads(beside=shares)
         stream = _Stream(rows, f"{data.name}, split {split.name!r}")
         options |= worker_options(shares, seed_worker)
         # Those of a training stream are started and seeded in every epoch, so that one can be repeated.

@@ -19,6 +19,7 @@ from timm_selfdistill.checks import (
     Text,
     is_integer,
 )
+from timm_selfdistill.cores import MAX_WORKERS
 
 
 class DataSection(Section):
@@ -45,7 +46,9 @@ class DataSection(Section):
         on_error: Stop at an image that cannot be decoded (raise), or go on without it and list it (skip).
         sampling: Order of the training images: each once in an epoch (shuffled), or as many of every class, so that
             those of small classes come several times and not all of large ones (balanced).
-        workers: Loader processes per training process; with `cache`, to decode.
+        workers: Loader processes per training process, as far as there are cores; with `cache`, to decode.
+            null: as many as the threads that compute leave cores for, up to 4; of a stream always 4, as its order
+            depends on them.
         image_size: Height and width in pixels, at most 4096; null takes the model's own.
         mean: Mean per channel on the scale 0..1; null takes the model's own.
         std: Standard deviation per channel on the scale 0..1; null takes the model's own.
@@ -75,7 +78,7 @@ class DataSection(Section):
     check_duplicates: bool = True
     on_error: Literal["raise", "skip"] = "raise"
     sampling: Literal["shuffled", "balanced"] = "shuffled"
-    workers: Annotated[int, Field(ge=0)] = 4
+    workers: Annotated[int, Field(ge=0)] | None = None
     image_size: ImageSide | None = None
     mean: Channels | None = None
     std: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = None
@@ -87,6 +90,11 @@ class DataSection(Section):
     cache: Literal["device"] | None = None
     max_train: Count | None = None
     max_eval: Count | None = None
+
+    @property
+    def stream_workers(self) -> int:
+        """Loader processes of a stream, on any machine."""
+        return MAX_WORKERS if self.workers is None else self.workers
 
     @field_validator("classes", mode="before")
     @classmethod

@@ -189,10 +189,10 @@ def begun_recipes(folder: Path) -> list[Recipe]:
 def recipe_changes(before: Recipe, now: Recipe, *, data_is_known: bool) -> list[str]:
     """Return what keeps a run of one recipe from going on with another, each as "key (before, now ...)"."""
     # Names of files of a machine count by their last part: a run may be copied to another one.
-    flats = [flat(recipe.without_local_paths()) for recipe in (before, now)]
+    flats = [dotted(recipe.without_local_paths()) for recipe in (before, now)]
     if not data_is_known:
         for values, recipe in zip(flats, (before, now), strict=True):
-            values |= {key: flat(recipe).get(key, "None") for key in _LOCATIONS}
+            values |= {key: dotted(recipe).get(key, "None") for key in _LOCATIONS}
     changes = []
     for key in sorted(flats[0] | flats[1]):
         one, other = (values.get(key) for values in flats)
@@ -204,18 +204,18 @@ def recipe_changes(before: Recipe, now: Recipe, *, data_is_known: bool) -> list[
     return changes
 
 
-def flat(recipe: Recipe) -> dict[str, str]:
-    """Return the recipe under dotted keys, as trackers take hyperparameters."""
-    flat: dict[str, str] = {}
+def dotted(recipe: Recipe) -> dict[str, bool | int | float | str]:
+    """Return the recipe under dotted keys, as trackers take hyperparameters: what is no number as text."""
+    values: dict[str, Any] = {}
     for key, value in recipe.model_dump(mode="json").items():
         items = value.items() if isinstance(value, dict) else ()
-        flat |= {f"{key}.{name}": str(item) for name, item in items} or {key: str(value)}
-    return flat
+        values |= {f"{key}.{name}": item for name, item in items} or {key: value}
+    return {key: value if isinstance(value, int | float) else str(value) for key, value in values.items()}
 
 
 def _why_not(key: str, before: Recipe, now: Recipe) -> str | None:
     """Return why a changed key keeps a run from going on, as the end of a sentence; None if it does not."""
-    if key == "data.workers" and now.data.streaming:
+    if key == "data.workers" and now.data.streaming and before.data.stream_workers != now.data.stream_workers:
         return ": the order of a stream depends on its loader processes"
     if key != "epochs":
         return None if key in _FREE_FIELDS else ""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
@@ -184,6 +186,7 @@ def evaluation_loaders(
         accelerator_shards=(0, 1),
         seed=recipe.seed,
         skipped=skipped,
+        device=PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device,
     )
 
 

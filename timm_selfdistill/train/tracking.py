@@ -12,17 +12,17 @@ from PIL import Image
 
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.report import Report, format_markdown
-from timm_selfdistill.train.run_folder import flat
+from timm_selfdistill.train.run_folder import dotted
 from timm_selfdistill.train.train_state import JsonLinesTracker
 
 _logger = logging.getLogger(__name__)
 
 _REPORT: Final = "report"
-# Under which arguments trackers take the names that Accelerate does not pass.
+# Under which arguments trackers take what Accelerate does not pass.
 _ARGUMENTS: Final[Mapping[str, Mapping[str, str]]] = {
     "aim": {"experiment": "project"},
     "clearml": {"task_name": "run"},
-    "dvclive": {"exp_name": "run"},
+    "dvclive": {"exp_name": "run", "dir": "folder"},
     "mlflow": {"run_name": "run"},
     "swanlab": {"experiment_name": "run"},
     "trackio": {"name": "run"},
@@ -50,19 +50,19 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path) -> No
         ValueError: If a tracker does not take its options.
     """
     project = recipe.tracking.project or folder.name
-    names = {"project": project, "run": recipe.tracking.run or folder.name}
+    names = {"project": project, "run": recipe.tracking.run or folder.name, "folder": str(folder / "dvclive")}
     options = {
         tracker: {argument: names[which] for argument, which in _ARGUMENTS.get(tracker, {}).items()}
         | dict(recipe.tracking.options.get(tracker, {}))
         for tracker in recipe.trackers
     }
     try:
-        accelerator.init_trackers(project, config=flat(recipe.without_local_paths()), init_kwargs=options)
+        accelerator.init_trackers(project, config=dotted(recipe.without_local_paths()), init_kwargs=options)
     except TypeError as error:
         raise ValueError(f"tracking.options: a tracker does not take them: {error}") from error
-    # Accelerate calls the run of aim by the project.
-    if "aim" in recipe.trackers and accelerator.is_main_process:
-        accelerator.get_tracker("aim", unwrap=True).name = names["run"]
+    if accelerator.is_main_process:
+        for tracker in _NAMED.keys() & set(recipe.trackers):
+            _NAMED[tracker](accelerator.get_tracker(tracker, unwrap=True), names["run"])
 
 
 def track_report(trackers: Sequence[GeneralTracker], report: Report, folder: Path, step: int) -> None:
@@ -102,6 +102,18 @@ def _numbers(report: Report) -> Iterator[tuple[str, float]]:
         yield f"{network}/report/train_seconds", seconds
 
 
+def _name_aim(run: Any, name: str) -> None:
+    run.name = name  # Accelerate calls it by the project
+
+
+def _name_comet(experiment: Any, name: str) -> None:
+    experiment.set_name(name)
+
+
+# Trackers that take the name of the run only once it has begun.
+_NAMED: Final[Mapping[str, Callable[[Any, str], None]]] = {"aim": _name_aim, "comet_ml": _name_comet}
+
+
 def _to_tensorboard(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
     tracker.log({f"{_REPORT}/table": format_markdown(report)}, step=step)
     # A batch with the channels first.
@@ -129,6 +141,21 @@ def _to_mlflow(tracker: GeneralTracker, report: Report, folder: Path, step: int)
         tracker.log_artifact(str(folder / name))
 
 
+def _to_comet(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
+    tracker.tracker.log_image(_picture(folder), name=_REPORT, step=step)
+    tracker.tracker.log_asset(str(folder / "report.md"))
+
+
+def _to_dvclive(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
+    tracker.tracker.log_image(f"{_REPORT}.png", _picture(folder))
+
+
+def _to_trackio(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
+    import trackio
+
+    tracker.tracker.log({_REPORT: trackio.Image(_picture(folder))}, step=step)
+
+
 def _picture(folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return the report's picture, as height x width x RGB."""
     with Image.open(folder / "report.png") as picture:
@@ -139,8 +166,11 @@ def _picture(folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
 _MORE: Final[Mapping[str, Callable[[GeneralTracker, Report, Path, int], None]]] = {
     "aim": _to_one_image,
     "clearml": _to_one_image,
+    "comet_ml": _to_comet,
+    "dvclive": _to_dvclive,
     "mlflow": _to_mlflow,
     "swanlab": _to_list_of_images,
     "tensorboard": _to_tensorboard,
+    "trackio": _to_trackio,
     "wandb": _to_wandb,
 }
