@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -71,7 +72,7 @@ class CompiledStages:
         for exit in range(len(self._parts[present]) // 2):
             stage, head = self._parts[present][2 * exit : 2 * exit + 2]
             stage.run(held)
-            rows = leave(exit, lambda head=head, held=held: head.run(held))  # type: ignore[misc]
+            rows = leave(exit, partial(head.run, held))
             if rows is None:
                 continue
             if not len(rows):
@@ -94,7 +95,7 @@ class CompiledStages:
         for size in self._parts:
             for exit in range(len(expected) - 1 if size < largest else 0):
                 rows = torch.arange(largest - size, largest, device=images.device)
-                logits = self.run(images, lambda index, classify, at=exit, to=rows: to if index == at else None)  # type: ignore[misc]
+                logits = self.run(images, _leaving_at(exit, rows))
                 self._compare(range(largest - size, largest), logits, expected[-1])
 
     def _staying(self, size: int, expected: Sequence[Tensor]) -> Leave:
@@ -108,6 +109,11 @@ class CompiledStages:
         part = expected[rows.start : rows.stop]
         if found is None or not float((found - part).abs().max()) <= tolerance * float(expected.abs().max()):
             raise ValueError(f"The parts of {self._name} give other logits than the whole, so it cannot be compiled.")
+
+
+def _leaving_at(exit: int, rows: Tensor) -> Leave:
+    """Return what lets these rows go on from one exit, and all from the others."""
+    return lambda index, classify: rows if index == exit else None
 
 
 @dataclass(frozen=True)
