@@ -205,7 +205,7 @@ def recipe_changes(before: Recipe, now: Recipe, *, data_is_known: bool) -> list[
 
 
 def dotted(recipe: Recipe) -> dict[str, bool | int | float | str]:
-    """Return the recipe under dotted keys, as trackers take hyperparameters: what is no number as text."""
+    """Return the recipe under dotted keys, as trackers take hyperparameters: what is not a number is text."""
     values: dict[str, Any] = {}
     for key, value in recipe.model_dump(mode="json").items():
         items = value.items() if isinstance(value, dict) else ()
