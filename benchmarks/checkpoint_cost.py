@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState
 from timm_selfdistill.checkpoint import CheckpointWriter
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import train
-from timm_selfdistill.train.train_state import JsonLinesTracker
+from timm_selfdistill.train.tracking import JsonLinesTracker
 
 SETTINGS = (
     "model.kwargs={channels: [16, 32, 64, 128]}",

@@ -23,8 +23,7 @@ from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.render import with_prefix
 from timm_selfdistill.report import device_name
-from timm_selfdistill.train.tracking import check_trackers
-from timm_selfdistill.train.train_state import JsonLinesTracker
+from timm_selfdistill.train.tracking import JsonLinesTracker, check_trackers
 
 _logger = logging.getLogger(__name__)
 

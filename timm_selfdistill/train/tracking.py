@@ -1,5 +1,6 @@
-"""Accelerate's trackers: how a run is called there, and what they get of its report."""
+"""Trackers: the file metrics.jsonl, how a run is called in those of Accelerate, and what they get of its report."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,10 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from PIL import Image
 
+from timm_selfdistill.files import replace_file
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.report import Report, format_markdown
 from timm_selfdistill.train.run_folder import dotted
-from timm_selfdistill.train.train_state import JsonLinesTracker
 
 _logger = logging.getLogger(__name__)
 
@@ -28,6 +29,46 @@ _ARGUMENTS: Final[Mapping[str, Mapping[str, str]]] = {
     "trackio": {"name": "run"},
     "wandb": {"name": "run"},
 }
+
+
+class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
+    """Appends each set of logged values to a file, as one JSON object a line; called on the main process only."""
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def tracker(self) -> Path:
+        """The file."""
+        return self.path
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Do nothing: the recipe is saved beside the file."""
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Append values named "NETWORK/NAME"; the network, its epoch and its own step get keys of their own."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        network = next(iter(values)).partition("/")[0]
+        own = {key: values[f"{network}/{key}"] for key in ("step", "epoch")}
+        others = {name: value for name, value in values.items() if name.partition("/")[2] not in own}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": own["step"], "network": network, "epoch": own["epoch"], **others}) + "\n")
+
+    def keep(self, network: str, count: int) -> None:
+        """Keep only the first `count` lines of a network: a resumed run writes those after its checkpoint again."""
+        if not self.path.is_file():
+            return
+        lines, seen = [], 0
+        for line in self.path.read_text().splitlines():
+            owner = _network_of(line)
+            seen += owner == network
+            if owner is not None and not (owner == network and seen > count):
+                lines.append(line)
+        replace_file(self.path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def check_trackers(recipe: Recipe) -> None:
@@ -84,6 +125,14 @@ def track_report(trackers: Sequence[GeneralTracker], report: Report, folder: Pat
                 more(tracker, report, folder, step)
         except Exception as error:  # of any package: the run is done and saved
             _logger.warning("The tracker %s did not take the report: %s", tracker.name, error)
+
+
+def _network_of(line: str) -> str | None:
+    """Return the network of a line, or None if a kill in the middle of writing left half of it."""
+    try:
+        return str(json.loads(line)["network"])
+    except (json.JSONDecodeError, LookupError, TypeError):
+        return None
 
 
 def _numbers(report: Report) -> Iterator[tuple[str, float]]:

@@ -1,6 +1,5 @@
-"""What a run needs to go on: its progress, the state of all that trains, its log, and the checkpoint to start from."""
+"""What a run needs to go on: its progress, the state of all that trains, and the checkpoint to start from."""
 
-import json
 import logging
 import random
 from dataclasses import dataclass, field
@@ -10,15 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
-from timm_selfdistill.files import replace_file
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.task import SelfDistillationTask
 from timm_selfdistill.train.parallelism import Parallelism
+from timm_selfdistill.train.tracking import JsonLinesTracker
 
 _logger = logging.getLogger(__name__)
 
@@ -121,46 +119,6 @@ def find_checkpoint(resume: str, checkpoints: Path, accelerator: Accelerator) ->
     return saved
 
 
-class JsonLinesTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
-    """Appends each set of logged values to a file, as one JSON object a line; called on the main process only."""
-
-    name = "jsonl"
-    requires_logging_directory = False
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-
-    @property
-    def tracker(self) -> Path:
-        """The file."""
-        return self.path
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Do nothing: the recipe is saved beside the file."""
-
-    def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        """Append values named "NETWORK/NAME"; the network, its epoch and its own step get keys of their own."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        network = next(iter(values)).partition("/")[0]
-        own = {key: values[f"{network}/{key}"] for key in ("step", "epoch")}
-        others = {name: value for name, value in values.items() if name.partition("/")[2] not in own}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": own["step"], "network": network, "epoch": own["epoch"], **others}) + "\n")
-
-    def keep(self, network: str, count: int) -> None:
-        """Keep only the first `count` lines of a network: a resumed run writes those after its checkpoint again."""
-        if not self.path.is_file():
-            return
-        lines, seen = [], 0
-        for line in self.path.read_text().splitlines():
-            owner = _network_of(line)
-            seen += owner == network
-            if owner is not None and not (owner == network and seen > count):
-                lines.append(line)
-        replace_file(self.path, "".join(f"{line}\n" for line in lines).encode())
-
-
 def _choose(resume: str, checkpoints: Path, accelerator: Accelerator) -> Path | None:
     """Return the checkpoint to go on from, the same in all processes, or None."""
     # A checkpoint that is named belongs to one of the run's networks; the others go on from their newest.
@@ -179,11 +137,3 @@ def _choose(resume: str, checkpoints: Path, accelerator: Accelerator) -> Path | 
             "be on storage that all machines share."
         )
     return path
-
-
-def _network_of(line: str) -> str | None:
-    """Return the network of a line, or None if a kill in the middle of writing left half of it."""
-    try:
-        return str(json.loads(line)["network"])
-    except (json.JSONDecodeError, LookupError, TypeError):
-        return None
