@@ -90,6 +90,13 @@ def pooled(x: Tensor) -> Tensor:
     return x.mean((2, 3))
 
 
+def mean_token(x: Tensor, tap: Tap) -> Tensor:
+    """Return the mean of tokens [B, L, C]: the prefix tokens together weigh as much as all tokens of the grid."""
+    prefix = tap.num_prefix_tokens
+    mean = x[:, prefix:].mean(1)
+    return (mean + x[:, :prefix].mean(1)) / 2 if prefix else mean
+
+
 def checked_map(body: nn.Module, tap: Tap, x: Tensor, stride: int) -> Tensor:
     """Return the tap as a map; refuse a single image in training whose map shrinks to one position, for batch norm."""
     x = as_map(x, tap)
@@ -217,12 +224,8 @@ class TokenHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         expand, activation, project = self.mlp
         x = activation(expand(self.norm(as_tokens(x, self.tap))))
-        prefix = self.tap.num_prefix_tokens
-        mean = x[:, prefix:].mean(1)
-        if prefix:
-            mean = (mean + x[:, :prefix].mean(1)) / 2
         # A linear layer gives the same before and after a mean; after it, it runs once per image.
-        feature: Tensor = project(mean)
+        feature: Tensor = project(mean_token(x, self.tap))
         return feature
 
 

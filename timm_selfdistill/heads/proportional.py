@@ -17,6 +17,7 @@ from timm_selfdistill.heads.bodies import (
     checked_map,
     checked_width,
     halvings,
+    mean_token,
     pooled,
     register_head,
 )
@@ -100,10 +101,7 @@ class _TokenEmbedding(nn.Module):
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.expand(self.norm(as_tokens(x, self.tap))))
-        prefix = self.tap.num_prefix_tokens
-        mean = x[:, prefix:].mean(1)
-        return (mean + x[:, :prefix].mean(1)) / 2 if prefix else mean
+        return mean_token(self.act(self.expand(self.norm(as_tokens(x, self.tap)))), self.tap)
 
 
 def body_cost(tap: Tap, shape: Sequence[int], width: int) -> tuple[int, int]:
