@@ -82,14 +82,10 @@ class StopSignals:
         finally:
             self._deferring = False
 
-    def interruption(self, signal_name: str | None = None) -> Interrupted:
-        """Return the exception that ends the run.
-
-        Args:
-            signal_name: Which signal, where this process got none but another one did.
-        """
+    def interruption(self) -> Interrupted:
+        """Return the exception that ends the run."""
         if self.received is None:
-            return Interrupted(signal_name or "a signal to another process", EXIT_PREEMPTED)
+            return Interrupted("a signal to another process", EXIT_PREEMPTED)
         return _interruption(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
