@@ -33,6 +33,7 @@ from timm_selfdistill.losses import register_teacher as register_teacher
 from timm_selfdistill.model import Ensemble as Ensemble
 from timm_selfdistill.model import ExitOutput as ExitOutput
 from timm_selfdistill.model import SelfDistillModel as SelfDistillModel
+from timm_selfdistill.model import scale_heads_lr as scale_heads_lr
 from timm_selfdistill.model import wrap as wrap
 from timm_selfdistill.onnx import OnnxEarlyExit as OnnxEarlyExit
 from timm_selfdistill.predict import Prediction as Prediction

@@ -105,7 +105,7 @@ def _parts(state: State) -> tuple[State, State]:
 
 def _load_backbone(model: SelfDistillModel, state: State, path: Path) -> Iterator[str]:
     own = model.backbone.state_dict()
-    classifiers = tuple(f"{name}." for name in _classifier_names(model.backbone))
+    classifiers = tuple(f"{name}." for name in model.taps.classifier.modules)
     other = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
     anew = {name for name in other | (own.keys() ^ state.keys()) if name.startswith(classifiers)}
     problems = {
@@ -124,13 +124,6 @@ def _load_backbone(model: SelfDistillModel, state: State, path: Path) -> Iterato
     if anew:
         rows = [f"{len(state[name])} classes" for name in sorted(anew) if name in state][:1] or ["none"]
         yield f"model.weights: the classifier is not loaded: {path} has {rows[0]}, and the model {model.num_classes}."
-
-
-def _classifier_names(backbone: Any) -> list[str]:
-    """Return the paths of the modules that timm calls the classifier."""
-    found = backbone.get_classifier()
-    modules = list(found) if isinstance(found, tuple | list) else [found]
-    return [name for name, module in backbone.named_modules() if any(module is other for other in modules)]
 
 
 def _load_exits(model: SelfDistillModel, state: State, path: Path) -> Iterator[str]:

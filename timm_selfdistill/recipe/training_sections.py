@@ -130,6 +130,8 @@ class OptimizerSection(Section):
         weight_decay: Weight decay.
         momentum: Momentum, for optimizers that have one.
         layer_decay: Factor of the learning rate from one layer to the one below it; null for none.
+        heads_lr_scale: Factor of the learning rate of the heads, those of the exits and the backbone's own classifier;
+            null takes 5 where a backbone that begins with trained weights learns together with them, else 1.
         weight_decay_on_bias_and_norm: Decay biases and normalisation weights too.
         clip_grad: Largest gradient norm, value or ratio, as clip_mode says; null for no clipping.
         clip_mode: Clip the global norm, each value, or each unit's norm relative to its weights (agc).
@@ -143,6 +145,7 @@ class OptimizerSection(Section):
     weight_decay: NotNegative = 5e-4
     momentum: BelowOne = 0.9
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    heads_lr_scale: Positive | None = None
     weight_decay_on_bias_and_norm: bool = False
     clip_grad: Positive | None = None
     clip_mode: Literal["norm", "value", "agc"] = "norm"

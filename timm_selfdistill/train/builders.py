@@ -23,11 +23,14 @@ from timm_selfdistill.data.transforms import InputConfig, build_mixup
 from timm_selfdistill.exits import unchanged
 from timm_selfdistill.hub.start_weights import load_start_weights
 from timm_selfdistill.losses import needs_of
-from timm_selfdistill.model import SelfDistillModel, wrap
+from timm_selfdistill.model import SelfDistillModel, scale_heads_lr, wrap
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.train.phases import Phase, label_smoothing
 
 _logger = logging.getLogger(__name__)
+
+# Of heads, which are new, on a backbone that is trained already; docs/gain.md has what it gives.
+_NEW_HEADS_LR_SCALE = 5.0
 
 # What gives each process its share of the data, which Accelerate does already.
 _SHARDING_SAMPLERS = (DistributedSampler, OrderedDistributedSampler, RepeatAugSampler)
@@ -129,9 +132,17 @@ def build_optimizer(model: SelfDistillModel, loss: nn.Module, recipe: Recipe) ->
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"optimizer: timm cannot make {section.name!r} with {section.kwargs}: {error}") from error
+    scale_heads_lr(optimizer, model, _heads_lr_scale(recipe))
     if own := list(loss.parameters()):
         optimizer.add_param_group({"params": own, "weight_decay": 0.0})
     return optimizer
+
+
+def _heads_lr_scale(recipe: Recipe) -> float:
+    if recipe.optimizer.heads_lr_scale is not None:
+        return recipe.optimizer.heads_lr_scale
+    trained = recipe.model.pretrained or recipe.model.weights is not None
+    return _NEW_HEADS_LR_SCALE if trained and recipe.schedule.regime != "frozen" else 1.0
 
 
 def build_scheduler(

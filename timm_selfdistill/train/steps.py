@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.model.heads_rate import unscaled_rate
 from timm_selfdistill.program import NonFiniteLossError
 from timm_selfdistill.progress import progress_bar
 from timm_selfdistill.recipe import Recipe
@@ -95,7 +96,7 @@ class PhaseStepper:
             self.context.accelerator.unscale_gradients(self.optimizer)
             for parameters in self.task.get_clip_groups(exclude_head=section.clip_mode == "agc"):
                 self.context.parallelism.clip(parameters, section.clip_grad, section.clip_mode)
-        self.rate = max(group["lr"] for group in self.optimizer.param_groups)
+        self.rate = unscaled_rate(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.task.needs.ema or self.task.needs.past:
