@@ -34,7 +34,7 @@ from timm_selfdistill.recipe import AugmentSection, Recipe, load_recipe
 from timm_selfdistill.report import versions
 from timm_selfdistill.train import build_loss
 from timm_selfdistill.train.launch import fresh_accelerate, make_accelerator
-from timm_selfdistill.train.saved_run import SavedRun, check_classes, evaluation_loaders, warn_of_other_data
+from timm_selfdistill.train.saved_run import SavedRun, check_classes, check_data, evaluation_loaders
 
 IMAGES: Final = 1000
 DRAWS: Final = 5
@@ -88,9 +88,7 @@ def analyze_folder(
     limit = min(images, recipe.data.max_eval or images)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_eval": limit})})
     data = open_dataset(recipe.data, recipe.seed)
-    check_classes(saved.model_folder, data)
-    if data_path is None:
-        warn_of_other_data(saved, recipe, data)
+    check_data(saved, recipe, data, is_own=data_path is None)
     fed = InputConfig.from_model(model.backbone, recipe.data)
     if baseline is not None and plain is not None:
         taken = InputConfig.from_model(plain.backbone, recipe.data)

@@ -35,7 +35,7 @@ from timm_selfdistill.progress import progress_bar
 from timm_selfdistill.recipe import AugmentSection
 from timm_selfdistill.report import device_name
 from timm_selfdistill.staged import MANIFEST
-from timm_selfdistill.train.saved_run import check_classes, evaluation_loaders, opened_run, warn_of_other_data
+from timm_selfdistill.train.saved_run import check_data, evaluation_loaders, opened_run
 
 # Settings that are part of the graphs of exported stages.
 _IN_GRAPHS: Final = ("rule", "fallback", "running_ensemble")
@@ -94,9 +94,7 @@ def calibrate_folder(
         model = from_pretrained(saved.model_folder)
         recipe, title = choose_images(saved, model, data_path, split, overrides)
         data = open_images(recipe)
-        check_classes(saved.model_folder, data)
-        if data_path is None:
-            warn_of_other_data(saved, recipe, data)
+        check_data(saved, recipe, data, is_own=data_path is None)
         input_config = InputConfig.from_model(model.backbone, recipe.data)
         input_size = (input_config.channels, *input_config.image_size)
         loaders = evaluation_loaders(data, recipe, AugmentSection(), input_config, SkipList())

@@ -29,11 +29,10 @@ from timm_selfdistill.train.publish import ModelWriter
 from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, check_folder, read_record
 from timm_selfdistill.train.saved_run import (
     CheckpointModel,
-    check_classes,
+    check_data,
     evaluation_loaders,
     load_newest,
     opened_run,
-    warn_of_other_data,
 )
 
 _logger = logging.getLogger(__name__)
@@ -125,9 +124,7 @@ def evaluate_folder(
         model = from_pretrained(saved.model_folder)
         recipe = saved.evaluation_recipe(model, data_path, overrides)
         data = open_dataset(recipe.data, recipe.seed)
-        check_classes(saved.model_folder, data)
-        if data_path is None:
-            warn_of_other_data(saved, recipe, data)
+        check_data(saved, recipe, data, is_own=data_path is None)
         evaluation = _Evaluation(model, data, recipe, output)
         metrics = evaluation.measure(model)
         report = report_run(model, metrics, recipe, data, evaluation.input_config, saved.folder.name)

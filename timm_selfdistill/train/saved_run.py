@@ -190,6 +190,13 @@ def evaluation_loaders(
     )
 
 
+def check_data(saved: SavedRun, recipe: Recipe, data: ImageData, *, is_own: bool) -> None:
+    """Refuse data of other classes than the model's; of the run's own data, say what changed since the training."""
+    check_classes(saved.model_folder, data)
+    if is_own:
+        _warn_of_other_data(saved, recipe, data)
+
+
 def check_classes(folder: Path, data: ImageData) -> None:
     """Refuse a data set whose classes are not those that the model in a folder was trained on, in its order."""
     names = json.loads((folder / CONFIG).read_text()).get("label_names")
@@ -206,7 +213,7 @@ def check_classes(folder: Path, data: ImageData) -> None:
         )
 
 
-def warn_of_other_data(saved: SavedRun, recipe: Recipe, data: ImageData) -> None:
+def _warn_of_other_data(saved: SavedRun, recipe: Recipe, data: ImageData) -> None:
     """Say what is different in a run's data since its model was trained; without a run, nothing is known."""
     record = RunRecord.from_json(read_run(saved.model_folder))
     if record is None or saved.recipe_path is None:
