@@ -33,6 +33,7 @@ from timm_selfdistill.train.saved_run import evaluation_loaders
 
 FULL, STAGES, NESTED = "onnxruntime, full", "onnxruntime, stages", "onnxruntime, If"
 PLAIN, EARLY = "PyTorch, full", "PyTorch, EarlyExit"
+CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 Rows = dict[str, Callable[[Tensor], Any]]
 
 
@@ -188,16 +189,16 @@ def report(rows: Rows, stages: sd.OnnxEarlyExit, images: Tensor, batch_size: int
 def least_seconds(runs: Sequence[Callable[[Any], object]], batches: Sequence[Any], rounds: int) -> list[float]:
     """Return the seconds in which each answers all batches, of each batch the least of the rounds; they take turns.
 
-    What else runs on the machine only adds to the time of a batch, and to that of few batches in all rounds.
+    What else runs on the machine only adds to the time of a batch. With one thread, time is that of the process.
     """
     least = np.full((len(runs), len(batches)), np.inf)
     for _ in range(rounds):
         for run, line in zip(runs, least, strict=True):
             run(batches[0])
             for index, batch in enumerate(batches):
-                start = time.perf_counter()
+                start = CLOCK()
                 run(batch)
-                line[index] = min(line[index], time.perf_counter() - start)
+                line[index] = min(line[index], CLOCK() - start)
     return [float(seconds) for seconds in least.sum(1)]
 
 
@@ -213,9 +214,9 @@ def seconds_in_graphs(
 
         def run(self, *arguments: Any) -> Any:
             nonlocal spent
-            start = time.perf_counter()
+            start = CLOCK()
             found = self.session.run(*arguments)
-            spent += time.perf_counter() - start
+            spent += CLOCK() - start
             return found
 
     sessions, least = stages._sessions, np.full(len(batches), np.inf)

@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="time of each load")
     parser.add_argument("--rounds", type=int, default=3, help="how often the servers take turns")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.8], help="loads, of what plain can answer")
+    parser.add_argument("--batch-size", type=int, default=32, help="most images in a batch of the server")
     parser.add_argument("--clients", type=int, default=16, help="connections")
     parser.add_argument("--threads", type=int, default=1, help="batches that the server runs at the same time")
     arguments = parser.parse_args()
@@ -47,7 +49,7 @@ def main() -> int:
     files = files[: arguments.most]
     bodies = [path.read_bytes() for path in files]
     expected = {way: answers(arguments.model, bodies, plain=way == "plain") for way in ("plain", "early exit")}
-    common = [arguments.model, "--threads", str(arguments.threads)]
+    common = [arguments.model, "--threads", str(arguments.threads), "--batch-size", str(arguments.batch_size)]
     ports = {"plain": start([*common, "--plain"]), "early exit": start(common)}
     try:
         if arguments.labelled:
@@ -95,11 +97,26 @@ def accuracy(ports: dict[str, int], files: list[Path]) -> None:
     for way, port in ports.items():
         connection, right = http.client.HTTPConnection("127.0.0.1", port), 0
         for path in files:
-            connection.request("POST", "/classify", path.read_bytes())
-            right += json.loads(connection.getresponse().read())["label"] == path.parent.name
+            right += ask(connection, path.read_bytes())["label"] == path.parent.name
         connection.close()
         print(f"{way:>10}  top-1 {100 * right / len(files):.2f} % of the answers to {len(files)} images")
     print()
+
+
+def ask(connection: http.client.HTTPConnection, image: bytes) -> dict[str, Any]:
+    """Return a server's answer for an image file."""
+    for again in (True, False):
+        try:
+            connection.request("POST", "/classify", image)
+            response = connection.getresponse()
+            break
+        except ConnectionError:  # a server may close a connection that waits
+            connection.close()
+            if not again:
+                raise
+    body: dict[str, Any] = json.loads(response.read())
+    assert response.status == 200, body
+    return body
 
 
 def answers(folder: Path, bodies: list[bytes], plain: bool) -> list[tuple[int, int]]:
@@ -122,7 +139,8 @@ def start(command: list[object]) -> tuple[int, "subprocess.Popen[bytes]"]:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
     process = subprocess.Popen([sys.executable, "examples/serve.py", *map(str, command), "--port", str(port)])
-    for _ in range(600):
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return port, process
@@ -153,10 +171,7 @@ def load(
                 connection.close()
                 return
             place, begin = item
-            connection.request("POST", "/classify", bodies[place])
-            response = connection.getresponse()
-            body = json.loads(response.read())
-            assert response.status == 200, body
+            body = ask(connection, bodies[place])
             latencies.append(time.perf_counter() - begin)
             same.append((body["class"], body["exit"]) == expected[place])
 

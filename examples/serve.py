@@ -62,7 +62,8 @@ def main() -> None:
     arguments = parser.parse_args()
     model, settings = load_with_early_exit(arguments.model)
     if arguments.plain or settings is None:
-        settings = sd.EarlyExitConfig((math.inf,) * model.num_exits)
+        costs = None if settings is None else settings.costs
+        settings = sd.EarlyExitConfig((math.inf,) * model.num_exits, costs=costs)
     fast = sd.EarlyExit.from_config(model, settings)
     if fast.config.costs is None:
         fast.measure(arguments.batch_size)
