@@ -142,7 +142,7 @@ class OnnxEarlyExit:
         found: Sequence[Array] = self._sessions[stage].run(outputs, inputs, self._options)
         return found if size == count else [value[:count] for value in found]
 
-    def _leaves(self, exit: int, confidence: Array, places: Array) -> Array:
+    def _leaves(self, exit: int, confidence: Array, places: Array) -> list[bool]:
         return reaches(confidence, self.thresholds[exit])
 
 

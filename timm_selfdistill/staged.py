@@ -220,7 +220,7 @@ class Manifest:
 
 
 RunStage = Callable[[int, Mapping[str, Array], Sequence[str]], Sequence[Array]]
-Leaves = Callable[[int, Array, Array], Array]
+Leaves = Callable[[int, Array, Array], Sequence[bool] | Array]
 
 
 def run_stages(
@@ -248,7 +248,7 @@ def run_stages(
         if exit in unasked:
             continue
         leaving = None if exit == last else leaves(exit, held[CONFIDENCE], places)
-        number = len(places) if leaving is None else np.count_nonzero(leaving)
+        number = len(places) if leaving is None else sum(leaving)
         if number == count:  # all images leave here: no row is moved
             return StagedAnswer(held[LOGITS], np.full(count, exit, np.int64))
         if not number:
@@ -258,8 +258,9 @@ def run_stages(
         if leaving is None or number == len(places):
             logits[places], exit_index[places] = held[LOGITS], exit
             break
-        gone, staying = places[leaving], ~leaving
-        logits[gone], exit_index[gone] = held[LOGITS][leaving], exit
+        leaves_here = np.asarray(leaving)
+        gone, staying = places[leaves_here], ~leaves_here
+        logits[gone], exit_index[gone] = held[LOGITS][leaves_here], exit
         places = places[staying]
         held = {
             name: held[name][staying] if batched else held[name]
@@ -269,10 +270,13 @@ def run_stages(
     return StagedAnswer(logits, exit_index)
 
 
-def reaches(confidence: Array, threshold: float) -> Array:
-    """Whether images leave at a threshold; they never do where the confidence is NaN or infinite."""
-    leaving: Array = (confidence >= confidence.dtype.type(threshold)) & (confidence < math.inf)
-    return leaving
+def reaches(confidence: Array, threshold: float) -> list[bool]:
+    """Whether images leave at a threshold; they never do where the confidence is NaN or infinite.
+
+    In plain Python: for one image, an operation of numpy between two graphs takes longer than all of this loop.
+    """
+    lowest = float(confidence.dtype.type(threshold))
+    return [lowest <= value < math.inf for value in confidence.tolist()]
 
 
 def sha256_of(path: Path) -> str:
