@@ -39,7 +39,7 @@ recipe = {
         "workers": 0,
     },
     "augment": {"scale": [0.5, 1.0], "hflip": 0.5},
-    "optimizer": {"name": "momentum", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4},
+    "optimizer": {"name": "momentum", "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "heads_lr_scale": 1},
     "schedule": {"name": "cosine", "warmup_epochs": 1},
     "epochs": 5,
     "batch_size": 64,

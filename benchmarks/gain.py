@@ -40,17 +40,15 @@ CIFAR = {
 }
 SGD = {"name": "momentum", "momentum": 0.9, "weight_decay": 5e-4}
 
-# All exits together teach each of them, and the backbone.
-ENSEMBLE = (
-    *("loss.preset=deep-supervision", "loss.ce_weight=0.7", "loss.kd_weight=0.3", "loss.deepest_kd_weight=0.3"),
-    "loss.teacher=ensemble",
-)
+# All exits together teach each of them, and the backbone; a part of the label's weight is theirs.
+ENSEMBLE = ("loss.preset=ensemble-distillation", "loss.ce_weight=0.7")
 
 # Keys of the recipe that differ from the task's.
 METHODS = {
     "none": ("loss.preset=none",),
     "label-smoothing": ("loss.preset=none", "loss.label_smoothing=0.1"),
     "deep-supervision": ("loss.preset=deep-supervision",),
+    "ensemble-distillation": ("loss.preset=ensemble-distillation",),
     "byot-iccv2019": ("loss.preset=byot-iccv2019", "exits.head=bottleneck"),
     "byot-proportional": ("loss.preset=byot-iccv2019",),
     "byot-tpami2021": ("loss.preset=byot-tpami2021", "exits.head=bottleneck", "exits.hint_adapter=true"),
@@ -72,7 +70,7 @@ def tasks(data: Path, weights: Path) -> dict[str, dict[str, Any]]:
     cifar = {**CIFAR, "path": str(data / "cifar100")}
     crops = {"train_crop_mode": "pad", "crop_padding": 4, "hflip": 0.5}
     pretrained = {"file": str(weights / "tf_efficientnet_lite0.safetensors"), "hf_hub_id": None}
-    return {
+    found: dict[str, dict[str, Any]] = {
         "T1": {
             "model": {"name": "resnet18", "small_stem": True, "kwargs": {"channels": [16, 32, 64, 128]}},
             "data": {**cifar, "image_size": 32, "cache": "device"},
@@ -114,6 +112,8 @@ def tasks(data: Path, weights: Path) -> dict[str, dict[str, Any]]:
             "batch_size": 64,
         },
     }
+    one_rate = {"optimizer": {**found["T4"]["optimizer"], "heads_lr_scale": 1}}
+    return {**found, "T4-one-rate": found["T4"] | one_rate}
 
 
 def main() -> int:

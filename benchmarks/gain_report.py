@@ -146,6 +146,7 @@ def difference(pairs: Sequence[tuple[float | None, float]]) -> str:
 
 def draw(results: Results, shown: Sequence[str]) -> Figure:
     """Draw accuracy over compute for each task: the anytime curve, and early exit with calibrated thresholds."""
+    results = {task: methods for task, methods in results.items() if task in TITLES}
     figure = Figure(figsize=(max(6.4, 4.2 * len(results)), 5), dpi=150, facecolor="white", layout="constrained")
     plots = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (task, methods) in zip(plots, sorted(results.items()), strict=True):
@@ -157,7 +158,7 @@ def draw(results: Results, shown: Sequence[str]) -> Figure:
             if runs := list(methods.get(method, {}).values()):
                 axes.plot(*zip(*_anytime(runs), strict=True), "o-", color=color, label=f"{method}, anytime")
                 axes.plot(*zip(*_budgets(runs), strict=True), "s--", color=color, mfc="white", label="early exit")
-        axes.set_title(f"{task}: {TITLES.get(task, '')}", loc="left", fontsize=10)
+        axes.set_title(f"{task}: {TITLES[task]}", loc="left", fontsize=10)
         axes.set_xlabel("multiply-accumulates, % of the plain network's")
     plots[0].set_ylabel("top-1 accuracy (%)")
     handles, labels = plots[0].get_legend_handles_labels()

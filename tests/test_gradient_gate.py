@@ -241,8 +241,10 @@ def test_the_backbone_behind_a_closed_gate_trains_as_the_plain_one(
         return networks[self.name]
 
     monkeypatch.setattr(trainer.Trainer, "run", remember)
+    loss = ["loss.preset=byot-iccv2019", f"loss.gate={gate}"]
+    recipe = load_recipe("digits", [*SMALL, f"output_dir={tmp_path}", "baseline=true", *loss])
     with pytest.raises(Trained):
-        train(load_recipe("digits", [*SMALL, f"output_dir={tmp_path}", "baseline=true", f"loss.gate={gate}"]))
+        train(recipe)
     plain, gated = (network.backbone.state_dict() for network in networks.values())
     assert [name for name in plain if not torch.equal(plain[name], gated[name])] == []
 

@@ -105,6 +105,10 @@ def reference_terms(preset, out, target):
         weights = {"ce": 0.7, "kd": 0.3, "hint": 0.03 * math.sqrt(128)}
     elif preset == "deep-supervision":
         kl, hint, weights = {}, {}, {"ce": 1.0}
+    elif preset == "ensemble-distillation":
+        mean = sum(out.logits) / len(out.logits)
+        kl = {f"kd/{i}": 9.0 * reference_kl(logits, mean, 3.0) for i, logits in enumerate(out.logits)}
+        hint, weights = {}, {"ce": 1.0, "kd": 0.3}
     else:
         last = ce[f"ce/{len(exits)}"]
         return {"loss": last, "ce/0": last}
@@ -148,8 +152,18 @@ def test_only_the_loss_carries_a_gradient():
 
 
 def test_default_is_the_conference_preset():
-    assert SelfDistillationLoss().config == SelfDistillationLoss.from_preset("byot-iccv2019").config
-    assert list_presets() == sorted(PRESETS) == ["byot-iccv2019", "byot-tpami2021", "deep-supervision", "none"]
+    assert SelfDistillationLoss().config == SelfDistillationLoss.from_preset("ensemble-distillation").config
+    assert (
+        list_presets()
+        == sorted(PRESETS)
+        == [
+            "byot-iccv2019",
+            "byot-tpami2021",
+            "deep-supervision",
+            "ensemble-distillation",
+            "none",
+        ]
+    )
 
 
 def test_a_preset_may_be_given_by_its_name():
@@ -478,7 +492,7 @@ def test_preset_overrides_change_only_what_they_name():
 
 
 def test_unknown_preset_and_setting_list_the_known_ones():
-    with pytest.raises(ValueError, match=r"'byot'; known are byot-iccv2019, byot-tpami2021, deep-supervision, none"):
+    with pytest.raises(ValueError, match=r"'byot'; known are byot-iccv2019, .*ensemble-distillation, none"):
         SelfDistillationLoss.from_preset("byot")
     with pytest.raises(ValueError, match=r"temprature; known are ce_weight, .*temperature"):
         SelfDistillationLoss.from_preset("none", temprature=3.0)

@@ -86,7 +86,7 @@ def test_it_adds_a_divergence_for_each_that_it_teaches(
     task = make_task(student, Recorder(), teaches=teaches, weight=0.3, temperature=2.0)
     images, target = batch()
     result = task(images, target)
-    own = SelfDistillationLoss()(student(images, return_exits=True), target)
+    own = SelfDistillationLoss("byot-iccv2019")(student(images, return_exits=True), target)
     logits = student(images, return_exits=True).logits
     wanted = F.log_softmax(task.teacher.answer(images) / 2, -1)
     terms = {

@@ -67,7 +67,7 @@ def test_defaults_are_the_agreed_ones(load):
         "hint_adapter": False,
     }
     assert recipe.loss.name == "self-distillation"
-    assert recipe.loss.preset == "byot-iccv2019"
+    assert recipe.loss.preset == "ensemble-distillation"
     assert {getattr(recipe.loss, name) for name in ("temperature", "kd_weight", "hint_weight", "t_squared")} == {None}
     assert (recipe.data.image, recipe.data.target) == ("image", "label")
     assert (recipe.data.train_split, recipe.data.eval_split, recipe.data.validation) == ("train", "test", 0.1)

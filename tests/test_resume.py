@@ -170,6 +170,7 @@ def run_in_pieces(recipe: Recipe, steps: int, after_steps: Any) -> int:
             3,
             (
                 *("batch_size=8", "optimizer.accumulate=2", "optimizer.name=adamw", "schedule.regime=mixed"),
+                "optimizer.heads_lr_scale=3",
                 *("schedule.backbone_epochs=1", "baseline=true", "precision=bf16", "data.image_size=64"),
             ),
             id="accumulation, phases, baseline, bf16",

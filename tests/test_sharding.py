@@ -50,6 +50,7 @@ OPTIONS = {
         "schedule.backbone_epochs=1",
         "optimizer.clip_mode=agc",
         "optimizer.layer_decay=0.75",
+        "optimizer.heads_lr_scale=3",
         "exits.hint_adapter=true",
         "loss.preset=byot-tpami2021",
         "loss.gate=[0,0.5,1]",

@@ -159,7 +159,7 @@ def test_result_holds_loss_logits_and_every_term() -> None:
 
 def test_default_loss_is_that_of_the_first_paper() -> None:
     task = sd.SelfDistillationTask(make_vit())
-    assert task.criterion.config == sd.SelfDistillationLoss.from_preset("byot-iccv2019").config
+    assert task.criterion.config == sd.SelfDistillationLoss.from_preset("ensemble-distillation").config
 
 
 def test_targets_mixed_by_timm_are_taken() -> None:

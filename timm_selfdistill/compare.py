@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 _LABEL_SMOOTHING: Final = "label-smoothing"
 _OWN: Final = "recipe"
 _SMOOTHING: Final = 0.1
-_DEFAULT: Final = "none,label-smoothing,deep-supervision,byot-iccv2019,byot-tpami2021"
+_DEFAULT: Final = "none,label-smoothing,deep-supervision,byot-iccv2019,byot-tpami2021,ensemble-distillation"
 
 
 def compare(recipe: Recipe, losses: Sequence[str], seeds: Sequence[int]) -> Comparison:

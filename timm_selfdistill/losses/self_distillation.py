@@ -32,7 +32,7 @@ class SelfDistillationLoss(nn.Module):
     +-1e14, with a gradient of zero, so that no finite input gives NaN or infinity; NaN stays NaN.
 
     Args:
-        config: The settings, or the name of a preset, one of `list_presets()`; byot-iccv2019 by default.
+        config: The settings, or the name of a preset, one of `list_presets()`; ensemble-distillation by default.
 
     Attributes:
         config: The settings.
