@@ -98,7 +98,7 @@ def print_ratios(names: list[str], batch_sizes: list[int], seconds: float, devic
     )
 
 
-WAYS = ("nobody", "none, by time", "quarters", "quarters, costs", "all at exit 0")
+WAYS = ("nobody", "nobody, closed", "none, by time", "quarters", "quarters, costs", "all at exit 0")
 
 
 def early_exit_ways(model: sd.SelfDistillModel, x: Tensor) -> list[nn.Module]:
@@ -110,10 +110,13 @@ def early_exit_ways(model: sd.SelfDistillModel, x: Tensor) -> list[nn.Module]:
     stored.logits[-1, torch.arange(512), stored.targets] += 10
     paths = PathCosts.of_batch(costs, len(x))
     chosen = choose_settings(stored, paths, Goal(max_accuracy_drop=0.0)).config
+    closed = sd.EarlyExit(model, 1.0001)
+    closed.measure(len(x), images=x)
     # One image leaves at the second exit.
     thresholds = quarters(model, x) if len(x) > 1 else [1.0001, *[0.0] * (model.num_exits - 1)]
     return [
         nobody,
+        closed,
         sd.EarlyExit.from_config(model, replace(chosen, costs=costs)),
         sd.EarlyExit(model, thresholds),
         sd.EarlyExit(model, thresholds, costs=costs),

@@ -4,7 +4,8 @@ Checked with torch 2.15, timm 1.0.31, torchvision 0.29, accelerate 1.15 and data
 loaded here; what needs another library imports it in the function.
 """
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence, ValuesView
 from typing import Any
 
 import torch
@@ -32,6 +33,37 @@ def forward_hooks(module: Any, pre: bool, path: Sequence[str] = ()) -> dict[int,
             return {}
     hooks: dict[int, Callable[..., Any]] = module._forward_pre_hooks if pre else module._forward_hooks
     return hooks
+
+
+def copy_without_hooks(
+    module: nn.Module, dropped: Callable[[Any], bool], made: dict[nn.Module, nn.Module]
+) -> nn.Module:
+    """Return a module without those forward hooks in it that are `dropped`; torch calls no module without its hooks.
+
+    Modules with such hooks, and those that hold them, are copied; their parameters, buffers and other modules are
+    shared, also where they are replaced later. `made` gets what stands for each module.
+    """
+    if module not in made:
+        children = {
+            name: None if child is None else copy_without_hooks(child, dropped, made)
+            for name, child in module._modules.items()
+        }
+        kept = [
+            OrderedDict((key, hook) for key, hook in hooks.items() if not dropped(hook))
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        made[module] = module
+        if children != module._modules or kept != [module._forward_hooks, module._forward_pre_hooks]:
+            made[module] = object.__new__(type(module))
+            own = dict(zip(("_modules", "_forward_hooks", "_forward_pre_hooks"), (children, *kept), strict=True))
+            made[module].__dict__.update({**module.__dict__, **own})
+    return made[module]
+
+
+def contents(module: nn.Module) -> list[ValuesView[Any]]:
+    """Return live views of a module's attributes, of the modules in it, and of its forward hooks."""
+    held = (module.__dict__, module._modules, module._forward_hooks, module._forward_pre_hooks)
+    return [mapping.values() for mapping in held]
 
 
 def data_config_traits(backbone: nn.Module) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A network with early exit: images leave the batch at the first exit that is confident enough of them."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,11 +10,14 @@ from torch import Tensor, nn
 
 from timm_selfdistill.early_exit.compiled_stages import CompiledStages
 from timm_selfdistill.early_exit.leaving import LeavingBatch, OnAnswer, Places, check_buckets, check_limits
+from timm_selfdistill.early_exit.paying import close_exits
 from timm_selfdistill.early_exit.replay import EarlyExitOutput
 from timm_selfdistill.early_exit.rules import EarlyExitConfig
 from timm_selfdistill.early_exit.stage_costs import StageCosts, measure_stage_costs
-from timm_selfdistill.exits import random_images, unchanged
+from timm_selfdistill.early_exit.trial import try_out
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.model.bare import BareBackbone
+from timm_selfdistill.servable import NO_TIMES, Give
 
 
 class EarlyExit(nn.Module):
@@ -78,7 +80,7 @@ class EarlyExit(nn.Module):
         self.model = model
         self.training = model.training
         self._stages: CompiledStages | None = None
-        self.shrinks = _find_shrinking_exits(model)
+        self.shrinks, self._bare = try_out(model)
 
     @classmethod
     def from_config(
@@ -117,17 +119,41 @@ class EarlyExit(nn.Module):
         """
         if self.model.training:
             raise RuntimeError("Early exit is for inference, but the model is in train mode: call eval() first.")
-        limits = check_limits(max_exit, len(x), self.model.num_exits)
-        if not len(x):
+        count = x.shape[0]
+        limits = None if max_exit is None else check_limits(max_exit, count, self.model.num_exits)
+        if not count:
             return EarlyExitOutput(x.new_empty(0, self.model.num_classes), x.new_empty(0, dtype=torch.int64))
-        if self.buckets is None or len(x) <= self.buckets[-1]:
+        if self.buckets is None or count <= self.buckets[-1]:
             return self._forward(x, limits, on_answer)
         size = self.buckets[-1]
         parts = [
             self._forward(part, None if limits is None else limits[start : start + size], on_answer, start)
-            for start, part in zip(range(0, len(x), size), x.split(size), strict=True)
+            for start, part in zip(range(0, count, size), x.split(size), strict=True)
         ]
         return EarlyExitOutput(*map(torch.cat, zip(*parts, strict=True)))
+
+    @property
+    def num_exits(self) -> int:
+        """Number K of added exits; the fallback has index K."""
+        return self.model.num_exits
+
+    @torch.inference_mode()
+    def answer_images(self, images: Sequence[Tensor], limits: Sequence[int], give: Give) -> None:
+        """Answer a batch of single images [C, H, W], as `Servable` says; the logits are on the CPU."""
+
+        def pass_on(places: Tensor, logits: Tensor, exit: int) -> None:
+            # A copy, as the answers outlive this batch.
+            give(places.tolist(), list(torch.empty(logits.shape, dtype=logits.dtype).copy_(logits)), exit)
+
+        batch = torch.stack(list(images)).to(next(self.parameters()).device)
+        deepest = min(limits) == self.num_exits
+        self(batch, max_exit=None if deepest else torch.tensor(limits), on_answer=pass_on)
+
+    def seconds_to(self, exit: int, rows: int) -> float:
+        """Return what a batch takes of which no image leaves before an exit; ValueError unless it was measured."""
+        if self.config.costs is None:
+            raise ValueError(NO_TIMES)
+        return self.config.costs.seconds_to(exit, rows, self.config.heads_run)
 
     def compile_stages(self, image_size: tuple[int, int] | None = None, **settings: Any) -> None:
         """Compile the backbone between two exits, and every head, once for each bucket: nothing is compiled later.
@@ -149,8 +175,13 @@ class EarlyExit(nn.Module):
         self.shrinks = (True,) * self.model.num_exits
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what was compiled, which cannot be copied."""
-        return {**self.__dict__, "_stages": None}
+        """Leave out what was compiled, which cannot be copied, and what is a view of the backbone."""
+        return {**self.__dict__, "_stages": None, "_bare": self._bare is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Look anew at the backbone."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._bare = BareBackbone(self.model.backbone) if state["_bare"] else None
 
     def fit(self, count: int) -> int:
         """Return on how many rows the network runs for this many images."""
@@ -162,36 +193,43 @@ class EarlyExit(nn.Module):
             return False
         return self.config.costs is None or self.config.costs.saves(exit, present, left, self.config.heads_run)
 
-    def measure(self, batch_size: int, input_size: tuple[int, int, int] | None = None) -> StageCosts:
+    def measure(
+        self, batch_size: int, input_size: tuple[int, int, int] | None = None, *, images: Tensor | None = None
+    ) -> StageCosts:
         """Time the parts of the network on this machine, and from now on let batches shrink only where that pays.
 
-        The times are kept in `config`, and saved with it; no answer depends on them.
+        The times are kept in `config`, and saved with it; no answer depends on them. With `images`, exits that do not
+        pay are closed, too: what left there goes deeper, and their heads no longer run. Where early exit does not pay
+        at all, the plain backbone runs.
 
         Args:
             batch_size: Images in a batch.
-            input_size: Channels, height and width of an image; by default the size that the model was wrapped for.
+            input_size: Channels, height and width of an image; by default the size that the model was wrapped for, or
+                that of `images`.
+            images: Images [N, C, H, W] like those to come, some hundred, which tell where images leave.
 
         Returns:
             The times.
 
         Raises:
-            ValueError: If the batch size is not positive.
+            ValueError: If the batch size is not positive, or there are no images.
         """
+        if images is not None and (images.ndim != 4 or not len(images)):
+            raise ValueError(f"images have the shape {list(images.shape)}; allowed is [N, C, H, W], N at least 1.")
+        if images is not None and input_size is None:
+            _, channels, height, width = images.shape
+            input_size = (channels, height, width)
         costs = measure_stage_costs(self.model, self.config, batch_size, input_size)
+        if images is not None:
+            self.config = close_exits(self.model, self.config, costs, images, batch_size, self.shrinks)
         self.config = replace(self.config, costs=costs)
         return costs
 
     def _forward(self, x: Tensor, limits: Places | None, on_answer: OnAnswer | None, start: int = 0) -> EarlyExitOutput:
         """Classify a batch that is no larger than the largest bucket; `start` is the place of its first image."""
-        if limits is None and not any(self.config.heads_run) and self._stages is None:
+        if limits is None and self._stages is None and not self.config.runs_heads:
             # Nobody leaves, so nothing need be read on the way.
-            rows = self.fit(len(x))
-            images = x if rows == len(x) else x[torch.arange(rows, device=x.device) % len(x)]
-            index = torch.full((len(x),), self.model.num_exits, device=x.device)
-            logits = self.model(images)[: len(x)]
-            if on_answer is not None:
-                on_answer(torch.arange(start, start + len(x)), logits, self.model.num_exits)
-            return EarlyExitOutput(logits, index)
+            return self._forward_plain(x, on_answer, start)
         batch = LeavingBatch(self, x, limits, on_answer, start)
         if self._stages is None:
             remaining = self.model.forward_while(batch.images, batch.visit)
@@ -201,33 +239,15 @@ class EarlyExit(nn.Module):
             batch.finish(remaining)
         return batch.output()
 
-
-@torch.no_grad()
-def _find_shrinking_exits(model: SelfDistillModel) -> tuple[bool, ...]:
-    """Return, for each exit, whether the backbone gives the same answers on a part of the batch after it."""
-    images = random_images(model.backbone, model.wrap_config.image_size, 4)
-    with unchanged(model):
-        expected = model(images)
-        shrinks = tuple(_shrinks(model, images, expected, exit) for exit in range(model.num_exits))
-    if not all(shrinks):
-        stuck = [name for name, fine in zip(model.exit_names[:-1], shrinks, strict=True) if not fine]
-        warnings.warn(
-            f"{type(model.backbone).__name__} cannot run on with a part of its batch after {', '.join(stuck)}: images "
-            "that leave there get their answer, but stay in the batch until a later exit, or until all have one.",
-            stacklevel=3,
-        )
-    return shrinks
-
-
-def _shrinks(model: SelfDistillModel, images: Tensor, expected: Tensor, exit: int) -> bool:
-    """Whether the backbone, left with two of four images at an exit, gives these two their logits."""
-    rows = torch.tensor([1, 3], device=images.device)
-    try:
-        logits = model.forward_while(images, lambda index, taps: rows if index == exit else None)
-    except Exception:  # whatever the backbone raises, it means that it cannot
-        return False
-    expected = expected[rows]
-    if logits is None or logits.shape != expected.shape:
-        return False
-    tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+    def _forward_plain(self, x: Tensor, on_answer: OnAnswer | None, start: int) -> EarlyExitOutput:
+        """Classify a batch by the backbone alone, which is called without hooks of ours where that is possible."""
+        count, exit = x.shape[0], len(self.config.thresholds)
+        rows = self.fit(count)
+        images = x if rows == count else x[torch.arange(rows, device=x.device) % count]
+        model, bare = self.model, None if torch.compiler.is_compiling() else self._bare
+        logits: Tensor = model(images) if bare is None or bare.backbone is not model.backbone else bare(images)
+        if rows != count:
+            logits = logits[:count]
+        if on_answer is not None:
+            on_answer(torch.arange(start, start + count), logits, exit)
+        return EarlyExitOutput(logits, torch.full((count,), exit, device=x.device))

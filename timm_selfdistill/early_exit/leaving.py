@@ -143,8 +143,8 @@ class LeavingBatch:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 
-def check_limits(max_exit: int | Tensor | None, count: int, num_exits: int) -> Places | None:
-    """Return the exit that answers each image at the latest [B], or None for no limit.
+def check_limits(max_exit: int | Tensor, count: int, num_exits: int) -> Places:
+    """Return the exit that answers each image at the latest [B].
 
     Args:
         max_exit: One for all images, or one for each [B]; `num_exits` is the backbone's own classifier.
@@ -154,8 +154,6 @@ def check_limits(max_exit: int | Tensor | None, count: int, num_exits: int) -> P
     Raises:
         ValueError: If it is no whole number or not one for each image, or there is no such exit.
     """
-    if max_exit is None:
-        return None
     values = torch.as_tensor(max_exit)
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"max_exit is {max_exit!r:.100}; allowed are whole numbers.")

@@ -32,7 +32,7 @@ class Rule:
         discrete: Whether confidences are counts or the like. Thresholds are then chosen among them, not between them.
         uses_temperatures: Whether calibration fits temperatures, which logits are divided by first.
         keeps_state: Whether it needs the logits of every exit on the way. The heads of exits where no image may leave
-            run only then.
+            run only then, before one where images may.
     """
 
     lowest: ClassVar[float] = 0.0
@@ -230,13 +230,19 @@ class EarlyExitConfig:
 
     def runs_head(self, exit: int) -> bool:
         """Whether an exit's head runs on the images that reach it: whether its logits can change any answer."""
-        deciding = self.thresholds[exit:] if self.running_ensemble else self.thresholds[exit : exit + 1]
-        return min(deciding) < math.inf or self.fallback == "ensemble" or self.rule_object.keeps_state
+        with_later = self.running_ensemble or self.rule_object.keeps_state
+        deciding = self.thresholds[exit:] if with_later else self.thresholds[exit : exit + 1]
+        return min(deciding) < math.inf or self.fallback == "ensemble"
 
     @cached_property
     def heads_run(self) -> tuple[bool, ...]:
         """For each exit, whether its head runs on the images that reach it."""
         return tuple(map(self.runs_head, range(len(self.thresholds))))
+
+    @cached_property
+    def runs_heads(self) -> bool:
+        """Whether any head runs."""
+        return any(self.heads_run)
 
     @property
     def combines(self) -> bool:

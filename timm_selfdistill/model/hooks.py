@@ -101,23 +101,12 @@ class Hooks:
                 raise _gone(backbone, name)
         return call
 
-    def run_unread(self, backbone: Backbone, x: Tensor) -> Any:
-        """Return what the backbone returns, and record nothing, even where a hook of an outer call runs the model."""
-        outer = _THREAD.call
-        if outer is None:
-            return backbone(x)
-        try:
-            _THREAD.call = None
-            return backbone(x)
-        finally:
-            _THREAD.call = outer
-
     def remove(self, backbone: Backbone, kept: Sequence["partial[Any]"] = ()) -> None:
         """Remove this model's hooks from the backbone, or from a copy of it, except those that are kept."""
         for module in backbone.modules():
             for hooks in (forward_hooks(module, True), forward_hooks(module, False)):
                 for key, hook in list(hooks.items()):
-                    if _is_ours(hook) and hook.args[0] == self._mark and not any(hook is other for other in kept):
+                    if is_ours(hook) and hook.args[0] == self._mark and not any(hook is other for other in kept):
                         del hooks[key]
 
     def _attach(self, backbone: Backbone) -> None:
@@ -145,6 +134,18 @@ class Hooks:
             if not held or (held[-1] != name and list(backbone.get_submodule(held[-1]).children())):
                 raise _gone(backbone, name)
             yield held[-1], True, partial(_record_feature, self._mark, name)
+
+
+def run_unread(backbone: Backbone, x: Tensor) -> Any:
+    """Return what the backbone returns, and record nothing, even where a hook of an outer call runs the model."""
+    outer = _THREAD.call
+    if outer is None:
+        return backbone(x)
+    try:
+        _THREAD.call = None
+        return backbone(x)
+    finally:
+        _THREAD.call = outer
 
 
 @dataclass
@@ -249,7 +250,7 @@ def _is_in_place(backbone: Backbone, place: _Place) -> bool:
     for other in reversed(tuple(forward_hooks(backbone, pre, path).values())):
         if other is hook:
             return True
-        if not _is_ours(other):
+        if not is_ours(other):
             return False
     return False
 
@@ -258,7 +259,7 @@ def _put(hook: "partial[Any]", module: nn.Module, pre: bool) -> "partial[Any]":
     """Put a hook, or an equal one that is there already, after the other hooks of a module, and return it."""
     hooks: Any = forward_hooks(module, pre)
     for key, other in list(hooks.items()):
-        if _is_ours(other) and (other.func, other.args) == (hook.func, hook.args):
+        if is_ours(other) and (other.func, other.args) == (hook.func, hook.args):
             hooks.move_to_end(key)
             return other
     if pre:
@@ -268,7 +269,8 @@ def _put(hook: "partial[Any]", module: nn.Module, pre: bool) -> "partial[Any]":
     return hook
 
 
-def _is_ours(hook: Callable[..., Any]) -> TypeGuard["partial[Any]"]:
+def is_ours(hook: Callable[..., Any]) -> TypeGuard["partial[Any]"]:
+    """Whether a hook is one of this file."""
     return isinstance(hook, partial) and hook.func in (_enter, _leave, _record_feature)
 
 

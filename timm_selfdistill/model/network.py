@@ -12,7 +12,7 @@ from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, find_exit_
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.model.ensemble import Ensemble
 from timm_selfdistill.model.gradients import GradientGate
-from timm_selfdistill.model.hooks import Hooks, Visit
+from timm_selfdistill.model.hooks import Hooks, Visit, run_unread
 from timm_selfdistill.model.interface import HubInterface, TimmInterface
 
 ENSEMBLE: Final = "ensemble"
@@ -92,7 +92,7 @@ class SelfDistillModel(nn.Module, TimmInterface, HubInterface):
             The backbone's logits [B, num_classes]; with `return_exits` an `ExitOutput` instead.
         """
         if not return_exits:
-            return _mean_logits(self._hooks.run_unread(self.backbone, x))
+            return _mean_logits(run_unread(self.backbone, x))
         call = self._hooks.run(self.backbone, x)
         logits = _mean_logits(call.output)
         feature = self._teacher_feature(call.features)
@@ -119,7 +119,7 @@ class SelfDistillModel(nn.Module, TimmInterface, HubInterface):
         """
         self.check_exit(exit)
         if exit == self.num_exits:
-            return _mean_logits(self._hooks.run_unread(self.backbone, x))
+            return _mean_logits(run_unread(self.backbone, x))
         call = self._hooks.run(self.backbone, x, stop_at=exit)
         return self.head_of(exit).classify(*call.taps[exit])
 
