@@ -3,6 +3,8 @@
 import importlib.util
 import io
 import math
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,8 @@ import torch
 from PIL import Image
 
 import timm_selfdistill as sd
+from timm_selfdistill import onnx as onnx_runner
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.early_exit import Line, StageCosts
 from timm_selfdistill.serving import Batcher
 
@@ -33,6 +37,13 @@ def fast(tiny_net, images):
     thresholds = [float(logits.softmax(-1).amax(-1).quantile(0.6)) for logits in every]
     costs = StageCosts((Line(0, 1e-3),) * (K + 1), (Line(0, 1e-3),) * K, (Line(0, 0),) * K, batch_size=8)
     return sd.EarlyExit(model, thresholds, costs=costs)
+
+
+@pytest.fixture
+def stages(fast, tmp_path):
+    pytest.importorskip("onnxruntime")
+    path = sd.export_early_exit(fast, tmp_path / "stages", format="onnx-stages", image_size=32)
+    return sd.OnnxEarlyExit(path)
 
 
 def alone(fast, image, **kwargs):
@@ -58,6 +69,47 @@ def test_answers_under_concurrent_requests_are_those_of_a_direct_call(fast, imag
     assert metrics["exits"] == {exit: 10 * sum(exit == other for _, other in expected) for exit in range(K + 1)}
     assert max(metrics["batches"]) <= 8
     assert 0 < metrics["latency"][0.5] <= metrics["latency"][0.99]
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_exported_stages_are_served_as_the_network_is(fast, stages, images, as_array):
+    limits = [None, 0, 1, 2] * 6
+    with Batcher(stages, batch_size=5, threads=2) as batcher:
+        given = [image.numpy() if as_array else image for image in images]
+        futures = [batcher.submit(image, max_exit=limit) for image, limit in zip(given, limits, strict=True)]
+        for image, limit, future in zip(images, limits, futures, strict=True):
+            logits, exit = alone(fast, image, max_exit=limit)
+            answer = future.result(30)
+            assert answer.exit == exit
+            np.testing.assert_allclose(answer.logits, logits.numpy(), rtol=1e-4, atol=1e-5)
+        wrong = batcher.submit(np.zeros((3, 8, 8), np.float32))
+        with pytest.raises(ValueError, match=r"images are float32 \[1, 3, 8, 8\]"):
+            wrong.result(30)
+        assert batcher.metrics()["failed"] == 1
+
+
+def test_a_deadline_of_exported_stages(stages, images, monkeypatch):
+    with Batcher(stages) as unmeasured, pytest.raises(ValueError, match="call measure"):
+        unmeasured.submit(images[0], deadline=1.0)
+    monkeypatch.setattr(onnx_runner, "_SECONDS", 0.0)
+    with pytest.raises(ValueError, match="batch_size is 0; allowed is 1 or more"):
+        stages.measure(0)
+    stages.measure(4)
+    times = [[stages.seconds_to(exit, rows) for exit in range(K + 1)] for rows in (1, 4)]
+    assert all(0 < first <= second <= third for first, second, third in times)
+    assert all(one <= four for one, four in zip(*times, strict=True))
+    stages.thresholds = (math.inf,) * K
+    with Batcher(stages, batch_size=1) as batcher:
+        for deadline, exit in ((0.0, 0), (30.0, K)):
+            assert batcher.submit(images[0], deadline=deadline).result(30).exit == exit
+
+
+def test_serving_exported_stages_loads_no_torch():
+    code = (
+        "import sys, timm_selfdistill.serving, timm_selfdistill.onnx; assert not {'torch', 'timm'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("thresholds", [None, math.inf])
@@ -143,32 +195,66 @@ def test_wrong_requests(fast, images):
         unmeasured.submit(images[0], deadline=1.0)
 
 
-def test_the_example_over_http(make_backbone, monkeypatch):
-    testclient = pytest.importorskip("fastapi.testclient")
+@pytest.fixture(scope="module")
+def serve():
+    pytest.importorskip("fastapi.testclient")
     path = Path(__file__).parent.parent / "examples" / "serve.py"
     spec = importlib.util.spec_from_file_location("serve", path)
-    serve = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(serve)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     assert len(path.read_text().splitlines()) <= 80
-    model = sd.wrap(make_backbone("resnet18", channels=[8, 8, 8, 8]), image_size=32).eval()
-    fast = sd.EarlyExit(model, 0.0)
-    files = []
-    for seed in range(6):
+    return module
+
+
+def ask(app, count, seed=0):
+    """POST random images, several at once, and return the answers and the client."""
+    from fastapi.testclient import TestClient
+
+    client, files = TestClient(app), []
+    for pixels in np.random.default_rng(seed).integers(0, 255, (count, 224, 224, 3), dtype="uint8"):
         stream = io.BytesIO()
-        pixels = np.random.default_rng(seed).integers(0, 255, (224, 224, 3), dtype="uint8")
         Image.fromarray(pixels).save(stream, "png")
         files.append(stream.getvalue())
-    with Batcher(fast, batch_size=4) as batcher:
-        client = testclient.TestClient(serve.make_app(batcher, model))
-        with ThreadPoolExecutor(3) as callers:
-            answers = list(callers.map(lambda file: client.post("/classify", content=file), files * 2))
-        assert all(answer.status_code == 200 for answer in answers)
-        bodies = [answer.json() for answer in answers]
-        assert bodies[:6] == [pytest.approx(body) for body in bodies[6:]]
+    with ThreadPoolExecutor(3) as callers:
+        answers = list(callers.map(lambda file: client.post("/classify", content=file), files))
+    assert all(answer.status_code == 200 for answer in answers)
+    return [answer.json() for answer in answers], client, files
+
+
+def test_the_example_over_http(make_backbone, serve):
+    model = sd.wrap(make_backbone("resnet18", channels=[8, 8, 8, 8]), image_size=32).eval()
+    with Batcher(sd.EarlyExit(model, 0.0), batch_size=4) as batcher:
+        app = serve.make_app(batcher, InputConfig.from_model(model.backbone), None)
+        bodies, client, files = ask(app, 6)
+        again, _, _ = ask(app, 6)
+        assert bodies == [pytest.approx(body) for body in again]
         assert {body["exit"] for body in bodies} == {0}
+        assert all(body["label"] == str(body["class"]) for body in bodies)
         assert client.post("/classify?max_exit=9", content=files[0]).status_code == 422
         assert client.post("/classify?deadline_ms=5", content=files[0]).status_code == 422  # no times were measured
         assert client.post("/classify", content=b"text").status_code == 415
         lines = client.get("/metrics").text.splitlines()
         assert "answers 12" in lines
         assert 'exits{exit="0"} 12' in lines
+
+
+def test_the_example_serves_a_model_and_its_exported_stages_alike(fast, serve, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnx_runner, "_SECONDS", 0.0)
+    fast.model.backbone.pretrained_cfg = {"input_size": (3, 32, 32)}
+    names = ["ape", "bat", "cat", "dog", "eel"]
+    stages = sd.export_early_exit(fast, tmp_path / "stages", format="onnx-stages", image_size=32, label_names=names)
+    monkeypatch.setattr(serve, "load_with_early_exit", lambda path: (fast.model, fast.config))
+    monkeypatch.setattr(serve, "class_names", lambda model: names)
+    answers = {}
+    for path in ("model", str(stages)):
+        network, config, labels = serve.load(path, 4, plain=False)
+        assert isinstance(network, sd.OnnxEarlyExit if path == str(stages) else sd.EarlyExit)
+        assert network.seconds_to(K, 4) > 0
+        with Batcher(network, batch_size=4) as batcher:
+            answers[path], _, _ = ask(serve.make_app(batcher, config, labels), 6)
+        plain, _, _ = serve.load(path, 4, plain=True)
+        with Batcher(plain, batch_size=4) as batcher:
+            assert {body["exit"] for body in ask(serve.make_app(batcher, config, labels), 2)[0]} == {K}
+    assert answers["model"] == [pytest.approx(body, rel=1e-4) for body in answers[str(stages)]]
+    assert {body["label"] for body in answers["model"]} <= set(names)

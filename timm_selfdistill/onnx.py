@@ -1,23 +1,29 @@
 """Run a network with early exit that was exported as ONNX stages: without torch and timm."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from timm_selfdistill.lazy import needs_extra
+from timm_selfdistill.servable import NO_TIMES, Give
 from timm_selfdistill.staged import (
     IMAGES,
     LOGITS,
+    OWN_LOGITS,
     TEMPERATURES,
     Array,
     Manifest,
+    OnAnswer,
     StagedAnswer,
     reaches,
     run_stages,
 )
+
+_SECONDS: Final = 1.0
 
 
 class OnnxEarlyExit:
@@ -77,37 +83,91 @@ class OnnxEarlyExit:
         # Heads of exits that nobody leaves at do not run then.
         self._options = onnxruntime.RunOptions()
         self._options.only_execute_path_to_fetches = True
-        self._unasked = [exit for exit, threshold in enumerate(self.thresholds) if threshold == math.inf]
+        self._times: list[tuple[float, float]] = []
 
-    def __call__(self, images: Array) -> StagedAnswer:
+    @property
+    def num_exits(self) -> int:
+        """Number K of added exits; the fallback has index K."""
+        return len(self.thresholds)
+
+    def __call__(
+        self, images: Array, max_exit: int | Sequence[int] | Array | None = None, on_answer: OnAnswer | None = None
+    ) -> StagedAnswer:
         """Classify a batch.
 
         Args:
             images: Images [B, C, H, W], float32, normalised as the manifest says.
+            max_exit: The exit that answers at the latest, however confident it is: one for all images, or one for each
+                [B]; K, the fallback, by default. Stages after the deepest of them do not run.
+            on_answer: Called as soon as images have their answer, with their places [N], logits [N, num_classes] and
+                exit, while the others are still in the network.
 
         Returns:
             Logits [B, num_classes], float32, and the exits that gave them [B], int64.
 
         Raises:
-            ValueError: If the images have another type or shape.
+            ValueError: If the images have another type or shape, or there is no exit `max_exit` or not one for each.
         """
         self._check(images)
+        limits = None if max_exit is None else self._check_limits(max_exit, len(images))
         largest = self._buckets[-1] if self._buckets else max(1, len(images))
         parts = [
-            run_stages(self._stages, self._run, images[start : start + largest], self._leaves, self._unasked)
+            self._run_part(
+                images[start : start + largest],
+                None if limits is None else limits[start : start + largest],
+                start,
+                on_answer,
+            )
             for start in range(0, max(1, len(images)), largest)
         ]
         return parts[0] if len(parts) == 1 else StagedAnswer(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def every_exit(self, images: Array) -> Array:
-        """Return with which logits [K + 1, B, num_classes] each exit would answer, the fallback last."""
+    def answer_images(self, images: Sequence[Any], limits: Sequence[int], give: Give) -> None:
+        """Answer a batch of single images [C, H, W], as `Servable` says."""
+        batch = np.stack([np.asarray(image) for image in images])
+        limited = limits if min(limits) < self.num_exits else None
+        self(batch, limited, lambda places, logits, exit: give(places.tolist(), list(logits), exit))
+
+    def measure(self, batch_size: int) -> None:
+        """Time the stages on this machine, for deadlines: medians over a second of one random image and of a batch.
+
+        Raises:
+            ValueError: If the batch size is not positive.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; allowed is 1 or more.")
+        images = np.random.default_rng(0).standard_normal((max(2, batch_size), *self._stages.image_shape), np.float32)
+        one, whole = self._stage_seconds(images[:1]), self._stage_seconds(images)
+        per_row = [max(0.0, (large - small) / (len(images) - 1)) for small, large in zip(one, whole, strict=True)]
+        self._times = [(max(0.0, small - row), row) for small, row in zip(one, per_row, strict=True)]
+
+    def seconds_to(self, exit: int, rows: int) -> float:
+        """Return what a batch takes of which no image leaves before an exit; ValueError unless `measure` was called."""
+        if not self._times:
+            raise ValueError(NO_TIMES)
+        return sum(fixed + row * rows for fixed, row in self._times[: exit + 1])
+
+    def every_exit(self, images: Array, *, own: bool = False) -> Array:
+        """Return with which logits [K + 1, B, num_classes] each exit would answer, the fallback last.
+
+        Args:
+            images: Images [B, C, H, W].
+            own: Return what each exit says alone, the backbone's own classifier last, also where ensembles answer.
+
+        Raises:
+            ValueError: If ensembles answer, and the stages were exported before they had these outputs.
+        """
         self._check(images)
+        settings = self.manifest["early_exit"]
+        together = settings.get("running_ensemble") or settings.get("fallback") == "ensemble"
+        asked = OWN_LOGITS if own and together else LOGITS
         found: list[Array] = []
         held = self._given(images)
         for exit, stage in enumerate(self._stages.stages):
-            outputs = [*stage.carried_names, LOGITS]
+            if asked not in [tensor.name for tensor in stage.outputs]:
+                raise ValueError("The stages do not tell what each exit says alone: export them again.")
             inputs = {name: held[name] for name in stage.input_names}
-            *carried, logits = self._run(exit, inputs, outputs)
+            *carried, logits = self._run(exit, inputs, [*stage.carried_names, asked])
             found.append(logits)
             held |= dict(zip(stage.carried_names, carried, strict=True))
         return np.stack(found)
@@ -123,6 +183,48 @@ class OnnxEarlyExit:
 
     def _given(self, images: Array) -> dict[str, Array]:
         return {IMAGES: images, TEMPERATURES: np.array(self._stages.temperatures, np.float32)}
+
+    def _run_part(self, images: Array, limits: Array | None, start: int, on_answer: OnAnswer | None) -> StagedAnswer:
+        allowed = () if limits is None else set(limits.tolist())
+        unasked = [exit for exit, value in enumerate(self.thresholds) if value == math.inf and exit not in allowed]
+
+        def leaves(exit: int, confidence: Array, places: Array) -> Sequence[bool] | Array:
+            leaving = reaches(confidence, self.thresholds[exit])
+            return leaving if limits is None else np.asarray(leaving) | (limits[places] <= exit)
+
+        def pass_on(places: Array, logits: Array, exit: int) -> None:
+            if on_answer is not None:
+                on_answer(places + start, logits, exit)
+
+        return run_stages(self._stages, self._run, images, leaves, unasked, pass_on)
+
+    def _stage_seconds(self, images: Array) -> list[float]:
+        """Return the median seconds of each stage with its exit, of which no image leaves."""
+        rounds: list[list[float]] = []
+        deadline = time.perf_counter() + _SECONDS
+        while len(rounds) < 5 or time.perf_counter() < deadline:
+            taken = []
+            for stage, inputs in enumerate(self.stage_inputs(images)):
+                begin = time.perf_counter()
+                self._run(stage, inputs, self._stages.stages[stage].output_names)
+                taken.append(time.perf_counter() - begin)
+            rounds.append(taken)
+        medians: list[float] = np.median(rounds[1:], 0).tolist()
+        return medians
+
+    def _check_limits(self, max_exit: int | Sequence[int] | Array, count: int) -> Array:
+        values = np.asarray(max_exit)
+        if values.dtype.kind not in "iu":
+            raise ValueError(f"max_exit is {max_exit!r:.100}; allowed are whole numbers.")
+        if values.shape not in ((), (count,)):
+            raise ValueError(
+                f"max_exit has the shape {list(values.shape)}; allowed are one number, or [{count}] of them."
+            )
+        if values.size and not 0 <= values.min() <= values.max() <= self.num_exits:
+            raise ValueError(
+                f"max_exit is {values.min()} to {values.max()}; allowed are 0 to {self.num_exits} (the fallback)."
+            )
+        return np.broadcast_to(values, (count,))
 
     def _check(self, images: Array) -> None:
         shape = self._stages.image_shape
@@ -141,9 +243,6 @@ class OnnxEarlyExit:
             inputs = {name: value[rows] if name in batched else value for name, value in inputs.items()}
         found: Sequence[Array] = self._sessions[stage].run(outputs, inputs, self._options)
         return found if size == count else [value[:count] for value in found]
-
-    def _leaves(self, exit: int, confidence: Array, places: Array) -> list[bool]:
-        return reaches(confidence, self.thresholds[exit])
 
 
 def _check_buckets(buckets: Sequence[int] | None) -> tuple[int, ...]:

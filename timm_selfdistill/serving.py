@@ -3,15 +3,14 @@
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from timm_selfdistill.early_exit import EarlyExit
+from timm_selfdistill.servable import Servable as Servable
 
 _KEPT_LATENCIES: Final = 10_000
 
@@ -20,17 +19,17 @@ class Answer(NamedTuple):
     """The answer for one image.
 
     Attributes:
-        logits: Logits [num_classes], on the CPU.
+        logits: Logits [num_classes], on the CPU: a tensor of `EarlyExit`, a numpy array of `OnnxEarlyExit`.
         exit: The exit that gave them; K stands for the fallback.
     """
 
-    logits: Tensor
+    logits: Any
     exit: int
 
 
 @dataclass
 class _Request:
-    image: Tensor
+    image: Any
     max_exit: int
     due: float  # on time.monotonic's clock
     start: float = field(default_factory=time.monotonic)
@@ -44,7 +43,7 @@ class Batcher:
     server, the larger the batches. An image is answered as soon as it leaves the network, before the rest of its batch.
 
     Args:
-        network: The network, in eval mode.
+        network: An `EarlyExit` in eval mode, an `OnnxEarlyExit`, or another network of this kind.
         batch_size: Most images in a batch.
         threads: How many batches run at the same time.
 
@@ -52,13 +51,11 @@ class Batcher:
         ValueError: If a number is not positive.
     """
 
-    def __init__(self, network: EarlyExit, *, batch_size: int = 32, threads: int = 1) -> None:
+    def __init__(self, network: Servable, *, batch_size: int = 32, threads: int = 1) -> None:
         for name, value in (("batch_size", batch_size), ("threads", threads)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; allowed is 1 or more.")
         self._network, self._batch_size = network, batch_size
-        self._costs = network.config.costs
-        self._device = next(network.parameters()).device
         self._waiting: deque[_Request] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -70,14 +67,14 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, image: Tensor, *, max_exit: int | None = None, deadline: float | None = None) -> "Future[Answer]":
+    def submit(self, image: Any, *, max_exit: int | None = None, deadline: float | None = None) -> "Future[Answer]":
         """Ask for the answer of one image; images of one shape go into one batch.
 
         Args:
-            image: The image [C, H, W], prepared for the network.
-            max_exit: The exit that answers at the latest; K, the backbone's own classifier, by default.
-            deadline: Seconds from now in which to answer: by the times of `EarlyExit.measure`, the deepest exit that
-                is reached before answers, and exit 0 if none is.
+            image: The image [C, H, W], prepared for the network: a tensor or a numpy array.
+            max_exit: The exit that answers at the latest; K, the fallback, by default.
+            deadline: Seconds from now in which to answer: by the times of the network's `measure`, the deepest exit
+                that is reached before answers, and exit 0 if none is.
 
         Returns:
             A future of the answer, which has the error if the network fails on its batch.
@@ -87,12 +84,14 @@ class Batcher:
                 measured times for a deadline.
             RuntimeError: If the batcher was closed.
         """
-        deepest = self._network.model.num_exits if max_exit is None else max_exit
-        self._network.model.check_exit(deepest)
+        exits = self._network.num_exits
+        deepest = exits if max_exit is None else max_exit
+        if not 0 <= deepest <= exits:
+            raise ValueError(f"There is no exit {deepest}; allowed are 0 to {exits} (the fallback).")
         if image.ndim != 3:
             raise ValueError(f"The image has the shape {list(image.shape)}; allowed is [C, H, W].")
-        if deadline is not None and self._costs is None:
-            raise ValueError("A deadline needs the times of the network's parts: call measure(batch_size) on it first.")
+        if deadline is not None:
+            self._network.seconds_to(0, 1)  # refuses a network without times
         due = np.inf if deadline is None else time.monotonic() + deadline
         request = _Request(image, deepest, due)
         with self._changed:
@@ -154,17 +153,14 @@ class Batcher:
                 batch.append(self._waiting.popleft())
             return batch
 
-    @torch.inference_mode()
     def _answer(self, batch: list[_Request]) -> None:
         open_requests = dict(enumerate(batch))
         with self._changed:
             self._batches[len(batch)] += 1
 
-        def give(places: Tensor, logits: Tensor, exit: int) -> None:
+        def give(places: Sequence[int], logits: Sequence[Any], exit: int) -> None:
             now = time.monotonic()
-            # A copy, as the future outlives this batch and the inference mode.
-            answers = torch.empty(logits.shape, dtype=logits.dtype).copy_(logits)
-            for place, answer in zip(places.tolist(), answers, strict=True):
+            for place, answer in zip(places, logits, strict=True):
                 request = open_requests.pop(place)
                 with self._changed:
                     self._exits[exit] += 1
@@ -172,10 +168,8 @@ class Batcher:
                 request.future.set_result(Answer(answer, exit))
 
         try:
-            images = torch.stack([request.image for request in batch]).to(self._device)
-            limits = torch.tensor([self._limit(request, len(batch)) for request in batch])
-            deepest = self._network.model.num_exits
-            self._network(images, max_exit=None if (limits == deepest).all() else limits, on_answer=give)
+            limits = [self._limit(request, len(batch)) for request in batch]
+            self._network.answer_images([request.image for request in batch], limits, give)
         except Exception as error:  # whatever it is, it is the callers', and the next batch may be fine
             with self._changed:
                 self._failed += len(open_requests)
@@ -184,10 +178,8 @@ class Batcher:
 
     def _limit(self, request: _Request, rows: int) -> int:
         """Return the deepest exit that a request may wait for."""
-        if request.due == np.inf or self._costs is None:
+        if request.due == np.inf:
             return request.max_exit
-        left, heads_run = request.due - time.monotonic(), self._network.config.heads_run
-        reached = (
-            exit for exit in range(request.max_exit, 0, -1) if self._costs.seconds_to(exit, rows, heads_run) <= left
-        )
+        left = request.due - time.monotonic()
+        reached = (exit for exit in range(request.max_exit, 0, -1) if self._network.seconds_to(exit, rows) <= left)
         return next(reached, 0)

@@ -24,6 +24,9 @@ BATCH: Final = "batch"
 """What stands in a shape for the number of images."""
 
 IMAGES, TEMPERATURES, LOGITS, CONFIDENCE = "images", "temperatures", "logits", "confidence"
+OWN_LOGITS: Final = "own_logits"
+"""What an exit says alone, where it answers with an ensemble: for calibration, not asked for while serving."""
+
 _ROUNDING = 1e-4  # as of EarlyExitConfig
 _KINDS: Final[Mapping[str, type]] = {
     **{"format_version": int, "runtime": str, "architecture": str, "exit_names": list, "num_classes": int},
@@ -91,8 +94,8 @@ class StageSpec:
 
     @cached_property
     def output_names(self) -> list[str]:
-        """Names of the outputs."""
-        return [tensor.name for tensor in self.outputs]
+        """Names of the outputs that are asked for while serving."""
+        return [tensor.name for tensor in self.outputs if tensor.name != OWN_LOGITS]
 
     @cached_property
     def carried_names(self) -> list[str]:
@@ -221,10 +224,16 @@ class Manifest:
 
 RunStage = Callable[[int, Mapping[str, Array], Sequence[str]], Sequence[Array]]
 Leaves = Callable[[int, Array, Array], Sequence[bool] | Array]
+OnAnswer = Callable[[Array, Array, int], None]
 
 
 def run_stages(
-    manifest: Manifest, run: RunStage, images: Array, leaves: Leaves, unasked: Sequence[int] = ()
+    manifest: Manifest,
+    run: RunStage,
+    images: Array,
+    leaves: Leaves,
+    unasked: Sequence[int] = (),
+    on_answer: OnAnswer = lambda places, logits, exit: None,
 ) -> StagedAnswer:
     """Run stage after stage, on the images that are left.
 
@@ -235,6 +244,7 @@ def run_stages(
         leaves: Called with the index of an exit, the confidence [P] of the images that are left, and their places in
             the batch [P]; returns which of them leave [P].
         unasked: Exits where no image may leave; neither their logits nor their confidence is asked for.
+        on_answer: Called as soon as images have their answer, with their places [N], logits [N, num_classes] and exit.
     """
     last, count = len(manifest.stages) - 1, len(images)
     logits, exit_index = np.empty((0, manifest.content["num_classes"]), np.float32), np.full(count, last, np.int64)
@@ -242,31 +252,28 @@ def run_stages(
     held: dict[str, Array] = {IMAGES: images, TEMPERATURES: np.array(manifest.temperatures, np.float32)}
     for exit, stage in enumerate(manifest.stages if count else ()):
         outputs = stage.carried_names if exit in unasked else stage.output_names
-        inputs = {name: held[name] for name in stage.input_names}
         if outputs:
-            held.update(zip(outputs, run(exit, inputs, outputs), strict=True))
+            found = run(exit, {name: held[name] for name in stage.input_names}, outputs)
+            held.update(zip(outputs, found, strict=True))
         if exit in unasked:
             continue
         leaving = None if exit == last else leaves(exit, held[CONFIDENCE], places)
         number = len(places) if leaving is None else sum(leaving)
         if number == count:  # all images leave here: no row is moved
+            on_answer(places, held[LOGITS], exit)
             return StagedAnswer(held[LOGITS], np.full(count, exit, np.int64))
         if not number:
             continue
         if not len(logits):
             logits = np.zeros((count, manifest.content["num_classes"]), np.float32)
-        if leaving is None or number == len(places):
-            logits[places], exit_index[places] = held[LOGITS], exit
+        leaves_here = np.ones(len(places), bool) if leaving is None else np.asarray(leaving)
+        gone, answers = places[leaves_here], held[LOGITS][leaves_here]
+        logits[gone], exit_index[gone] = answers, exit
+        on_answer(gone, answers, exit)
+        if number == len(places):
             break
-        leaves_here = np.asarray(leaving)
-        gone, staying = places[leaves_here], ~leaves_here
-        logits[gone], exit_index[gone] = held[LOGITS][leaves_here], exit
-        places = places[staying]
-        held = {
-            name: held[name][staying] if batched else held[name]
-            for name, batched in manifest.needed_after[exit].items()
-            if name in held
-        }
+        places, needed = places[~leaves_here], manifest.needed_after[exit].items()
+        held = {name: held[name][~leaves_here] if rows else held[name] for name, rows in needed if name in held}
     return StagedAnswer(logits, exit_index)
 
 
@@ -286,6 +293,5 @@ def sha256_of(path: Path) -> str:
 
 
 def _is_allowed(value: Any, lowest: float, highest: float) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return value == math.inf or lowest - _ROUNDING <= value <= highest + _ROUNDING
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and (value == math.inf or lowest - _ROUNDING <= value <= highest + _ROUNDING)

@@ -101,6 +101,14 @@ class InputConfig:
             crop_mode=config["crop_mode"],
         )
 
+    @classmethod
+    def from_timm(cls, config: Mapping[str, Any]) -> Self:
+        """Return what `to_timm` gave; a mapping with other keys beside these, as a manifest is, will do."""
+        channels, height, width = config["input_size"]
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        names = ("interpolation", "crop_pct", "crop_mode")
+        return cls(channels, (height, width), mean, std, **{name: config[name] for name in names})
+
     def to_timm(self) -> dict[str, Any]:
         """Return the same as timm's data configuration."""
         config = asdict(self)
