@@ -321,6 +321,28 @@ def test_exported_stages_get_settings_of_their_own(run, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_exported_stages_that_answer_with_an_ensemble(run):
+    """The settings are those that the network itself would get."""
+    pytest.importorskip("onnx")
+    model = sd.from_pretrained(run / "model")
+    model.ensemble = sd.Ensemble((0.1, 0.2, 0.3, 0.4), images=100, bias=tuple(0.01 * n for n in range(10)))
+    settings = sd.EarlyExitConfig((0.9,) * 3, fallback="ensemble", running_ensemble=True)
+    sd.save_pretrained(model, run / "model", early_exit=settings)
+    stages = sd.export_early_exit(sd.load_early_exit(run / "model"), run / "stages", format="onnx-stages")
+    asked = {"fallback": "ensemble", "running_ensemble": True}
+    report = calibrate_folder(run, Goal(max_accuracy_drop=3), onnx=stages, **asked)
+    assert sd.load_early_exit(run / "model").config == settings
+    found = json.loads((stages / "manifest.json").read_text())["early_exit"]
+    expected = calibrate_folder(run, Goal(max_accuracy_drop=3), **asked)
+    chosen = sd.load_early_exit(run / "model").config
+    assert report["early_exit"]["top1"] == pytest.approx(expected["early_exit"]["top1"])
+    assert report["ensemble"]["top1"] == pytest.approx(expected["ensemble"]["top1"])
+    assert found["temperatures"] == pytest.approx(chosen.temperatures, rel=1e-3)
+    thresholds = [math.inf if value is None else value for value in found["thresholds"]]
+    assert thresholds == pytest.approx(chosen.thresholds, rel=1e-3)
+    assert min(thresholds) < 1
+
+
 def test_held_out_images_set_the_ranges_of_a_static_export(run, monkeypatch, capsys):
     asked = {}
 

@@ -4,9 +4,11 @@ import functools
 import importlib
 import json
 import math
+import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import numpy as np
@@ -18,7 +20,7 @@ import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.export import METADATA, graphs
 from timm_selfdistill.onnx import OnnxEarlyExit
-from timm_selfdistill.staged import Manifest, run_stages
+from timm_selfdistill.staged import LOGITS, Manifest, run_stages
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -196,6 +198,65 @@ def test_images_that_left_are_not_run(exported, network, monkeypatch):
     assert sizes == [{8}]
 
 
+@pytest.mark.parametrize("buckets", [None, [3, 5]])
+def test_an_image_goes_no_deeper_than_it_may(exported, network, buckets):
+    x, run = images(), OnnxEarlyExit(exported, buckets=buckets)
+    limits = torch.tensor([2, 0, 1, 2, 0, 1, 1, 2])
+    for limit in (0, 1, 2, limits):
+        expected = network(x, max_exit=limit)
+        for given in (limit, np.asarray(limit, np.int32), limits.tolist() if limit is limits else limit):
+            same(run(x.numpy(), given), expected)
+    never = OnnxEarlyExit(exported, thresholds=math.inf, buckets=buckets)
+    expected = sd.EarlyExit(network.model, **{**asdict(network.config), "thresholds": math.inf})(x, max_exit=limits)
+    told = {}
+    answer = never(x.numpy(), limits.numpy(), lambda places, logits, exit: told.update(dict.fromkeys(places, exit)))
+    same(answer, expected)
+    assert [told[place] for place in range(8)] == answer.exit_index.tolist() == limits.tolist()
+
+
+def test_stages_after_the_deepest_exit_allowed_do_not_run(exported, monkeypatch):
+    run, ran = OnnxEarlyExit(exported, thresholds=math.inf), []
+    stage = run._run
+    monkeypatch.setattr(
+        run,
+        "_run",
+        lambda index, inputs, outputs: ran.append((index, LOGITS in outputs)) or stage(index, inputs, outputs),
+    )
+    for limit, expected in (
+        (0, [(0, True)]),
+        (1, [(0, False), (1, True)]),
+        (None, [(0, False), (1, False), (2, True)]),
+        ([0, 1, *[1] * 6], [(0, True), (1, True)]),
+    ):
+        ran.clear()
+        run(images().numpy(), limit)
+        assert ran == expected
+
+
+@pytest.mark.parametrize(
+    ("max_exit", "message"),
+    [
+        (3, r"max_exit is 3 to 3; allowed are 0 to 2 \(the fallback\)"),
+        ([0, 1, 2, -1, 0, 0, 0, 0], "max_exit is -1 to 2; allowed are 0 to 2"),
+        ([0, 1], r"max_exit has the shape \[2\]; allowed are one number, or \[8\] of them"),
+        (1.0, "max_exit is 1.0; allowed are whole numbers"),
+        (True, "max_exit is True; allowed are whole numbers"),
+    ],
+)
+def test_wrong_limits(exported, max_exit, message):
+    with pytest.raises(ValueError, match=message):
+        OnnxEarlyExit(exported)(images().numpy(), max_exit)
+
+
+def test_several_threads_use_one_runner(exported, network):
+    run, x = OnnxEarlyExit(exported), images(16)
+    parts = [x[start : start + size] for size in (1, 3, 8) for start in range(0, 16 - size, 2)]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda part: run(part.numpy()), parts * 2))
+    for part, answer in zip(parts * 2, answers, strict=True):
+        same(answer, network(part))
+
+
 def test_the_manifest_says_what_is_needed(exported, network):
     said = json.loads((exported / "manifest.json").read_text())
     assert said["label_names"] == list(NAMES)
@@ -302,6 +363,15 @@ def test_damaged_folders_are_refused(damaged, tmp_path):
     refused("has no file 'stage-1.onnx', which its manifest.json names")
 
 
+def test_nothing_is_unpickled(exported, network, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("something is unpickled")
+
+    for name in ("load", "loads", "Unpickler", "_Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    same(OnnxEarlyExit(exported)(images().numpy()), network(images()))
+
+
 def test_stages_of_torch_export(network, tmp_path):
     path = sd.export_early_exit(network, tmp_path / "stages", format="torch-export-stages", image_size=SIZE)
     manifest = Manifest.read(path)
@@ -388,6 +458,23 @@ def test_quantised_stages_keep_their_exits(network, tmp_path, mode):
     difference = (found - expected).abs().max() / expected.abs().max()
     assert 1e-5 < difference < 0.1
     assert set(run(x.numpy()).exit_index.tolist()) <= {0, 1, 2}
+
+
+def test_exits_of_ensembles_tell_what_they_say_alone(exported, network, damaged):
+    run, x = OnnxEarlyExit(exported), images()
+    every = torch.stack(network.model(x, return_exits=True).logits)
+    np.testing.assert_allclose(run.every_exit(x.numpy(), own=True), every.numpy(), rtol=1e-4, atol=1e-4)
+    answers = sd.early_exit.exit_answers(network.config, every, network.model.ensemble)
+    np.testing.assert_allclose(run.every_exit(x.numpy()), answers.numpy(), rtol=1e-4, atol=1e-4)
+    # Stages that were exported before they told it.
+    content = json.loads((damaged / "manifest.json").read_text())
+    for stage in content["stages"]:
+        stage["outputs"] = [tensor for tensor in stage["outputs"] if tensor["name"] != "own_logits"]
+    (damaged / "manifest.json").write_text(json.dumps(content))
+    before = OnnxEarlyExit(damaged)
+    same(before(x.numpy()), network(x))
+    with pytest.raises(ValueError, match="do not tell what each exit says alone: export them again"):
+        before.every_exit(x.numpy(), own=True)
 
 
 def test_wrong_quantisation_is_refused(network, tmp_path):

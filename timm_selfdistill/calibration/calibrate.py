@@ -29,7 +29,7 @@ from timm_selfdistill.early_exit import EarlyExitConfig, measure_stage_costs
 from timm_selfdistill.exit_logits import ExitLogits, collect_logits
 from timm_selfdistill.files import replace_file
 from timm_selfdistill.hub import from_pretrained, save_early_exit
-from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.model import Ensemble, SelfDistillModel
 from timm_selfdistill.onnx import OnnxEarlyExit
 from timm_selfdistill.progress import progress_bar
 from timm_selfdistill.recipe import AugmentSection
@@ -190,20 +190,19 @@ def _open_stages(folder: Path, model: SelfDistillModel, settings: EarlyExitConfi
                 f"{folder} was exported with {name} {said['early_exit'].get(name)!r:.100}, which is part of its "
                 f"graphs; {getattr(settings, name)!r} was asked for: give that, or export it again."
             )
-    if settings.combines:
-        raise ValueError(f"{folder} answers with an ensemble; only stages whose exits answer alone are calibrated.")
     return stages
 
 
 def _collect_stage_logits(stages: OnnxEarlyExit, loader: Iterable[tuple[Tensor, Tensor]], title: str) -> ExitLogits:
     """Run stages over a split once; arguments and errors are those of `collect_logits`."""
+    ensemble = Ensemble.from_json(stages.manifest["ensemble"])  # which the graphs hold
     found, targets = [], []
     for images, labels in progress_bar(loader, title=title):
-        found.append(torch.from_numpy(stages.every_exit(images.numpy().astype(np.float32))))
+        found.append(torch.from_numpy(stages.every_exit(images.numpy().astype(np.float32), own=True)))
         targets.append(labels)
     if not found:
         raise ValueError("There are no images to calibrate on.")
-    return ExitLogits.of_labelled(torch.cat(found, 1), torch.cat(targets))
+    return ExitLogits.of_labelled(torch.cat(found, 1), torch.cat(targets), ensemble)
 
 
 def _save_stage_settings(folder: Path, config: EarlyExitConfig) -> None:

@@ -17,7 +17,7 @@ from timm_selfdistill.export.one_graph import describe, input_config
 from timm_selfdistill.hub import class_names, complete_names
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.model.network import EachExit
-from timm_selfdistill.staged import CONFIDENCE, IMAGES, LOGITS, TEMPERATURES
+from timm_selfdistill.staged import CONFIDENCE, IMAGES, LOGITS, OWN_LOGITS, TEMPERATURES
 
 
 class DecidingExits(nn.Module):
@@ -26,18 +26,21 @@ class DecidingExits(nn.Module):
     Args:
         model: The wrapped model.
         config: The settings of early exit; the temperatures are arguments of the forward.
+        own: Whether exits that answer with an ensemble also give their own logits, which calibration needs.
     """
 
-    def __init__(self, model: SelfDistillModel, config: EarlyExitConfig) -> None:
+    def __init__(self, model: SelfDistillModel, config: EarlyExitConfig, *, own: bool = False) -> None:
         super().__init__()
         self.training = model.training
         self.exits = EachExit(model)
         self.config = config
+        self._own = (OWN_LOGITS,) if own and config.combines else ()
 
     def forward(self, images: Tensor, temperatures: Tensor) -> tuple[Tensor, ...]:
         """Map images [B, C, H, W] and temperatures [K] to logits [B, num_classes] and confidence [B] of each exit.
 
-        They take turns: logits and confidence of exit 0, of exit 1, and so on; the last are the fallback's logits.
+        They take turns: logits and confidence of exit 0, of exit 1, and so on; the last are the fallback's logits. Own
+        logits come after them.
         """
         ensemble = self.exits.model.ensemble
         every = self.exits(images)
@@ -47,7 +50,9 @@ class DecidingExits(nn.Module):
             logits = ensemble.prefix(exit)(every[: exit + 1]) if self.config.running_ensemble else every[exit]
             confidence, state = self.config.rule_object.confidence(logits / temperatures[exit], state)
             outputs += [logits, torch.where(_is_valid(logits), confidence, math.nan)]
-        return (*outputs, ensemble(every) if self.config.fallback == "ensemble" else every[-1])
+            outputs += [every[exit] for _ in self._own]
+        last = ensemble(every) if self.config.fallback == "ensemble" else every[-1]
+        return (*outputs, last, *(every[-1] for _ in self._own))
 
     @property
     def name(self) -> str:
@@ -69,7 +74,7 @@ class DecidingExits(nn.Module):
         """
         exits = self.exits.model.num_exits
         inputs = (IMAGES, TEMPERATURES)
-        outputs = [(LOGITS, CONFIDENCE)] * exits + [(LOGITS,)]
+        outputs = [(LOGITS, CONFIDENCE, *self._own)] * exits + [(LOGITS, *self._own)]
         flat = tuple(name for names in outputs for name in names)
         traced = copy.deepcopy(self)
         if kind == "onnx":
@@ -82,7 +87,8 @@ class DecidingExits(nn.Module):
         """Return logits and confidences of all exits, by the settings' own temperatures."""
         with torch.no_grad():
             outputs = self(images, torch.tensor(self.temperatures))
-        return list(outputs[::2]), list(outputs[1::2])
+        step, exits = 2 + len(self._own), self.exits.model.num_exits
+        return list(outputs[::step]), list(outputs[1 : step * exits : step])
 
 
 def write_stage(stage: Stage, examples: Sequence[Tensor], kind: str, metadata: str, path: Path) -> Run:

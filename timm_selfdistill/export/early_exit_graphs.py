@@ -84,7 +84,7 @@ def export_early_exit(
     check_path(path, EARLY_EXIT_FORMATS[format], f"the format {format}", overwrite, _is_staged)
     check_finite(network.model)
     description = describe_early_exit(network, image_size, label_names)
-    deciding = DecidingExits(copy.deepcopy(network.model), network.config)
+    deciding = DecidingExits(copy.deepcopy(network.model), network.config, own=format == "onnx-stages")
     as_exported(deciding)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".exporting-") as folder:

@@ -20,6 +20,9 @@ from timm_selfdistill.truncation import TruncatedModel
 METADATA: Final = "timm_selfdistill.json"
 """The name under which a graph's file holds what is needed to use it."""
 
+LARGEST_FILE: int = 1_500_000_000
+"""Bytes of weights from which an ONNX graph keeps them in a second file: protobuf takes no message above 2 GiB."""
+
 SUFFIXES: Final = {"onnx": ".onnx", "torch-export": ".pt2"}
 """By kind of graph, what the names of its files end with."""
 
@@ -96,7 +99,9 @@ def _save_onnx(program: ExportedProgram, interface: Interface, metadata: str, pa
             )
         assert onnx_program is not None
         onnx_program.model.metadata_props[METADATA] = metadata
-        onnx_program.save(path)
+        tensors = [*program.state_dict.values(), *program.constants.values()]
+        size = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+        onnx_program.save(path, external_data=size > LARGEST_FILE)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # those of torch.onnx and ONNX Runtime have no other common base
         raise ExportError(f"The network cannot be written as ONNX: {first_line(error)}.") from error

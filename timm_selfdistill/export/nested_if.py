@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from timm_selfdistill.export import graphs
 from timm_selfdistill.export.graphs import METADATA
 from timm_selfdistill.staged import CONFIDENCE, IMAGES, LOGITS, TEMPERATURES, Array
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:  # an optional dependency
 
 THRESHOLDS: Final = "thresholds"
 EXIT_INDEX: Final = "exit_index"
-_LARGEST: Final = 1_800_000_000  # bytes of weights in one file, below protobuf's 2 GiB
 
 
 def nest_stages(
@@ -60,7 +60,8 @@ def save_model(model: "ModelProto", path: Path) -> None:
     """Write and check a graph; above 2 GB, its weights go to a second file beside it."""
     import onnx
 
-    large = sum(len(tensor.raw_data) for graph in _graphs(model.graph) for tensor in graph.initializer) > _LARGEST
+    size = sum(len(tensor.raw_data) for graph in _graphs(model.graph) for tensor in graph.initializer)
+    large = size > graphs.LARGEST_FILE
     onnx.save_model(model, path, save_as_external_data=large, location=f"{path.name}.data" if large else None)
     onnx.checker.check_model(path, full_check=True)
 

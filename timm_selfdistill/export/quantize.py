@@ -9,7 +9,7 @@ import numpy as np
 
 from timm_selfdistill.export.graphs import ExportError, first_line
 from timm_selfdistill.onnx import OnnxEarlyExit
-from timm_selfdistill.staged import LOGITS, MANIFEST, Array, Manifest, sha256_of
+from timm_selfdistill.staged import LOGITS, MANIFEST, OWN_LOGITS, Array, Manifest, sha256_of
 
 if TYPE_CHECKING:  # an optional dependency
     from onnx import GraphProto
@@ -78,10 +78,13 @@ def _quantize(path: Path, mode: str, given: Sequence[Mapping[str, Array]]) -> No
             return next(self.rows, None)
 
     kept = _of_answer(onnx.load(path, load_external_data=False).graph)
-    quantized = path.with_name(f"quantized-{path.name}")
+    weights = path.with_name(f"{path.name}.data")  # of a large graph
+    quantized = path.parent / "quantized" / path.name
+    quantized.parent.mkdir()
+    large = {"use_external_data_format": weights.exists()}
     if mode == "dynamic":
         # ONNX Runtime has convolutions of uint8 weights only.
-        quantize_dynamic(path, quantized, weight_type=QuantType.QUInt8, nodes_to_exclude=kept)
+        quantize_dynamic(path, quantized, weight_type=QuantType.QUInt8, nodes_to_exclude=kept, **large)
     else:
         quantize_static(
             path,
@@ -91,16 +94,20 @@ def _quantize(path: Path, mode: str, given: Sequence[Mapping[str, Array]]) -> No
             weight_type=QuantType.QInt8,
             per_channel=True,
             nodes_to_exclude=kept,
+            **large,
         )
-    quantized.replace(path)
+    weights.unlink(missing_ok=True)
+    for file in quantized.parent.iterdir():
+        file.replace(path.parent / file.name)
+    quantized.parent.rmdir()
 
 
 def _of_answer(graph: "GraphProto") -> list[str]:
     """Return the names of the nodes that give an exit's logits, and of those after them."""
-    reached = {LOGITS}
+    reached = {LOGITS, OWN_LOGITS}
     names = []
     for node in graph.node:
-        if LOGITS in node.output or not reached.isdisjoint(node.input):
+        if not reached.isdisjoint([*node.input, *node.output]):
             reached.update(node.output)
             names.append(node.name)
     return names
