@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -49,6 +50,25 @@ def test_nothing_is_compiled_while_it_serves(fast):
         fast.config = sd.EarlyExitConfig((math.inf,) * K)
         torch.testing.assert_close(fast(images).logits, never)
     assert len(graphs) == 2 * (2 * K + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
+def test_inductor_compiles_all_before_it_serves(tiny_net):
+    torch.manual_seed(0)
+    model = sd.wrap(tiny_net(), exits=["stage1"], image_size=32, head="linear").eval()
+    images = torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        confidence = model(images, return_exits=True).logits[0].softmax(-1).amax(-1).sort().values
+    fast = sd.EarlyExit(model, float(confidence[4:6].mean()), buckets=[1, 4])
+    eager = copy.deepcopy(fast)
+    fast.compile_stages()
+    with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+        for count in range(1, 10):
+            out, expected = fast(images[:count]), eager(images[:count])
+            assert torch.equal(out.exit_index, expected.exit_index)
+            torch.testing.assert_close(out.logits, expected.logits)
+    assert set(out.exit_index.tolist()) == {0, 1}
 
 
 def test_stages_need_buckets(fast):
