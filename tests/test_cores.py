@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from timm_selfdistill import cores
+from timm_selfdistill.data import loaders as building
 from timm_selfdistill.data import open_dataset
 from timm_selfdistill.data.loaders import build_loaders
 from timm_selfdistill.data.transforms import InputConfig
@@ -141,3 +142,16 @@ def test_loaders_leave_the_cores_that_torch_computes_with(
     loaders = build_loaders(open_dataset(section, 0), section, AugmentSection(), config, **options)
     assert (loaders.train.num_workers, loaders.eval.num_workers) == (started, started)
     assert chosen[-1] == max(1, 8 - started)
+
+
+def test_all_cores_fill_the_cache_because_nothing_computes_yet(
+    machine: Path, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups(machine, "0::/\n", cpu_max="200000 100000")
+    found: list[int] = []
+    monkeypatch.setattr(building, "cache_splits", lambda *splits, workers, **options: found.append(workers) or {})
+    config = InputConfig(1, (16, 16), (0.5,), (0.5,), "bilinear", 1.0)
+    section = DataSection(path="digits", cache="device")
+    options: dict[str, Any] = {"batch_size": 8, "accelerator_shards": (0, 1), "seed": 0}
+    build_loaders(open_dataset(section, 0), section, AugmentSection(), config, **options)
+    assert (found, chosen[-1]) == ([2], 2)

@@ -91,10 +91,11 @@ def build_loaders(
     splits["evaluation"] = data.eval
     collates = _build_collates(splits, section, augment, input, skipped)
     device = torch.device(device)
-    workers = loader_processes(section.workers, device.type)
-    fit_threads(beside=workers)
+    caches = section.cache == "device"  # which is filled before anything computes
+    workers = loader_processes(section.stream_workers if caches else section.workers, device.type)
+    fit_threads(beside=0 if caches else workers)
     cached: dict[Use, CachedSplit] = {}
-    if section.cache == "device":
+    if caches:
         cached = cache_splits(
             {use: split for use, split in splits.items() if isinstance(split, ImageSplit)},
             collates,
