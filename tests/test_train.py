@@ -159,7 +159,7 @@ def test_a_finished_run_is_not_trained_again_and_another_recipe_is_refused(tmp_p
         train(small_recipe(tmp_path, "optimizer.lr=0.01"))
     with pytest.raises(ValueError, match="already holds a run"):
         train(small_recipe(tmp_path, "resume=never"))
-    with pytest.raises(ValueError, match="no checkpoint of this run"):
+    with pytest.raises(ValueError, match="is not a checkpoint of this run"):
         train(small_recipe(tmp_path, f"resume={tmp_path}"))
 
 
