@@ -157,12 +157,20 @@ Gate = Annotated[
     BeforeValidator(_factors),
     Field(description='a number of 0 or more, a sequence with one for each exit, or "equilibrium"'),
 ]
-Arguments = Annotated[
-    Mapping[str, Any], AfterValidator(_arguments()), Field(description="a mapping, with finite numbers only")
-]
-ModelArguments = Annotated[Mapping[str, Any], AfterValidator(_arguments("model_name", "pretrained", "num_classes"))]
+
+
+def _check_mapping(value: Any) -> Any:
+    # pydantic 2.11 says of what is none that it is no list either.
+    if not isinstance(value, Mapping):
+        raise ValueError("must be a mapping")
+    return value
+
+
+_Mapping = Annotated[Mapping[str, Any], BeforeValidator(_check_mapping)]
+Arguments = Annotated[_Mapping, AfterValidator(_arguments()), Field(description="a mapping, with finite numbers only")]
+ModelArguments = Annotated[_Mapping, AfterValidator(_arguments("model_name", "pretrained", "num_classes"))]
 OptimizerArguments = Annotated[
-    Mapping[str, Any],
+    _Mapping,
     AfterValidator(
         _arguments("model_or_params", "opt", "lr", "weight_decay", "momentum", "layer_decay", "filter_bias_and_bn")
     ),
