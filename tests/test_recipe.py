@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 import random
 import re
@@ -100,9 +101,8 @@ def test_every_field_is_documented_and_only_fields_are():
 
 def arguments_of(documented: type) -> list[str]:
     """Return the names that a class's docstring explains."""
-    return re.findall(
-        r"^ {8}(\w+):", documented.__doc__.split("Args:\n")[1].split("\n    Raises:")[0], flags=re.MULTILINE
-    )
+    text = inspect.cleandoc(documented.__doc__)  # Python 3.13 takes the indentation away by itself
+    return re.findall(r"^ {4}(\w+):", text.split("Args:\n")[1].split("\nRaises:")[0], flags=re.MULTILINE)
 
 
 def test_every_setting_of_the_loss_is_a_key_that_keeps_the_presets_value():
