@@ -228,7 +228,9 @@ def _task(model: str, head: str) -> ClassificationTask:
     backbone = timm.create_model(model, num_classes=NUM_CLASSES)
     if head == "none":
         return ClassificationTask(backbone, nn.CrossEntropyLoss(), verbose=False)
-    return sd.SelfDistillationTask(sd.wrap(backbone, head=head), verbose=False)
+    # With hints, so that every parameter of the heads trains.
+    loss = sd.SelfDistillationLoss("byot-iccv2019")
+    return sd.SelfDistillationTask(sd.wrap(backbone, head=head), loss, verbose=False)
 
 
 def _images(model: str, count: int) -> Tensor:

@@ -420,7 +420,7 @@ def _step(model: sd.SelfDistillModel, x: Tensor) -> Tensor:
         # The loss switches autocast off, which the meta device does not have; its terms reach the same tensors.
         loss = torch.stack([tensor.square().mean() for tensor in (*out.logits, *out.features[:-1])]).sum()
     else:
-        loss = sd.SelfDistillationLoss()(out, torch.arange(len(x)) % NUM_CLASSES)["loss"]
+        loss = sd.SelfDistillationLoss("byot-iccv2019")(out, torch.arange(len(x)) % NUM_CLASSES)["loss"]
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 

@@ -102,7 +102,7 @@ def test_timm_extracts_the_features(backbone):
 def test_a_step_reaches_every_parameter(backbone):
     model = sd.wrap(backbone, exits=2)
     out = model(torch.randn(4, 3, 32, 32), return_exits=True)
-    sd.SelfDistillationLoss()(out, torch.randint(5, (4,)))["loss"].backward()
+    sd.SelfDistillationLoss("byot-iccv2019")(out, torch.randint(5, (4,)))["loss"].backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 

@@ -85,8 +85,8 @@ def test_a_run_writes_what_the_design_promises(tmp_path):
     logged = lines(tmp_path)
     trained = [entry for entry in logged if "self-distilled/train/loss" in entry]
     assert {entry["network"] for entry in trained} == {"self-distilled"}
-    terms = {f"self-distilled/train/{term}/{k}" for term in ("ce", "kd", "hint") for k in range(3)}
-    assert terms | {"self-distilled/train/ce/3"} <= set(trained[0])
+    terms = {f"self-distilled/train/{term}/{k}" for term in ("ce", "kd") for k in range(4)}
+    assert terms <= set(trained[0])
     assert trained[-1]["step"] == 2 * 4
     validated = [entry for entry in logged if "self-distilled/validation/top1/ensemble" in entry]
     assert [entry["epoch"] for entry in validated] == [1, 2]
