@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_selfdistill as sd
@@ -98,7 +99,8 @@ def test_a_head_is_as_wide_as_the_budget_allows(layout):
         if width == model.taps.feature_dim:
             continue
         step = next(w for w in (*range(8, 2000, 8), model.taps.feature_dim) if w > width)
-        wider = [{"width": step if n == index else w} for n, w in enumerate(widths(model))]
+        kwargs = model.wrap_config.head_kwargs
+        wider = [one | {"width": step} if n == index else one for n, one in enumerate(kwargs)]
         macs, params = shares(
             make_model(layout, exits=names, head="proportional", head_kwargs=wider), images(layout, 1)
         )[index]
@@ -134,10 +136,46 @@ def test_costs_are_those_that_a_network_has():
                 "NLC": (1, math.prod(grid) + prefix, 12),
                 "NCL": (1, 12, math.prod(grid) + prefix),
             }[layout]
-            head = ExitHead(ExitPoint("stage", "stage", 0.5, (tap,)), 20, 5, "proportional", {"width": 9}).eval()
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                head.body(torch.zeros(shape))
-            assert body_cost(tap, shape, 9) == (num_params(head.body), counter.get_total_flops() / 2)
+            point = ExitPoint("stage", "stage", 0.5, (tap,))
+            for kwargs in ({"width": 9}, {"width": 70, "expand": 1}, {"width": 90, "expand": 2}):
+                head = ExitHead(point, 20, 5, "proportional", kwargs).eval()
+                with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                    head.body(torch.zeros(shape))
+                assert body_cost(tap, shape, **kwargs) == (num_params(head.body), counter.get_total_flops() / 2)
+
+
+def test_channels_of_a_default_head_double_where_its_map_is_halved():
+    model = sd.wrap("resnet18", num_classes=5, image_size=64, head_budget=1.0)
+    found = [
+        [module.out_channels for module in head.modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
+        for head in model.heads
+    ]
+    assert found == [[128, 256, 512, 512], [256, 512, 512], [512, 512]]
+    assert all(kwargs["expand"] == 2 for kwargs in model.wrap_config.head_kwargs)
+
+
+def test_channels_never_exceed_the_width():
+    model = sd.wrap("resnet18", num_classes=5, exits=["layer1"], head_kwargs={"width": 200, "expand": 2}, image_size=64)
+    convs = [module for module in model.heads[0].modules() if isinstance(module, nn.Conv2d)]
+    assert [conv.out_channels for conv in convs if conv.groups == 1] == [128, 200, 200, 200]
+
+
+@pytest.mark.parametrize("expand", [0, -1, 1.5, True, "2"])
+def test_expand_must_be_a_multiple(expand):
+    message = r"expand of a head must be a positive multiple of the tap's channels, got"
+    with pytest.raises(ValueError, match=message):
+        make_model("NCHW", head="proportional", head_kwargs={"expand": expand})
+
+
+def test_a_head_of_one_width_is_as_it_was_saved_before_there_was_expand(tmp_path):
+    model = make_model("NCHW", head="proportional", head_kwargs={"width": 48}).eval()
+    channels = [head.body.embed.reduce.conv.out_channels for head in model.heads]
+    assert channels == [48] * 3
+    sd.save_pretrained(model, tmp_path)
+    loaded = sd.from_pretrained(tmp_path)
+    with torch.no_grad():
+        first, second = (network(images("NCHW"), return_exits=True) for network in (model, loaded))
+    assert all(map(torch.equal, first.logits, second.logits))
 
 
 def test_classifier_reads_the_embedding_and_hints_a_feature_of_the_teachers_width():

@@ -14,6 +14,7 @@ from timm_selfdistill.heads import (
     ExitHead,
     HeadBudget,
     choose_head,
+    default_kwargs,
     fit_heads,
     resolve_budget,
 )
@@ -96,7 +97,7 @@ def preview_exits(
     previews = []
     for point in found.points:
         width = budget.width(point, len(points)) if budget is not None else None
-        kwargs = {} if budget is None else {"width": width or budget.min_width}
+        kwargs = {} if budget is None else default_kwargs(point, width or budget.min_width)
         name = choose_head(point) if head == PUBLISHED else head
         preview = _preview(point, found, backbone.num_classes, name, kwargs)
         previews.append(replace(preview, is_chosen=point in points, fits=budget is None or width is not None))

@@ -13,5 +13,6 @@ from timm_selfdistill.heads.exit_head import each_head_kwargs as each_head_kwarg
 from timm_selfdistill.heads.proportional import AUTO as AUTO
 from timm_selfdistill.heads.proportional import PROPORTIONAL as PROPORTIONAL
 from timm_selfdistill.heads.proportional import HeadBudget as HeadBudget
+from timm_selfdistill.heads.proportional import default_kwargs as default_kwargs
 from timm_selfdistill.heads.proportional import fit_heads as fit_heads
 from timm_selfdistill.heads.proportional import resolve_budget as resolve_budget

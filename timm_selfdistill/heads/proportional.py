@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Final
 
 from timm.layers import BatchNormAct2d, ConvNormAct
 from torch import Tensor, nn
 
-from timm_selfdistill.checks import Share, check
+from timm_selfdistill.checks import Share, check, is_integer
 from timm_selfdistill.exits import DEFAULT_EXITS, Backbone, BackboneTaps, ExitPoint, Exits, Exploration, Tap, choose
 from timm_selfdistill.heads.bodies import (
     DepthwiseConv2d,
@@ -32,15 +33,19 @@ _PARAMS: Final = 2.5
 _OF_SAVED: Final = 0.5
 _STEP: Final = 8
 _MIN_WIDTH: Final = 16
+# Channels after the pooling, as a multiple of the tap's.
+_EXPAND: Final = 2
 
 
 @register_head(PROPORTIONAL)
 class Proportional(nn.Module):
     """Head in proportion to its backbone: whatever costs much is done at `width` channels and on few positions.
 
-    A feature map is halved by mean pooling and brought to the width by a 1x1 convolution. A chain of separable 3x3
-    convolutions follows, and the mean over the positions. All but the last have stride 2, and bring the map down to the
-    grid of the backbone's deepest one: the shallower the exit, the longer the chain (3, 2 and 1 of them on a ResNet).
+    A feature map is halved by mean pooling and widened by a 1x1 convolution. A chain of separable 3x3 convolutions
+    follows, and the mean over the positions. All but the last have stride 2, and bring the map down to the grid of the
+    backbone's deepest one: the shallower the exit, the longer the chain (3, 2 and 1 of them on a ResNet). With `expand`,
+    channels double where the map is halved, as in a backbone, until they reach the width; the last convolution has the
+    width in any case.
     Tokens get layer norm, a linear layer to the width and GELU; prefix tokens together weigh as much in their mean as
     all tokens of the grid.
 
@@ -50,14 +55,20 @@ class Proportional(nn.Module):
     Args:
         tap: What is read.
         feature_dim: Width D of the teacher's feature.
-        width: Channels inside, and of the embedding; D by default. `wrap` chooses it by `head_budget`.
+        width: Channels of the embedding, and the most inside; D by default. `wrap` chooses it by `head_budget`.
+        expand: Channels of a map after the pooling, as a multiple of the tap's; by default they have the width at once.
+            The heads that `wrap` chooses have 2.
+
+    Raises:
+        ValueError: If `width` or `expand` is no number of channels.
     """
 
-    def __init__(self, tap: Tap, feature_dim: int, width: int | None = None) -> None:
+    def __init__(self, tap: Tap, feature_dim: int, width: int | None = None, expand: int | None = None) -> None:
         super().__init__()
-        self.out_features = checked_width(feature_dim if width is None else width)
-        embed = _MapEmbedding if _is_map(tap) else _TokenEmbedding
-        self.embed = embed(tap, self.out_features)
+        self.out_features = width = checked_width(feature_dim if width is None else width)
+        if expand is not None and (not is_integer(expand) or expand < 1):
+            raise ValueError(f"expand of a head must be a positive multiple of the tap's channels, got {expand!r}.")
+        self.embed = _MapEmbedding(tap, width, expand) if _is_map(tap) else _TokenEmbedding(tap, width)
 
     def forward(self, x: Tensor) -> Tensor:
         embedding: Tensor = self.embed(x)
@@ -65,13 +76,14 @@ class Proportional(nn.Module):
 
 
 class _MapEmbedding(nn.Module):
-    def __init__(self, tap: Tap, width: int) -> None:
+    def __init__(self, tap: Tap, width: int, expand: int | None) -> None:
         super().__init__()
         self.tap = tap
         # Each output is a mean over what there is of its 3x3 window: every position counts, at any size of the map.
         self.pool = nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False)
-        self.reduce = ConvNormAct(tap.channels, width, 1)
-        self.chain = nn.Sequential(*(_SeparableConv(width, s) for s in _strides(tap)))
+        widths, strides = _links(tap, width, expand)
+        self.reduce = ConvNormAct(tap.channels, widths[0], 1)
+        self.chain = nn.Sequential(*map(_SeparableConv, widths, widths[1:], strides))
 
     def forward(self, x: Tensor) -> Tensor:
         x = checked_map(self, self.tap, x, 2 ** len(self.chain))
@@ -81,11 +93,11 @@ class _MapEmbedding(nn.Module):
 class _SeparableConv(nn.Module):
     """timm's `SeparableConvNormAct`, but for its depthwise convolution."""
 
-    def __init__(self, width: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.conv_dw = DepthwiseConv2d(width, stride)
-        self.conv_pw = nn.Conv2d(width, width, 1, bias=False)
-        self.bn = BatchNormAct2d(width)
+        self.conv_dw = DepthwiseConv2d(in_channels, stride)
+        self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.bn = BatchNormAct2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(self.conv_pw(self.conv_dw(x)))
@@ -104,24 +116,31 @@ class _TokenEmbedding(nn.Module):
         return mean_token(self.act(self.expand(self.norm(as_tokens(x, self.tap)))), self.tap)
 
 
-def body_cost(tap: Tap, shape: Sequence[int], width: int) -> tuple[int, int]:
+def default_kwargs(point: ExitPoint, width: int) -> dict[str, int]:
+    """Return the arguments of the default head of a width at a point; `expand` only where a map is tapped."""
+    return {"width": width} | ({"expand": _EXPAND} if any(map(_is_map, point.taps)) else {})
+
+
+def body_cost(tap: Tap, shape: Sequence[int], width: int, expand: int | None = None) -> tuple[int, int]:
     """Return the parameters of a body, and its multiply-accumulates for one image.
 
     Args:
         tap: What is read.
         shape: Shape of the tapped tensor for one image.
         width: The body's width.
+        expand: As in the head.
     """
     channels = tap.channels
     if not _is_map(tap):
         return 2 * channels + (channels + 1) * width, math.prod(shape) * width
     assert tap.grid is not None
     rows, columns = (math.ceil(side / 2) for side in tap.grid)
-    params, macs = (channels + 2) * width, rows * columns * channels * width
-    for stride in _strides(tap):
+    widths, strides = _links(tap, width, expand)
+    params, macs = (channels + 2) * widths[0], rows * columns * channels * widths[0]
+    for (before, after), stride in zip(pairwise(widths), strides, strict=True):
         rows, columns = math.ceil(rows / stride), math.ceil(columns / stride)
-        params += (9 + width + 2) * width
-        macs += rows * columns * (9 + width) * width
+        params += 9 * before + (before + 2) * after
+        macs += rows * columns * before * (9 + after)
     return params, macs
 
 
@@ -129,9 +148,14 @@ def _is_map(tap: Tap) -> bool:
     return tap.layout in ("NCHW", "NHWC")
 
 
-def _strides(tap: Tap) -> tuple[int, ...]:
-    """Return the strides of the separable convolutions: with the pooling, they halve the grid 1 to 3 times."""
-    return (2,) * (halvings(tap) - 1) + (1,)
+def _links(tap: Tap, width: int, expand: int | None) -> tuple[list[int], list[int]]:
+    """Return the channels before, between and after the separable convolutions, and the stride of each.
+
+    With the pooling, they halve the grid 1 to 3 times.
+    """
+    times = range(halvings(tap))
+    widths = [width if expand is None else min(width, expand * tap.channels * 2**n) for n in times]
+    return [*widths, width], [2 for _ in times[1:]] + [1]
 
 
 def resolve_budget(head: str, head_kwargs: object, head_budget: float | None) -> float | None:
@@ -186,7 +210,8 @@ class HeadBudget:
     def shares(self, point: ExitPoint, width: int) -> tuple[float, float]:
         """Return the shares of the backbone's multiply-accumulates and parameters that a head of a width has."""
         feature_dim, num_classes = self.found.run.feature_dim, int(self.backbone.num_classes)
-        bodies = [body_cost(tap, shape, width) for tap, shape in zip(point.taps, self.found.shapes(point), strict=True)]
+        shapes, kwargs = self.found.shapes(point), default_kwargs(point, width)
+        bodies = [body_cost(tap, shape, **kwargs) for tap, shape in zip(point.taps, shapes, strict=True)]
         adapter = feature_dim if width != feature_dim else 0
         params = sum(body[0] for body in bodies) + (width + 1) * (num_classes + adapter)
         macs = sum(body[1] for body in bodies) + width * (num_classes + adapter)
@@ -227,6 +252,11 @@ class FittedExits:
     taps: BackboneTaps
     widths: tuple[int, ...]
     too_large: tuple[ExitPoint, ...]
+
+    @property
+    def head_kwargs(self) -> list[dict[str, int]]:
+        """The arguments of each head."""
+        return [default_kwargs(point, width) for point, width in zip(self.taps.points, self.widths, strict=True)]
 
 
 def fit_heads(budget: HeadBudget, exits: Exits | None) -> FittedExits:

@@ -90,7 +90,7 @@ def wrap(
     else:
         budget = HeadBudget(share, found, backbone)
         fitted = fit_heads(budget, exits)
-        taps, arguments = fitted.taps, [{"width": width} for width in fitted.widths]
+        taps, arguments = fitted.taps, fitted.head_kwargs
         if fitted.too_large:
             warnings.warn(budget.excess(fitted), stacklevel=2)
     each = each_head_kwargs(arguments, len(taps.points))
