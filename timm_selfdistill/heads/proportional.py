@@ -43,8 +43,8 @@ class Proportional(nn.Module):
 
     A feature map is halved by mean pooling and widened by a 1x1 convolution. A chain of separable 3x3 convolutions
     follows, and the mean over the positions. All but the last have stride 2, and bring the map down to the grid of the
-    backbone's deepest one: the shallower the exit, the longer the chain (3, 2 and 1 of them on a ResNet). With `expand`,
-    channels double where the map is halved, as in a backbone, until they reach the width; the last convolution has the
+    backbone's deepest one: the shallower the exit, the longer the chain (3, 2 and 1 of them on a ResNet). With
+    `expand`, channels double where the map is halved, as in a backbone, up to the width; the last convolution has the
     width in any case.
     Tokens get layer norm, a linear layer to the width and GELU; prefix tokens together weigh as much in their mean as
     all tokens of the grid.
