@@ -131,10 +131,10 @@ def describe_early_exit(
 def _is_valid(logits: Tensor) -> Tensor:
     """Whether images may leave by these logits [B, C]: none is NaN, and the largest is finite.
 
-    Runtimes do not agree on what the largest of NaNs is, but on comparisons with them.
+    Runtimes do not agree on what the largest of NaNs is, but on comparisons with them: NaN is taken for infinity first.
     """
-    largest = torch.finfo(logits.dtype).max
-    return (logits <= largest).all(-1) & (logits >= -largest).any(-1)
+    limit = torch.finfo(logits.dtype).max
+    return torch.where(logits <= limit, logits, math.inf).amax(-1).abs() <= limit
 
 
 def _rule_range(config: EarlyExitConfig) -> list[float | None]:
