@@ -150,8 +150,8 @@ def test_channels_of_a_default_head_double_where_its_map_is_halved():
         [module.out_channels for module in head.modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
         for head in model.heads
     ]
-    assert found == [[256, 512, 512, 512], [512, 512, 512], [512, 512]]
-    assert all(kwargs["expand"] == 4 for kwargs in model.wrap_config.head_kwargs)
+    assert found == [[128, 256, 512, 512], [256, 512, 512], [512, 512]]
+    assert all(kwargs["expand"] == 2 for kwargs in model.wrap_config.head_kwargs)
 
 
 def test_channels_never_exceed_the_width():

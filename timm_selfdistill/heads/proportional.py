@@ -34,7 +34,7 @@ _OF_SAVED: Final = 0.5
 _STEP: Final = 8
 _MIN_WIDTH: Final = 16
 # Channels after the pooling, as a multiple of the tap's.
-_EXPAND: Final = 4
+_EXPAND: Final = 2
 
 
 @register_head(PROPORTIONAL)
@@ -57,7 +57,7 @@ class Proportional(nn.Module):
         feature_dim: Width D of the teacher's feature.
         width: Channels of the embedding, and the most inside; D by default. `wrap` chooses it by `head_budget`.
         expand: Channels of a map after the pooling, as a multiple of the tap's; by default they have the width at once.
-            The heads that `wrap` chooses have 4.
+            The heads that `wrap` chooses have 2.
 
     Raises:
         ValueError: If `width` or `expand` is no number of channels.
