@@ -96,3 +96,14 @@ def test_quantised_stages(fast, images, tmp_path, mode):
     with torch.no_grad():
         expected = torch.stack(fast.model(images, return_exits=True).logits).numpy()
     assert np.abs(every - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_a_smaller_graph_leaves_no_weights_of_the_one_that_it_replaces(fast, tmp_path, monkeypatch):
+    path = tmp_path / "net.onnx"
+    sd.export_model(fast.model, 2, path, format="onnx", image_size=32)
+    assert {file.name for file in tmp_path.iterdir()} == {"net.onnx", "net.onnx.data"}
+    monkeypatch.setattr(graphs, "LARGEST_FILE", 10**9)
+    (tmp_path / "other.onnx.data").write_bytes(b"of another graph")
+    sd.export_model(fast.model, 2, path, format="onnx", image_size=32, overwrite=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"net.onnx", "other.onnx.data"}
+    onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -133,10 +133,18 @@ def as_exported(network: nn.Module) -> nn.Module:
 
 
 def move_files(staged: Path, path: Path) -> None:
-    """Move a graph from a folder that holds nothing else to its path, and the weights that ONNX keeps beside it."""
+    """Move a graph from a folder that holds nothing else to its path, and the weights that ONNX keeps beside it.
+
+    Weights that only the graph had which it replaces are deleted.
+    """
+    replaces = path.exists()
+    weights = f"{path.name}.data"
+    is_large = (staged.parent / weights).exists()
     # The graph, which names them, comes last.
     for file in sorted(staged.parent.iterdir(), key=lambda file: file == staged):
         os.replace(file, path.parent / file.name)
+    if replaces and not is_large:
+        (path.parent / weights).unlink(missing_ok=True)
 
 
 def check_format(name: str, dynamic_batch: bool, exit: ExportChoice | None) -> None:
