@@ -1,6 +1,8 @@
 """Programs of others that look into a network, on the wrapped one and on one that was cut at an exit."""
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +67,27 @@ def test_pt2e_quantises_the_exported_graph(network: nn.Module, images: Tensor) -
         found = quantised(images)
     # Eight bits keep about two digits.
     assert 0 < (found - expected).norm() / expected.norm() < 0.1
+
+
+def test_what_torchao_quantised_leaves_early_and_is_neither_saved_nor_exported(tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    small = {"embed_dim": 48, "depth": 4, "num_heads": 3}
+    model = sd.wrap("vit_tiny_patch16_224", num_classes=5, image_size=32, model_kwargs=small).eval()
+    x = torch.randn(4, 3, 32, 32)
+    fast = sd.EarlyExit(model, [math.inf, 0.0, 0.0])
+    with torch.no_grad():
+        before = fast(x)
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        after = fast(x)
+    assert (after.logits - before.logits).abs().max() < 0.05 * before.logits.abs().max()
+    assert not torch.equal(after.logits, before.logits)
+    assert after.exit_index.tolist() == [1] * 4
+    message = r"weights of the model, such as .*, are no plain tensors but Int8Tensor: a quantised"
+    with pytest.raises(ValueError, match=message):
+        sd.save_pretrained(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match=message):
+        sd.export_model(model, 0, tmp_path / "net.pt2", format="torch-export", image_size=32)
+    with pytest.raises(ValueError, match=message):
+        sd.export_early_exit(fast, tmp_path / "stages", format="onnx-stages", image_size=32)
+    assert not list(tmp_path.iterdir())

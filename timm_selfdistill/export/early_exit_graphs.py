@@ -29,7 +29,7 @@ from timm_selfdistill.export.graphs import (
 from timm_selfdistill.export.nested_if import nest_stages, open_nested, save_model
 from timm_selfdistill.export.one_graph import as_exported, check_path, move_files
 from timm_selfdistill.export.quantize import check_quantization, quantize_stages
-from timm_selfdistill.hub import check_finite
+from timm_selfdistill.hub import check_weights
 from timm_selfdistill.staged import FORMAT, MANIFEST, VERSION, Array, Manifest, StageSpec, run_stages, sha256_of
 
 _STAGES: Final = {"onnx-stages": "onnx", "torch-export-stages": "torch-export"}
@@ -82,7 +82,7 @@ def export_early_exit(
     images = None if calibration_images is None else calibration_images.detach().cpu().float().numpy()
     check_quantization(quantize, format, images)
     check_path(path, EARLY_EXIT_FORMATS[format], f"the format {format}", overwrite, _is_staged)
-    check_finite(network.model)
+    check_weights(network.model)
     description = describe_early_exit(network, image_size, label_names)
     deciding = DecidingExits(copy.deepcopy(network.model), network.config, own=format == "onnx-stages")
     as_exported(deciding)

@@ -22,7 +22,7 @@ from timm_selfdistill.export.graphs import (
     write_graph,
     write_out_attention,
 )
-from timm_selfdistill.hub import check_finite, class_names, complete_names, is_exported, save_exported
+from timm_selfdistill.hub import check_weights, class_names, complete_names, is_exported, save_exported
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.model.network import ENSEMBLE, AllExits, EachExit, ExitChoice, check_choice
 from timm_selfdistill.truncation import truncate
@@ -78,7 +78,7 @@ def export_model(
     check_choice(model, exit, (ENSEMBLE, ALL))
     check_path(path, MODEL_FORMATS[format], f"the format {format}", overwrite, is_exported)
     names = class_names(model) if label_names is None else complete_names(label_names, model.num_classes)
-    check_finite(model)
+    check_weights(model)
     config = input_config(model, image_size)
     if format == "safetensors":
         assert isinstance(exit, int)

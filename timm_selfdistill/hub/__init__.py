@@ -1,6 +1,6 @@
 """Save and load a wrapped model: a folder, or a repository on the Hugging Face Hub, that plain timm loads too."""
 
-from timm_selfdistill.hub.build import check_finite as check_finite
+from timm_selfdistill.hub.build import check_weights as check_weights
 from timm_selfdistill.hub.card import Training as Training
 from timm_selfdistill.hub.card import model_card as model_card
 from timm_selfdistill.hub.folder import BACKBONE as BACKBONE

@@ -106,8 +106,17 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: Path) -> N
         raise ValueError(f"{path} does not fit the model that {CONFIG} describes: {error}") from error
 
 
-def check_finite(module: nn.Module) -> None:
-    """Raise ValueError unless all weights of a module are finite numbers."""
+def check_weights(module: nn.Module) -> None:
+    """Raise ValueError unless all weights of a module are plain tensors of finite numbers."""
+    weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    # So does a tensor that consists of others say what these are.
+    made = {name: type(weight).__name__ for name, weight in weights.items() if hasattr(weight, "__tensor_flatten__")}
+    if made:
+        name, kind = next(iter(made.items()))
+        raise ValueError(
+            f"{len(made)} weights of the model, such as {name}, are no plain tensors but {kind}: a quantised or "
+            "sharded network can neither be saved nor exported. Save or export it before, and quantise what was loaded."
+        )
     damaged = [name for name, weight in module.named_parameters() if not weight.isfinite().all()]
     damaged += [name for name, buffer in module.named_buffers() if buffer.isnan().any()]
     if damaged:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from timm_selfdistill.compat import save_config_for_hf
 from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.hub.build import build, check_finite, load_weights, read_weights, sha256_of
+from timm_selfdistill.hub.build import build, check_weights, load_weights, read_weights, sha256_of
 from timm_selfdistill.hub.card import card_with_early_exit, model_card
 from timm_selfdistill.hub.saved_config import CONFIG, KEY, Saved, check_config, complete_names, describe, read_config
 from timm_selfdistill.model import Ensemble, SelfDistillModel
@@ -214,7 +214,7 @@ def save_early_exit(folder: str | Path, early_exit: EarlyExitConfig) -> None:
 def _check(model: SelfDistillModel, what: str) -> None:
     if not hasattr(model.backbone, "pretrained_cfg"):
         raise ValueError(f"A saved {what} must have a backbone of timm's, got {type(model.backbone).__name__}.")
-    check_finite(model)
+    check_weights(model)
 
 
 @contextmanager
