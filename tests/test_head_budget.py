@@ -150,8 +150,8 @@ def test_channels_of_a_default_head_double_where_its_map_is_halved():
         [module.out_channels for module in head.modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
         for head in model.heads
     ]
-    assert found == [[128, 256, 512, 512], [256, 512, 512], [512, 512]]
-    assert all(kwargs["expand"] == 2 for kwargs in model.wrap_config.head_kwargs)
+    assert found == [[256, 512, 512, 512], [512, 512, 512], [512, 512]]
+    assert all(kwargs["expand"] == 4 for kwargs in model.wrap_config.head_kwargs)
 
 
 def test_channels_never_exceed_the_width():
@@ -171,6 +171,7 @@ def test_a_head_of_one_width_is_as_it_was_saved_before_there_was_expand(tmp_path
     model = make_model("NCHW", head="proportional", head_kwargs={"width": 48}).eval()
     channels = [head.body.embed.reduce.conv.out_channels for head in model.heads]
     assert channels == [48] * 3
+    assert [head.body.embed.pool.kernel_size for head in model.heads] == [3] * 3
     sd.save_pretrained(model, tmp_path)
     loaded = sd.from_pretrained(tmp_path)
     with torch.no_grad():
