@@ -16,6 +16,9 @@ def count(module, *inputs):
 def test_equals_half_of_torchs_count_where_torch_can_count():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2).eval()
     x = torch.zeros(1, 3, 32, 32)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # not every torch counts the kernel of CPUs
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x)
     assert count(model, x) == counter.get_total_flops() / 2 > 0
@@ -34,6 +37,22 @@ def test_counts_cait_whose_modules_torchs_tracker_fails_on():
     self_attention = 2 * tokens * tokens * width
     class_attention = 2 * (tokens + 1) * width
     assert macs == sum(layers) + self_attention + len(model.blocks_token_only) * class_attention
+
+
+def test_counts_attention_with_gradients_and_without():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2).eval()
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = True
+    x = torch.zeros(1, 3, 32, 32)
+    with torch.enable_grad(), MacCounter() as counter:
+        model(x)
+    fused = count(model, x)
+    assert fused == counter.macs
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    assert fused == count(model, x)
 
 
 def test_counts_lstms():

@@ -100,7 +100,7 @@ class TrainScript:
 
         model = self.task.get_trainable_module()
         self.eval_model = self.task.get_eval_model()
-        self.optimizer = create_optimizer_v2(model, opt="adamw", lr=0.02, weight_decay=0.05, layer_decay=0.8)
+        self.optimizer = create_optimizer_v2(model, opt="adamw", lr=0.01, weight_decay=0.05, layer_decay=0.8)
         self.start_epoch = 0
         if resume:
             self.start_epoch = resume_task_checkpoint(self.task, resume, optimizer=self.optimizer)

@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
 
@@ -22,11 +22,11 @@ class MacCounter(FlopCounterMode):
     """Counts the multiply-accumulates of convolutions, matrix products, attention and LSTMs inside a `with` block.
 
     Only the sum is counted: torch's counter per module fails on CaiT and PiT, and loses its place when an exception
-    ends a forward. LSTMs, for which torch has no formula, are added. `macs` may be read at any time.
+    ends a forward. LSTMs and the attention of CPUs, for which not every torch has a formula, are added. `macs` may be read at any time.
     """
 
     def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping=_RNN_FORMULAS)
+        super().__init__(display=False, custom_mapping=_FORMULAS)
         self.mod_tracker = _WholeRun()
 
     @property
@@ -171,12 +171,20 @@ def _cudnn_rnn_flops(
     return _rnn_flops(input, weights)
 
 
+def _attention_flops(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
 def _rnn_flops(input: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
     steps = input[0] * input[1]
     return sum(2 * steps * shape[0] * shape[1] for shape in weights if len(shape) == 2)
 
 
-_RNN_FORMULAS = {
+_FORMULAS = {
     torch.ops.aten.mkldnn_rnn_layer: _onednn_rnn_flops,
     torch.ops.aten._cudnn_rnn: _cudnn_rnn_flops,
+    # The kernel of CPUs, which torch 2.14 runs without gradients and does not count.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
 }
