@@ -22,7 +22,8 @@ class MacCounter(FlopCounterMode):
     """Counts the multiply-accumulates of convolutions, matrix products, attention and LSTMs inside a `with` block.
 
     Only the sum is counted: torch's counter per module fails on CaiT and PiT, and loses its place when an exception
-    ends a forward. LSTMs and the attention of CPUs, for which not every torch has a formula, are added. `macs` may be read at any time.
+    ends a forward. LSTMs and the attention of CPUs, for which not every torch has a formula, are added. `macs` may be
+    read at any time.
     """
 
     def __init__(self) -> None:

@@ -81,8 +81,8 @@ class _MapEmbedding(nn.Module):
         self.tap = tap
         # Each output is a mean over what there is of its window: every position counts, at any size of the map. With
         # `expand`, 2x2 windows as in a ResNet-D, in half the time; models that were saved before have 3x3 ones.
-        window = {"kernel_size": 3, "padding": 1} if expand is None else {"kernel_size": 2, "ceil_mode": True}
-        self.pool = nn.AvgPool2d(stride=2, count_include_pad=False, **window)
+        kernel, padding = (3, 1) if expand is None else (2, 0)
+        self.pool = nn.AvgPool2d(kernel, 2, padding, ceil_mode=expand is not None, count_include_pad=False)
         widths, strides = _links(tap, width, expand)
         self.reduce = ConvNormAct(tap.channels, widths[0], 1)
         self.chain = nn.Sequential(*map(_SeparableConv, widths, widths[1:], strides))
