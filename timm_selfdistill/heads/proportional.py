@@ -56,8 +56,7 @@ class Proportional(nn.Module):
         tap: What is read.
         feature_dim: Width D of the teacher's feature.
         width: Channels of the embedding, and the most inside; D by default. `wrap` chooses it by `head_budget`.
-        expand: Channels of a map after the pooling, as a multiple of the tap's; by default they have the width at once.
-            The heads that `wrap` chooses have 4.
+        expand: Channels of a map after the pooling over the tap's, 4 in `wrap`'s default heads; without, the width.
 
     Raises:
         ValueError: If `width` or `expand` is no number of channels.
@@ -151,10 +150,7 @@ def _is_map(tap: Tap) -> bool:
 
 
 def _links(tap: Tap, width: int, expand: int | None) -> tuple[list[int], list[int]]:
-    """Return the channels before, between and after the separable convolutions, and the stride of each.
-
-    With the pooling, they halve the grid 1 to 3 times.
-    """
+    """Return the channels before, between and after the separable convolutions, and the stride of each."""
     times = range(halvings(tap))
     widths = [width if expand is None else min(width, expand * tap.channels * 2**n) for n in times]
     return [*widths, width], [2 for _ in times[1:]] + [1]
