@@ -79,7 +79,7 @@ class _MapEmbedding(nn.Module):
         super().__init__()
         self.tap = tap
         # Each output is a mean over what there is of its window: every position counts, at any size of the map. With
-        # `expand`, 2x2 windows as in a ResNet-D, in half the time; models that were saved before have 3x3 ones.
+        # `expand`, 2x2 windows as in a ResNet-D, which cost less; models that were saved before have 3x3 ones.
         kernel, padding = (3, 1) if expand is None else (2, 0)
         self.pool = nn.AvgPool2d(kernel, 2, padding, ceil_mode=expand is not None, count_include_pad=False)
         widths, strides = _links(tap, width, expand)

@@ -109,7 +109,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: Path) -> N
 def check_weights(module: nn.Module) -> None:
     """Raise ValueError unless all weights of a module are plain tensors of finite numbers."""
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    # So does a tensor that consists of others say what these are.
+    # Only tensors that are made of others, such as quantised ones, have this method.
     made = {name: type(weight).__name__ for name, weight in weights.items() if hasattr(weight, "__tensor_flatten__")}
     if made:
         name, kind = next(iter(made.items()))
