@@ -19,6 +19,7 @@ from conftest import TinyNet
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.export import METADATA, graphs
+from timm_selfdistill.export.deciding_exits import _is_valid
 from timm_selfdistill.onnx import OnnxEarlyExit
 from timm_selfdistill.staged import LOGITS, Manifest, run_stages
 
@@ -565,3 +566,17 @@ def test_stages_of_each_family(family, make_backbone, tmp_path):
     fast = sd.EarlyExit(model, thresholds_of(model, x))
     run = OnnxEarlyExit(sd.export_early_exit(fast, tmp_path / "stages", format="onnx-stages", image_size=64))
     same(run(x.numpy()), fast(x))
+
+
+def test_no_image_leaves_by_logits_that_are_no_numbers(tmp_path):
+    class Valid(torch.nn.Module):
+        def forward(self, logits):
+            return _is_valid(logits)
+
+    rows = [[1, 2], [math.nan, 2], [2, math.nan], [math.nan] * 2, [math.inf, 1], [-math.inf, 1], [-math.inf] * 2]
+    logits, expected = torch.tensor(rows), [True, False, False, False, False, True, False]
+    assert _is_valid(logits).tolist() == expected
+    torch.onnx.export(Valid(), (logits,), dynamo=True, verbose=False).save(tmp_path / "valid.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "valid.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: logits.numpy()})
+    assert found.tolist() == expected
