@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from timm_selfdistill.lazy import needs_extra
-from timm_selfdistill.servable import NO_TIMES, Give
+from timm_selfdistill.serving import NO_TIMES, Give
 from timm_selfdistill.staged import (
     IMAGES,
     LOGITS,
@@ -19,6 +19,7 @@ from timm_selfdistill.staged import (
     Manifest,
     OnAnswer,
     StagedAnswer,
+    check_limits,
     reaches,
     run_stages,
 )
@@ -109,18 +110,15 @@ class OnnxEarlyExit:
             ValueError: If the images have another type or shape, or there is no exit `max_exit` or not one for each.
         """
         self._check(images)
-        limits = None if max_exit is None else self._check_limits(max_exit, len(images))
-        largest = self._buckets[-1] if self._buckets else max(1, len(images))
-        parts = [
-            self._run_part(
-                images[start : start + largest],
-                None if limits is None else limits[start : start + largest],
-                start,
-                on_answer,
-            )
-            for start in range(0, max(1, len(images)), largest)
-        ]
-        return parts[0] if len(parts) == 1 else StagedAnswer(*map(np.concatenate, zip(*parts, strict=True)))
+        limits = None if max_exit is None else check_limits(max_exit, len(images), self.num_exits)
+        size = self._buckets[-1] if self._buckets else len(images)
+        if len(images) <= size:
+            return self._run_part(images, limits, 0, on_answer)
+        parts = []
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
+            parts.append(self._run_part(images[part], None if limits is None else limits[part], start, on_answer))
+        return StagedAnswer(*map(np.concatenate, zip(*parts, strict=True)))
 
     def answer_images(self, images: Sequence[Any], limits: Sequence[int], give: Give) -> None:
         """Answer a batch of single images [C, H, W], as `Servable` says."""
@@ -203,28 +201,13 @@ class OnnxEarlyExit:
         rounds: list[list[float]] = []
         deadline = time.perf_counter() + _SECONDS
         while len(rounds) < 5 or time.perf_counter() < deadline:
-            taken = []
+            rounds.append([])
             for stage, inputs in enumerate(self.stage_inputs(images)):
                 begin = time.perf_counter()
                 self._run(stage, inputs, self._stages.stages[stage].output_names)
-                taken.append(time.perf_counter() - begin)
-            rounds.append(taken)
+                rounds[-1].append(time.perf_counter() - begin)
         medians: list[float] = np.median(rounds[1:], 0).tolist()
         return medians
-
-    def _check_limits(self, max_exit: int | Sequence[int] | Array, count: int) -> Array:
-        values = np.asarray(max_exit)
-        if values.dtype.kind not in "iu":
-            raise ValueError(f"max_exit is {max_exit!r:.100}; allowed are whole numbers.")
-        if values.shape not in ((), (count,)):
-            raise ValueError(
-                f"max_exit has the shape {list(values.shape)}; allowed are one number, or [{count}] of them."
-            )
-        if values.size and not 0 <= values.min() <= values.max() <= self.num_exits:
-            raise ValueError(
-                f"max_exit is {values.min()} to {values.max()}; allowed are 0 to {self.num_exits} (the fallback)."
-            )
-        return np.broadcast_to(values, (count,))
 
     def _check(self, images: Array) -> None:
         shape = self._stages.image_shape

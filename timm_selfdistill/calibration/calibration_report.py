@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_selfdistill.calibration.choose_settings import Choice, Goal, excess_errors
-from timm_selfdistill.calibration.path_costs import PathCosts
-from timm_selfdistill.early_exit import EarlyExitConfig, replay, running_ensembles
+from timm_selfdistill.early_exit import EarlyExitConfig, PathCosts, replay, running_ensembles
 from timm_selfdistill.exit_logits import ExitLogits, is_right
 from timm_selfdistill.metrics import paired_interval
 from timm_selfdistill.report.report_content import versions

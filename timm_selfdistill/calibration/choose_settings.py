@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_selfdistill.calibration.path_costs import PathCosts
 from timm_selfdistill.calibration.threshold_search import Candidate, Search, frontier
-from timm_selfdistill.early_exit import EarlyExitConfig, exit_answers, replay
+from timm_selfdistill.early_exit import EarlyExitConfig, PathCosts, exit_answers, replay
 from timm_selfdistill.exit_logits import ExitLogits, fit_temperatures
 
 CONFIDENCE: Final = 0.9

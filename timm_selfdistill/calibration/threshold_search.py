@@ -10,10 +10,9 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from timm_selfdistill.calibration.path_costs import PathCosts
-from timm_selfdistill.early_exit import EarlyExitConfig, exit_answers, exit_confidence, first_confident
-from timm_selfdistill.early_exit.rules import ROUNDING
+from timm_selfdistill.early_exit import EarlyExitConfig, PathCosts, exit_answers, exit_confidence, first_confident
 from timm_selfdistill.exit_logits import ExitLogits, is_right
+from timm_selfdistill.staged import ROUNDING
 
 # From the images that get a good answer [J], and what all images together cost [J], how good outcomes are: the larger
 # the better, -inf for those that are not allowed.

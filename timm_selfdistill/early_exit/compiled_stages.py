@@ -23,16 +23,8 @@ class CompiledStages:
     """A network cut at its exits; each part is compiled once for each batch size, and none while it serves.
 
     For each size the network is traced by `torch.export`, with all its exits, and split by what each exit depends on;
-    what a later part reads is carried from part to part. The weights are those of the model.
-
-    Args:
-        model: The wrapped model.
-        sizes: The batch sizes.
-        image_size: Height and width of the images; by default those that the model was wrapped for.
-        compiler: Compiles a part.
-
-    Raises:
-        ValueError: If the network cannot be traced, or the parts give other logits.
+    what a later part reads is carried from part to part. The weights are those of the model. ValueError if it cannot be
+    traced, or the parts give other logits.
     """
 
     def __init__(
@@ -48,18 +40,10 @@ class CompiledStages:
             self._check(model, images)
 
     def run(self, images: Tensor, leave: Leave) -> Tensor | None:
-        """Run part after part, as `SelfDistillModel.forward_while` runs the backbone.
+        """Run part after part on images [P, C, H, W], as `SelfDistillModel.forward_while` runs the backbone.
 
-        Args:
-            images: Images [P, C, H, W], P one of the sizes.
-            leave: Called at each exit with its index and a function that runs its head; returns the rows [P'] of the
-                images that go on, P' one of the sizes, or None for all.
-
-        Returns:
-            The backbone's logits [P', num_classes]; None if no image went on to the end.
-
-        Raises:
-            ValueError: If the images have another shape than what was compiled.
+        `leave` is called at each exit with its index and a function that runs its head; it returns the rows [P'] of the
+        images that go on, or None for all. P and P' must be among the sizes.
         """
         if images.shape[1:] != self._shape or len(images) not in self._parts:
             raise ValueError(
@@ -90,7 +74,8 @@ class CompiledStages:
         """Compile all parts by running them, and raise ValueError unless they give the logits of the network."""
         expected = model(images, return_exits=True).logits
         for size in (*self._parts, *self._parts):  # twice, as CUDA graphs are recorded in the second run
-            self._compare(range(size), self.run(images[:size], self._staying(size, expected)), expected[-1])
+            staying = partial(self._check_head, range(size), expected)
+            self._compare(range(size), self.run(images[:size], staying), expected[-1])
         largest = max(self._parts)
         for size in self._parts:
             for exit in range(len(expected) - 1 if size < largest else 0):
@@ -98,11 +83,8 @@ class CompiledStages:
                 logits = self.run(images, _leaving_at(exit, rows))
                 self._compare(range(largest - size, largest), logits, expected[-1])
 
-    def _staying(self, size: int, expected: Sequence[Tensor]) -> Leave:
-        def leave(exit: int, classify: Callable[[], Tensor]) -> None:
-            self._compare(range(size), classify(), expected[exit])
-
-        return leave
+    def _check_head(self, rows: range, expected: Sequence[Tensor], exit: int, classify: Callable[[], Tensor]) -> None:
+        self._compare(rows, classify(), expected[exit])
 
     def _compare(self, rows: range, found: Tensor | None, expected: Tensor) -> None:
         tolerance = _TOLERANCE if expected.dtype in (torch.float32, torch.float64) else 50 * _TOLERANCE
@@ -198,13 +180,12 @@ def _split(model: SelfDistillModel, images: Tensor, compiler: Compiler) -> tuple
             parts.append(_Part(None, (), {}, result))
             continue
         arguments: Any = call.args
-        plan = [_tensor(split, str(node.target)) if node.op == "get_attr" else None for node in arguments]
+        plan = [operator.attrgetter(str(node.target))(split) if node.op == "get_attr" else None for node in arguments]
         bound = _Bound(split.get_submodule(f"submod_{place}"), plan)
         read = tuple(node.name for node in arguments if node.op != "get_attr")
         names = {node.args[1]: node.name for node in call.users}
-        outputs = dict(
-            zip((names[index] for index in range(len(names))), bound(*(held[name] for name in read)), strict=True)
-        )
+        found = bound(*(held[name] for name in read))
+        outputs = {names[index]: value for index, value in enumerate(found)}
         held |= outputs
         shapes = {name: tuple(value.shape) for name, value in outputs.items()}
         parts.append(_Part(compiler(bound), read, shapes, result))
@@ -227,13 +208,6 @@ def _assign(whole: fx.GraphModule, ends: Sequence[range]) -> dict[fx.Node, int]:
             if node.target is operator.getitem and node.all_input_nodes[0] in part_of:
                 part_of.setdefault(node, part_of[node.all_input_nodes[0]])
     return part_of
-
-
-def _tensor(module: nn.Module, path: str) -> Tensor:
-    """Return a parameter, buffer or constant by its path."""
-    holder, _, name = path.rpartition(".")
-    value: Tensor = getattr(module.get_submodule(holder), name)
-    return value
 
 
 def _take(value: Tensor, rows: Tensor, present: int, shape: Sequence[int]) -> Tensor:
