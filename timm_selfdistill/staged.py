@@ -283,7 +283,7 @@ def check_limits(max_exit: int | Sequence[int] | Array, count: int, num_exits: i
     """Return the exit that answers each of `count` images at the latest [B]; K, `num_exits`, is the fallback.
 
     Raises:
-        ValueError: If it is no whole number or not one for each image, or there is no such exit.
+        ValueError: If it is not a whole number or one for each image, or there is no such exit.
     """
     values = np.asarray(max_exit)
     if values.dtype.kind not in "iu":

@@ -112,15 +112,10 @@ def calibrate_folder(
         )
         choice = replace(choice, config=replace(choice.config, costs=measured))
         evaluation = collect(loaders.eval, "evaluate")
-        time: Timing | None = None
+        time = None
         if time_batch_size is not None:
             images = some_images(data, recipe, input_config, images_to_time(time_batch_size))
-            time = {
-                "batch_size": time_batch_size,
-                "device": device_name(PartialState().device),
-                "speedup": measure_speedup(model, choice.config, images, time_batch_size),
-                "num_images": len(images),
-            }
+            time = _time(model, choice.config, images, time_batch_size)
         dataset = f"{data.name}, {recipe.data.eval_split}"
         origin: Origin = {
             "dataset": dataset,
@@ -158,6 +153,13 @@ def _check_timing(batch_size: int, goal: Goal, onnx: Path | None) -> None:
         raise ValueError("macs_budget is a number of MACs, but the thresholds are to be chosen by time: give speedup.")
     if onnx is not None:
         raise ValueError("The times are those of PyTorch: exported stages are calibrated by MACs.")
+
+
+def _time(model: SelfDistillModel, config: EarlyExitConfig, images: Tensor, batch_size: int) -> Timing:
+    """Time early exit beside the plain backbone, on images [N, C, H, W]."""
+    speedup = measure_speedup(model, config, images, batch_size)
+    device = device_name(PartialState().device)
+    return {"batch_size": batch_size, "device": device, "speedup": speedup, "num_images": len(images)}
 
 
 def images_to_time(batch_size: int) -> int:

@@ -1,7 +1,7 @@
 """The backbone between two exits, and each head, as a compiled function for each batch size of the buckets."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -163,13 +163,14 @@ def _split(model: SelfDistillModel, images: Tensor, compiler: Compiler) -> tuple
         raise ValueError(f"{name} cannot be traced by torch.export, so it cannot be compiled: {error}") from error
     whole = program.module(check_guards=False)
     assert isinstance(whole, fx.GraphModule)
+    results: Any = whole.graph.output_node().args[0]
     # Of each part, the places of what it is for among the outputs: taps, logits, taps, ..., logits.
     ends: list[range] = []
     for point in (*model.points, None):
         for count in (len(point.taps), 1) if point is not None else (1,):
             start = ends[-1].stop if ends else 0
             ends.append(range(start, start + count))
-    part_of = _assign(whole, ends)
+    part_of = first_parts(whole.graph.nodes, [[results[place] for place in end] for end in ends])
     split = split_module(whole, whole, part_of.__getitem__, tuple_return=True)
     returned: Any = split.graph.output_node().args[0]
     calls = {str(node.target): node for node in split.graph.nodes if node.op == "call_module"}
@@ -192,26 +193,25 @@ def _split(model: SelfDistillModel, images: Tensor, compiler: Compiler) -> tuple
     return tuple(parts)
 
 
-def _assign(whole: fx.GraphModule, ends: Sequence[range]) -> dict[fx.Node, int]:
-    """Return the part of each operation: the first that depends on it."""
-    returned: Any = whole.graph.output_node().args[0]
+def first_parts(nodes: Iterable[fx.Node], ends: Sequence[Sequence[fx.Node]]) -> dict[fx.Node, int]:
+    """Return the part of each operation of a graph: the first that ends with something that depends on it."""
     part_of: dict[fx.Node, int] = {}
-    for part, end in enumerate(ends):
-        stack = [returned[place] for place in end]
+    for part, results in enumerate(ends):
+        stack = list(results)
         while stack:
             node = stack.pop()
-            if node not in part_of:
+            if node.op != "placeholder" and node not in part_of:
                 part_of[node] = part
                 stack += node.all_input_nodes
-        for node in whole.graph.nodes:
-            # No tuple goes from part to part: all that is taken from it is in its part.
-            if node.target is operator.getitem and node.all_input_nodes[0] in part_of:
-                part_of.setdefault(node, part_of[node.all_input_nodes[0]])
+    for node in nodes:
+        # No tuple goes from part to part: all that is taken from it is in its part.
+        if node.target is operator.getitem and node.all_input_nodes[0] in part_of:
+            part_of[node] = part_of[node.all_input_nodes[0]]
     return part_of
 
 
 def _take(value: Tensor, rows: Tensor, present: int, shape: Sequence[int]) -> Tensor:
-    """Return a carried tensor for some of the `present` images; `shape` is what it has for so many."""
+    """Return a carried tensor for some of the `present` images; `shape` is its shape for that number."""
     changed = [dim for dim, (size, other) in enumerate(zip(value.shape, shape, strict=True)) if size != other]
     if not changed:
         return value  # it has no rows of images

@@ -42,8 +42,8 @@ class EarlyExit(nn.Module):
         running_ensemble: Whether exit k answers with the ensemble of the exits 0 to k, by the weights of the model's
             `ensemble`, instead of with its own logits. Heads then run even where no image may leave.
         buckets: The batch sizes that the network may run on, so that it meets few shapes: what is left of a batch is
-            filled up to the next of them with repeated images, and a batch larger than the largest runs in parts of
-            that size. By default, it runs on exactly what is left.
+            filled up to the next of them with repeated images, and a larger batch runs in parts of the largest. By
+            default, it runs on exactly what is left.
         costs: What the parts take on this machine, as `measure` returns it: a batch shrinks only where that saves more
             than it costs. By default, it always does.
 
@@ -166,7 +166,7 @@ class EarlyExit(nn.Module):
         self.shrinks = (True,) * self.model.num_exits
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what was compiled, which cannot be copied, and what is a view of the backbone."""
+        """Leave out what was compiled, which cannot be copied, and the views of the backbone."""
         return {**self.__dict__, "_stages": None, "_bare": self._bare is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -251,7 +251,7 @@ def _limits(max_exit: int | Tensor, count: int, num_exits: int) -> Places:
 
 
 def _check_buckets(buckets: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return the batch sizes that a network may run on, sorted; ValueError if there is none, or one is no size."""
+    """Return the batch sizes that a network may run on, sorted; ValueError if there is none, or one is below 1."""
     if buckets is None:
         return None
     if not buckets or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in buckets):

@@ -161,12 +161,9 @@ def replay(config: EarlyExitConfig, logits: Tensor, ensemble: Ensemble | None = 
 
 
 def exit_answers(config: EarlyExitConfig, logits: Tensor, ensemble: Ensemble | None = None) -> Tensor:
-    """Return what each exit answers [K + 1, N, C] under the settings, the last in place of all that let no image leave.
+    """Return what each exit answers [K + 1, N, C], the last in place of all that let no image leave.
 
-    Args:
-        config: The settings; thresholds and temperatures do not count.
-        logits: Logits [K + 1, N, C] of all exits.
-        ensemble: The model's; the mean by default.
+    Of the settings, thresholds and temperatures do not count; `logits` [K + 1, N, C] are those of all exits.
     """
     ensemble = ensemble or Ensemble.mean(len(logits))
     early = running_ensembles(logits, ensemble)[:-1] if config.running_ensemble else logits[:-1]

@@ -91,12 +91,9 @@ class StageCosts:
         return asdict(self) | lines
 
     def seconds_to(self, exit: int, rows: int, heads_run: Sequence[bool]) -> float:
-        """Return what a batch takes of which no image leaves before an exit; K is the backbone's own classifier.
+        """Return what a batch of `rows` images takes of which none leaves before an exit, whose own head runs.
 
-        Args:
-            exit: The exit, whose own head runs.
-            rows: Images in the batch.
-            heads_run: For each of the K exits, whether its head runs where images pass it.
+        Exit K is the backbone's own classifier; `heads_run` says of each of the K others whether its head runs.
         """
         heads = [line for index, line in enumerate(self.heads[: exit + 1]) if heads_run[index] or index == exit]
         return sum(line.at(rows) for line in (*self.stages[: exit + 1], *heads))
