@@ -149,8 +149,8 @@ class EarlyExit(nn.Module):
     def compile_stages(self, image_size: tuple[int, int] | None = None, **settings: Any) -> None:
         """Compile the backbone between two exits, and every head, once for each bucket: nothing is compiled later.
 
-        The network then takes images of this size only, in its device and precision of now; its weights may be changed
-        in place, but not replaced. Every backbone that can be compiled shrinks after all exits.
+        The network then takes images of this size only, on its present device and in its present precision; weights
+        may be changed in place, but not replaced. Every backbone that can be compiled shrinks after all exits.
 
         Args:
             image_size: Height and width of the images; by default those that the model was wrapped for.
@@ -190,8 +190,8 @@ class EarlyExit(nn.Module):
         """Time the parts of the network on this machine, and from now on let batches shrink only where that pays.
 
         The times are kept in `config`, and saved with it; no answer depends on them. With `images`, exits that do not
-        pay are closed, too: what left there goes deeper, and their heads no longer run. Where early exit does not pay
-        at all, the plain backbone runs.
+        pay are closed, too: what left there goes deeper, and their heads no longer run. Where none pays, the plain
+        backbone runs.
 
         Args:
             batch_size: Images in a batch.
@@ -244,10 +244,11 @@ class EarlyExit(nn.Module):
 
 
 def _limits(max_exit: int | Tensor, count: int, num_exits: int) -> Places:
-    if isinstance(max_exit, Tensor):
-        # numpy has no bfloat16, but a float is refused in any case.
-        max_exit = (max_exit.double() if max_exit.is_floating_point() else max_exit).numpy(force=True)
-    return check_limits(max_exit, count, num_exits)
+    if not isinstance(max_exit, Tensor):
+        return check_limits(max_exit, count, num_exits)
+    # numpy has no bfloat16; floats are refused in any case.
+    values = max_exit.double() if max_exit.is_floating_point() else max_exit
+    return check_limits(values.numpy(force=True), count, num_exits)
 
 
 def _check_buckets(buckets: Sequence[int] | None) -> tuple[int, ...] | None:
