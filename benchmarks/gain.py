@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import timm_selfdistill as sd
-from timm_selfdistill.calibration import collect_logits
-from timm_selfdistill.calibration.path_costs import measure_path_macs
+from timm_selfdistill.calibration import collect_logits, measure_path_macs
 from timm_selfdistill.data import open_dataset
 from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.data.transforms import InputConfig

@@ -23,8 +23,7 @@ from torch import Tensor
 
 import timm_selfdistill as sd
 from timm_selfdistill.calibration import Goal, choose_settings
-from timm_selfdistill.calibration.path_costs import PathCosts
-from timm_selfdistill.early_exit import EarlyExitConfig, replay, running_ensembles
+from timm_selfdistill.early_exit import EarlyExitConfig, PathCosts, replay, running_ensembles
 from timm_selfdistill.exit_logits import ExitLogits, is_right
 from timm_selfdistill.render import BLUE, GREEN, GREY, ORANGE, align, markdown, style_axes
 

@@ -23,8 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.calibration.path_costs import PathCosts
-from timm_selfdistill.early_exit import running_ensembles
+from timm_selfdistill.early_exit import PathCosts, running_ensembles
 from timm_selfdistill.exit_logits import ExitLogits, is_right
 from timm_selfdistill.render import align, markdown
 

@@ -26,8 +26,7 @@ from early_exit_overhead import calibrate_statistics
 from test_timm_families import ENCODERS, FORMS, MEMBERS
 
 import timm_selfdistill as sd
-from timm_selfdistill.export.deciding_exits import DecidingExits, describe_early_exit
-from timm_selfdistill.export.early_exit_graphs import check_stages, manifest_of
+from timm_selfdistill.export.early_exit_graphs import DecidingExits, check_stages, describe_early_exit, manifest_of
 from timm_selfdistill.staged import MANIFEST, Manifest
 
 Row = dict[str, Any]

@@ -17,9 +17,9 @@ from timm_selfdistill.calibration import (
     collect_logits,
     fit_temperatures,
     measure_path_macs,
-    path_costs,
     replay,
 )
+from timm_selfdistill.calibration.calibrate import images_to_time, measure_speedup
 from timm_selfdistill.calibration.choose_settings import certified, excess_errors, upper_bound
 from timm_selfdistill.calibration.threshold_search import Search, share_thresholds
 from timm_selfdistill.early_exit import EarlyExitConfig, Line, Rule, StageCosts, exit_answers, exit_confidence
@@ -139,9 +139,9 @@ def test_the_speedup_is_that_of_what_runs(model, monkeypatch):
     for exit in range(3):
         config = EarlyExitConfig(tuple(0.0 if index == exit else math.inf for index in range(3)))
         for batch_size in (1, 2, 8):
-            assert path_costs.measure_speedup(model, config, images, batch_size) == ran(3) / ran(exit)
-    assert path_costs.images_to_time(1) == 128
-    assert path_costs.images_to_time(256) == 1024
+            assert measure_speedup(model, config, images, batch_size) == ran(3) / ran(exit)
+    assert images_to_time(1) == 128
+    assert images_to_time(256) == 1024
 
 
 def test_a_head_that_takes_long_is_not_asked_where_time_counts():

@@ -15,7 +15,7 @@ from timm.data import resolve_model_data_config
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.export import METADATA, from_folder, graphs
+from timm_selfdistill.export import METADATA, graphs, one_graph
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -381,7 +381,7 @@ def test_command_refuses_what_cannot_work(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(graphs, "TOLERANCE", -1.0)
     assert "gives other logits" in fails(str(run), "--format", "torch-export", "--output", str(tmp_path / "a.pt2"))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(from_folder, "from_pretrained", None)
+    monkeypatch.setattr(one_graph, "from_pretrained", None)
     assert "pip install 'timm_selfdistill[onnx]'" in fails(str(run), "--format", "onnx")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit) as error:

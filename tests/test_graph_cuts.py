@@ -8,7 +8,7 @@ from torch import nn
 
 import timm_selfdistill as sd
 from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.export.deciding_exits import DecidingExits
+from timm_selfdistill.export.early_exit_graphs import DecidingExits
 from timm_selfdistill.staged import CONFIDENCE, IMAGES, LOGITS, TEMPERATURES
 
 

@@ -19,7 +19,7 @@ from conftest import TinyNet
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.export import METADATA, graphs
-from timm_selfdistill.export.deciding_exits import _is_valid
+from timm_selfdistill.export.early_exit_graphs import _is_valid
 from timm_selfdistill.onnx import OnnxEarlyExit
 from timm_selfdistill.staged import LOGITS, Manifest, run_stages
 

@@ -8,20 +8,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from timm_selfdistill import staged
 from timm_selfdistill.lazy import needs_extra
-from timm_selfdistill.servable import NO_TIMES, Give
-from timm_selfdistill.staged import (
-    IMAGES,
-    LOGITS,
-    OWN_LOGITS,
-    TEMPERATURES,
-    Array,
-    Manifest,
-    OnAnswer,
-    StagedAnswer,
-    reaches,
-    run_stages,
-)
+from timm_selfdistill.serving import NO_TIMES, Give
+from timm_selfdistill.staged import Array, Manifest, OnAnswer, StagedAnswer
 
 _SECONDS: Final = 1.0
 
@@ -37,8 +27,8 @@ class OnnxEarlyExit:
         thresholds: K numbers, one for each added exit, or one number for all, in place of those of the manifest;
             infinity lets no image leave.
         buckets: The batch sizes that the stages may run on, so that they meet few shapes: what is left of a batch is
-            filled up to the next of them with images that are there already, and a batch larger than the largest runs
-            in parts of that size. By default, they run on exactly what is left.
+            filled up to the next of them with repeated images, and a larger batch runs in parts of the largest. By
+            default, they run on exactly what is left.
         providers: ONNX Runtime's execution providers; by default the CPU's.
         session_options: ONNX Runtime's `SessionOptions` for all stages.
 
@@ -109,18 +99,15 @@ class OnnxEarlyExit:
             ValueError: If the images have another type or shape, or there is no exit `max_exit` or not one for each.
         """
         self._check(images)
-        limits = None if max_exit is None else self._check_limits(max_exit, len(images))
-        largest = self._buckets[-1] if self._buckets else max(1, len(images))
-        parts = [
-            self._run_part(
-                images[start : start + largest],
-                None if limits is None else limits[start : start + largest],
-                start,
-                on_answer,
-            )
-            for start in range(0, max(1, len(images)), largest)
-        ]
-        return parts[0] if len(parts) == 1 else StagedAnswer(*map(np.concatenate, zip(*parts, strict=True)))
+        limits = None if max_exit is None else staged.check_limits(max_exit, len(images), self.num_exits)
+        size = self._buckets[-1] if self._buckets else len(images)
+        if len(images) <= size:
+            return self._run_part(images, limits, 0, on_answer)
+        parts = []
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
+            parts.append(self._run_part(images[part], None if limits is None else limits[part], start, on_answer))
+        return StagedAnswer(*map(np.concatenate, zip(*parts, strict=True)))
 
     def answer_images(self, images: Sequence[Any], limits: Sequence[int], give: Give) -> None:
         """Answer a batch of single images [C, H, W], as `Servable` says."""
@@ -160,7 +147,7 @@ class OnnxEarlyExit:
         self._check(images)
         settings = self.manifest["early_exit"]
         together = settings.get("running_ensemble") or settings.get("fallback") == "ensemble"
-        asked = OWN_LOGITS if own and together else LOGITS
+        asked = staged.OWN_LOGITS if own and together else staged.LOGITS
         found: list[Array] = []
         held = self._given(images)
         for exit, stage in enumerate(self._stages.stages):
@@ -182,49 +169,34 @@ class OnnxEarlyExit:
             held |= dict(zip(carried, self._run(exit, inputs, carried) if carried else (), strict=True))
 
     def _given(self, images: Array) -> dict[str, Array]:
-        return {IMAGES: images, TEMPERATURES: np.array(self._stages.temperatures, np.float32)}
+        return {staged.IMAGES: images, staged.TEMPERATURES: np.array(self._stages.temperatures, np.float32)}
 
     def _run_part(self, images: Array, limits: Array | None, start: int, on_answer: OnAnswer | None) -> StagedAnswer:
         allowed = () if limits is None else set(limits.tolist())
         unasked = [exit for exit, value in enumerate(self.thresholds) if value == math.inf and exit not in allowed]
 
         def leaves(exit: int, confidence: Array, places: Array) -> Sequence[bool] | Array:
-            leaving = reaches(confidence, self.thresholds[exit])
+            leaving = staged.reaches(confidence, self.thresholds[exit])
             return leaving if limits is None else np.asarray(leaving) | (limits[places] <= exit)
 
         def pass_on(places: Array, logits: Array, exit: int) -> None:
             if on_answer is not None:
                 on_answer(places + start, logits, exit)
 
-        return run_stages(self._stages, self._run, images, leaves, unasked, pass_on)
+        return staged.run_stages(self._stages, self._run, images, leaves, unasked, pass_on)
 
     def _stage_seconds(self, images: Array) -> list[float]:
-        """Return the median seconds of each stage with its exit, of which no image leaves."""
+        """Return the median seconds of each stage with its exit, where no image leaves."""
         rounds: list[list[float]] = []
         deadline = time.perf_counter() + _SECONDS
         while len(rounds) < 5 or time.perf_counter() < deadline:
-            taken = []
+            rounds.append([])
             for stage, inputs in enumerate(self.stage_inputs(images)):
                 begin = time.perf_counter()
                 self._run(stage, inputs, self._stages.stages[stage].output_names)
-                taken.append(time.perf_counter() - begin)
-            rounds.append(taken)
+                rounds[-1].append(time.perf_counter() - begin)
         medians: list[float] = np.median(rounds[1:], 0).tolist()
         return medians
-
-    def _check_limits(self, max_exit: int | Sequence[int] | Array, count: int) -> Array:
-        values = np.asarray(max_exit)
-        if values.dtype.kind not in "iu":
-            raise ValueError(f"max_exit is {max_exit!r:.100}; allowed are whole numbers.")
-        if values.shape not in ((), (count,)):
-            raise ValueError(
-                f"max_exit has the shape {list(values.shape)}; allowed are one number, or [{count}] of them."
-            )
-        if values.size and not 0 <= values.min() <= values.max() <= self.num_exits:
-            raise ValueError(
-                f"max_exit is {values.min()} to {values.max()}; allowed are 0 to {self.num_exits} (the fallback)."
-            )
-        return np.broadcast_to(values, (count,))
 
     def _check(self, images: Array) -> None:
         shape = self._stages.image_shape
@@ -249,7 +221,6 @@ def _check_buckets(buckets: Sequence[int] | None) -> tuple[int, ...]:
     """Return the sizes, sorted; none for all; ValueError if they are not whole numbers above 0."""
     if buckets is None:
         return ()
-    whole = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in buckets)
-    if not whole or not buckets:
+    if not buckets or not all(type(size) is int and size > 0 for size in buckets):
         raise ValueError(f"buckets are {buckets!r:.300}; allowed are one or more batch sizes of at least 1.")
     return tuple(sorted(set(buckets)))

@@ -17,17 +17,14 @@ from numpy.typing import NDArray
 
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = "timm_selfdistill.stages"
+# Of the manifest's form: raised when what was written before can no longer be read, or the other way round.
 VERSION: Final = 1
-"""Of the manifest's form: raised when what was written before can no longer be read, or the other way round."""
-
-BATCH: Final = "batch"
-"""What stands in a shape for the number of images."""
-
+BATCH: Final = "batch"  # stands in a shape for the number of images
 IMAGES, TEMPERATURES, LOGITS, CONFIDENCE = "images", "temperatures", "logits", "confidence"
+# What an exit says alone, where it answers with an ensemble: for calibration, not asked for while serving.
 OWN_LOGITS: Final = "own_logits"
-"""What an exit says alone, where it answers with an ensemble: for calibration, not asked for while serving."""
-
-_ROUNDING = 1e-4  # as of EarlyExitConfig
+# How far rounding may take a confidence, or a threshold that was chosen among confidences, out of the rule's range.
+ROUNDING: Final = 1e-4
 _KINDS: Final[Mapping[str, type]] = {
     **{"format_version": int, "runtime": str, "architecture": str, "exit_names": list, "num_classes": int},
     **{"input_size": list, "early_exit": dict, "rule_range": list, "stages": list, "sha256": dict},
@@ -64,9 +61,8 @@ class TensorSpec:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Return what `to_json` was called on."""
-        return cls(
-            value["name"], value["dtype"], tuple(None if size == BATCH else int(size) for size in value["shape"])
-        )
+        shape = tuple(None if size == BATCH else int(size) for size in value["shape"])
+        return cls(value["name"], value["dtype"], shape)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as the manifest holds it."""
@@ -116,21 +112,13 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of stages says of itself.
-
-    Args:
-        content: The JSON object.
-        stages: The K + 1 stages; each but the last ends with an added exit.
-        thresholds: One for each added exit, infinity for never.
-        temperatures: What each exit's logits are divided by.
-        rule_range: The lowest and the highest confidence.
-    """
+    """What a folder of stages says of itself: its JSON object, and what was read from it."""
 
     content: Mapping[str, Any]
-    stages: tuple[StageSpec, ...]
+    stages: tuple[StageSpec, ...]  # K + 1; each but the last ends with an added exit
     thresholds: tuple[float, ...]
     temperatures: tuple[float, ...]
-    rule_range: tuple[float, float]
+    rule_range: tuple[float, float]  # of the confidence
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -186,10 +174,9 @@ class Manifest:
     @cached_property
     def needed_after(self) -> list[dict[str, bool]]:
         """Names of the tensors that the stages after each one read, and whether they have a row for each image."""
-        names = [{tensor.name: tensor.batched for tensor in stage.inputs} for stage in self.stages]
         return [
-            {name: batched for later in names[index + 1 :] for name, batched in later.items()}
-            for index in range(len(names))
+            {tensor.name: tensor.batched for later in self.stages[index + 1 :] for tensor in later.inputs}
+            for index in range(len(self.stages))
         ]
 
     @cached_property
@@ -292,6 +279,22 @@ def sha256_of(path: Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
+def check_limits(max_exit: int | Sequence[int] | Array, count: int, num_exits: int) -> NDArray[np.int64]:
+    """Return the exit that answers each of `count` images at the latest [B]; K, `num_exits`, is the fallback.
+
+    Raises:
+        ValueError: If it is not a whole number or one for each image, or there is no such exit.
+    """
+    values = np.asarray(max_exit)
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"max_exit is {max_exit!r:.100}; allowed are whole numbers.")
+    if values.shape not in ((), (count,)):
+        raise ValueError(f"max_exit has the shape {list(values.shape)}; allowed are one number, or [{count}] of them.")
+    if values.size and not 0 <= values.min() <= values.max() <= num_exits:
+        raise ValueError(f"max_exit is {values.min()} to {values.max()}; allowed are 0 to {num_exits} (the fallback).")
+    return np.broadcast_to(values.astype(np.int64), (count,))
+
+
 def _is_allowed(value: Any, lowest: float, highest: float) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and (value == math.inf or lowest - _ROUNDING <= value <= highest + _ROUNDING)
+    return is_number and (value == math.inf or lowest - ROUNDING <= value <= highest + ROUNDING)

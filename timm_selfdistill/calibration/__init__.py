@@ -11,9 +11,9 @@ with needs_extra(__name__):
     from timm_selfdistill.calibration.choose_settings import Choice as Choice
     from timm_selfdistill.calibration.choose_settings import Goal as Goal
     from timm_selfdistill.calibration.choose_settings import choose_settings as choose_settings
-    from timm_selfdistill.calibration.path_costs import PathCosts as PathCosts
-    from timm_selfdistill.calibration.path_costs import measure_path_macs as measure_path_macs
-    from timm_selfdistill.calibration.path_costs import measure_path_seconds as measure_path_seconds
+    from timm_selfdistill.early_exit import PathCosts as PathCosts
+    from timm_selfdistill.early_exit import measure_path_macs as measure_path_macs
+    from timm_selfdistill.early_exit import measure_path_seconds as measure_path_seconds
     from timm_selfdistill.early_exit import replay as replay
     from timm_selfdistill.exit_logits import ExitLogits as ExitLogits
     from timm_selfdistill.exit_logits import collect_logits as collect_logits

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,20 +16,15 @@ from torch import Tensor
 
 from timm_selfdistill.calibration.calibration_images import choose_images, open_images, some_images
 from timm_selfdistill.calibration.calibration_page import write_calibration
-from timm_selfdistill.calibration.calibration_report import CalibrationReport, Timing, build_calibration_report
+from timm_selfdistill.calibration.calibration_report import CalibrationReport, Origin, Timing, build_calibration_report
 from timm_selfdistill.calibration.choose_settings import Goal, choose_settings
-from timm_selfdistill.calibration.path_costs import (
-    PathCosts,
-    images_to_time,
-    measure_path_macs,
-    measure_speedup,
-)
 from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.data.transforms import InputConfig
-from timm_selfdistill.early_exit import EarlyExitConfig, measure_stage_costs
+from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig, PathCosts, measure_path_macs, measure_stage_costs
 from timm_selfdistill.exit_logits import ExitLogits, collect_logits
 from timm_selfdistill.files import replace_file
 from timm_selfdistill.hub import from_pretrained, save_early_exit
+from timm_selfdistill.measure import seconds_of
 from timm_selfdistill.model import Ensemble, SelfDistillModel
 from timm_selfdistill.onnx import OnnxEarlyExit
 from timm_selfdistill.progress import progress_bar
@@ -39,8 +35,9 @@ from timm_selfdistill.train.saved_run import check_data, evaluation_loaders, ope
 
 # Settings that are part of the graphs of exported stages.
 _IN_GRAPHS: Final = ("rule", "fallback", "running_ensemble")
-
-Collect = Callable[[Iterable[tuple[Tensor, Tensor]], str], ExitLogits]
+_MIN_IMAGES: Final = 128
+_MIN_BATCHES: Final = 4
+_SPEEDUP_ROUNDS: Final = 3
 
 
 def calibrate_folder(
@@ -102,7 +99,7 @@ def calibrate_folder(
         model = model.to(PartialState().device)
         macs = measure_path_macs(model, input_size)
         settings = EarlyExitConfig((math.inf,) * model.num_exits, rule, None, fallback, running_ensemble)
-        collect: Collect = partial(collect_logits, model)
+        collect: Callable[[Iterable[tuple[Tensor, Tensor]], str], ExitLogits] = partial(collect_logits, model)
         if onnx is not None:
             collect = partial(_collect_stage_logits, _open_stages(onnx, model, settings))
         calibration = collect(loaders.validation, "calibrate")
@@ -120,19 +117,20 @@ def calibrate_folder(
             images = some_images(data, recipe, input_config, images_to_time(time_batch_size))
             time = _time(model, choice.config, images, time_batch_size)
         dataset = f"{data.name}, {recipe.data.eval_split}"
+        origin: Origin = {
+            "dataset": dataset,
+            "backbone": model.pretrained_cfg["architecture"],
+            "recipe": saved.output.name,
+            "seed": recipe.seed,
+            "input_size": list(input_size),
+        }
         report = build_calibration_report(
             choice,
             goal,
             macs,
             calibration,
             evaluation,
-            {
-                "dataset": dataset,
-                "backbone": model.pretrained_cfg["architecture"],
-                "recipe": saved.output.name,
-                "seed": recipe.seed,
-                "input_size": list(input_size),
-            },
+            origin,
             calibration_dataset=f"{data.name}, {title}",
             exit_names=model.exit_names,
             baseline_top1=_baseline(saved.folder / "report.json", dataset, len(evaluation)),
@@ -162,6 +160,31 @@ def _time(model: SelfDistillModel, config: EarlyExitConfig, images: Tensor, batc
     speedup = measure_speedup(model, config, images, batch_size)
     device = device_name(PartialState().device)
     return {"batch_size": batch_size, "device": device, "speedup": speedup, "num_images": len(images)}
+
+
+def images_to_time(batch_size: int) -> int:
+    """Return how many images `measure_speedup` needs for batches of this size."""
+    return max(_MIN_IMAGES, _MIN_BATCHES * batch_size)
+
+
+@torch.no_grad()
+def measure_speedup(model: SelfDistillModel, config: EarlyExitConfig, images: Tensor, batch_size: int) -> float:
+    """Return the time of the plain backbone over that with early exit: the median of three rounds over images
+    [N, C, H, W], batch by batch in turns.
+
+    Images fewer than a batch are repeated; those that do not fill a batch are left out.
+    """
+    images = images.repeat(-(-batch_size // len(images)), 1, 1, 1).to(next(model.parameters()))
+    batches = [batch for batch in torch.split(images, batch_size) if len(batch) == batch_size]
+    ways = (model, EarlyExit.from_config(model, config))
+    for way in ways:
+        way(batches[0])
+    ratios = []
+    for _ in range(_SPEEDUP_ROUNDS):
+        turns = [[seconds_of(partial(way, batch), batch.device) for way in ways] for batch in batches]
+        plain, early = map(sum, zip(*turns, strict=True))
+        ratios.append(plain / early)
+    return statistics.median(ratios)
 
 
 def _baseline(path: Path, dataset: str, num_samples: int) -> float | None:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from timm_selfdistill.calibration.choose_settings import Choice, Goal, excess_errors
-from timm_selfdistill.calibration.path_costs import PathCosts
-from timm_selfdistill.early_exit import EarlyExitConfig, replay, running_ensembles
+from timm_selfdistill.early_exit import EarlyExitConfig, PathCosts, replay, running_ensembles
 from timm_selfdistill.exit_logits import ExitLogits, is_right
 from timm_selfdistill.metrics import paired_interval
 from timm_selfdistill.report.report_content import versions
@@ -133,6 +132,11 @@ def build_calibration_report(
     of the latter, in percent.
     """
     correct, backbone = evaluation.correct, evaluation.correct[-1]
+    running = is_right(running_ensembles(evaluation.logits, evaluation.combined), evaluation.targets)
+    costs = macs.paths([True] * evaluation.num_exits).tolist()
+    baseline: Point | None = None
+    if baseline_top1 is not None:
+        baseline = {"top1": baseline_top1, "gain_interval": None, "macs": macs.full, "speedup": 1.0}
     tested, lost = choice.tested or (None, None)
     on_chosen = _early_exit(choice.config, macs, calibration)
     return {
@@ -153,13 +157,14 @@ def build_calibration_report(
             {"index": index, "name": name, **_point(correct[index], macs.exit(index), macs, backbone)}
             for index, name in enumerate(exit_names)
         ],
-        "running": _running(macs, evaluation),
+        "running": [_point(right, cost, macs, backbone) for right, cost in zip(running, costs, strict=True)],
         "ensemble": _point(evaluation.ensemble_correct, macs.every_exit, macs, backbone),
-        "baseline": None
-        if baseline_top1 is None
-        else {"top1": baseline_top1, "gain_interval": None, "macs": macs.full, "speedup": 1.0},
+        "baseline": baseline,
         "oracle": _oracle(macs, evaluation),
-        "curve": [_curve_point(config, macs, evaluation) for config in choice.curve],
+        "curve": [
+            {**_replayed(config, macs, evaluation)[0], "thresholds": config.to_json()["thresholds"]}
+            for config in choice.curve
+        ],
         "time": time,
         **origin,
         "num_samples": len(evaluation),
@@ -184,13 +189,6 @@ def _early_exit(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) ->
     }
 
 
-def _running(macs: PathCosts, stored: ExitLogits) -> list[Point]:
-    right = is_right(running_ensembles(stored.logits, stored.combined), stored.targets)
-    costs = macs.paths([True] * stored.num_exits).tolist()
-    backbone = stored.correct[-1]
-    return [_point(row, cost, macs, backbone) for row, cost in zip(right, costs, strict=True)]
-
-
 def _oracle(macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:
     correct = stored.correct
     never_right = ~correct.any(0)
@@ -200,15 +198,10 @@ def _oracle(macs: PathCosts, stored: ExitLogits) -> EarlyExitRow:
     return {**point, "shares": _shares(index, stored), "excess_error": 0.0}
 
 
-def _curve_point(config: EarlyExitConfig, macs: PathCosts, stored: ExitLogits) -> CurvePoint:
-    point, _ = _replayed(config, macs, stored)
-    return {**point, "thresholds": config.to_json()["thresholds"]}
-
-
 def _as_good(chosen: EarlyExitRow, macs: PathCosts, stored: ExitLogits) -> int | None:
     """Return the first exit that is at least as accurate for all images as early exit, at no higher cost."""
-    for index in range(stored.num_exits + 1):
-        if macs.exit(index) <= chosen["macs"] and _percent(stored.correct[index]) >= chosen["top1"]:
+    for index, right in enumerate(stored.correct):
+        if macs.exit(index) <= chosen["macs"] and _percent(right) >= chosen["top1"]:
             return index
     return None
 

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_selfdistill.calibration.path_costs import PathCosts
 from timm_selfdistill.calibration.threshold_search import Candidate, Search, frontier
-from timm_selfdistill.early_exit import EarlyExitConfig, exit_answers, replay
+from timm_selfdistill.early_exit import EarlyExitConfig, PathCosts, exit_answers, replay
 from timm_selfdistill.exit_logits import ExitLogits, fit_temperatures
 
 CONFIDENCE: Final = 0.9
@@ -22,8 +21,8 @@ class Goal:
     """What the thresholds are chosen for; one of the first four.
 
     Args:
-        max_accuracy_drop: The cheapest thresholds whose accuracy is at most this many percentage points below that of
-            the backbone's own classifier, both on the calibration images.
+        max_accuracy_drop: The cheapest thresholds whose accuracy on the calibration images is at most this many
+            percentage points below that of the backbone's own classifier.
         speedup: The most accurate thresholds with which the mean calibration image costs at most what it costs in the
             plain backbone, divided by this.
         macs_budget: The same for a number of multiply-accumulates.
@@ -60,11 +59,10 @@ class Goal:
 
     def to_json(self) -> dict[str, float]:
         """Return what was given, for a report."""
-        return {
-            name: value
-            for name, value in asdict(self).items()
-            if value is not None and (name != "confidence" or self.risk is not None)
-        }
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.risk is None:
+            del given["confidence"]
+        return given
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,6 @@ def choose_settings(
         ValueError: If the goal cannot be reached with these exits and images, and what can; or if the rule is unknown
             or gives confidences out of its range.
     """
-    # Refuses an unknown rule or fallback.
     never = (math.inf,) * stored.num_exits
     settings = EarlyExitConfig(never, rule, fallback=fallback, running_ensemble=running_ensemble)
     if goal.risk is not None:

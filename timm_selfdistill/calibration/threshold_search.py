@@ -10,10 +10,9 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from timm_selfdistill.calibration.path_costs import PathCosts
-from timm_selfdistill.early_exit import EarlyExitConfig, exit_answers, exit_confidence, first_confident
-from timm_selfdistill.early_exit.rules import ROUNDING
+from timm_selfdistill.early_exit import EarlyExitConfig, PathCosts, exit_answers, exit_confidence, first_confident
 from timm_selfdistill.exit_logits import ExitLogits, is_right
+from timm_selfdistill.staged import ROUNDING
 
 # From the images that get a good answer [J], and what all images together cost [J], how good outcomes are: the larger
 # the better, -inf for those that are not allowed.
@@ -40,19 +39,10 @@ class Candidate(NamedTuple):
 
 
 class Search:
-    """Early exit on a split, with thresholds that are still to be found.
+    """Early exit on a split by these settings, with thresholds that are still to be found.
 
     An answer is good if it is right or, with `against_backbone`, if it is not wrong where the backbone's own classifier
     is right.
-
-    Args:
-        stored: The logits of the split.
-        costs: What the path to each exit costs.
-        settings: Rule, temperatures and who answers; its thresholds do not count.
-        against_backbone: What good is.
-
-    Raises:
-        ValueError: If a confidence is out of the rule's range.
     """
 
     def __init__(
@@ -170,14 +160,9 @@ def share_thresholds(confidence: Tensor, base: float, discrete: bool = False) ->
     """Return thresholds under which the share of images that leave at exit k is proportional to base^k.
 
     As in the code of "Multi-Scale Dense Networks", https://arxiv.org/abs/1703.09844: each exit lets those leave that it
-    is most confident of among the images that get there, and the last takes all that are left. There, a threshold is
-    the confidence of the last image that leaves; here, unless confidences are discrete, it lies half-way to that of the
-    next one, so that rounding does not decide.
-
-    Args:
-        confidence: Confidence of every exit [K, N], -inf for never.
-        base: 0 lets all leave at the first exit; the larger, the more go on.
-        discrete: Whether thresholds must be confidences.
+    is most confident of (`confidence` is [K, N], -inf for never) among the images that get there, and the last takes
+    all that are left. There, a threshold is the confidence of the last image that leaves; here, unless confidences are
+    discrete, it lies half-way to that of the next one, so that rounding does not decide.
     """
     exits, images = confidence.shape
     # Written with the smaller of base and 1 / base: no power is too large.

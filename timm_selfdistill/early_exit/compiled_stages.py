@@ -1,7 +1,7 @@
 """The backbone between two exits, and each head, as a compiled function for each batch size of the buckets."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -23,16 +23,8 @@ class CompiledStages:
     """A network cut at its exits; each part is compiled once for each batch size, and none while it serves.
 
     For each size the network is traced by `torch.export`, with all its exits, and split by what each exit depends on;
-    what a later part reads is carried from part to part. The weights are those of the model.
-
-    Args:
-        model: The wrapped model.
-        sizes: The batch sizes.
-        image_size: Height and width of the images; by default those that the model was wrapped for.
-        compiler: Compiles a part.
-
-    Raises:
-        ValueError: If the network cannot be traced, or the parts give other logits.
+    what a later part reads is carried from part to part. The weights are those of the model. ValueError if it cannot be
+    traced, or the parts give other logits.
     """
 
     def __init__(
@@ -48,18 +40,10 @@ class CompiledStages:
             self._check(model, images)
 
     def run(self, images: Tensor, leave: Leave) -> Tensor | None:
-        """Run part after part, as `SelfDistillModel.forward_while` runs the backbone.
+        """Run part after part on images [P, C, H, W], as `SelfDistillModel.forward_while` runs the backbone.
 
-        Args:
-            images: Images [P, C, H, W], P one of the sizes.
-            leave: Called at each exit with its index and a function that runs its head; returns the rows [P'] of the
-                images that go on, P' one of the sizes, or None for all.
-
-        Returns:
-            The backbone's logits [P', num_classes]; None if no image went on to the end.
-
-        Raises:
-            ValueError: If the images have another shape than what was compiled.
+        `leave` is called at each exit with its index and a function that runs its head; it returns the rows [P'] of the
+        images that go on, or None for all. P and P' must be among the sizes.
         """
         if images.shape[1:] != self._shape or len(images) not in self._parts:
             raise ValueError(
@@ -90,7 +74,8 @@ class CompiledStages:
         """Compile all parts by running them, and raise ValueError unless they give the logits of the network."""
         expected = model(images, return_exits=True).logits
         for size in (*self._parts, *self._parts):  # twice, as CUDA graphs are recorded in the second run
-            self._compare(range(size), self.run(images[:size], self._staying(size, expected)), expected[-1])
+            staying = partial(self._check_head, range(size), expected)
+            self._compare(range(size), self.run(images[:size], staying), expected[-1])
         largest = max(self._parts)
         for size in self._parts:
             for exit in range(len(expected) - 1 if size < largest else 0):
@@ -98,11 +83,8 @@ class CompiledStages:
                 logits = self.run(images, _leaving_at(exit, rows))
                 self._compare(range(largest - size, largest), logits, expected[-1])
 
-    def _staying(self, size: int, expected: Sequence[Tensor]) -> Leave:
-        def leave(exit: int, classify: Callable[[], Tensor]) -> None:
-            self._compare(range(size), classify(), expected[exit])
-
-        return leave
+    def _check_head(self, rows: range, expected: Sequence[Tensor], exit: int, classify: Callable[[], Tensor]) -> None:
+        self._compare(rows, classify(), expected[exit])
 
     def _compare(self, rows: range, found: Tensor | None, expected: Tensor) -> None:
         tolerance = _TOLERANCE if expected.dtype in (torch.float32, torch.float64) else 50 * _TOLERANCE
@@ -181,13 +163,14 @@ def _split(model: SelfDistillModel, images: Tensor, compiler: Compiler) -> tuple
         raise ValueError(f"{name} cannot be traced by torch.export, so it cannot be compiled: {error}") from error
     whole = program.module(check_guards=False)
     assert isinstance(whole, fx.GraphModule)
+    results: Any = whole.graph.output_node().args[0]
     # Of each part, the places of what it is for among the outputs: taps, logits, taps, ..., logits.
     ends: list[range] = []
     for point in (*model.points, None):
         for count in (len(point.taps), 1) if point is not None else (1,):
             start = ends[-1].stop if ends else 0
             ends.append(range(start, start + count))
-    part_of = _assign(whole, ends)
+    part_of = first_parts(whole.graph.nodes, [[results[place] for place in end] for end in ends])
     split = split_module(whole, whole, part_of.__getitem__, tuple_return=True)
     returned: Any = split.graph.output_node().args[0]
     calls = {str(node.target): node for node in split.graph.nodes if node.op == "call_module"}
@@ -198,46 +181,37 @@ def _split(model: SelfDistillModel, images: Tensor, compiler: Compiler) -> tuple
             parts.append(_Part(None, (), {}, result))
             continue
         arguments: Any = call.args
-        plan = [_tensor(split, str(node.target)) if node.op == "get_attr" else None for node in arguments]
+        plan = [operator.attrgetter(str(node.target))(split) if node.op == "get_attr" else None for node in arguments]
         bound = _Bound(split.get_submodule(f"submod_{place}"), plan)
         read = tuple(node.name for node in arguments if node.op != "get_attr")
         names = {node.args[1]: node.name for node in call.users}
-        outputs = dict(
-            zip((names[index] for index in range(len(names))), bound(*(held[name] for name in read)), strict=True)
-        )
+        found = bound(*(held[name] for name in read))
+        outputs = {names[index]: value for index, value in enumerate(found)}
         held |= outputs
         shapes = {name: tuple(value.shape) for name, value in outputs.items()}
         parts.append(_Part(compiler(bound), read, shapes, result))
     return tuple(parts)
 
 
-def _assign(whole: fx.GraphModule, ends: Sequence[range]) -> dict[fx.Node, int]:
-    """Return the part of each operation: the first that depends on it."""
-    returned: Any = whole.graph.output_node().args[0]
+def first_parts(nodes: Iterable[fx.Node], ends: Sequence[Sequence[fx.Node]]) -> dict[fx.Node, int]:
+    """Return the part of each operation of a graph: the first that ends with something that depends on it."""
     part_of: dict[fx.Node, int] = {}
-    for part, end in enumerate(ends):
-        stack = [returned[place] for place in end]
+    for part, results in enumerate(ends):
+        stack = list(results)
         while stack:
             node = stack.pop()
-            if node not in part_of:
+            if node.op != "placeholder" and node not in part_of:
                 part_of[node] = part
                 stack += node.all_input_nodes
-        for node in whole.graph.nodes:
-            # No tuple goes from part to part: all that is taken from it is in its part.
-            if node.target is operator.getitem and node.all_input_nodes[0] in part_of:
-                part_of.setdefault(node, part_of[node.all_input_nodes[0]])
+    for node in nodes:
+        # No tuple goes from part to part: all that is taken from it is in its part.
+        if node.target is operator.getitem and node.all_input_nodes[0] in part_of:
+            part_of[node] = part_of[node.all_input_nodes[0]]
     return part_of
 
 
-def _tensor(module: nn.Module, path: str) -> Tensor:
-    """Return a parameter, buffer or constant by its path."""
-    holder, _, name = path.rpartition(".")
-    value: Tensor = getattr(module.get_submodule(holder), name)
-    return value
-
-
 def _take(value: Tensor, rows: Tensor, present: int, shape: Sequence[int]) -> Tensor:
-    """Return a carried tensor for some of the `present` images; `shape` is what it has for so many."""
+    """Return a carried tensor for some of the `present` images; `shape` is its shape for that number."""
     changed = [dim for dim, (size, other) in enumerate(zip(value.shape, shape, strict=True)) if size != other]
     if not changed:
         return value  # it has no rows of images

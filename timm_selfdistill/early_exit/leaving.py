@@ -1,20 +1,16 @@
-"""Which images of a batch still need an answer, and which rows the backbone runs on: one forward with early exit.
-
-The bookkeeping is done with numpy on the host: for a few rows an operation of torch takes longer than the same in
-numpy, and on a GPU the host must know at each exit how many images are left anyway.
-"""
+"""Which images leave at which exit: in one forward with early exit, and afterwards, for logits that are known."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from timm_selfdistill.early_exit.replay import EarlyExitOutput
-from timm_selfdistill.early_exit.rules import RuleState, reaches
+from timm_selfdistill.early_exit.rules import EarlyExitConfig, RuleState, reaches
+from timm_selfdistill.model import Ensemble
 
 if TYPE_CHECKING:
     from timm_selfdistill.early_exit.early_exit import EarlyExit
@@ -23,27 +19,28 @@ Places = NDArray[np.int64]
 OnAnswer = Callable[[Tensor, Tensor, int], None]
 
 
+class EarlyExitOutput(NamedTuple):
+    """The answers of a network with early exit, in the order of the input.
+
+    Attributes:
+        logits: Logits [B, num_classes].
+        exit_index: Which exit gave them [B], int64, 0 the shallowest; K, the number of added exits, stands for the
+            fallback: the backbone's own classifier, or the ensemble.
+    """
+
+    logits: Tensor
+    exit_index: Tensor
+
+
 class LeavingBatch:
     """The images of one forward, known by their place in the input.
 
-    Args:
-        network: The network that runs.
-        x: Images [B, C, H, W].
-        limits: Of each image [B], the exit that answers at the latest; None for no limit.
-        on_answer: Called with the places, logits and exit of images that have their answer.
-        start: The place of the first image, for `on_answer`.
-
-    Attributes:
-        images: What the backbone starts with: the images, and repeated ones where a bucket is larger.
+    The bookkeeping is done with numpy on the host: for a few rows an operation of torch takes longer than the same in
+    numpy, and on a GPU the host must know at each exit how many images are left anyway.
     """
 
     def __init__(
-        self,
-        network: "EarlyExit",
-        x: Tensor,
-        limits: Places | None,
-        on_answer: OnAnswer | None = None,
-        start: int = 0,
+        self, network: "EarlyExit", x: Tensor, limits: Places | None, on_answer: OnAnswer | None, start: int
     ) -> None:
         self._on_answer, self._start = on_answer, start
         self._network, self._model, self._config = network, network.model, network.config
@@ -56,6 +53,7 @@ class LeavingBatch:
         self._state: RuleState = ()
         self._members: list[Tensor] = []  # the logits [P, num_classes] of the exits so far, for ensembles
         self._answers: list[tuple[int, Places, Tensor]] = []
+        # What the backbone starts with: the images, and repeated ones where a bucket is larger.
         self.images = x if len(self._places) == self._size else self._take(x, self._places)
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
@@ -64,15 +62,7 @@ class LeavingBatch:
         return self.leave(exit, lambda: self._model.head_of(exit).classify(*taps))
 
     def leave(self, exit: int, classify: Callable[[], Tensor]) -> Tensor | None:
-        """Let images leave at an exit.
-
-        Args:
-            exit: Its index.
-            classify: Runs its head: returns logits [P, num_classes] of the rows that the backbone runs on.
-
-        Returns:
-            The rows of those that go on [P'], int64, or None for all.
-        """
+        """Let images leave at an exit, whose head `classify` runs; return the rows that go on [P'], None for all."""
         if self._config.heads_run[exit] or self._is_last_for_some(exit):
             self._run_head(exit, classify())
         size = self._network.fit(self._left) if self._left else 0
@@ -143,41 +133,61 @@ class LeavingBatch:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 
-def check_limits(max_exit: int | Tensor, count: int, num_exits: int) -> Places:
-    """Return the exit that answers each image at the latest [B].
-
-    Args:
-        max_exit: One for all images, or one for each [B]; `num_exits` is the backbone's own classifier.
-        count: Number B of images.
-        num_exits: Number K of added exits.
-
-    Raises:
-        ValueError: If it is no whole number or not one for each image, or there is no such exit.
-    """
-    values = torch.as_tensor(max_exit)
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise ValueError(f"max_exit is {max_exit!r:.100}; allowed are whole numbers.")
-    if values.ndim and values.shape != (count,):
-        raise ValueError(f"max_exit has the shape {list(values.shape)}; allowed are one number, or [{count}] of them.")
-    limits = values.to("cpu", torch.int64).expand(count).numpy()
-    if count and not 0 <= limits.min() <= limits.max() <= num_exits:
-        raise ValueError(
-            f"max_exit is {limits.min()} to {limits.max()}; allowed are 0 to {num_exits} (the backbone's own)."
-        )
-    return limits
-
-
-def check_buckets(buckets: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return the batch sizes that a network may run on, sorted; ValueError if there is none, or one is no size."""
-    if buckets is None:
-        return None
-    if not buckets or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in buckets):
-        raise ValueError(f"buckets are {list(buckets)!r:.200}; allowed are whole numbers, 1 or more, at least one.")
-    return tuple(sorted(set(buckets)))
-
-
 def _padded(rows: Places, size: int) -> tuple[Places, NDArray[np.bool_]]:
     """Return rows, repeated up to a size, and which of these are the first of their kind."""
     if size == len(rows):
         return rows, np.ones(size, dtype=np.bool_)
     return np.resize(rows, size), np.arange(size) < len(rows)
+
+
+def replay(config: EarlyExitConfig, logits: Tensor, ensemble: Ensemble | None = None) -> EarlyExitOutput:
+    """Return what `EarlyExit` with these settings answers for images whose logits are known.
+
+    Args:
+        config: The settings.
+        logits: Logits [K + 1, N, C] of all exits.
+        ensemble: The model's; the mean by default.
+
+    Returns:
+        Logits [N, C] and the exits that gave them [N]: those of `EarlyExit`, to rounding.
+
+    Raises:
+        ValueError: If there is not one threshold for each exit.
+    """
+    config.check_exits([str(index) for index in range(len(logits) - 1)])
+    answers = exit_answers(config, logits, ensemble)
+    index = first_confident(exit_confidence(answers, config), config.thresholds)
+    return EarlyExitOutput(answers[index, torch.arange(len(index))], index)
+
+
+def exit_answers(config: EarlyExitConfig, logits: Tensor, ensemble: Ensemble | None = None) -> Tensor:
+    """Return what each exit answers [K + 1, N, C], the last in place of all that let no image leave.
+
+    Of the settings, thresholds and temperatures do not count; `logits` [K + 1, N, C] are those of all exits.
+    """
+    ensemble = ensemble or Ensemble.mean(len(logits))
+    early = running_ensembles(logits, ensemble)[:-1] if config.running_ensemble else logits[:-1]
+    last = ensemble(logits) if config.fallback == "ensemble" else logits[-1]
+    return torch.cat([early, last.unsqueeze(0)])
+
+
+def running_ensembles(logits: Tensor, ensemble: Ensemble) -> Tensor:
+    """Return the logits [K + 1, N, C] of the ensembles of the exits 0 to k, from those of all exits."""
+    return torch.stack([ensemble.prefix(index)(logits[: index + 1]) for index in range(len(logits))])
+
+
+def exit_confidence(logits: Tensor, config: EarlyExitConfig) -> Tensor:
+    """Return the confidence of every exit for every image [K, N] from logits [K + 1, N, C], whatever the thresholds."""
+    state: RuleState = ()
+    rows = []
+    for index in range(len(logits) - 1):
+        confidence, state = config.confidence(logits[index], index, state)
+        rows.append(confidence)
+    return torch.stack(rows)
+
+
+def first_confident(confidence: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Return the first exit whose confidence [K, N] reaches its threshold for each image [N], K where none does."""
+    # In the precision of the confidence, as a comparison with a number is.
+    reached = reaches(confidence, torch.tensor(thresholds, dtype=confidence.dtype).unsqueeze(1))
+    return torch.cat([reached, torch.ones_like(reached[:1])]).to(torch.uint8).argmax(0)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from timm_selfdistill.early_exit.stage_costs import StageCosts
 from timm_selfdistill.registry import Registry
+from timm_selfdistill.staged import ROUNDING
 
 FALLBACKS: Final = ("last", "ensemble")
-# How far rounding may take a confidence, and a threshold that was chosen among confidences, out of the rule's range.
-ROUNDING: Final = 1e-4
 
 RuleState = tuple[Tensor, ...]
 

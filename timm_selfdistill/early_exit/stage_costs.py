@@ -83,21 +83,17 @@ class StageCosts:
             raise ValueError(
                 f"costs are {saved!r:.200}; they must have the keys {', '.join(sorted(names))}."
             ) from error
-        return cls(**lines, batch_size=saved["batch_size"], device=saved["device"])
+        return cls(**saved | lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return them as JSON holds them."""
-        return asdict(self) | {
-            name: [list(line) for line in getattr(self, name)] for name in ("stages", "heads", "takes")
-        }
+        lines = {name: [list(line) for line in getattr(self, name)] for name in ("stages", "heads", "takes")}
+        return asdict(self) | lines
 
     def seconds_to(self, exit: int, rows: int, heads_run: Sequence[bool]) -> float:
-        """Return what a batch takes of which no image leaves before an exit; K is the backbone's own classifier.
+        """Return what a batch of `rows` images takes of which none leaves before an exit, whose own head runs.
 
-        Args:
-            exit: The exit, whose own head runs.
-            rows: Images in the batch.
-            heads_run: For each of the K exits, whether its head runs where images pass it.
+        Exit K is the backbone's own classifier; `heads_run` says of each of the K others whether its head runs.
         """
         heads = [line for index, line in enumerate(self.heads[: exit + 1]) if heads_run[index] or index == exit]
         return sum(line.at(rows) for line in (*self.stages[: exit + 1], *heads))
@@ -180,7 +176,8 @@ def _fit(sizes: Sequence[int], seconds: Sequence[float]) -> Line:
     """Return the line of least squares of the relative error, neither part of which is negative."""
     x, y = np.array(sizes, float), np.maximum(seconds, 1e-9)
     per_row, fixed = np.polyfit(x, y, 1, w=1 / y)
-    if fixed < 0 or per_row < 0:
-        # Through the origin, or the same for any number of rows.
-        return Line(0.0, float(np.mean(y / x))) if fixed < 0 else Line(float(np.mean(y)), 0.0)
+    if fixed < 0:
+        return Line(0.0, float(np.mean(y / x)))  # through the origin
+    if per_row < 0:
+        return Line(float(np.mean(y)), 0.0)  # the same for any number of rows
     return Line(float(fixed), float(per_row))

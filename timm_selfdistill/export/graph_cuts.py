@@ -8,8 +8,7 @@ uses them.
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +17,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 
 from timm_selfdistill.compat import batch_multiple
+from timm_selfdistill.early_exit.compiled_stages import first_parts
 from timm_selfdistill.export.graphs import ExportError
 from timm_selfdistill.staged import TensorSpec
 
@@ -31,8 +31,7 @@ _VIEWS: Final = {
 }
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """One stage of a network, and its tensors in order: first those that are carried, then those of the exit."""
 
     network: fx.GraphModule
@@ -40,8 +39,7 @@ class Stage:
     outputs: tuple[TensorSpec, ...]
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a carried tensor has its images: `multiple` rows for each one along a dimension."""
 
     dim: int
@@ -52,17 +50,10 @@ class _Place:
 def cut(
     program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[Sequence[str]], titles: Sequence[str]
 ) -> list[Stage]:
-    """Cut the graph of a network.
+    """Cut the graph of a network, whose first input are the images; ExportError if that cannot be.
 
-    Args:
-        program: The graph. Its first input are the images; where their first dimension is dynamic, all that is carried
-            has it as its first dimension.
-        inputs: Names of its inputs.
-        outputs: For each stage, the names of the outputs that it ends with, in the order of the graph's outputs.
-        titles: For each stage, what its exit is called in messages.
-
-    Raises:
-        ExportError: If a tensor that would have to be carried has no row for each image.
+    `outputs` are the names, for each stage, of the outputs that it ends with, in the order of the graph's; `titles` are
+    what the exits are called in messages. Where the images' first dimension is dynamic, all that is carried has it.
     """
     return _Cuts(program, inputs, outputs, titles).stages()
 
@@ -73,7 +64,7 @@ class _Cuts:
     ) -> None:
         # Without operations that write into their inputs, which no other stage would see.
         program = program.run_decompositions({})
-        self._program, self._outputs, self._titles = program, outputs, titles
+        self._program, self._titles = program, titles
         self._nodes: list[Node] = list(program.graph.nodes)
         by_name = {node.name: node for node in self._nodes}
         self._inputs: dict[Node, str] = {}
@@ -93,45 +84,26 @@ class _Cuts:
         specs = zip(program.graph_signature.output_specs, returned, strict=True)
         results = iter([node for spec, node in specs if spec.kind == OutputKind.USER_OUTPUT])
         self._results = [[(name, next(results)) for name in names] for names in outputs]
-        self._stage_of = self._assign()
+        self._stage_of = first_parts(self._nodes, [[node for _, node in ends] for ends in self._results])
         self._moving = self._find_moving()
 
     def stages(self) -> list[Stage]:
         """Return the stages."""
-        wanted = [self._wanted(index) for index in range(len(self._results))]
+        stages = range(len(self._results))
+        wanted = [self._wanted(index) for index in stages]
         entering = [
-            [node for node in self._nodes if node in wanted[index] and self._enters(node, index)]
-            for index in range(len(self._results))
+            [node for node in self._nodes if node in wanted[index] and self._enters(node, index)] for index in stages
         ]
-        carried = [node for node in self._nodes if any(node in nodes for nodes in entering)]
-        carried = [node for node in carried if node not in self._inputs]
+        everywhere = set().union(*entering)
+        carried = [node for node in self._nodes if node in everywhere and node not in self._inputs]
         names = {**self._inputs, **{node: f"carried_{count}" for count, node in enumerate(carried)}}
-        places = {}
+        places: dict[Node, _Place | None] = {}
         for index, nodes in enumerate(entering):
             for node in nodes:
                 if node in self._moving and node not in places:
                     places[node] = self._place(node, index)
-        leaving = [[node for node in carried if self._stage_of[node] == index] for index in range(len(self._results))]
-        return [
-            self._build(index, wanted[index], entering[index], leaving[index], names, places)
-            for index in range(len(self._results))
-        ]
-
-    def _assign(self) -> dict[Node, int]:
-        """Return the stage of each operation: the first whose exit depends on it."""
-        stage_of: dict[Node, int] = {}
-        for index, results in enumerate(self._results):
-            stack = [node for _, node in results]
-            while stack:
-                node = stack.pop()
-                if node.op != "placeholder" and node not in stage_of:
-                    stage_of[node] = index
-                    stack += node.all_input_nodes
-        for node in self._nodes:
-            # A tuple is not carried: all that is taken from it is in its stage.
-            if node.target is operator.getitem and node.all_input_nodes[0] in stage_of:
-                stage_of[node] = stage_of[node.all_input_nodes[0]]
-        return stage_of
+        leaving = [[node for node in carried if self._stage_of[node] == index] for index in stages]
+        return [self._build(index, wanted[index], entering[index], leaving[index], names, places) for index in stages]
 
     def _find_moving(self) -> set[Node]:
         """Return what depends on the numbers in the images, and not only on how many there are."""
@@ -167,7 +139,7 @@ class _Cuts:
         """Return where a carried tensor has its images; None where the graph takes one image only."""
         value = node.meta["val"]
         if not isinstance(value, Tensor):
-            raise self._no_rows(index, node, f"which is no tensor but {type(value).__name__}")
+            raise self._no_rows(index, node, f"which is not a tensor but {type(value).__name__}")
         if not isinstance(self._batch, torch.SymInt):
             return None
         multiples = [0 if isinstance(size, int) else batch_multiple(size, self._batch) for size in value.shape]
@@ -215,23 +187,20 @@ class _Cuts:
                 made[node] = count if size == 1 else graph.call_function(operator.mul, (count, size))
             else:
                 made[node] = graph.node_copy(node, made.__getitem__)
-        graph.output(
-            (
-                *(_pack(graph, made[node], places[node]) for node in leaving),
-                *(made[node] for _, node in self._results[index]),
-            )
-        )
-        inputs = [self._spec(names[node], node, places.get(node)) for node in entering]
-        outputs = [self._spec(names[node], node, places.get(node)) for node in leaving]
-        outputs += [self._spec(name, node, None) for name, node in self._results[index]]
+        packed = [_pack(graph, made[node], places[node]) for node in leaving]
+        graph.output((*packed, *(made[node] for _, node in self._results[index])))
+        inputs = [_spec(names[node], node, places.get(node)) for node in entering]
+        outputs = [_spec(names[node], node, places.get(node)) for node in leaving]
+        outputs += [_spec(name, node, None) for name, node in self._results[index]]
         return Stage(fx.GraphModule(tensors, graph), tuple(inputs), tuple(outputs))
 
-    def _spec(self, name: str, node: Node, place: _Place | None) -> TensorSpec:
-        value = node.meta["val"]
-        shape: list[int | None] = [size if isinstance(size, int) else None for size in value.shape]
-        if place is not None:
-            shape = [None, *place.rest] if place.multiple == 1 else [None, place.multiple, *place.rest]
-        return TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(shape))
+
+def _spec(name: str, node: Node, place: _Place | None) -> TensorSpec:
+    value = node.meta["val"]
+    shape: list[int | None] = [size if isinstance(size, int) else None for size in value.shape]
+    if place is not None:
+        shape = [None, *place.rest] if place.multiple == 1 else [None, place.multiple, *place.rest]
+    return TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(shape))
 
 
 def _pack(graph: fx.Graph, node: Any, place: _Place | None) -> Any:

@@ -1,18 +1,23 @@
-"""Trace a network, and write its graph to a file that is read again and run."""
+"""Trace a network, write its graph to a file that is read again and run, and say what the file holds."""
 
+import copy
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 
+from timm_selfdistill.data.transforms import InputConfig
+from timm_selfdistill.hub import class_names, complete_names
+from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.model.network import AllExits, EachExit
 from timm_selfdistill.program import ReportedError
 from timm_selfdistill.truncation import TruncatedModel
@@ -36,13 +41,7 @@ class ExportError(ReportedError):
 
 @dataclass(frozen=True)
 class Interface:
-    """The tensors that go into a graph and come out of it.
-
-    Args:
-        inputs: Names of the inputs.
-        outputs: Names of the outputs.
-        batched: Of each input, whether its first dimension may have any size, the same for all that are.
-    """
+    """Names of a graph's inputs and outputs, and which inputs have a first dimension of any size, the same for all."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -64,6 +63,104 @@ def check_packages(kind: str) -> None:
         missing = [package for package in ("onnx", "onnxscript", "onnxruntime") if find_spec(package) is None]
         if missing:
             raise ValueError(f"ONNX needs {', '.join(missing)}: pip install 'timm_selfdistill[onnx]'.")
+
+
+def check_path(path: Path, suffix: str, format_name: str, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
+    """Raise ValueError unless a path ends as its format wants, "" for a folder, and is free or may be overwritten."""
+    if suffix and path.suffix != suffix:
+        raise ValueError(f"{path} must end with {suffix} for the format {format_name}.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; it is replaced only with overwrite=True (--force).")
+    if suffix and path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file, so it is not replaced.")
+    if not suffix and path.exists() and not is_ours(path):
+        raise ValueError(f"{path} was not written by an export, so nothing is written there.")
+
+
+def input_config(model: SelfDistillModel, image_size: int | tuple[int, int] | None) -> InputConfig:
+    """Return how a model's images are prepared, of this size where one is given."""
+    config = InputConfig.from_model(model.backbone)
+    if image_size is None:
+        return config
+    return replace(config, image_size=(image_size, image_size) if isinstance(image_size, int) else image_size)
+
+
+def describe(model: SelfDistillModel, label_names: Sequence[str] | None, config: InputConfig) -> dict[str, Any]:
+    """Return what is written beside a graph: what it was made of, its classes, and how images are prepared."""
+    names = class_names(model) if label_names is None else complete_names(label_names, model.num_classes)
+    named = getattr(model.backbone, "pretrained_cfg", {})
+    return {
+        "architecture": named.get("architecture", type(model.backbone).__name__),
+        "num_classes": model.num_classes,
+        "label_names": None if names is None else list(names),
+        **config.to_timm(),
+    }
+
+
+def as_exported(network: nn.Module) -> nn.Module:
+    """Return a network as its graphs are: in eval mode, on the CPU and in float32."""
+    return network.eval().to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
+
+
+def copy_to_trace(network: nn.Module, kind: str) -> nn.Module:
+    """Return a copy of a network, in which tracing may leave something, as its graph is to be."""
+    network = copy.deepcopy(network)
+    if kind == "onnx":
+        # torch.onnx fails on the strides of some fused attention (BEiT's), and writes out its parts in any case.
+        for module in network.modules():
+            if getattr(module, "fused_attn", False):
+                module.fused_attn = False  # type: ignore[assignment]  # no tensor and no module
+    return network
+
+
+def trace(network: nn.Module, examples: Sequence[Tensor], interface: Interface) -> ExportedProgram:
+    """Return the graph of a network in eval mode, without what its outputs do not depend on.
+
+    There is an example of each input; of those of any size, a batch of two.
+    """
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            # The hooks of a cut network record, and have forgotten it at the end.
+            warnings.filterwarnings("ignore", message=".*certain side effects")
+            program = torch.export.export(
+                network,
+                tuple(examples),
+                dynamic_shapes=interface.dynamic_shapes(Dim("batch")),
+                # A cut network's forward ends by an exception, which only the strict tracer can follow.
+                strict=isinstance(network, TruncatedModel),
+            )
+    except Exception as error:  # of the tracer or the network, of any kind
+        how, hint = "at all", ""
+        if interface.dynamic:
+            how, hint = "with a dynamic batch", "; it may work without dynamic_batch, for one image at a time"
+        raise ExportError(f"torch.export cannot trace {name_of(network)} {how}: {first_line(error)}{hint}.") from error
+    return _prune(program)
+
+
+def _prune(program: ExportedProgram) -> ExportedProgram:
+    """Remove from a graph the nodes and tensors that its output does not depend on, and the names of source files."""
+    graph, signature = program.graph, program.graph_signature
+    graph.eliminate_dead_code()
+    unused = {node.name: node for node in graph.nodes if node.op == "placeholder" and not node.users}
+    kept = [spec for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT or spec.arg.name not in unused]
+    for spec in signature.input_specs:
+        if spec not in kept:
+            graph.erase_node(unused[spec.arg.name])
+    for node in graph.nodes:
+        node.meta.pop("stack_trace", None)
+    targets = {spec.target for spec in kept}
+    return ExportedProgram(
+        program.graph_module,
+        graph,
+        ExportGraphSignature(kept, signature.output_specs),
+        {name: tensor for name, tensor in program.state_dict.items() if name in targets},
+        program.range_constraints,
+        program.module_call_graph,
+        # Without example inputs, torch.export.save writes nothing that would be unpickled.
+        example_inputs=None,
+        constants={name: value for name, value in program.constants.items() if name in targets},
+        verifiers=program.verifiers,
+    )
 
 
 def write_graph(program: ExportedProgram, interface: Interface, kind: str, metadata: str, path: Path) -> Run:
@@ -115,67 +212,17 @@ def _save_onnx(program: ExportedProgram, interface: Interface, metadata: str, pa
     return run
 
 
-def write_out_attention(network: nn.Module) -> None:
-    """Let a network compute its attention in parts, as its graph is written to ONNX.
-
-    torch.onnx fails on the strides of some fused attention (BEiT's), and writes out its parts in any case.
-    """
-    for module in network.modules():
-        if getattr(module, "fused_attn", False):
-            module.fused_attn = False  # type: ignore[assignment]  # no tensor and no module
-
-
-def trace(network: nn.Module, examples: Sequence[Tensor], interface: Interface) -> ExportedProgram:
-    """Return the graph of a network, without what its outputs do not depend on.
-
-    Args:
-        network: The network, in eval mode.
-        examples: One tensor for each input; of those of any size, a batch of two.
-        interface: Inputs and outputs.
-    """
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            # The hooks of a cut network record, and have forgotten it at the end.
-            warnings.filterwarnings("ignore", message=".*certain side effects")
-            program = torch.export.export(
-                network,
-                tuple(examples),
-                dynamic_shapes=interface.dynamic_shapes(Dim("batch")),
-                # A cut network's forward ends by an exception, which only the strict tracer can follow.
-                strict=isinstance(network, TruncatedModel),
-            )
-    except Exception as error:  # of the tracer or the network, of any kind
-        how, hint = "at all", ""
-        if interface.dynamic:
-            how, hint = "with a dynamic batch", "; it may work without dynamic_batch, for one image at a time"
-        raise ExportError(f"torch.export cannot trace {name_of(network)} {how}: {first_line(error)}{hint}.") from error
-    return _prune(program)
-
-
-def _prune(program: ExportedProgram) -> ExportedProgram:
-    """Remove from a graph the nodes and tensors that its output does not depend on, and the names of source files."""
-    graph, signature = program.graph, program.graph_signature
-    graph.eliminate_dead_code()
-    unused = {node.name: node for node in graph.nodes if node.op == "placeholder" and not node.users}
-    kept = [spec for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT or spec.arg.name not in unused]
-    for spec in signature.input_specs:
-        if spec not in kept:
-            graph.erase_node(unused[spec.arg.name])
-    for node in graph.nodes:
-        node.meta.pop("stack_trace", None)
-    targets = {spec.target for spec in kept}
-    return ExportedProgram(
-        program.graph_module,
-        graph,
-        ExportGraphSignature(kept, signature.output_specs),
-        {name: tensor for name, tensor in program.state_dict.items() if name in targets},
-        program.range_constraints,
-        program.module_call_graph,
-        # Without example inputs, torch.export.save writes nothing that would be unpickled.
-        example_inputs=None,
-        constants={name: value for name, value in program.constants.items() if name in targets},
-        verifiers=program.verifiers,
-    )
+def check_run(run: Run, network: nn.Module, batches: Iterable[Tensor], format_name: str) -> None:
+    """Raise ExportError unless what was written gives a network's logits for batches of images."""
+    written = f"{name_of(network)}, exported to {format_name},"
+    for images in batches:
+        with torch.no_grad():
+            expected = _flat(network(images))
+            try:
+                found = run([images])
+            except Exception as error:  # of the runtime, of any kind
+                raise ExportError(f"{written} fails on a batch of {len(images)}: {first_line(error)}") from error
+        check_close(found, expected, f"{written} gives other logits for a batch of {len(images)}")
 
 
 def check_close(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
@@ -186,17 +233,18 @@ def check_close(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) 
             raise ExportError(f"{what}: they differ by up to {difference:.2g}, the largest is {largest:.2g}.")
 
 
-def check_run(run: Run, network: nn.Module, batches: Iterable[Tensor], kind: str) -> None:
-    """Raise ExportError unless what was written gives a network's logits for batches of images."""
-    written = f"{name_of(network)}, exported to {kind},"
-    for images in batches:
-        with torch.no_grad():
-            expected = _flat(network(images))
-            try:
-                found = run([images])
-            except Exception as error:  # of the runtime, of any kind
-                raise ExportError(f"{written} fails on a batch of {len(images)}: {first_line(error)}") from error
-        check_close(found, expected, f"{written} gives other logits for a batch of {len(images)}")
+def move_files(staged: Path, path: Path) -> None:
+    """Move a graph from a folder of its own to its path, with the weights that ONNX keeps beside it, or without them
+    in place of a graph that had some.
+    """
+    replaces = path.exists()
+    weights = f"{path.name}.data"
+    is_large = (staged.parent / weights).exists()
+    # The graph, which names them, comes last.
+    for file in sorted(staged.parent.iterdir(), key=lambda file: file == staged):
+        os.replace(file, path.parent / file.name)
+    if replaces and not is_large:
+        (path.parent / weights).unlink(missing_ok=True)
 
 
 def name_of(network: nn.Module) -> str:

@@ -1,24 +1,23 @@
-"""The cost of an image that leaves at an exit: the backbone up to there, and the heads that run on the way."""
+"""What images cost by where they leave: the path to each exit, the time of a batch, and which exits pay."""
 
 import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig, StageCosts, measure_stage_costs
+from timm_selfdistill.early_exit.leaving import exit_answers, exit_confidence, first_confident
+from timm_selfdistill.early_exit.rules import EarlyExitConfig
+from timm_selfdistill.early_exit.stage_costs import StageCosts, measure_stage_costs
 from timm_selfdistill.exits import unchanged
-from timm_selfdistill.measure import MacCounter, seconds_of
+from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.model import SelfDistillModel
 
-_MIN_IMAGES: Final = 128
-_MIN_BATCHES: Final = 4
-_SPEEDUP_ROUNDS: Final = 3
+_MARGIN: Final = 0.02
+"""What early exit must save of the plain backbone's time: bookkeeping, and the error of the times, may take as much."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class PathCosts:
 
     def paths_under(self, config: EarlyExitConfig) -> Tensor:
         """Return what an image costs that leaves at each exit [K + 1] under these settings."""
-        return self.paths([config.runs_head(index) for index in range(len(self.heads))])
+        return self.paths(config.heads_run)
 
     def mean(self, config: EarlyExitConfig, exit_index: Tensor) -> float:
         """Return the mean over images that leave at these exits [N] under these settings, each as if it came alone."""
@@ -78,7 +77,7 @@ def measure_path_macs(model: SelfDistillModel, input_size: tuple[int, int, int])
     """
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    marks = []
+    marks = [0]
     with unchanged(model), MacCounter() as counter:
 
         def visit(index: int, taps: tuple[Tensor, ...]) -> None:
@@ -87,7 +86,8 @@ def measure_path_macs(model: SelfDistillModel, input_size: tuple[int, int, int])
             marks.append(counter.macs)
 
         model.forward_while(image, visit)
-        parts = [later - before for before, later in pairwise([0, *marks, counter.macs])]
+        marks.append(counter.macs)
+    parts = [later - before for before, later in pairwise(marks)]
     return PathCosts(tuple(accumulate(parts[::2])), tuple(parts[1::2]))
 
 
@@ -106,26 +106,60 @@ def measure_path_seconds(model: SelfDistillModel, input_size: tuple[int, int, in
     return PathCosts.of_batch(measure_stage_costs(model, never, batch_size, input_size), batch_size)
 
 
-def images_to_time(batch_size: int) -> int:
-    """Return how many images `measure_speedup` needs for batches of this size."""
-    return max(_MIN_IMAGES, _MIN_BATCHES * batch_size)
-
-
 @torch.no_grad()
-def measure_speedup(model: SelfDistillModel, config: EarlyExitConfig, images: Tensor, batch_size: int) -> float:
-    """Return the time of the plain backbone over that with early exit: the median of three rounds over images
-    [N, C, H, W], batch by batch in turns.
+def close_exits(
+    model: SelfDistillModel,
+    config: EarlyExitConfig,
+    costs: StageCosts,
+    images: Tensor,
+    batch_size: int,
+    shrinks: Sequence[bool],
+) -> EarlyExitConfig:
+    """Return settings in which exits that do not pay let no image leave: their threshold is infinity.
 
-    Images fewer than a batch are repeated; those that do not fill a batch are left out.
+    One exit after the other is closed as long as that makes a batch of `images` [N, C, H, W] faster; where early exit
+    then saves less than 2 % of the plain backbone's time, all are.
     """
-    images = images.repeat(-(-batch_size // len(images)), 1, 1, 1).to(next(model.parameters()))
-    batches = [batch for batch in torch.split(images, batch_size) if len(batch) == batch_size]
-    ways = (model, EarlyExit.from_config(model, config))
-    for way in ways:
-        way(batches[0])
-    ratios = []
-    for _ in range(_SPEEDUP_ROUNDS):
-        turns = [[seconds_of(partial(way, batch), batch.device) for way in ways] for batch in batches]
-        plain, early = map(sum, zip(*turns, strict=True))
-        ratios.append(plain / early)
-    return statistics.median(ratios)
+    parameter = next(model.parameters())
+    with unchanged(model):
+        parts = [model(part.to(parameter), return_exits=True).logits for part in images.split(batch_size)]
+    answers = exit_answers(config, torch.cat([torch.stack(part) for part in parts], 1), model.ensemble)
+    confidence = exit_confidence(answers, config).cpu()
+
+    def seconds(settings: EarlyExitConfig) -> float:
+        leaving = first_confident(confidence, settings.thresholds).bincount(minlength=len(confidence) + 1)
+        reaching = leaving.flip(0).cumsum(0).flip(0) / leaving.sum()
+        return expected_seconds(settings, costs, reaching.tolist(), batch_size, shrinks)
+
+    best = config
+    while True:
+        closed = [_close(best, [exit]) for exit, value in enumerate(best.thresholds) if value < math.inf]
+        better = min(closed, key=seconds, default=best)
+        if seconds(better) >= seconds(best):
+            break
+        best = better
+    plain = _close(config, range(model.num_exits))
+    return best if seconds(best) < (1 - _MARGIN) * seconds(plain) else plain
+
+
+def expected_seconds(
+    config: EarlyExitConfig, costs: StageCosts, reaching: Sequence[float], batch_size: int, shrinks: Sequence[bool]
+) -> float:
+    """Return what a batch takes, by the share of all images that reaches each of the K exits and the backbone's end."""
+    total, rows = 0.0, float(batch_size)
+    for exit, (share, stage) in enumerate(zip(reaching, costs.stages, strict=True)):
+        # Images leave independently: how likely the stage runs, and how many rows it then has, times that.
+        runs = 1 - (1 - share) ** batch_size
+        rows = batch_size * share if exit and shrinks[exit - 1] else rows * runs
+        lines = [stage]
+        if exit < len(costs.heads) and config.heads_run[exit]:
+            lines.append(costs.heads[exit])
+        if exit and batch_size > 1 and shrinks[exit - 1] and config.thresholds[exit - 1] < math.inf:
+            lines.append(costs.takes[exit - 1])
+        total += sum(runs * line.fixed + rows * line.per_row for line in lines)
+    return total
+
+
+def _close(config: EarlyExitConfig, exits: Sequence[int]) -> EarlyExitConfig:
+    thresholds = [math.inf if exit in exits else value for exit, value in enumerate(config.thresholds)]
+    return replace(config, thresholds=tuple(thresholds))

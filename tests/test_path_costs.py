@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import timm_selfdistill as sd
-from timm_selfdistill.early_exit import EarlyExitConfig, Line, StageCosts, early_exit, paying
+from timm_selfdistill.early_exit import EarlyExitConfig, Line, StageCosts, early_exit, path_costs
 
 K = 2
 
@@ -27,14 +27,14 @@ def test_expected_seconds_are_those_of_the_parts_that_run():
     config, shares = EarlyExitConfig((0.5, math.inf)), (1.0, 0.5, 0.5)
     parts = costs((1, 2, 4), (8, 16), (32, 64))
     # Exit 1 has no head to run. A single image is never taken out of a batch.
-    assert paying.expected_seconds(config, parts, shares, 1, (True, True)) == 1 + 8 + 0.5 * (2 + 4)
-    assert paying.expected_seconds(config, parts, shares, 4, (True, True)) == 4 * (1 + 8) + 2 * (32 + 2 + 4)
+    assert path_costs.expected_seconds(config, parts, shares, 1, (True, True)) == 1 + 8 + 0.5 * (2 + 4)
+    assert path_costs.expected_seconds(config, parts, shares, 4, (True, True)) == 4 * (1 + 8) + 2 * (32 + 2 + 4)
     # A stage runs where one of its four images did not leave.
     fixed = costs((1, 2, 4), (8, 16), (32, 64), fixed=True)
     runs = 1 - 0.5**4
-    assert paying.expected_seconds(config, fixed, shares, 4, (True, True)) == 1 + 8 + runs * (32 + 2 + 4)
+    assert path_costs.expected_seconds(config, fixed, shares, 4, (True, True)) == 1 + 8 + runs * (32 + 2 + 4)
     # And on all of them where the batch cannot shrink.
-    assert paying.expected_seconds(config, parts, shares, 4, (False, True)) == 4 * 9 + 4 * runs * 2 + 2 * 4
+    assert path_costs.expected_seconds(config, parts, shares, 4, (False, True)) == 4 * 9 + 4 * runs * 2 + 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_exits_that_do_not_pay_are_closed(model, monkeypatch, parts, leaving, cl
     for exit, share in enumerate(leaving):
         reach = (confidence[:exit] < 0.5).all(0).nonzero().squeeze(1)
         confidence[exit, reach[: round(share * len(reach))]] = 1
-    monkeypatch.setattr(paying, "exit_confidence", lambda answers, config: confidence)
+    monkeypatch.setattr(path_costs, "exit_confidence", lambda answers, config: confidence)
     config = EarlyExitConfig((0.5, 0.5))
-    found = paying.close_exits(model, config, parts, torch.zeros(4, 3, 32, 32), batch_size, (True, True))
+    found = path_costs.close_exits(model, config, parts, torch.zeros(4, 3, 32, 32), batch_size, (True, True))
     assert [value == math.inf for value in found.thresholds] == closed
 
 
