@@ -26,7 +26,7 @@ from timm_selfdistill.calibration import Goal, choose_settings
 from timm_selfdistill.calibration.path_costs import PathCosts
 from timm_selfdistill.early_exit import EarlyExitConfig, replay, running_ensembles
 from timm_selfdistill.exit_logits import ExitLogits, is_right
-from timm_selfdistill.render import BLUE, GREEN, GREY, ORANGE, align, markdown, style_axes
+from timm_selfdistill.report.render import BLUE, GREEN, GREY, ORANGE, align, markdown, style_axes
 
 SHARES = ("25", "50", "75", "100")
 BASELINE = "none"

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Final, Literal, TypedDict
 
 import numpy as np
 
-from timm_selfdistill import render
 from timm_selfdistill.analysis.probes import NoisePoint, Projection, Scatter
 from timm_selfdistill.escape import each_text, plot_text
+from timm_selfdistill.report import render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

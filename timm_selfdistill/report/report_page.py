@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from timm_selfdistill import render
 from timm_selfdistill.escape import each_text, plot_text
 from timm_selfdistill.metrics import top1_interval
+from timm_selfdistill.report import render
 from timm_selfdistill.report.report_content import AccuracyRow, EnsembleRow, ExitRow, Report
 
 # Largest class over smallest, from which on the report has the macro recall.

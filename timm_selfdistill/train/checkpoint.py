@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from timm_selfdistill.checkpoint_format import (
+from timm_selfdistill.train.checkpoint_format import (
     FORMAT,
     MANIFEST,
     STATE,

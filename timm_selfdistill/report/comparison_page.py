@@ -5,9 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, TypedDict
 
-from timm_selfdistill import render
 from timm_selfdistill.escape import each_text, plot_text
-from timm_selfdistill.report import Report
+from timm_selfdistill.report import Report, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
