@@ -22,10 +22,7 @@ _COMMANDS: Final = {
     "finish": ("cli_commands", "make the report and the model of a run that was stopped"),
     "compare": ("compare", "train a recipe with several losses and seeds, side by side"),
     "evaluate": ("cli_commands", "report every exit of a trained model on a data set"),
-    "calibrate": (
-        "cli_commands",
-        "choose when a trained model answers early, by images that it was not trained on",
-    ),
+    "calibrate": ("cli_commands", "choose when a trained model answers early, by images that it was not trained on"),
     "analyze": (
         "cli_commands",
         "measure on a trained model why the method works: noise on weights, gradients, features",

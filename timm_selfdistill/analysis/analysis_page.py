@@ -32,9 +32,8 @@ class NoiseCurves(TypedDict):
 class StageGradients(TypedDict):
     """Mean magnitude of the gradient in one stage of the backbone, of `params` parameters; None where not finite.
 
-    `network` is that of the loss that the run trained with, None where this cannot be computed; `network_ce` that of
-    the cross-entropy of the backbone's own classifier alone, in the same network; `baseline` the same in the baseline,
-    None where there is none.
+    `network` is of the loss that the run trained with, `network_ce` of the cross-entropy of the backbone's own
+    classifier alone, `baseline` of the same in the baseline; None where there is no such loss or baseline.
     """
 
     name: str
@@ -167,15 +166,13 @@ def _finish_panel(axes: "Axes", title: str) -> None:
 
 def _noise(noise: NoiseCurves) -> render.Table:
     curves = [noise["network"]] if noise["baseline"] is None else [noise["network"], noise["baseline"]]
-    header = ["noise", "top-1 %", "loss", "baseline %", "its loss"][: 1 + 2 * len(curves)]
-    rows = []
+    rows = [["noise", "top-1 %", "loss", "baseline %", "its loss"][: 1 + 2 * len(curves)]]
     for points in zip(*curves, strict=True):
-        row = [f"{points[0]['sigma']:g}"]
+        rows.append([f"{points[0]['sigma']:g}"])
         for point in points:
-            row.append(render.spread(point["top1"], point["top1_std"], ".2f"))
-            row.append(render.spread(point["loss"], point["loss_std"], ".3f"))
-        rows.append(row)
-    return [header, *rows]
+            rows[-1].append(render.spread(point["top1"], point["top1_std"], ".2f"))
+            rows[-1].append(render.spread(point["loss"], point["loss_std"], ".3f"))
+    return rows
 
 
 def _gradients(analysis: Analysis) -> render.Table:
@@ -192,17 +189,10 @@ def _features(features: list[FeatureRow]) -> render.Table:
     rows = [["features", "within", "between", "within/between", "in 2-D"]]
     num_exits = sum(row["name"] != "baseline" for row in features)
     for index, row in enumerate(features):
-        scatter = row["scatter"]
         note = " (backbone)" if index == num_exits - 1 else ""
-        rows.append(
-            [
-                "baseline" if index == num_exits else f"{index}: {row['name']}{note}",
-                f"{scatter['within']:.3g}",
-                f"{scatter['between']:.3g}",
-                render.number(scatter["ratio"], ".3g"),
-                f"{sum(row['projection']['explained']):.0%}",
-            ]
-        )
+        name = "baseline" if index == num_exits else f"{index}: {row['name']}{note}"
+        scatter = [render.number(row["scatter"][key], ".3g") for key in ("within", "between", "ratio")]
+        rows.append([name, *scatter, f"{sum(row['projection']['explained']):.0%}"])
     return rows
 
 

@@ -26,8 +26,8 @@ BatchLoss = Callable[[Tensor, Tensor], Tensor]
 class NoisePoint(TypedDict):
     """How good the backbone's own classifier is with noise of one standard deviation `sigma` on its weights.
 
-    `top1` in percent and `loss`, the cross-entropy in nats, are means over the draws of the noise, `top1_std` and
-    `loss_std` their standard deviations; None where there is one draw only, or a value is not a finite number.
+    `top1` in percent and `loss`, the cross-entropy in nats, are means over the draws of the noise, beside their
+    standard deviations; None where there is one draw only, or a value is not a finite number.
     """
 
     sigma: float
@@ -38,9 +38,7 @@ class NoisePoint(TypedDict):
 
 
 class Scatter(TypedDict):
-    """Squared distances, means over the images: `within` from each to the mean of its class, `between` from the mean of
-    its class to that of all; `ratio` is the first over the second, None where the latter is 0.
-    """
+    """What `measure_scatter` finds; `ratio` is None where `between` is 0."""
 
     within: float
     between: float
@@ -48,10 +46,9 @@ class Scatter(TypedDict):
 
 
 class Projection(TypedDict):
-    """Features on the two directions in which they vary most.
+    """Features in the two directions in which they vary most: [x, y] and the class index of each image.
 
-    `points` holds [x, y] for each image, `classes` its class index; `explained` is the share of the features' variance
-    in each direction, 0 to 1.
+    `explained` is the share of the features' variance in each direction, 0 to 1.
     """
 
     points: list[list[float]]

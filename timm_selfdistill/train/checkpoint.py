@@ -46,12 +46,9 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any] | EncodedState, step:
         step: The number in the name, growing as training goes on. A checkpoint of the same step is replaced.
         keep: How many of the newest checkpoints to keep, this one included.
 
-    Returns:
-        The new checkpoint's folder.
-
     Raises:
-        CheckpointError: If the state holds what cannot be stored, if `step` < 0 or `keep` < 1, or if the folder has
-            whole checkpoints of later steps, which must be another run's.
+        CheckpointError: If the state holds what cannot be stored, an argument is too small, or the folder has whole
+            checkpoints of later steps, which must be another run's.
         OSError: If the files cannot be written; what was there before is untouched.
     """
     if step < 0 or keep < 1:
@@ -149,10 +146,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one network on a thread of its own, one after the other.
+    """Writes the checkpoints of one network on a thread of its own; the caller's thread only copies the state.
 
-    The caller's thread only copies the state. A checkpoint that cannot be written, as on a full disk, leaves those
-    before it in place; training goes on, and the next one is tried.
+    A checkpoint that cannot be written, as on a full disk, leaves those before it in place: the next one is tried.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -171,10 +167,10 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written; an `OSError` says that it could not be."""
-        running, self._running = self._running, None
-        if running is None:
+        if self._running is None:
             return
-        step, future = running
+        step, future = self._running
+        self._running = None
         try:
             future.result()
         except OSError as error:
