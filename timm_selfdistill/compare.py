@@ -81,8 +81,7 @@ def list_variants() -> list[str]:
 def with_loss(recipe: Recipe, name: str) -> Recipe:
     """Return a recipe with another loss, in its published settings, and everything else as it is.
 
-    Hint adapters are left out where the loss has no hints that could train them. A teacher from outside belongs to the
-    recipe's own loss, and is left out with another.
+    A teacher from outside is left out with another loss, and hint adapters where the loss has no hints to train them.
     """
     if name == _OWN:
         return recipe
@@ -110,7 +109,6 @@ def _check(losses: Sequence[str], seeds: Sequence[int]) -> None:
 
 
 def _variant(recipe: Recipe, folder: Path, loss: str, seed: int) -> Recipe:
-    """Return the recipe of one run."""
     update = {"seed": seed, "baseline": False, "output_dir": str(folder / f"{loss}-seed-{seed}"), "push_to_hub": None}
     return with_loss(recipe, loss).model_copy(update=update)
 

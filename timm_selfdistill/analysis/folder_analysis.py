@@ -166,7 +166,9 @@ def _open_baseline(
     if other.model_folder.resolve() == saved.model_folder.resolve():
         raise ValueError(f"--baseline {baseline} is the model that is to be analyzed: name another one.")
     plain = from_pretrained(other.model_folder)
-    shapes, others = _shapes(model), _shapes(plain)
+    shapes, others = (
+        {name: weight.shape for name, weight in each.backbone.named_parameters()} for each in (model, plain)
+    )
     if shapes != others:
         raise ValueError(
             f"--baseline {baseline} has another backbone ({plain.pretrained_cfg['architecture']} with "
@@ -174,10 +176,6 @@ def _open_baseline(
             f"{len(shapes)}), or other sizes: only equal backbones can be compared."
         )
     return plain, other.output.name
-
-
-def _shapes(model: SelfDistillModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(weight.shape) for name, weight in model.backbone.named_parameters()}
 
 
 def _noise(

@@ -87,12 +87,7 @@ def save_pretrained(
 
 
 def save_exported(
-    model: SelfDistillModel,
-    exit: int,
-    folder: Path,
-    *,
-    label_names: Sequence[str] | None,
-    data_config: Mapping[str, Any],
+    model: SelfDistillModel, exit: int, folder: Path, label_names: Sequence[str] | None, data_config: Mapping[str, Any]
 ) -> None:
     """Write a model, cut off after an exit, as `config.json` and `model.safetensors`; see `save_pretrained`.
 
@@ -161,21 +156,16 @@ def read_run(folder: str | Path) -> Any:
 def read_early_exit(folder: str | Path) -> EarlyExitConfig | None:
     """Return the early-exit settings that were saved with a model, or None if there are none."""
     saved = read_config(Path(folder)).early_exit
-    if saved is None:
-        return None
     try:
-        return EarlyExitConfig.from_json(saved)
+        return None if saved is None else EarlyExitConfig.from_json(saved)
     except ValueError as error:
         raise ValueError(f"{Path(folder) / CONFIG} holds early-exit settings that are not allowed: {error}") from error
 
 
 def save_early_exit(folder: str | Path, early_exit: EarlyExitConfig) -> None:
-    """Keep early-exit settings with a model that is saved already; its weights are not written again.
+    """Keep early-exit settings, with one threshold for each exit, with a model that is saved already.
 
     `config.json` is replaced first, then the model card, where it still has the lines that tell how to load the model.
-
-    Raises:
-        ValueError: If the folder holds no whole model, or there is not one threshold for each of its exits.
     """
     folder = Path(folder)
     model = load_folder(folder)

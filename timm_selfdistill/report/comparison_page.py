@@ -3,13 +3,10 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import Final, TypedDict
 
 from timm_selfdistill.escape import each_text, plot_text
 from timm_selfdistill.report import Report, render
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BASELINE: Final = "none"
 _CONFIDENCE: Final = 0.95
@@ -94,7 +91,7 @@ def summarize(
     }
 
 
-def draw_comparison(comparison: Comparison) -> "Figure":
+def draw_comparison(comparison: Comparison) -> "render.Figure":
     """Draw the mean top-1 accuracy of every output with each loss, and its standard deviation over the seeds."""
     comparison = each_text(comparison, plot_text)
     losses, seeds, names = comparison["losses"], comparison["seeds"], _output_names(comparison)

@@ -168,12 +168,14 @@ def build_report(
         weights, images = list(model.ensemble.weights), model.ensemble.images
         fitted = {**row(metrics["fitted_ensemble"], len(names) + 1), "weights": weights, "images": images}
     parameter = next(model.parameters())
+    pretrained = getattr(model.backbone, "pretrained_cfg", None) or {}
     return {
         "exits": exits,
         "ensemble": {**row(metrics["ensemble"], len(names)), **costs[-1]},
         "fitted_ensemble": fitted,
         "baseline": None if baseline is None else _row(baseline, None, baseline["exits"][-1], 0),
-        "backbone": _backbone_name(model.backbone),
+        # Of a backbone that is not from timm, its class.
+        "backbone": str(pretrained.get("architecture") or type(model.backbone).__name__),
         "dataset": dataset,
         "num_samples": metrics["num_samples"],
         "num_skipped": {**(skipped or {}), "evaluation": metrics["num_skipped"]},
@@ -271,9 +273,3 @@ def _row(
 def _finite(value: float) -> float | None:
     """Return the value, or None for what JSON has no number for."""
     return float(value) if math.isfinite(value) else None
-
-
-def _backbone_name(backbone: nn.Module) -> str:
-    """Return timm's name of the architecture, or the class of a backbone that is not from timm."""
-    config = getattr(backbone, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(backbone).__name__)

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 from timm_selfdistill.escape import each_text, plot_text
 from timm_selfdistill.metrics import top1_interval
@@ -14,9 +14,6 @@ _UNEVEN: Final = 1.5
 # Title and format of a metric's column; a metric that is not here is shown under its own name.
 _COLUMNS: Final = {"top5": ("top-5 %", ".2f"), "ece": ("ECE", ".3f")}
 _SHOWN_APART: Final = ("top1", "top1_interval", "gain_interval", "macro_recall")
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def format_table(report: Report) -> str:
@@ -37,7 +34,7 @@ def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
     _PAGE.write(report, Path(folder))
 
 
-def draw_report(report: Report) -> "Figure":
+def draw_report(report: Report) -> "render.Figure":
     """Draw top-1 accuracy over multiply-accumulates, with a point for each exit, the ensembles and the baseline.
 
     The figure belongs to no window and to no global state of matplotlib; save it with its `savefig`.

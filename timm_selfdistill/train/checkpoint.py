@@ -83,8 +83,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the state saved in a checkpoint's folder, after comparing every file with its hash.
 
     Raises:
-        DamagedCheckpointError: If a file is missing or not what was written.
-        CheckpointError: If there is no such folder, another version of this library wrote it, or it cannot be read.
+        CheckpointError: If there is no such folder, another version of this library wrote it, or it cannot be read; a
+            `DamagedCheckpointError` if a file is missing or not what was written.
     """
     verify_files(path)
     try:
@@ -98,11 +98,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_entry(path: Path, key: str) -> Any:
-    """Return one entry, without tensors, of a checkpoint's state, or None; nothing else is read or compared.
-
-    Raises:
-        DamagedCheckpointError: If there is no such folder, or it cannot be read.
-    """
+    """Return one entry, without tensors, of a checkpoint's state, or None; nothing else is compared with its hash."""
     try:
         pairs = json.loads((path / STATE).read_bytes())["dict"]
         return next((decode_state(node, {}) for name, node in pairs if name == key), None)
@@ -130,11 +126,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the whole checkpoint of the latest step, or None; damaged ones are skipped and logged.
-
-    Raises:
-        CheckpointError: If another version of this library wrote the latest one, or the storage fails.
-    """
+    """Return the whole checkpoint of the latest step, or None; damaged ones are skipped and logged."""
     for path in reversed(list_checkpoints(folder)):
         try:
             verify_files(path)
