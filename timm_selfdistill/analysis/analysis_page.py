@@ -37,7 +37,7 @@ class StageGradients(TypedDict):
 
 
 class Gradients(TypedDict):
-    """Gradients by stage, over augmented batches; `own_loss` tells why that of the run's own loss is missing, if it is."""
+    """Gradients by stage, over augmented batches; `own_loss` tells why those of the run's loss are missing, or None."""
 
     stages: list[StageGradients]
     dataset: str
