@@ -33,7 +33,6 @@ _COMMANDS: Final = {
     "exits": ("cli_commands", "show where a timm model can have exits, and what they would cost"),
     "recipes": ("cli", "list the shipped recipes, print or copy one"),
 }
-_SAME_NAME: Final = Path(".")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,14 +64,13 @@ def _add_recipes(parser: argparse.ArgumentParser) -> None:
         "--copy",
         dest="copy_to",
         nargs="?",
-        type=Path,
-        const=_SAME_NAME,
+        const="",
         metavar="FILE",
         help="copy it to a file that is not there yet, by default NAME.yaml",
     )
 
 
-def _recipes(name: str | None, copy_to: Path | None) -> None:
+def _recipes(name: str | None, copy_to: str | None) -> None:
     """List the shipped recipes, or print or copy one."""
     if name is None:
         if copy_to is not None:
@@ -85,7 +83,7 @@ def _recipes(name: str | None, copy_to: Path | None) -> None:
     if copy_to is None:
         print(text, end="")
         return
-    file = Path(f"{name}.yaml") if copy_to == _SAME_NAME else copy_to.expanduser()
+    file = Path(copy_to or f"{name}.yaml").expanduser()
     try:
         with file.open("x", encoding="utf-8") as copied:
             copied.write(text)
