@@ -20,9 +20,9 @@ from unittest.mock import patch
 import torch
 from accelerate.state import AcceleratorState
 
-from timm_selfdistill.checkpoint import CheckpointWriter
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import train
+from timm_selfdistill.train.checkpoint import CheckpointWriter
 from timm_selfdistill.train.tracking import JsonLinesTracker
 
 SETTINGS = (

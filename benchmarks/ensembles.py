@@ -22,7 +22,7 @@ from timm_selfdistill.data import open_dataset
 from timm_selfdistill.data.loaders import build_loaders
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.recipe import load_recipe
-from timm_selfdistill.render import align
+from timm_selfdistill.report.render import align
 
 
 @torch.inference_mode()

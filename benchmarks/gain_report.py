@@ -25,7 +25,7 @@ import timm_selfdistill as sd
 from timm_selfdistill.calibration import Goal, choose_settings
 from timm_selfdistill.early_exit import EarlyExitConfig, PathCosts, replay, running_ensembles
 from timm_selfdistill.exit_logits import ExitLogits, is_right
-from timm_selfdistill.render import BLUE, GREEN, GREY, ORANGE, align, markdown, style_axes
+from timm_selfdistill.report.render import BLUE, GREEN, GREY, ORANGE, align, markdown, style_axes
 
 SHARES = ("25", "50", "75", "100")
 BASELINE = "none"

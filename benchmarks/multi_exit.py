@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import timm_selfdistill as sd
 from timm_selfdistill.early_exit import PathCosts, running_ensembles
 from timm_selfdistill.exit_logits import ExitLogits, is_right
-from timm_selfdistill.render import align, markdown
+from timm_selfdistill.report.render import align, markdown
 
 # CIFAR-100 test accuracy by millions of multiply-adds, as MSDNet's authors publish it (https://arxiv.org/abs/1703.09844);
 # another network, training and image size, so only the shape of the curve compares.

@@ -26,11 +26,11 @@ from timm_selfdistill.analysis.probes import (
     measure_scatter,
     project,
 )
-from timm_selfdistill.checkpoint import load_checkpoint, save_checkpoint
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import build_loss, train
+from timm_selfdistill.train.checkpoint import load_checkpoint, save_checkpoint
 from timm_selfdistill.train.saved_run import SavedRun
 
 SMALL = (

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import timm_selfdistill as sd
-from timm_selfdistill import cli_models
+from timm_selfdistill import cli_commands
 from timm_selfdistill.calibration import Goal, calibrate_folder, collect_logits, format_calibration
 from timm_selfdistill.calibration.calibration_page import _PAGE
 from timm_selfdistill.cli import main as cli
@@ -350,8 +350,8 @@ def test_held_out_images_set_the_ranges_of_a_static_export(run, monkeypatch, cap
         asked.update(options)
         return run
 
-    monkeypatch.setattr(cli_models, "export_folder", export)
-    monkeypatch.setattr(cli_models, "_RANGE_IMAGES", 5)
+    monkeypatch.setattr(cli_commands, "export_folder", export)
+    monkeypatch.setattr(cli_commands, "_RANGE_IMAGES", 5)
     assert cli(["export", str(run), "--format", "onnx-stages", "--quantize", "static"]) == 0
     found = asked["calibration_images"]
     assert asked["quantize"] == "static"

@@ -20,8 +20,8 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
-from timm_selfdistill import checkpoint, checkpoint_format
-from timm_selfdistill.checkpoint import (
+from timm_selfdistill.train import checkpoint, checkpoint_format
+from timm_selfdistill.train.checkpoint import (
     CheckpointError,
     DamagedCheckpointError,
     latest_checkpoint,
@@ -490,7 +490,7 @@ def save_for_ever(folder: Path, step: int) -> None:
 def start(function: Callable[..., None], *arguments: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
     # What this file imports, so that each process starts with it.
-    context.set_forkserver_preload(["pytest", "timm", "timm_selfdistill.checkpoint"])
+    context.set_forkserver_preload(["pytest", "timm", "timm_selfdistill.train.checkpoint"])
     process = context.Process(target=function, args=arguments)
     process.start()
     return process

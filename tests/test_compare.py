@@ -11,8 +11,8 @@ from test_train import SMALL, small_recipe
 
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.compare import compare, list_variants, with_loss
-from timm_selfdistill.comparison_page import Comparison, draw_comparison, format_comparison, summarize
 from timm_selfdistill.recipe import Recipe, load_recipe
+from timm_selfdistill.report.comparison_page import Comparison, draw_comparison, format_comparison, summarize
 from timm_selfdistill.train import build_loss, train
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_selfdistill.evaluate_metrics import ExpectedCalibrationError, TopKAccuracy
+from timm_selfdistill.plugins.evaluate_metrics import ExpectedCalibrationError, TopKAccuracy
 
 
 def test_top_k_accuracy_counts_labels_among_the_first_k() -> None:

@@ -14,10 +14,10 @@ from test_resume import after_steps, outcome, recipe, send
 
 import timm_selfdistill as sd
 from timm_selfdistill.calibration import Goal, calibrate_folder
-from timm_selfdistill.checkpoint import load_checkpoint
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.stop import Interrupted
 from timm_selfdistill.train import evaluate_folder, finish_folder, finished_report, train
+from timm_selfdistill.train.checkpoint import load_checkpoint
 from timm_selfdistill.train.saved_run import load_newest
 
 __all__ = ["after_steps"]  # a fixture

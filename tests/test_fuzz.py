@@ -18,16 +18,16 @@ from hypothesis import HealthCheck, configuration, example, given, settings
 from hypothesis import strategies as st
 
 import timm_selfdistill as sd
-from timm_selfdistill.checkpoint import (
+from timm_selfdistill.early_exit import EarlyExitConfig
+from timm_selfdistill.hub import CONFIG, read_early_exit
+from timm_selfdistill.recipe import Recipe, RecipeError, list_recipes, load_recipe, read_settings
+from timm_selfdistill.train.checkpoint import (
     CheckpointError,
     DamagedCheckpointError,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.hub import CONFIG, read_early_exit
-from timm_selfdistill.recipe import Recipe, RecipeError, list_recipes, load_recipe, read_settings
 
 ROOT = Path(__file__).parents[1]
 

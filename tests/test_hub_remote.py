@@ -21,7 +21,7 @@ from PIL import Image
 
 import timm_selfdistill as sd
 from timm_selfdistill.cli import main as cli
-from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, Training, model_card, push, remote, save_early_exit
+from timm_selfdistill.hub import BACKBONE, CARD, CONFIG, EXITS, Training, model_card, remote, save_early_exit
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.recipe.plain_yaml import parse
 
@@ -485,7 +485,7 @@ except Interrupted as interruption:
 
 def test_a_licence_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"A licence is named as on the Hub, such as apache-2\.0"):
-        push.push_folder(tmp_path, "me/net", license="Apache 2")
+        remote.push_folder(tmp_path, "me/net", license="Apache 2")
 
 
 @pytest.mark.parametrize("repo_id", ["net", "me/net/more", "me/", "me /net", "", "https://hub/me/net"])
@@ -602,8 +602,8 @@ def test_nothing_that_is_pushed_tells_where_it_was_made(tmp_path: Path, monkeypa
                     pushed[operation.path_in_repo] = file.read()
             return SimpleNamespace(pr_url=None, commit_url="there")
 
-    monkeypatch.setattr(push, "HfApi", Api)
-    assert push.push_folder(run, "me/net") == "there"
+    monkeypatch.setattr(remote, "HfApi", Api)
+    assert remote.push_folder(run, "me/net") == "there"
     assert set(pushed) == {CONFIG, BACKBONE, EXITS, CARD, "recipe.yaml", "report.json", "report.md"}
     for name, content in pushed.items():
         for secret in ("secret-client", "alice", str(tmp_path), TOKEN):

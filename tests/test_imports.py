@@ -74,7 +74,7 @@ def refused(*words):
 print(refusal(lambda: sd.train(sd.load_recipe("digits"))))
 print(refusal(lambda: sd.data.open_dataset))
 print(refusal(lambda: sd.fit_ensemble(logits=torch.randn(2, 8, 3), target=torch.arange(8) % 3)))
-print(refusal(lambda: __import__("timm_selfdistill.evaluate_metrics")))
+print(refusal(lambda: __import__("timm_selfdistill.plugins.evaluate_metrics")))
 sys.stderr = sys.stdout
 refused("train", "digits")
 refused("calibrate", "runs/digits")
@@ -91,7 +91,7 @@ def test_public_names_need_and_load_torch_and_timm_only(tmp_path: Path) -> None:
         f"timm_selfdistill.train needs accelerate, which is not installed: {extra}",
         f"timm_selfdistill.data.open_dataset needs datasets, which is not installed: {extra}",
         f"fit_ensemble needs scipy, which is not installed: {extra}",
-        f"timm_selfdistill.evaluate_metrics needs evaluate, which is not installed: {extra}",
+        f"timm_selfdistill.plugins.evaluate_metrics needs evaluate, which is not installed: {extra}",
     ]
     for command in ("train", "calibrate"):
         assert f"error: timm-selfdistill {command} needs accelerate, which is not installed: {extra}" in said

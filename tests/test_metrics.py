@@ -15,9 +15,9 @@ from scipy import stats
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_selfdistill.evaluate_metrics import ExpectedCalibrationError
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult, paired_interval, wilson_interval
 from timm_selfdistill.model import Ensemble, ExitOutput
+from timm_selfdistill.plugins.evaluate_metrics import ExpectedCalibrationError
 
 FITTED = Ensemble((0.0, 0.25, 0.5))
 

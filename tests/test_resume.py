@@ -22,16 +22,15 @@ from once import once
 from torch import nn
 
 import timm_selfdistill as sd
-from timm_selfdistill import checkpoint
-from timm_selfdistill.checkpoint import load_checkpoint
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.heads import HEADS
 from timm_selfdistill.losses.protocol import _LOSSES
 from timm_selfdistill.program import NonFiniteLossError
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.stop import EXIT_INTERRUPTED, Interrupted, StopSignals
-from timm_selfdistill.train import builders, finished_report, train, trainer
+from timm_selfdistill.train import builders, checkpoint, finished_report, train, trainer
 from timm_selfdistill.train.builders import build_optimizer
+from timm_selfdistill.train.checkpoint import load_checkpoint
 from timm_selfdistill.train.parallelism import Replicated
 from timm_selfdistill.train.train_state import PhaseState
 

@@ -13,12 +13,12 @@ import torch
 from accelerate.state import AcceleratorState
 from test_resume import SMALL, after_steps, outcome, recipe, send, whole
 
-from timm_selfdistill.checkpoint_format import build_manifest
 from timm_selfdistill.cli import main as cli
 from timm_selfdistill.hub import CONFIG
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.stop import Interrupted
 from timm_selfdistill.train import evaluate_folder, finished_report, train, trainer
+from timm_selfdistill.train.checkpoint_format import build_manifest
 from timm_selfdistill.train.run_folder import check_folder, recipe_changes
 
 __all__ = ["after_steps", "whole"]  # fixtures

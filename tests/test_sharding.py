@@ -18,8 +18,8 @@ from test_timm_families import ENCODERS, MEMBERS
 from torch import nn
 
 import timm_selfdistill as sd
-from timm_selfdistill.checkpoint import load_checkpoint
 from timm_selfdistill.losses import CSKD, PSKD
+from timm_selfdistill.train.checkpoint import load_checkpoint
 from timm_selfdistill.train.launch import OPTIMIZERS, refuse_loss
 from timm_selfdistill.train.parallelism import find_units
 

@@ -19,26 +19,20 @@ from timm_selfdistill.stop import leave_on_signals
 _COMMANDS: Final = {
     "init": ("starter", "look at your images and write a recipe that suits them"),
     "train": ("train.run", "train from a recipe (the same as accelerate launch's module)"),
-    "finish": ("cli_runs", "make the report and the model of a run that was stopped"),
+    "finish": ("cli_commands", "make the report and the model of a run that was stopped"),
     "compare": ("compare", "train a recipe with several losses and seeds, side by side"),
-    "evaluate": ("cli_runs", "report every exit of a trained model on a data set"),
-    "calibrate": (
-        "cli_runs",
-        "choose when a trained model answers early, by images that it was not trained on",
-    ),
+    "evaluate": ("cli_commands", "report every exit of a trained model on a data set"),
+    "calibrate": ("cli_commands", "choose when a trained model answers early, by images that it was not trained on"),
     "analyze": (
-        "cli_runs",
+        "cli_commands",
         "measure on a trained model why the method works: noise on weights, gradients, features",
     ),
-    "predict": ("cli_models", "classify image files"),
-    "export": ("cli_models", "write the network up to an exit as safetensors, torch.export or ONNX"),
-    "push": ("cli_models", "push a trained model to the Hugging Face Hub"),
-    "exits": ("cli_models", "show where a timm model can have exits, and what they would cost"),
+    "predict": ("cli_commands", "classify image files"),
+    "export": ("cli_commands", "write the network up to an exit as safetensors, torch.export or ONNX"),
+    "push": ("cli_commands", "push a trained model to the Hugging Face Hub"),
+    "exits": ("cli_commands", "show where a timm model can have exits, and what they would cost"),
     "recipes": ("cli", "list the shipped recipes, print or copy one"),
 }
-
-
-_SAME_NAME: Final = Path(".")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 with needs_extra(f"timm-selfdistill {name}"):
                     add_arguments, run = import_module(f"timm_selfdistill.{module}").COMMANDS[name]
+                    add_arguments(command)
             except MissingExtraError as error:
                 command.exit(2, f"error: {error}\n")
-            add_arguments(command)
             command.set_defaults(run=run)
     return run_program(parser, arguments)
 
@@ -70,14 +64,13 @@ def _add_recipes(parser: argparse.ArgumentParser) -> None:
         "--copy",
         dest="copy_to",
         nargs="?",
-        type=Path,
-        const=_SAME_NAME,
+        const="",
         metavar="FILE",
         help="copy it to a file that is not there yet, by default NAME.yaml",
     )
 
 
-def _recipes(name: str | None, copy_to: Path | None) -> None:
+def _recipes(name: str | None, copy_to: str | None) -> None:
     """List the shipped recipes, or print or copy one."""
     if name is None:
         if copy_to is not None:
@@ -90,7 +83,7 @@ def _recipes(name: str | None, copy_to: Path | None) -> None:
     if copy_to is None:
         print(text, end="")
         return
-    file = Path(f"{name}.yaml") if copy_to == _SAME_NAME else copy_to.expanduser()
+    file = Path(copy_to or f"{name}.yaml").expanduser()
     try:
         with file.open("x", encoding="utf-8") as copied:
             copied.write(text)

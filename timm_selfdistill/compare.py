@@ -12,11 +12,11 @@ from typing import Final
 
 from accelerate import PartialState
 
-from timm_selfdistill.comparison_page import BASELINE, Comparison, format_comparison, summarize, write_comparison
 from timm_selfdistill.losses import PRESETS, list_losses, list_presets, needs_of
 from timm_selfdistill.program import run_program
 from timm_selfdistill.progress import tell
 from timm_selfdistill.recipe import LossSection, Recipe, load_recipe
+from timm_selfdistill.report.comparison_page import BASELINE, Comparison, format_comparison, summarize, write_comparison
 from timm_selfdistill.train import as_begun, build_loss, finished_report, train
 from timm_selfdistill.train.recipe_names import all_problems
 from timm_selfdistill.train.run import add_arguments as add_training_arguments
@@ -33,15 +33,8 @@ def compare(recipe: Recipe, losses: Sequence[str], seeds: Sequence[int]) -> Comp
     """Train a recipe with each loss and seed, and write one table and one picture.
 
     Each run has a folder of its own, `LOSS-seed-SEED` in the recipe's `output_dir`. One that is complete is not run
-    again, one that was interrupted goes on.
-
-    Args:
-        recipe: The recipe; its own `seed`, `baseline` and `loss` do not count.
-        losses: Names of `list_variants()`.
-        seeds: The seeds.
-
-    Returns:
-        The comparison, which is also in `comparison.json`, `.md` and `.png`.
+    again, one that was interrupted goes on. The recipe's own `seed`, `baseline` and `loss` do not count; losses are
+    names of `list_variants()`. What is returned is also in `comparison.json`, `.md` and `.png`.
 
     Raises:
         ValueError: If a loss is unknown or a run cannot work; raised before the first training starts where possible.
@@ -54,14 +47,15 @@ def compare(recipe: Recipe, losses: Sequence[str], seeds: Sequence[int]) -> Comp
     # All folders are checked before any training: one that holds something else is an error now, not after days.
     done = {loss: [finished_report(run) for run in runs] for loss, runs in plan.items()}
     reports = {loss: list(found) for loss, found in done.items()}
+    is_main = PartialState().is_main_process
     # Seed by seed, so that an unfinished comparison compares something.
     for index in range(len(seeds)):
         for place, loss in enumerate(losses, 1):
-            if PartialState().is_main_process:
+            if is_main:
                 tell(f"[{index * len(losses) + place}/{len(seeds) * len(losses)}] {loss}, seed {seeds[index]}")
             if done[loss][index] is None:
                 reports[loss][index] = train(plan[loss][index])
-            elif PartialState().is_main_process:
+            elif is_main:
                 _logger.warning("%s is done.", plan[loss][index].output_dir)
         comparison = summarize(
             {loss: [report for report in found[: index + 1] if report] for loss, found in reports.items()},
@@ -70,7 +64,7 @@ def compare(recipe: Recipe, losses: Sequence[str], seeds: Sequence[int]) -> Comp
             seeds=seeds[: index + 1],
             backbone_only=backbone_only,
         )
-        if PartialState().is_main_process:
+        if is_main:
             write_comparison(comparison, folder)
     return comparison
 
@@ -87,8 +81,7 @@ def list_variants() -> list[str]:
 def with_loss(recipe: Recipe, name: str) -> Recipe:
     """Return a recipe with another loss, in its published settings, and everything else as it is.
 
-    Hint adapters are left out where the loss has no hints that could train them. A teacher from outside belongs to the
-    recipe's own loss, and is left out with another.
+    A teacher from outside is left out with another loss, and hint adapters where the loss has no hints to train them.
     """
     if name == _OWN:
         return recipe
@@ -116,7 +109,6 @@ def _check(losses: Sequence[str], seeds: Sequence[int]) -> None:
 
 
 def _variant(recipe: Recipe, folder: Path, loss: str, seed: int) -> Recipe:
-    """Return the recipe of one run."""
     update = {"seed": seed, "baseline": False, "output_dir": str(folder / f"{loss}-seed-{seed}"), "push_to_hub": None}
     return with_loss(recipe, loss).model_copy(update=update)
 

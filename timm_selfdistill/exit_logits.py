@@ -40,8 +40,7 @@ class ExitLogits:
         ensemble: How the logits become one answer; their mean by default.
 
     Raises:
-        ValueError: If there are no images, no exits or less than two classes, shapes do not fit, or a target is no
-            class.
+        ValueError: If there are no images or exits, less than two classes, a target is no class, or shapes do not fit.
     """
 
     logits: Tensor
@@ -107,7 +106,7 @@ def collect_logits(
     gather: bool = True,
     most: int | None = None,
 ) -> ExitLogits:
-    """Run a model over a split once.
+    """Run a model over a split once; return the logits on the CPU, in at least float32.
 
     Args:
         model: The wrapped model; left in eval mode.
@@ -116,9 +115,6 @@ def collect_logits(
         accelerator: Sets the precision, and gathers the logits of all its processes.
         gather: Whether each process sees its own share of the images; otherwise every process sees all of them.
         most: Roughly how many images to keep; where there are more, evenly spaced ones.
-
-    Returns:
-        The logits, on the CPU and in at least float32.
 
     Raises:
         ValueError: If the split has no images, or a target is none of the model's classes.
@@ -162,7 +158,7 @@ def fit_ensemble(
     logits: Sequence[Tensor] | Tensor | None = None,
     target: Tensor | None = None,
 ) -> Ensemble:
-    """Fit the weights of the exits in the ensemble, and keep them with the model.
+    """Fit the weights of the exits in the ensemble, keep them with the model, and return the ensemble.
 
     The weights, at least 0, minimise the cross-entropy of the weighted sum of the logits. Differences between them are
     penalised by as much as a few dozen images say: with few images, the mean comes out. A bias of each class is fitted
@@ -178,9 +174,6 @@ def fit_ensemble(
         loader: Batches (images [B, C, H, W], class indices [B]); targets of -100 are left out.
         logits: In place of a loader, K + 1 tensors [N, num_classes], shallow to deep, the last the backbone's own.
         target: Their class indices [N].
-
-    Returns:
-        The fitted ensemble.
 
     Raises:
         ValueError: If there are neither images nor logits or both, or shapes, classes or values do not fit.

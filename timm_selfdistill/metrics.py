@@ -4,9 +4,8 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -43,13 +42,11 @@ class OutputMetrics(TypedDict):
     loss: float
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(NamedTuple):
     """Which samples each output got right, so that two networks can be compared sample by sample.
 
-    Args:
-        order: Digest of the labels in the order of the samples; two are of the same samples only if it is the same.
-        correct: For each exit, the mean of all and, if there is one, the fitted ensemble, one bit a sample.
+    `order` is a digest of the labels: answers with the same one are to the same samples. `correct` holds one bit a
+    sample for each exit, the mean of all and, if there is one, the fitted ensemble.
     """
 
     order: str
@@ -59,9 +56,8 @@ class Answers:
         """Return how many samples only this output got right, and how many only the other's; None for other samples."""
         if self.order != other.order:
             return None
-        own, others = (
-            np.frombuffer(bits, dtype=np.uint8) for bits in (self.correct[output], other.correct[other_output])
-        )
+        own = np.frombuffer(self.correct[output], dtype=np.uint8)
+        others = np.frombuffer(other.correct[other_output], dtype=np.uint8)
         return int(np.unpackbits(own & ~others).sum()), int(np.unpackbits(others & ~own).sum())
 
 
@@ -94,10 +90,9 @@ class ExitMetrics:
     exits, the backbone's own included. All arithmetic is in float32 whatever the model's precision. `update` waits
     neither for the device nor for other processes, which may therefore have unequal numbers of batches.
 
-    A sample whose label is IGNORED (-100) counts nowhere but in `num_skipped`; its image was not readable.
-
-    A sample whose softmax is not a number (NaN or +inf among its logits) counts as wrong with confidence 0, makes that
-    output's `loss` NaN, and is counted and logged.
+    A sample whose label is IGNORED (-100), as its image was not readable, counts nowhere but in `num_skipped`. One
+    whose softmax is not a number (NaN or +inf among its logits) counts as wrong with confidence 0, makes that output's
+    `loss` NaN, and is counted and logged.
 
     Args:
         num_outputs: K + 1, the number of logits the model returns.
@@ -216,14 +211,10 @@ def calibration_error(
 
 
 def wilson_interval(hits: float, total: int) -> tuple[float, float]:
-    """Return the score interval of a share, in percent.
+    """Return the score interval of a share, in percent, where `hits` of `total` images (1 or more) were right.
 
     It is that of Wilson (1927), https://doi.org/10.1080/01621459.1927.10502953: never empty, never outside 0 to 100,
     and close to its confidence for few images and for shares near 0 and 100, where the usual interval is not.
-
-    Args:
-        hits: How many images were right.
-        total: Of how many, 1 or more.
     """
     share, squared = hits / total, _Z**2 / total
     middle = (share + squared / 2) / (1 + squared)
@@ -236,13 +227,8 @@ def paired_interval(gained: int, lost: int, total: int) -> tuple[float, float]:
 
     It is Wald's interval of paired shares with the adjustment of Bonett and Price (2012),
     https://doi.org/10.3102/1076998611411915, which adds one image to each of the two counts; Fagerland, Lydersen and
-    Laake (2014, https://doi.org/10.1002/sim.6148) recommend it. Images that both get right or both wrong only count in
-    the total, as in McNemar's test.
-
-    Args:
-        gained: How many images only the first one got right.
-        lost: How many only the second one got right.
-        total: Number of images, 1 or more.
+    Laake (2014, https://doi.org/10.1002/sim.6148) recommend it. Only the first one got `gained` images right, only the
+    second `lost`; images that both get right or both wrong only count in `total`, as in McNemar's test.
     """
     more, fewer, count = (gained + 1) / (total + 2), (lost + 1) / (total + 2), total + 2
     half = _Z * math.sqrt((more + fewer - (more - fewer) ** 2) / count)
@@ -257,13 +243,12 @@ def top1_interval(top1: float | None, total: int) -> tuple[float, float] | None:
 def _metrics(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> OutputMetrics:
     ranked = scores[:, 2:].astype(np.int64)
     accuracy = top_k_accuracy(ranked, labels, (1, _NUM_RANKED))
-    ece = calibration_error(ranked[:, 0], labels, scores[:, 0].astype(np.float64))
-    # The exactly rounded sum does not depend on the order in which the processes' samples arrive.
     return {
         "top1": accuracy["top1"],
         "top5": accuracy["top5"],
         "macro_recall": macro_recall(ranked[:, 0], labels),
-        "ece": ece,
+        "ece": calibration_error(ranked[:, 0], labels, scores[:, 0].astype(np.float64)),
+        # The exactly rounded sum does not depend on the order in which the processes' samples arrive.
         "loss": math.fsum(scores[:, 1]) / len(labels),
     }
 

@@ -183,8 +183,7 @@ def _answer(
 @torch.inference_mode()
 def _run(model: SelfDistillModel | EarlyExit, choice: ExitChoice, images: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Return, for each image, the exit that answered and its probabilities [num_classes]."""
-    network = model.model if isinstance(model, EarlyExit) else model
-    parameter = next(network.parameters())
+    parameter = next(model.parameters())
     images = images.to(parameter.device, parameter.dtype)
     if isinstance(model, EarlyExit):
         logits, exits = model(images)
@@ -204,16 +203,12 @@ def find_images(arguments: Sequence[str], lines: Iterable[str]) -> list[str]:
     "-" stands for the lines, a file or folder each. What does not exist is returned too, and fails when it is read, so
     that it does not stop the others. No image at all is a ValueError.
     """
-    files: list[str] = []
+    paths: list[str] = []
     for argument in arguments:
-        if argument == "-":
-            for line in lines:
-                if path := line.rstrip("\r\n"):
-                    files += _in_folder(path) if Path(path).is_dir() else [path]
-        elif Path(argument).is_dir():
-            files += _in_folder(argument)
-        else:
-            files.append(argument)
+        paths += (line.rstrip("\r\n") for line in lines) if argument == "-" else [argument]
+    files: list[str] = []
+    for path in filter(None, paths):
+        files += _in_folder(path) if Path(path).is_dir() else [path]
     if not files:
         raise ValueError(
             f"There is no image in {', '.join(arguments)}; in a folder, files with the ending of an image are, such as "
@@ -285,11 +280,10 @@ def _load(source: str, exit: ExitChoice | None, threshold: float | None) -> Self
     folder = Path(source) / "model"
     model, settings = load_with_early_exit(folder if folder.is_dir() else source)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    if exit is not None or (settings is None and threshold is None):
+    if exit is not None:
         return model
     if settings is None:
-        assert threshold is not None
-        return EarlyExit(model, threshold)
+        return model if threshold is None else EarlyExit(model, threshold)
     if threshold is not None:
         settings = replace(settings, thresholds=(threshold,) * model.num_exits)
     return EarlyExit.from_config(model, settings)

@@ -20,7 +20,7 @@ from timm_selfdistill.heads import (
 )
 from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.model import create_backbone, with_image_size
-from timm_selfdistill.render import align, with_prefix
+from timm_selfdistill.report.render import align, with_prefix
 
 # The number of classes of ImageNet, for models that timm creates without a classifier.
 _NUM_CLASSES = 1000

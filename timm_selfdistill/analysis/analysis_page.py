@@ -1,26 +1,19 @@
 """An analysis as tables, as markdown, as a picture and as files."""
 
 import math
-from typing import TYPE_CHECKING, Final, Literal, TypedDict
+from typing import Final, Literal, TypedDict
 
 import numpy as np
 
-from timm_selfdistill import render
 from timm_selfdistill.analysis.probes import NoisePoint, Projection, Scatter
 from timm_selfdistill.escape import each_text, plot_text
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from timm_selfdistill.report import render
 
 _COLUMNS: Final = 5
 
 
 class NoiseCurves(TypedDict):
-    """Accuracy and loss of the backbone's own classifier over the noise on its weights, for `draws` draws of it.
-
-    `weight_rms` and `baseline_weight_rms` are the roots of the mean square of all weights, to compare the noise with.
-    """
+    """Results over the noise, for `draws` draws of it; `weight_rms` is the root mean square of all weights."""
 
     draws: int
     network: list[NoisePoint]
@@ -32,9 +25,8 @@ class NoiseCurves(TypedDict):
 class StageGradients(TypedDict):
     """Mean magnitude of the gradient in one stage of the backbone, of `params` parameters; None where not finite.
 
-    `network` is that of the loss that the run trained with, None where this cannot be computed; `network_ce` that of
-    the cross-entropy of the backbone's own classifier alone, in the same network; `baseline` the same in the baseline,
-    None where there is none.
+    `network` is of the loss that the run trained with, `network_ce` of the cross-entropy of the backbone's own
+    classifier alone, `baseline` of the same in the baseline; None where there is no such loss or baseline.
     """
 
     name: str
@@ -45,10 +37,7 @@ class StageGradients(TypedDict):
 
 
 class Gradients(TypedDict):
-    """Gradients by stage, over `num_batches` batches of `batch_size` images, augmented as in training, of `dataset`.
-
-    `own_loss` tells why the loss that the run trained with is not among them; None where it is.
-    """
+    """Gradients by stage, over augmented batches; `own_loss` tells why those of the run's loss are missing, or None."""
 
     stages: list[StageGradients]
     dataset: str
@@ -66,11 +55,10 @@ class FeatureRow(TypedDict):
 
 
 class Analysis(TypedDict):
-    """The content of `analysis.json`.
+    """The content of `analysis.json`; `baseline` is where its weights come from, None if there is none.
 
     `features` go from shallow to deep, the last exit the backbone's own, then the baseline's own if there is one.
-    `classes` are the names of the classes that are projected, by their index. `baseline` is where its weights come
-    from, None if there is none.
+    `classes` are the names of the classes that are projected, by their index.
     """
 
     noise: NoiseCurves
@@ -88,7 +76,7 @@ class Analysis(TypedDict):
     versions: dict[str, str]
 
 
-def draw_analysis(analysis: Analysis) -> "Figure":
+def draw_analysis(analysis: Analysis) -> "render.Figure":
     """Draw accuracy and loss over the noise, gradients by stage, and the features of every exit in two dimensions."""
     from matplotlib.figure import Figure
 
@@ -116,7 +104,7 @@ def draw_analysis(analysis: Analysis) -> "Figure":
     return figure
 
 
-def _draw_noise(axes: "Axes", noise: NoiseCurves, key: Literal["top1", "loss"], title: str) -> None:
+def _draw_noise(axes: "render.Axes", noise: NoiseCurves, key: Literal["top1", "loss"], title: str) -> None:
     curves = [("network", noise["network"], render.BLUE, "o"), ("baseline", noise["baseline"], render.GREY, "D")]
     spread: Literal["top1_std", "loss_std"] = "top1_std" if key == "top1" else "loss_std"
     for label, points, color, marker in curves:
@@ -129,7 +117,7 @@ def _draw_noise(axes: "Axes", noise: NoiseCurves, key: Literal["top1", "loss"], 
     axes.set_xlabel("standard deviation of the noise on all weights")
 
 
-def _draw_gradients(axes: "Axes", gradients: Gradients) -> None:
+def _draw_gradients(axes: "render.Axes", gradients: Gradients) -> None:
     stages = gradients["stages"]
     series = [
         ("network, the loss it trained with", [stage["network"] for stage in stages], render.ORANGE, "s"),
@@ -144,7 +132,7 @@ def _draw_gradients(axes: "Axes", gradients: Gradients) -> None:
     _finish_panel(axes, "mean gradient magnitude by stage")
 
 
-def _draw_features(axes: "Axes", row: FeatureRow, title: str, classes: dict[str, str]) -> None:
+def _draw_features(axes: "render.Axes", row: FeatureRow, title: str, classes: dict[str, str]) -> None:
     from matplotlib import colormaps
 
     points, labels = np.asarray(row["projection"]["points"]), np.asarray(row["projection"]["classes"])
@@ -159,7 +147,7 @@ def _draw_features(axes: "Axes", row: FeatureRow, title: str, classes: dict[str,
     axes.spines[:].set_color(render.FRAME)
 
 
-def _finish_panel(axes: "Axes", title: str) -> None:
+def _finish_panel(axes: "render.Axes", title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10, color=render.INK)
     render.style_axes(axes)
     axes.legend(frameon=False, fontsize=9)
@@ -167,15 +155,13 @@ def _finish_panel(axes: "Axes", title: str) -> None:
 
 def _noise(noise: NoiseCurves) -> render.Table:
     curves = [noise["network"]] if noise["baseline"] is None else [noise["network"], noise["baseline"]]
-    header = ["noise", "top-1 %", "loss", "baseline %", "its loss"][: 1 + 2 * len(curves)]
-    rows = []
+    rows = [["noise", "top-1 %", "loss", "baseline %", "its loss"][: 1 + 2 * len(curves)]]
     for points in zip(*curves, strict=True):
-        row = [f"{points[0]['sigma']:g}"]
+        rows.append([f"{points[0]['sigma']:g}"])
         for point in points:
-            row.append(render.spread(point["top1"], point["top1_std"], ".2f"))
-            row.append(render.spread(point["loss"], point["loss_std"], ".3f"))
-        rows.append(row)
-    return [header, *rows]
+            rows[-1].append(render.spread(point["top1"], point["top1_std"], ".2f"))
+            rows[-1].append(render.spread(point["loss"], point["loss_std"], ".3f"))
+    return rows
 
 
 def _gradients(analysis: Analysis) -> render.Table:
@@ -192,17 +178,10 @@ def _features(features: list[FeatureRow]) -> render.Table:
     rows = [["features", "within", "between", "within/between", "in 2-D"]]
     num_exits = sum(row["name"] != "baseline" for row in features)
     for index, row in enumerate(features):
-        scatter = row["scatter"]
         note = " (backbone)" if index == num_exits - 1 else ""
-        rows.append(
-            [
-                "baseline" if index == num_exits else f"{index}: {row['name']}{note}",
-                f"{scatter['within']:.3g}",
-                f"{scatter['between']:.3g}",
-                render.number(scatter["ratio"], ".3g"),
-                f"{sum(row['projection']['explained']):.0%}",
-            ]
-        )
+        name = "baseline" if index == num_exits else f"{index}: {row['name']}{note}"
+        scatter = [render.number(row["scatter"][key], ".3g") for key in ("within", "between", "ratio")]
+        rows.append([name, *scatter, f"{sum(row['projection']['explained']):.0%}"])
     return rows
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -12,7 +13,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from timm_selfdistill.analysis.analysis_page import Analysis, FeatureRow, Gradients, NoiseCurves, write_analysis
+from timm_selfdistill.analysis.analysis_page import (
+    Analysis,
+    FeatureRow,
+    Gradients,
+    NoiseCurves,
+    StageGradients,
+    write_analysis,
+)
 from timm_selfdistill.analysis.probes import (
     Batches,
     BatchLoss,
@@ -59,21 +67,16 @@ def analyze_folder(
 ) -> Analysis:
     """Measure on a saved model what the method's paper explains its gain by, beside the backbone trained on its own.
 
+    The first three arguments are those of `evaluate_folder`.
+
     Args:
-        folder: A run's folder, or the model folder in it.
-        data_path: Hub name or path of the data set; the run's own data by default. Of another data set only the split
-            `eval_split` is read.
-        overrides: Fields of the recipe's data section, as "key=value".
         baseline: A run's folder, or the model folder in it, whose backbone is the one to compare with; by default that
             of the run's own baseline, if its checkpoint is there.
         images: How many images of the evaluation split to take at most, 2 or more.
         sigmas: Standard deviations of the noise on the weights; 0 is always among them.
         draws: How often noise is drawn.
         seed: Decides the noise, and what dropout draws.
-        output: Folder for the analysis' files; the run's by default, or the model's where there is no run.
-
-    Returns:
-        The analysis, which is also in `analysis.json`.
+        output: Folder for `analysis.json`, `.md` and `.png`; the run's by default, or the model's without a run.
 
     Raises:
         ValueError: If an argument is not allowed, the model, the baseline or the data cannot be read, or the data has
@@ -99,18 +102,17 @@ def analyze_folder(
     augment = (AugmentSection() if ran is None else ran.augment).model_copy(update={"mixup_prob": 0.0})
     loaders = evaluation_loaders(data, recipe, augment, fed, SkipList())
     accelerator = make_accelerator(recipe.precision)
-    model = model.to(accelerator.device)
-    plain = None if plain is None else plain.to(accelerator.device)
+    networks = {"network": model} if plain is None else {"network": model, "baseline": plain}
+    for network in networks.values():
+        network.to(accelerator.device)
     # Decoded once: every noisy network sees them again.
     batches = list(loaders.eval)
     labels = torch.cat([targets for _, targets in batches])
-    if int((labels != IGNORED).sum()) < 2:
+    num_samples = int((labels != IGNORED).sum())
+    if num_samples < 2:
         raise ValueError(f"{data.name}, {recipe.data.eval_split}: 2 images are needed that can be decoded.")
-    training = [
-        (images.to(accelerator.device), targets.to(accelerator.device))
-        for images, targets in islice(loaders.train, _GRADIENT_BATCHES)
-    ]
-    networks = {"network": model} if plain is None else {"network": model, "baseline": plain}
+    first = islice(loaders.train, _GRADIENT_BATCHES)
+    training = [(images.to(accelerator.device), targets.to(accelerator.device)) for images, targets in first]
     noise = _noise(networks, batches, accelerator, sigmas, draws, seed)
     gradients = _gradients(model, plain, training, ran, seed, f"{data.name}, {recipe.data.train_split}")
     features = _features(model, plain, batches)
@@ -123,8 +125,8 @@ def analyze_folder(
         "baseline": origin,
         "backbone": model.pretrained_cfg["architecture"],
         "dataset": f"{data.name}, {recipe.data.eval_split}",
-        "num_samples": int((labels != IGNORED).sum()),
-        "num_skipped": int((labels == IGNORED).sum()),
+        "num_samples": num_samples,
+        "num_skipped": len(labels) - num_samples,
         "recipe": saved.output.name,
         "precision": accelerator.mixed_precision,
         "seed": seed,
@@ -164,7 +166,9 @@ def _open_baseline(
     if other.model_folder.resolve() == saved.model_folder.resolve():
         raise ValueError(f"--baseline {baseline} is the model that is to be analyzed: name another one.")
     plain = from_pretrained(other.model_folder)
-    shapes, others = _shapes(model), _shapes(plain)
+    shapes, others = (
+        {name: weight.shape for name, weight in each.backbone.named_parameters()} for each in (model, plain)
+    )
     if shapes != others:
         raise ValueError(
             f"--baseline {baseline} has another backbone ({plain.pretrained_cfg['architecture']} with "
@@ -172,10 +176,6 @@ def _open_baseline(
             f"{len(shapes)}), or other sizes: only equal backbones can be compared."
         )
     return plain, other.output.name
-
-
-def _shapes(model: SelfDistillModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(weight.shape) for name, weight in model.backbone.named_parameters()}
 
 
 def _noise(
@@ -186,12 +186,8 @@ def _noise(
     draws: int,
     seed: int,
 ) -> NoiseCurves:
-    curves = {
-        name: measure_noise(
-            network, batches, accelerator, sigmas=sigmas, draws=draws, seed=seed, title=f"{name}, noise"
-        )
-        for name, network in networks.items()
-    }
+    measure = partial(measure_noise, batches=batches, accelerator=accelerator, sigmas=sigmas, draws=draws, seed=seed)
+    curves = {name: measure(network, title=f"{name}, noise") for name, network in networks.items()}
     sizes = {name: _rms(network) for name, network in networks.items()}
     return {
         "draws": draws,
@@ -227,17 +223,12 @@ def _gradients(
 
     columns = [measure(model, own), measure(model, _cross_entropy(model)), measure(plain, _cross_entropy(plain))]
     sizes = {name: weight.numel() for name, weight in model.backbone.named_parameters()}
+    rows: list[StageGradients] = []
+    for name, network, ce, of_baseline in zip(stages, *columns, strict=True):
+        params = sum(sizes[parameter] for parameter in stages[name])
+        rows.append({"name": name, "params": params, "network": network, "network_ce": ce, "baseline": of_baseline})
     return {
-        "stages": [
-            {
-                "name": name,
-                "params": sum(sizes[parameter] for parameter in stages[name]),
-                "network": network,
-                "network_ce": network_ce,
-                "baseline": baseline,
-            }
-            for name, network, network_ce, baseline in zip(stages, *columns, strict=True)
-        ],
+        "stages": rows,
         "dataset": dataset,
         "num_batches": len(batches),
         "batch_size": len(batches[0][1]),
@@ -282,11 +273,8 @@ def _features(model: SelfDistillModel, plain: SelfDistillModel | None, batches: 
         rows["baseline"] = collect_features(plain, batches, "baseline, features")[0][-1]
     classes = sorted(set(targets.tolist()))[:_CLASSES]
     shown = torch.isin(targets, torch.tensor(classes)).nonzero().flatten()[:_POINTS]
-    return [
-        {
-            "name": name,
-            "scatter": measure_scatter(feature, targets),
-            "projection": project(feature[shown], targets[shown]),
-        }
-        for name, feature in rows.items()
-    ]
+    found: list[FeatureRow] = []
+    for name, feature in rows.items():
+        projection = project(feature[shown], targets[shown])
+        found.append({"name": name, "scatter": measure_scatter(feature, targets), "projection": projection})
+    return found

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import TypedDict
 
 import numpy as np
@@ -26,8 +26,8 @@ BatchLoss = Callable[[Tensor, Tensor], Tensor]
 class NoisePoint(TypedDict):
     """How good the backbone's own classifier is with noise of one standard deviation `sigma` on its weights.
 
-    `top1` in percent and `loss`, the cross-entropy in nats, are means over the draws of the noise, `top1_std` and
-    `loss_std` their standard deviations; None where there is one draw only, or a value is not a finite number.
+    `top1` in percent and `loss`, the cross-entropy in nats, are means over the draws of the noise, beside their
+    standard deviations; None where there is one draw only, or a value is not a finite number.
     """
 
     sigma: float
@@ -38,9 +38,7 @@ class NoisePoint(TypedDict):
 
 
 class Scatter(TypedDict):
-    """Squared distances, means over the images: `within` from each to the mean of its class, `between` from the mean of
-    its class to that of all; `ratio` is the first over the second, None where the latter is 0.
-    """
+    """What `measure_scatter` finds; `ratio` is None where `between` is 0."""
 
     within: float
     between: float
@@ -48,10 +46,9 @@ class Scatter(TypedDict):
 
 
 class Projection(TypedDict):
-    """Features on the two directions in which they vary most.
+    """Features in the two directions in which they vary most: [x, y] and the class index of each image.
 
-    `points` holds [x, y] for each image, `classes` its class index; `explained` is the share of the features' variance
-    in each direction, 0 to 1.
+    `explained` is the share of the features' variance in each direction, 0 to 1.
     """
 
     points: list[list[float]]
@@ -72,9 +69,8 @@ def measure_noise(
 ) -> list[NoisePoint]:
     """Evaluate the backbone's own classifier with Gaussian noise N(0, sigma^2) added to all parameters of the backbone.
 
-    Batch statistics stay as they were trained. A draw is one direction of noise, which is scaled to each sigma in turn,
-    and is the same for every backbone of the same shape, so that two of them can be compared. The model is left
-    unchanged.
+    Batch statistics stay as they were trained. A draw is one direction of noise, scaled to each sigma in turn, the same
+    for every backbone of the same shape, so that two of them can be compared. The model is left unchanged.
     """
     found: list[list[OutputMetrics]] = [[] for _ in sigmas]
     with unchanged(model, restore_tensors=True):
@@ -114,10 +110,8 @@ def find_stages(model: SelfDistillModel) -> dict[str, list[str]]:
         groups = group_parameters(backbone, backbone.group_matcher(coarse=True))
         ordered = [groups[index] for index in sorted(groups)]
     else:
-        by_child: dict[str, list[str]] = {}
-        for name, _ in backbone.named_parameters():
-            by_child.setdefault(name.partition(".")[0], []).append(name)
-        ordered = list(by_child.values())
+        names = [name for name, _ in backbone.named_parameters()]
+        ordered = [list(group) for _, group in groupby(names, lambda name: name.partition(".")[0])]
     stages: dict[str, list[str]] = {}
     for place, names in enumerate(ordered):
         levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
@@ -156,10 +150,7 @@ def measure_gradients(
 def collect_features(
     model: SelfDistillModel, batches: Batches, title: str = "features"
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return K + 1 features [N, D] in float64, the last the backbone's own, and targets [N] of all known targets.
-
-    The model is left in eval mode.
-    """
+    """Return K + 1 features [N, D] in float64, the last the backbone's own, and the known targets [N], in eval mode."""
     model.eval()
     device = next(model.parameters()).device
     features: list[list[Tensor]] = [[] for _ in model.exit_names]
@@ -207,11 +198,10 @@ def project(features: Tensor, targets: Tensor) -> Projection:
 def _noise_point(sigma: float, results: Sequence[OutputMetrics]) -> NoisePoint:
     top1, loss = [result["top1"] for result in results], [result["loss"] for result in results]
     is_finite = all(map(math.isfinite, loss))
-    has_spread = len(results) > 1
     return {
         "sigma": sigma,
         "top1": statistics.fmean(top1),
-        "top1_std": statistics.stdev(top1) if has_spread else None,
+        "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
         "loss": statistics.fmean(loss) if is_finite else None,
-        "loss_std": statistics.stdev(loss) if is_finite and has_spread else None,
+        "loss_std": statistics.stdev(loss) if is_finite and len(loss) > 1 else None,
     }

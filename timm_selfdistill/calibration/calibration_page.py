@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from timm_selfdistill import render
 from timm_selfdistill.calibration.calibration_report import CalibrationReport
 from timm_selfdistill.early_exit import get_rule
 from timm_selfdistill.escape import each_text, plot_text
 from timm_selfdistill.metrics import top1_interval, wilson_interval
+from timm_selfdistill.report import render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -36,23 +36,18 @@ _STATISTICS: Final = {"mean": 0.5, "std": 0.5}
 
 
 def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]]) -> SelfDistillModel:
-    """Build the model that a folder's configuration describes, with random weights.
+    """Build the model that a folder's configuration (`saved`) describes, with random weights.
 
     It is first built on the meta device, which takes no memory, with a limit for its parts: only a model that the
-    weights fit is given memory.
-
-    Args:
-        folder: The folder.
-        saved: What `read_config` read there.
-        weights: What is in each file of weights, by its name: those of the backbone and the exits, or, with
-            `saved.exit`, those of the network that ends there.
+    weights fit is given memory. `weights` are those of the backbone and the exits, by the name of their file, or, with
+    `saved.exit`, those of the network that ends there.
     """
     where = f"The model that {folder / CONFIG} describes cannot be built"
     tensors = sum(map(len, weights.values()))
     limit = BuildLimit(_PARAMETERS[0] * tensors + _PARAMETERS[1], _MODULES[0] * tensors + _MODULES[1], _CALLS)
     with _explained(where, tensors), torch.device("meta"), limit:
         check_image("image_size", saved.image_size)
-        backbone = _create(folder)
+        backbone = create_from(folder)
     first = next(iter(weights))
     if saved.exit is None and backbone.state_dict().keys() != weights[first].keys():
         # Another network: refused before it is run.
@@ -60,7 +55,15 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
     with _explained(where, tensors), torch.device("meta"), limit:
         ours = saved.head == PUBLISHED or HEADS.get(saved.head).__module__.startswith("timm_selfdistill.")
         # A head of another package may compute numbers while it is built, which fails on the meta device.
-        blank = _wrap(backbone, saved if ours else replace(saved, head="linear", head_kwargs={}))
+        blank = wrap(
+            backbone,
+            exits=saved.exits,
+            head=saved.head if ours else "linear",
+            head_kwargs=saved.head_kwargs if ours else {},
+            hint_adapter=saved.hint_adapter,
+            small_stem=saved.small_stem,
+            image_size=(saved.image_size[0], saved.image_size[1]),
+        )
         check_image("input_size", resolve_input_data_config(blank.backbone, _STATISTICS)["input_size"][1:])
         modules = [blank.backbone, blank.heads] if saved.exit is None else [truncate(blank, saved.exit)]
         parts = dict(zip(weights, modules, strict=True))
@@ -73,7 +76,7 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
     if in_memory > _UNSAVED_BYTES + _UNSAVED_SHARE * in_file:
         raise ValueError(f"{where}: it takes {in_memory:,} bytes, and the weights beside it only {in_file:,}.")
     with _explained(where, tensors):
-        backbone = _create(folder)
+        backbone = create_from(folder)
         if saved.small_stem:
             use_small_stem(backbone)
         # Exits are where the dry run on the meta device found them.
@@ -85,12 +88,17 @@ def build(folder: Path, saved: Saved, weights: Mapping[str, Mapping[str, Tensor]
     return model
 
 
+def create_from(folder: Path) -> Any:
+    """Return the backbone that timm builds by a folder's configuration, with random weights."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=False)
+
+
 def read_weights(path: Path, digest: str | None) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file whose checksum is known."""
     if not path.is_file():
         raise ValueError(f"{path} is missing.")
     data = path.read_bytes()
-    if sha256_of(data) != digest:
+    if hashlib.sha256(data).hexdigest() != digest:
         raise ValueError(f"{path} is damaged or was exchanged: its sha256 is not the one in {CONFIG}.")
     try:
         return safetensors.torch.load(data)
@@ -108,11 +116,11 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], path: Path) -> N
 
 def check_weights(module: nn.Module) -> None:
     """Raise ValueError unless all weights of a module are plain tensors of finite numbers."""
-    weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    weights = [*module.named_parameters(), *module.named_buffers()]
     # Only tensors that are made of others, such as quantised ones, have this method.
-    made = {name: type(weight).__name__ for name, weight in weights.items() if hasattr(weight, "__tensor_flatten__")}
+    made = [(name, type(weight).__name__) for name, weight in weights if hasattr(weight, "__tensor_flatten__")]
     if made:
-        name, kind = next(iter(made.items()))
+        name, kind = made[0]
         raise ValueError(
             f"{len(made)} weights of the model, such as {name}, are no plain tensors but {kind}: a quantised or "
             "sharded network can neither be saved nor exported. Save or export it before, and quantise what was loaded."
@@ -126,25 +134,9 @@ def check_weights(module: nn.Module) -> None:
         )
 
 
-def sha256_of(data: bytes) -> str:
-    """Return the checksum of a file's content."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def _create(folder: Path) -> Any:
-    return timm.create_model(f"local-dir:{folder}", pretrained=False)
-
-
-def _wrap(backbone: Any, saved: Saved) -> SelfDistillModel:
-    return wrap(
-        backbone,
-        exits=saved.exits,
-        head=saved.head,
-        head_kwargs=saved.head_kwargs,
-        hint_adapter=saved.hint_adapter,
-        small_stem=saved.small_stem,
-        image_size=(saved.image_size[0], saved.image_size[1]),
-    )
+def sha256_of(path: Path) -> str:
+    """Return the checksum of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -166,10 +158,8 @@ def _check_shapes(path: Path, module: nn.Module, weights: Mapping[str, Tensor]) 
         return
     faults = [f"{name} is missing" for name in expected if name not in found]
     faults += [f"{name} is unknown" for name in found if name not in expected]
-    faults += [
-        f"{name} has the shape {list(shape)} instead of {list(expected[name])}"
-        for name, shape in found.items()
-        if name in expected and shape != expected[name]
-    ]
+    for name, shape in found.items():
+        if shape != expected.get(name, shape):
+            faults.append(f"{name} has the shape {list(shape)} instead of {list(expected[name])}")
     shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
     raise ValueError(f"{path} does not fit the model that {CONFIG} describes: {shown:.1000}.")

@@ -14,7 +14,6 @@ from timm_selfdistill.model import SelfDistillModel
 
 # Where a run's picture is, seen from the model's folder; a repository has both in one place.
 _PICTURE = "../report.png"
-_NO_LICENSE = "Licence: not stated."
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,12 @@ def card_for_repository(
     card: str,
     model: SelfDistillModel,
     repo_id: str,
-    *,
     license: str | None = None,
     early_exit: EarlyExitConfig | None = None,
 ) -> str:
     """Return a model card that tells how to load the model from the Hub instead of a folder; the rest stays.
 
-    Args:
-        card: The text of the card of a saved model, perhaps edited.
-        model: The model.
-        repo_id: The repository, as "namespace/name".
-        license: Licence to state instead of the one in the card.
-        early_exit: The early-exit settings that are saved with the model, if any.
+    `license` is stated instead of the one in the card; `early_exit` are the settings that are saved with the model.
     """
     card = card.replace(_usage(model, None, early_exit), _usage(model, repo_id, early_exit))
     card = card.replace(f"]({_PICTURE})", "](report.png)")
@@ -91,13 +84,12 @@ def card_for_repository(
 def _metadata(model: SelfDistillModel, training: Training | None, license: str | None) -> str:
     """Return the card's metadata as YAML, the results in the Hub's form of a model index."""
     results = [] if training is None or training.report is None else _results(training, training.report)
-    on_hub = training is not None and training.on_hub
     metadata = ModelCardData(
         license=license,
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "timm_selfdistill"],
-        datasets=[training.dataset] if training is not None and on_hub else None,
+        datasets=[training.dataset] if training is not None and training.on_hub else None,
         base_model=training.base_model if training is not None else None,
         model_name=f"{printable(_architecture(model))}, self-distilled" if results else None,
         metrics=["accuracy"] if results else None,
@@ -111,15 +103,14 @@ def _origin(training: Training | None) -> str:
     if training is None:
         return ""
     name = training.dataset
-    data = markdown_link(name, f"https://huggingface.co/datasets/{name}") if training.on_hub else markdown_code(name)
-    base = training.base_model
-    return f" on {data}" + (
-        f", from the weights of {markdown_link(base, f'https://huggingface.co/{base}')}" if base else ""
-    )
+    text = markdown_link(name, f"https://huggingface.co/datasets/{name}") if training.on_hub else markdown_code(name)
+    if base := training.base_model:
+        text += f", from the weights of {markdown_link(base, f'https://huggingface.co/{base}')}"
+    return f" on {text}"
 
 
 def _licence(license: str | None) -> str:
-    return _NO_LICENSE if license is None else f"Licence: {markdown_text(license)}."
+    return "Licence: not stated." if license is None else f"Licence: {markdown_text(license)}."
 
 
 def _results(training: Training, report: Mapping[str, Any]) -> list[EvalResult]:
@@ -144,9 +135,8 @@ def _results(training: Training, report: Mapping[str, Any]) -> list[EvalResult]:
 def _usage(model: SelfDistillModel, repo_id: str | None, early_exit: EarlyExitConfig | None) -> str:
     """Return the section that loads the model: from a repository, or from a folder."""
     source = "FOLDER" if repo_id is None else f'"{repo_id}"'
-    if early_exit is None:
-        fast = "fast = sd.EarlyExit(model, 0.9)  # how sure an exit must be; higher is slower and more accurate\n"
-    else:
+    fast = "fast = sd.EarlyExit(model, 0.9)  # how sure an exit must be; higher is slower and more accurate\n"
+    if early_exit is not None:
         fast = f"fast = sd.load_early_exit({source})  # with the thresholds that are saved with the model\n"
     return (
         f"In plain timm, without the exits:\n\n```python\n{_timm_snippet(model, repo_id)}```\n\n"
@@ -169,9 +159,8 @@ def _timm_snippet(model: SelfDistillModel, repo_id: str | None) -> str:
     if not model.wrap_config.small_stem:
         return f'import timm\n\nmodel = timm.create_model("{source}", pretrained=True)\n'
     stem = model.backbone.conv1
-    if repo_id is None:
-        fetch, weights = "", '"FOLDER/model.safetensors"'
-    else:
+    fetch, weights = "", '"FOLDER/model.safetensors"'
+    if repo_id is not None:
         fetch = "from huggingface_hub import hf_hub_download\n"
         weights = f'hf_hub_download("{repo_id}", "model.safetensors")'
     return (

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import safetensors.torch
-import timm
 import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from timm_selfdistill.compat import save_config_for_hf
 from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.hub.build import build, check_weights, load_weights, read_weights, sha256_of
+from timm_selfdistill.hub.build import build, check_weights, create_from, load_weights, read_weights, sha256_of
 from timm_selfdistill.hub.card import card_with_early_exit, model_card
 from timm_selfdistill.hub.saved_config import CONFIG, KEY, Saved, check_config, complete_names, describe, read_config
 from timm_selfdistill.model import Ensemble, SelfDistillModel
@@ -44,10 +43,8 @@ def save_pretrained(
 
     The folder gets `config.json` (timm's, with one more key), `model.safetensors` (the backbone under timm's own
     keys), `exits.safetensors` and `README.md`. Each file is written beside its place and then renamed, the
-    configuration, which holds the weights' checksums, last.
-
-    timm cannot build a backbone with `small_stem` from a name: there, plain timm needs the three lines that the model
-    card shows.
+    configuration, which holds the weights' checksums, last. For a backbone with `small_stem`, which timm cannot build
+    from a name, plain timm needs the three lines that the model card shows.
 
     Args:
         model: The wrapped model; what it is wrapped in (DDP, compile) must be removed first.
@@ -76,16 +73,11 @@ def save_pretrained(
     backbone.register_state_dict_post_hook(_unshare)
     exits = {name: tensor.cpu().contiguous() for name, tensor in model.heads.state_dict().items()}
     with _staged(folder, (BACKBONE, EXITS, CARD, CONFIG)) as staged:
-        save_for_hf(
-            backbone,
-            str(staged),
-            model_config=_truthful_config(names),
-            safe_serialization=True,
-            data_config=dict(data_config or {}),
-        )
+        model_config, data_config = _truthful_config(names), dict(data_config or {})
+        save_for_hf(backbone, str(staged), model_config=model_config, safe_serialization=True, data_config=data_config)
         _check_can_be_built(staged, backbone)
         safetensors.torch.save_file(exits, staged / EXITS)
-        sha256 = {name: sha256_of((staged / name).read_bytes()) for name in (BACKBONE, EXITS)}
+        sha256 = {name: sha256_of(staged / name) for name in (BACKBONE, EXITS)}
         config = json.loads((staged / CONFIG).read_text())
         # It is also outside `model_args`: transformers' wrapper of timm hands over both, and then fails.
         config["model_args"].pop("num_classes", None)
@@ -95,12 +87,7 @@ def save_pretrained(
 
 
 def save_exported(
-    model: SelfDistillModel,
-    exit: int,
-    folder: Path,
-    *,
-    label_names: Sequence[str] | None,
-    data_config: Mapping[str, Any],
+    model: SelfDistillModel, exit: int, folder: Path, label_names: Sequence[str] | None, data_config: Mapping[str, Any]
 ) -> None:
     """Write a model, cut off after an exit, as `config.json` and `model.safetensors`; see `save_pretrained`.
 
@@ -111,15 +98,10 @@ def save_exported(
     small.register_state_dict_post_hook(_unshare)
     with _staged(folder, (BACKBONE, CONFIG)) as staged:
         safetensors.torch.save_file(small.state_dict(), staged / BACKBONE)
-        save_config_for_hf(
-            model.backbone,
-            str(staged / CONFIG),
-            model_config=_truthful_config(label_names),
-            data_config=dict(data_config),
-        )
+        model_config, data_config = _truthful_config(label_names), dict(data_config)
+        save_config_for_hf(model.backbone, str(staged / CONFIG), model_config=model_config, data_config=data_config)
         config = json.loads((staged / CONFIG).read_text())
-        sha256 = {BACKBONE: sha256_of((staged / BACKBONE).read_bytes())}
-        _write_config(staged, config, describe(model, sha256, exit=exit))
+        _write_config(staged, config, describe(model, {BACKBONE: sha256_of(staged / BACKBONE)}, exit=exit))
 
 
 def load_folder(folder: str | Path) -> SelfDistillModel:
@@ -140,12 +122,7 @@ def load_folder(folder: str | Path) -> SelfDistillModel:
 
 
 def load_exported(folder: str | Path) -> nn.Module:
-    """Load a network that `export_model` wrote as safetensors, in eval mode.
-
-    Nothing is unpickled or executed.
-
-    Args:
-        folder: The folder.
+    """Load a network that `export_model` wrote as safetensors, in eval mode; nothing is unpickled or executed.
 
     Returns:
         What `truncate` gave: a `TruncatedModel` or, for the backbone's own classifier, the timm model.
@@ -179,21 +156,16 @@ def read_run(folder: str | Path) -> Any:
 def read_early_exit(folder: str | Path) -> EarlyExitConfig | None:
     """Return the early-exit settings that were saved with a model, or None if there are none."""
     saved = read_config(Path(folder)).early_exit
-    if saved is None:
-        return None
     try:
-        return EarlyExitConfig.from_json(saved)
+        return None if saved is None else EarlyExitConfig.from_json(saved)
     except ValueError as error:
         raise ValueError(f"{Path(folder) / CONFIG} holds early-exit settings that are not allowed: {error}") from error
 
 
 def save_early_exit(folder: str | Path, early_exit: EarlyExitConfig) -> None:
-    """Keep early-exit settings with a model that is saved already; its weights are not written again.
+    """Keep early-exit settings, with one threshold for each exit, with a model that is saved already.
 
     `config.json` is replaced first, then the model card, where it still has the lines that tell how to load the model.
-
-    Raises:
-        ValueError: If the folder holds no whole model, or there is not one threshold for each of its exits.
     """
     folder = Path(folder)
     model = load_folder(folder)
@@ -203,12 +175,10 @@ def save_early_exit(folder: str | Path, early_exit: EarlyExitConfig) -> None:
     texts = {CONFIG: json.dumps(config, indent=2)}
     if (folder / CARD).is_file():
         texts[CARD] = card_with_early_exit((folder / CARD).read_text(), model, early_exit)
-    for name, text in texts.items():
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
-            staged = Path(temporary) / name
-            staged.write_text(text)
-            shutil.copymode(folder / name, staged)
-            os.replace(staged, folder / name)
+    with _staged(folder, tuple(texts)) as staged:
+        for name, text in texts.items():
+            (staged / name).write_text(text)
+        shutil.copymode(folder / CONFIG, staged / CONFIG)
 
 
 def _check(model: SelfDistillModel, what: str) -> None:
@@ -224,9 +194,10 @@ def _staged(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         staged = Path(temporary)
         yield staged
+        mode = (staged / CONFIG).stat().st_mode
         for name in names:
             # safetensors makes files that only their owner can read, whatever the umask.
-            shutil.copymode(staged / CONFIG, staged / name)
+            (staged / name).chmod(mode)
             os.replace(staged / name, folder / name)
 
 
@@ -240,7 +211,7 @@ def _check_can_be_built(folder: Path, backbone: nn.Module) -> None:
     """Refuse a backbone that timm would not build from a folder with the names of its weights."""
     try:
         with torch.device("meta"):
-            built = timm.create_model(f"local-dir:{folder}", pretrained=False)
+            built = create_from(folder)
     except Exception:  # of whatever kind: some networks cannot be built without memory
         return
     differing = sorted(set(built.state_dict()) ^ set(backbone.state_dict()))

@@ -1,9 +1,8 @@
 """`config.json` of a saved model: timm's, with one more key of ours; checked before anything is built."""
 
-import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -40,9 +39,8 @@ _REFUSED_KEYS: Final = ("device", "dtype")
 class Saved:
     """Our key of the configuration: how to wrap the backbone, and the weights' checksums.
 
-    With `exit`, the weights are those of a network that ends there, instead of the backbone's and the exits'. `run` is
-    what a training run says of itself. Without `ensemble`, it is the mean. `head_kwargs` are those of all exits, or a
-    list of those of each.
+    With `exit`, the weights are those of a network that ends there. `run` is what a training run says of itself.
+    Without `ensemble`, it is the mean. `head_kwargs` are those of all exits, or a list of those of each.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -95,13 +93,13 @@ def read_config(folder: Path) -> Saved:
     """Return our key of the configuration in a folder, after all of the configuration was checked."""
     path = folder / CONFIG
     if not path.is_file():
-        hint = ""
+        message = f"{folder} holds no model: there is no {CONFIG} in it."
         if (folder / "checkpoints").is_dir():
-            hint = (
+            message += (
                 " Of a run that was stopped, --from-checkpoint takes the newest checkpoint, and "
                 f"`timm-selfdistill finish {folder}` makes the model of it."
             )
-        raise ValueError(f"{folder} holds no model: there is no {CONFIG} in it.{hint}")
+        raise ValueError(message)
     config = read_json(path)
     ours = config.get(KEY) if isinstance(config, dict) else None
     if not isinstance(ours, dict):
@@ -201,10 +199,23 @@ def complete_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Check the number and the size of the values in arguments."""
-    values = list(_leaves(name, arguments, 0, itertools.count(1)))
-    whole = sum(abs(value) for value in values if isinstance(value, int))
-    if whole > _MAX_SUM:
+    """Check the number and the size of the values in nested objects and lists."""
+    count = total = 0
+    waiting: list[tuple[Any, int]] = [(arguments, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if count > _MAX_VALUES:
+            raise ValueError(f"{name} holds more than {_MAX_VALUES:,} values, the most that is allowed.")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"{name} is nested more than {_MAX_DEPTH} levels deep.")
+        if isinstance(value, Mapping | list | tuple):
+            waiting += ((item, depth + 1) for item in (value.values() if isinstance(value, Mapping) else value))
+        elif isinstance(value, float) and not abs(value) <= _MAX_SUM:
+            raise ValueError(f"{name} holds the number {value}; allowed are finite ones up to {_MAX_SUM:,}.")
+        elif isinstance(value, int):
+            total += abs(value)
+    if total > _MAX_SUM:
         raise ValueError(f"The whole numbers in {name} add up to more than {_MAX_SUM:,}, the most that is allowed.")
 
 
@@ -221,23 +232,6 @@ def _check_input(prefix: str, size: Any, crop_pct: Any) -> None:
             f"{prefix}crop_pct is {crop_pct!r:.40} for images of {size[1]} x {size[2]}; allowed is a share by which "
             f"they are resized to {_MAX_RESIZED_PIXELS:,} pixels or less."
         )
-
-
-def _leaves(name: str, value: Any, depth: int, count: Iterator[int]) -> Iterator[Any]:
-    """Yield the values in nested objects and lists, while they are not too many."""
-    if next(count) > _MAX_VALUES:
-        raise ValueError(f"{name} holds more than {_MAX_VALUES:,} values, the most that is allowed.")
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"{name} is nested more than {_MAX_DEPTH} levels deep.")
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(name, item, depth + 1, count)
-        return
-    if isinstance(value, float) and not abs(value) <= _MAX_SUM:
-        raise ValueError(f"{name} holds the number {value}; allowed are finite ones up to {_MAX_SUM:,}.")
-    yield value
 
 
 def _refuse_constant(text: str) -> None:

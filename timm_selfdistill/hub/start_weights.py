@@ -94,13 +94,13 @@ def _holds_tensors(value: Any) -> bool:
 
 def _parts(state: State) -> tuple[State, State]:
     """Return the weights of backbone and exits, which the state of a wrapped model holds together."""
-    if not any(name.startswith("backbone.") for name in state):
-        return state, {}
-    backbone, exits = (
-        {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        for prefix in ("backbone.", "heads.")
-    )
-    return backbone, exits
+    backbone = _below(state, "backbone.")
+    return (backbone, _below(state, "heads.")) if backbone else (state, {})
+
+
+def _below(state: State, prefix: str) -> State:
+    """Return the weights whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _load_backbone(model: SelfDistillModel, state: State, path: Path) -> Iterator[str]:
@@ -122,8 +122,8 @@ def _load_backbone(model: SelfDistillModel, state: State, path: Path) -> Iterato
         )
     model.backbone.load_state_dict({**own, **{name: state[name] for name in own if name in state and name not in anew}})
     if anew:
-        rows = [f"{len(state[name])} classes" for name in sorted(anew) if name in state][:1] or ["none"]
-        yield f"model.weights: the classifier is not loaded: {path} has {rows[0]}, and the model {model.num_classes}."
+        classes = next((f"{len(state[name])} classes" for name in sorted(anew) if name in state), "none")
+        yield f"model.weights: the classifier is not loaded: {path} has {classes}, and the model {model.num_classes}."
 
 
 def _load_exits(model: SelfDistillModel, state: State, path: Path) -> Iterator[str]:
@@ -132,9 +132,7 @@ def _load_exits(model: SelfDistillModel, state: State, path: Path) -> Iterator[s
     for index in range(model.num_exits):
         head: nn.Module = model.head_of(index)
         own = head.state_dict()
-        given = {
-            name.removeprefix(f"{index}."): tensor for name, tensor in state.items() if name.startswith(f"{index}.")
-        }
+        given = _below(state, f"{index}.")
         differ = [name for name in own if name not in given or given[name].shape != own[name].shape]
         if own.keys() != given.keys() or any(not name.startswith("classifier.") for name in differ):
             anew.append(model.exit_names[index])

@@ -1,1 +1,1 @@
-"""Other frameworks: each module here needs an optional extra of the same name."""
+"""Other frameworks: each module here needs what an extra installs."""

@@ -3,7 +3,6 @@
 import math
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from typing import Final, TypedDict
@@ -26,9 +25,10 @@ _SECONDS = 2.0
 
 
 class AccuracyRow(TypedDict):
-    """How good an output is: `top1`, `top5` and `macro_recall` in percent, `ece` in [0, 1]; None where it is not a
-    finite number. `top1_interval` is the 95 % confidence interval of `top1`, and `gain_interval` that of its difference
-    from the baseline's on the same images, None where there is no such difference.
+    """How good an output is, in percent but for `ece` in [0, 1]; None where it is not a finite number.
+
+    `top1_interval` is the 95 % confidence interval of `top1`, and `gain_interval` that of its difference from the
+    baseline's on the same images, None where there is no such difference.
     """
 
     top1: float | None
@@ -55,8 +55,9 @@ class EnsembleRow(AccuracyRow, CostRow):
 
 
 class FittedEnsembleRow(AccuracyRow):
-    """How good the fitted ensemble is, which costs what the mean costs; `weights` are those of the K + 1 outputs,
-    `images` how many held-out images they were fitted on, None where that is not known.
+    """How good the fitted ensemble is, which costs what the mean costs.
+
+    `weights` are those of the K + 1 outputs, `images` how many held-out images they were fitted on, if that is known.
     """
 
     weights: list[float]
@@ -120,11 +121,11 @@ def build_report(
     train_seconds: Mapping[str, float] | None = None,
     latency_batch_size: int = _BATCH_SIZE,
 ) -> Report:
-    """Measure what every exit costs and report it with its accuracy.
+    """Measure what every exit costs and report it with its accuracy; the model is left as it was.
 
     Costs are those of what `model.forward_exit` runs. Multiply-accumulates count convolutions, matrix products,
     attention and LSTMs, as is usual, and nothing elementwise. Latency is the median over some seconds, in eval mode, in
-    the parameters' own precision and on their device. The model is left as it was.
+    the parameters' own precision and on their device.
 
     Args:
         model: The trained model.
@@ -137,9 +138,6 @@ def build_report(
         skipped: How many images were skipped while training, by their use.
         train_seconds: Seconds that the training steps of each network took, by its name.
         latency_batch_size: Number of images in a timed batch.
-
-    Returns:
-        The report.
 
     Raises:
         ValueError: If the metrics are not those of this model, the baseline was evaluated on another number of
@@ -158,28 +156,26 @@ def build_report(
         )
     if latency_batch_size < 1:
         raise ValueError(f"latency_batch_size must be 1 or more; got {latency_batch_size}.")
-    fitted = metrics["fitted_ensemble"]
-    rated = _Rated(metrics, baseline)
-    last = len(names) - 1
+    row = partial(_row, metrics, baseline)
     costs, rounds = measure_costs(model, input_size, latency_batch_size)
+    exits: list[ExitRow] = []
+    measured = zip(names, metrics["exits"], metrics["running"], costs[:-1], strict=True)
+    for index, (name, output, running, cost) in enumerate(measured):
+        accuracy, running_top1 = row(output, index), _finite(running["top1"])
+        exits.append({"index": index, "name": name, **accuracy, **cost, "running_top1": running_top1})
+    fitted: FittedEnsembleRow | None = None
+    if metrics["fitted_ensemble"] is not None:
+        weights, images = list(model.ensemble.weights), model.ensemble.images
+        fitted = {**row(metrics["fitted_ensemble"], len(names) + 1), "weights": weights, "images": images}
     parameter = next(model.parameters())
+    pretrained = getattr(model.backbone, "pretrained_cfg", None) or {}
     return {
-        "exits": [
-            {"index": index, "name": name, **rated.row(entry, index), **cost, "running_top1": _finite(pool["top1"])}
-            for index, (name, entry, pool, cost) in enumerate(
-                zip(names, metrics["exits"], metrics["running"], costs[:-1], strict=True)
-            )
-        ],
-        "ensemble": {**rated.row(metrics["ensemble"], last + 1), **costs[-1]},
-        "fitted_ensemble": None
-        if fitted is None
-        else {
-            **rated.row(fitted, last + 2),
-            "weights": list(model.ensemble.weights),
-            "images": model.ensemble.images,
-        },
-        "baseline": None if baseline is None else _Rated(baseline, None).row(baseline["exits"][-1], 0),
-        "backbone": _backbone_name(model.backbone),
+        "exits": exits,
+        "ensemble": {**row(metrics["ensemble"], len(names)), **costs[-1]},
+        "fitted_ensemble": fitted,
+        "baseline": None if baseline is None else _row(baseline, None, baseline["exits"][-1], 0),
+        # Of a backbone that is not from timm, its class.
+        "backbone": str(pretrained.get("architecture") or type(model.backbone).__name__),
         "dataset": dataset,
         "num_samples": metrics["num_samples"],
         "num_skipped": {**(skipped or {}), "evaluation": metrics["num_skipped"]},
@@ -227,10 +223,8 @@ def measure_costs(
     def run_ensemble(x: Tensor) -> Tensor:
         return torch.stack(model(x, return_exits=True).logits).mean(0)
 
-    runs: list[Callable[[Tensor], Tensor]] = [
-        *(partial(model.forward_exit, exit=index) for index in range(model.num_exits + 1)),
-        run_ensemble,
-    ]
+    runs: list[Callable[[Tensor], Tensor]]
+    runs = [*(partial(model.forward_exit, exit=index) for index in range(model.num_exits + 1)), run_ensemble]
     with unchanged(model):
         # Counted before timed: what a module caches in its first forward is then no inference tensor.
         counts = [_count(model, partial(run, batch[:1])) for run in runs]
@@ -257,40 +251,25 @@ def _count(model: nn.Module, run: Callable[[], Tensor]) -> tuple[int, int]:
     return sum(needed), counter.macs
 
 
-@dataclass(frozen=True)
-class _Rated:
-    """Makes rows of a network's metrics, compared with those of the baseline if there is one."""
-
-    metrics: ExitMetricsResult
-    baseline: ExitMetricsResult | None
-
-    def row(self, output: OutputMetrics, place: int) -> AccuracyRow:
-        """Return the row of an output, at this place among the answers."""
-        total = self.metrics["num_samples"]
-        interval = list(wilson_interval(output["top1"] * total / 100, total))
-        return {
-            "top1": _finite(output["top1"]),
-            "top1_interval": interval if math.isfinite(output["top1"]) else None,
-            "gain_interval": self._gain(place, total),
-            "top5": _finite(output["top5"]),
-            "macro_recall": _finite(output["macro_recall"]),
-            "ece": _finite(output["ece"]),
-        }
-
-    def _gain(self, place: int, total: int) -> list[float] | None:
-        if self.baseline is None:
-            return None
-        other = self.baseline["answers"]
-        counts = self.metrics["answers"].gained_and_lost(place, other, len(self.baseline["exits"]) - 1)
-        return None if counts is None else list(paired_interval(*counts, total))
+def _row(
+    metrics: ExitMetricsResult, baseline: ExitMetricsResult | None, output: OutputMetrics, place: int
+) -> AccuracyRow:
+    """Return the row of an output, at this place among the answers, compared with the baseline if there is one."""
+    total = metrics["num_samples"]
+    interval = list(wilson_interval(output["top1"] * total / 100, total))
+    counts = None
+    if baseline is not None:
+        counts = metrics["answers"].gained_and_lost(place, baseline["answers"], len(baseline["exits"]) - 1)
+    return {
+        "top1": _finite(output["top1"]),
+        "top1_interval": interval if math.isfinite(output["top1"]) else None,
+        "gain_interval": None if counts is None else list(paired_interval(*counts, total)),
+        "top5": _finite(output["top5"]),
+        "macro_recall": _finite(output["macro_recall"]),
+        "ece": _finite(output["ece"]),
+    }
 
 
 def _finite(value: float) -> float | None:
     """Return the value, or None for what JSON has no number for."""
     return float(value) if math.isfinite(value) else None
-
-
-def _backbone_name(backbone: nn.Module) -> str:
-    """Return timm's name of the architecture, or the class of a backbone that is not from timm."""
-    config = getattr(backbone, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(backbone).__name__)

@@ -2,11 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
-from timm_selfdistill import render
 from timm_selfdistill.escape import each_text, plot_text
 from timm_selfdistill.metrics import top1_interval
+from timm_selfdistill.report import render
 from timm_selfdistill.report.report_content import AccuracyRow, EnsembleRow, ExitRow, Report
 
 # Largest class over smallest, from which on the report has the macro recall.
@@ -15,52 +15,29 @@ _UNEVEN: Final = 1.5
 _COLUMNS: Final = {"top5": ("top-5 %", ".2f"), "ece": ("ECE", ".3f")}
 _SHOWN_APART: Final = ("top1", "top1_interval", "gain_interval", "macro_recall")
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 def format_table(report: Report) -> str:
-    """Return the report as a table for the terminal, with what it says about the figures below.
+    """Return a report, as `build_report` makes it and `report.json` holds it, as a table for the terminal.
 
-    Args:
-        report: What `build_report` returned, or `report.json` holds.
-
-    Returns:
-        Lines of text, without a line break at the end.
+    Below are the sentences that explain the figures. There is no line break at the end.
     """
     return _PAGE.terminal(report)
 
 
 def format_markdown(report: Report) -> str:
-    """Return the report as a markdown section, without the picture.
-
-    Args:
-        report: What `build_report` returned, or `report.json` holds.
-
-    Returns:
-        Heading, table and what it says about the figures, ending with a line break.
-    """
+    """Return a report as a markdown section: heading, table and sentences, without the picture."""
     return _PAGE.markdown(report)
 
 
 def write_report(report: Report, folder: str | os.PathLike[str]) -> None:
-    """Write `report.json`, `report.md` and `report.png`; each is complete or not there at all.
-
-    Args:
-        report: What `build_report` returned.
-        folder: Where to write; created if missing.
-    """
+    """Write `report.json`, `.md` and `.png` to a folder, made if missing; each is complete or as it was before."""
     _PAGE.write(report, Path(folder))
 
 
-def draw_report(report: Report) -> "Figure":
+def draw_report(report: Report) -> "render.Figure":
     """Draw top-1 accuracy over multiply-accumulates, with a point for each exit, the ensembles and the baseline.
 
-    Args:
-        report: What `build_report` returned, or `report.json` holds.
-
-    Returns:
-        A figure that belongs to no window and to no global state of matplotlib; save it with its `savefig`.
+    The figure belongs to no window and to no global state of matplotlib; save it with its `savefig`.
     """
     report = each_text(report, plot_text)
     exits, ensemble, baseline = report["exits"], report["ensemble"], report["baseline"]
@@ -102,29 +79,24 @@ def _tables(report: Report) -> list[render.Table]:
     ]
     if baseline is not None:
         labelled.append(("baseline", {**last, **baseline, "running_top1": None}))
-    columns: dict[str, list[str]] = {
-        "exit": [label for label, _ in labelled],
-        "top-1 %": [render.number(row["top1"], ".2f") for _, row in labelled],
-        "95 % CI": [render.interval(top1_interval(row["top1"], report["num_samples"])) for _, row in labelled],
-    }
-    if baseline is not None:
-        columns["vs. baseline"] = [*(_gain(row, baseline) for _, row in labelled[:-1]), ""]
-    if _is_uneven(report):
-        columns["macro recall %"] = [render.number(row["macro_recall"], ".2f") for _, row in labelled]
-    columns["exits 0..k %"] = [
-        "" if (top1 := row.get("running_top1")) is None else f"{top1:.2f}" for _, row in labelled
-    ]
-    for metric in AccuracyRow.__annotations__:
-        if metric not in _SHOWN_APART:
-            title, spec = _COLUMNS.get(metric, (metric, ".3f"))
-            columns[title] = [render.number(dict[str, Any](row).get(metric), spec) for _, row in labelled]
-    columns |= {
-        "params": [render.with_prefix(row["params"]) for _, row in labelled],
-        "MACs": [render.with_prefix(row["macs"]) for _, row in labelled],
-        "ms/batch": [f"{row['latency_ms']:.2f}" for _, row in labelled],
-        "speed-up": [f"{row['speedup']:.2f}x" for _, row in labelled],
-    }
-    return [[list(columns), *map(list, zip(*columns.values(), strict=True))]]
+    lines: list[dict[str, str]] = []
+    for label, row in labelled:
+        cells = {"exit": label, "top-1 %": render.number(row["top1"], ".2f")}
+        cells["95 % CI"] = render.interval(top1_interval(row["top1"], report["num_samples"]))
+        if baseline is not None:
+            cells["vs. baseline"] = "" if label == "baseline" else _gain(row, baseline)
+        if _is_uneven(report):
+            cells["macro recall %"] = render.number(row["macro_recall"], ".2f")
+        running = row.get("running_top1")
+        cells["exits 0..k %"] = "" if running is None else f"{running:.2f}"
+        for metric in AccuracyRow.__annotations__:
+            if metric not in _SHOWN_APART:
+                title, spec = _COLUMNS.get(metric, (metric, ".3f"))
+                cells[title] = render.number(dict[str, Any](row).get(metric), spec)
+        cells |= {"params": render.with_prefix(row["params"]), "MACs": render.with_prefix(row["macs"])}
+        cells |= {"ms/batch": f"{row['latency_ms']:.2f}", "speed-up": f"{row['speedup']:.2f}x"}
+        lines.append(cells)
+    return [[list(lines[0]), *(list(cells.values()) for cells in lines)]]
 
 
 def _fitted_rows(report: Report) -> list[EnsembleRow]:
@@ -165,7 +137,7 @@ def _sentences(report: Report) -> list[str]:
     ]
     if fitted := report.get("fitted_ensemble"):
         weights = " ".join(f"{weight:.3g}" for weight in fitted["weights"])
-        images = "held-out images" if fitted["images"] is None else f"{_count(fitted['images'], 'held-out image')}"
+        images = "held-out images" if fitted["images"] is None else _count(fitted["images"], "held-out image")
         found.append(f"The fitted ensemble weighs the outputs {weights}, by {images}; the ensemble is their mean.")
     if report["baseline"] is not None:
         found.append("The baseline is the same backbone, trained on its own; it costs what the last exit costs.")

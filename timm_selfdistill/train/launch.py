@@ -21,8 +21,8 @@ from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.losses import needs_of
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import Recipe
-from timm_selfdistill.render import with_prefix
 from timm_selfdistill.report import device_name
+from timm_selfdistill.report.render import with_prefix
 from timm_selfdistill.train.tracking import JsonLinesTracker, check_trackers
 
 _logger = logging.getLogger(__name__)

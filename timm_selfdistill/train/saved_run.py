@@ -13,8 +13,6 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
-from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
-from timm_selfdistill.checkpoint_format import CheckpointError
 from timm_selfdistill.data import ImageData, open_dataset
 from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.data.fingerprint import fingerprint
@@ -25,6 +23,8 @@ from timm_selfdistill.hub.start_weights import without_wrappers
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.recipe import RECIPE, AugmentSection, DataSection, Recipe, load_recipe
 from timm_selfdistill.train.builders import build_model
+from timm_selfdistill.train.checkpoint import latest_checkpoint, load_checkpoint
+from timm_selfdistill.train.checkpoint_format import CheckpointError
 from timm_selfdistill.train.run_folder import CHECKPOINTS, MODEL, RECORD_KEY, RunRecord, begun_recipes
 
 _logger = logging.getLogger(__name__)

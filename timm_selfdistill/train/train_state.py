@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.task import SelfDistillationTask
+from timm_selfdistill.train.checkpoint import latest_checkpoint, load_checkpoint
 from timm_selfdistill.train.parallelism import Parallelism
 from timm_selfdistill.train.tracking import JsonLinesTracker
 

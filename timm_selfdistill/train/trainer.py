@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_selfdistill.checkpoint import CheckpointWriter
-from timm_selfdistill.checkpoint_format import CheckpointError
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.progress import duration, tell
 from timm_selfdistill.task import SelfDistillationTask, unwrapped_model
+from timm_selfdistill.train.checkpoint import CheckpointWriter
+from timm_selfdistill.train.checkpoint_format import CheckpointError
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.parallelism import share_buffers
 from timm_selfdistill.train.phases import Phase

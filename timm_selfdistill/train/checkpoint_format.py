@@ -6,9 +6,8 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +35,7 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint that is incomplete or not what was written."""
 
 
-@dataclass(frozen=True)
-class EncodedState:
+class EncodedState(NamedTuple):
     """A copy of a state in the form in which a checkpoint stores it."""
 
     tree: Any
@@ -45,16 +43,11 @@ class EncodedState:
 
 
 def encode_state(state: Mapping[str, Any]) -> EncodedState:
-    """Copy a state into the form in which it is stored.
+    """Copy a state into the form in which it is stored; `CheckpointError` says where it holds what cannot be stored.
 
-    Args:
-        state: Nested dicts, lists and tuples of dense tensors, numpy arrays and scalars, and int, float, bool, str and
-            None; keys of dicts may be any of the last five. Mappings come back as dicts, parameters as plain tensors,
-            all tensors on the CPU with their strides, every float and bit unchanged. Tensors that share memory come
-            back apart.
-
-    Raises:
-        CheckpointError: If the state holds anything else; the message says where.
+    It may hold nested dicts, lists and tuples of dense tensors, numpy arrays and scalars, and int, float, bool, str and
+    None; keys of dicts may be any of the last five. Mappings come back as dicts, parameters as plain tensors, all
+    tensors on the CPU with their strides, every float and bit unchanged. Tensors that share memory come back apart.
     """
     tensors: dict[str, Tensor] = {}
     try:
@@ -117,12 +110,12 @@ def verify_files(path: Path) -> None:
     try:
         found = json.loads((path / MANIFEST).read_bytes())
         expected = build_manifest(path)
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise DamagedCheckpointError(f"Checkpoint {path} is incomplete: {missing} is missing.") from error
+    except IsADirectoryError as error:
         name = Path(error.filename).name
-        what = (
-            f"incomplete: {name} is missing" if isinstance(error, FileNotFoundError) else f"damaged: {name} is a folder"
-        )
-        raise DamagedCheckpointError(f"Checkpoint {path} is {what}.") from error
+        raise DamagedCheckpointError(f"Checkpoint {path} is damaged: {name} is a folder.") from error
     except OSError as error:
         raise CheckpointError(f"Checkpoint {path} cannot be read: {error}.") from error
     except (RecursionError, ValueError) as error:
@@ -152,10 +145,9 @@ def build_manifest(folder: Path) -> dict[str, Any]:
 
 def flush_to_disk(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
-    on_windows = os.name == "nt"
-    if on_windows and path.is_dir():  # it opens no folders
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
         return
-    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

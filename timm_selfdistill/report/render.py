@@ -14,8 +14,8 @@ from timm_selfdistill.escape import each_text, markdown_text, printable
 from timm_selfdistill.files import replace_file
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
 
 MISSING: Final = "n/a"
 BLUE: Final = "#1f5fa8"
@@ -41,19 +41,10 @@ Content = TypeVar("Content", bound=Mapping[str, Any])
 
 @dataclass(frozen=True)
 class Page(Generic[Content]):
-    """How results of one kind are shown.
-
-    Args:
-        name: Name of their files.
-        heading: Markdown heading, before the backbone's name.
-        caption: What the picture shows.
-        tables: Returns the tables, each with its header.
-        sentences: Returns the sentences below the tables.
-        draw: Returns the picture.
-    """
+    """How results of one kind are shown: the name of their files, heading and caption, and what makes the parts."""
 
     name: str
-    heading: str
+    heading: str  # before the backbone's name
     caption: str
     tables: Callable[[Content], Sequence[Table]]
     sentences: Callable[[Content], Sequence[str]]
@@ -77,11 +68,10 @@ class Page(Generic[Content]):
         picture = io.BytesIO()
         # All made before any is written: what cannot be drawn leaves the three files as they were.
         self.draw(content).savefig(picture, format="png")
-        values = json.dumps(content, indent=2, allow_nan=False)
+        values = json.dumps(content, indent=2, allow_nan=False) + "\n"
         text = f"{self.markdown(content)}\n![{self.caption}]({self.name}.png)\n"
-        replace_file(folder / f"{self.name}.json", f"{values}\n".encode())
-        replace_file(folder / f"{self.name}.md", text.encode())
-        replace_file(folder / f"{self.name}.png", picture.getvalue())
+        for ending, data in (("json", values.encode()), ("md", text.encode()), ("png", picture.getvalue())):
+            replace_file(folder / f"{self.name}.{ending}", data)
 
 
 def align(table: Table, text_columns: int = 1) -> list[str]:

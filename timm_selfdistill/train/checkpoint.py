@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from timm_selfdistill.checkpoint_format import (
+from timm_selfdistill.train.checkpoint_format import (
     FORMAT,
     MANIFEST,
     STATE,
@@ -46,12 +46,9 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any] | EncodedState, step:
         step: The number in the name, growing as training goes on. A checkpoint of the same step is replaced.
         keep: How many of the newest checkpoints to keep, this one included.
 
-    Returns:
-        The new checkpoint's folder.
-
     Raises:
-        CheckpointError: If the state holds what cannot be stored, if `step` < 0 or `keep` < 1, or if the folder has
-            whole checkpoints of later steps, which must be another run's.
+        CheckpointError: If the state holds what cannot be stored, an argument is too small, or the folder has whole
+            checkpoints of later steps, which must be another run's.
         OSError: If the files cannot be written; what was there before is untouched.
     """
     if step < 0 or keep < 1:
@@ -86,8 +83,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the state saved in a checkpoint's folder, after comparing every file with its hash.
 
     Raises:
-        DamagedCheckpointError: If a file is missing or not what was written.
-        CheckpointError: If there is no such folder, another version of this library wrote it, or it cannot be read.
+        CheckpointError: If there is no such folder, another version of this library wrote it, or it cannot be read; a
+            `DamagedCheckpointError` if a file is missing or not what was written.
     """
     verify_files(path)
     try:
@@ -101,11 +98,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_entry(path: Path, key: str) -> Any:
-    """Return one entry, without tensors, of a checkpoint's state, or None; nothing else is read or compared.
-
-    Raises:
-        DamagedCheckpointError: If there is no such folder, or it cannot be read.
-    """
+    """Return one entry, without tensors, of a checkpoint's state, or None; nothing else is compared with its hash."""
     try:
         pairs = json.loads((path / STATE).read_bytes())["dict"]
         return next((decode_state(node, {}) for name, node in pairs if name == key), None)
@@ -133,11 +126,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the whole checkpoint of the latest step, or None; damaged ones are skipped and logged.
-
-    Raises:
-        CheckpointError: If another version of this library wrote the latest one, or the storage fails.
-    """
+    """Return the whole checkpoint of the latest step, or None; damaged ones are skipped and logged."""
     for path in reversed(list_checkpoints(folder)):
         try:
             verify_files(path)
@@ -149,10 +138,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one network on a thread of its own, one after the other.
+    """Writes the checkpoints of one network on a thread of its own; the caller's thread only copies the state.
 
-    The caller's thread only copies the state. A checkpoint that cannot be written, as on a full disk, leaves those
-    before it in place; training goes on, and the next one is tried.
+    A checkpoint that cannot be written, as on a full disk, leaves those before it in place: the next one is tried.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -171,10 +159,10 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written; an `OSError` says that it could not be."""
-        running, self._running = self._running, None
-        if running is None:
+        if self._running is None:
             return
-        step, future = running
+        step, future = self._running
+        self._running = None
         try:
             future.result()
         except OSError as error:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,16 @@ with needs_extra(__name__):
 class _InMemoryMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
     """A metric that leaves no files, so that any number of processes may use it at once."""
 
+    columns: ClassVar[dict[str, Any]]
+    paper = ""
+
     def __init__(self) -> None:
         # `evaluate` makes a cache folder even for data kept in memory, and never uses it then.
         with TemporaryDirectory() as folder:
             super().__init__(keep_in_memory=True, cache_dir=folder)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(description=self.__doc__, citation=self.paper, features=Features(self.columns))
 
 
 class TopKAccuracy(_InMemoryMetric):
@@ -38,18 +44,13 @@ class TopKAccuracy(_InMemoryMetric):
         ValueError: If k has no positive entry, or in `compute` for no samples, other shapes or a negative label.
     """
 
+    columns: ClassVar = {"predictions": [Value("int64")], "references": Value("int64")}
+
     def __init__(self, k: Sequence[int] = (1, 5)) -> None:
         if not k or min(k) < 1:
             raise ValueError(f"k must hold at least one number, each 1 or more; got {k!r}.")
         self.k = tuple(k)
         super().__init__()
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            features=Features({"predictions": [Value("int64")], "references": Value("int64")}),
-        )
 
     def _compute(self, predictions: npt.ArrayLike, references: npt.ArrayLike) -> dict[str, float]:
         ranked, labels = np.asarray(predictions), _labels(references)
@@ -62,8 +63,8 @@ class ExpectedCalibrationError(_InMemoryMetric):
     """How far confidence and accuracy lie apart (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
 
     The samples are sorted by confidence into M bins of equal width, (m/M, (m+1)/M], a confidence of 0 falling into the
-    first, and `ece = sum_m |B_m| / N * |accuracy(B_m) - mean confidence(B_m)|`, a fraction in [0, 1]. See
-    https://arxiv.org/abs/1706.04599.
+    first, and `ece = sum_m |B_m| / N * |accuracy(B_m) - mean confidence(B_m)|`, a fraction in [0, 1].
+    Paper: https://arxiv.org/abs/1706.04599.
 
     `compute(predictions, references, confidences)` takes predicted class indices [N], labels [N] and the probabilities
     that the model gives its predictions [N], and returns `{"ece": fraction}`.
@@ -76,20 +77,14 @@ class ExpectedCalibrationError(_InMemoryMetric):
             outside [0, 1].
     """
 
+    columns: ClassVar = {"predictions": Value("int64"), "references": Value("int64"), "confidences": Value("float64")}
+    paper = "Guo et al., On Calibration of Modern Neural Networks, ICML 2017, https://arxiv.org/abs/1706.04599"
+
     def __init__(self, num_bins: int = 15) -> None:
         if num_bins < 1:
             raise ValueError(f"num_bins must be 1 or more; got {num_bins}.")
         self.num_bins = num_bins
         super().__init__()
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="Guo et al., On Calibration of Modern Neural Networks, ICML 2017, https://arxiv.org/abs/1706.04599",
-            features=Features(
-                {"predictions": Value("int64"), "references": Value("int64"), "confidences": Value("float64")}
-            ),
-        )
 
     def _compute(
         self, predictions: npt.ArrayLike, references: npt.ArrayLike, confidences: npt.ArrayLike

@@ -3,14 +3,10 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import Final, TypedDict
 
-from timm_selfdistill import render
 from timm_selfdistill.escape import each_text, plot_text
-from timm_selfdistill.report import Report
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from timm_selfdistill.report import Report, render
 
 BASELINE: Final = "none"
 _CONFIDENCE: Final = 0.95
@@ -28,10 +24,7 @@ class Spread(TypedDict):
 
 
 class Difference(TypedDict):
-    """Mean over seeds of an accuracy minus the baseline's of the same seed, in percentage points.
-
-    `low` and `high` are its 95 % confidence interval by Student's t; None with one seed.
-    """
+    """Mean over seeds of an accuracy minus the baseline's, in points, and its 95 % interval by Student's t, if any."""
 
     mean: float
     low: float | None
@@ -47,10 +40,7 @@ class OutputSummary(TypedDict):
 
 
 class LossSummary(TypedDict):
-    """One loss: its outputs from shallow to deep, then the ensemble; the backbone alone if the loss trains no exits.
-
-    `train_seconds` is the time spent on training steps.
-    """
+    """One loss: its outputs from shallow to deep, then the ensemble; the backbone alone if the loss trains no exits."""
 
     loss: str
     outputs: list[OutputSummary]
@@ -58,10 +48,7 @@ class LossSummary(TypedDict):
 
 
 class Comparison(TypedDict):
-    """The content of `comparison.json`.
-
-    `baseline` is the loss that differences are taken to: "none" if it was trained, else the first.
-    """
+    """The content of `comparison.json`; `baseline` is the loss that differences are taken to."""
 
     recipe: str
     backbone: str
@@ -78,10 +65,18 @@ class Comparison(TypedDict):
 def summarize(
     reports: Mapping[str, Sequence[Report]], *, recipe: str, epochs: int, seeds: Sequence[int], backbone_only: set[str]
 ) -> Comparison:
-    """Summarise the reports of each loss, in the order of the seeds. Losses in `backbone_only` train no exits."""
+    """Summarise the reports of each loss, in the order of the seeds. Losses in `backbone_only` train no exits.
+
+    Differences are taken to the loss "none" if it was trained, else to the first.
+    """
     baseline = BASELINE if BASELINE in reports else next(iter(reports))
     reference = [_top1(baseline, report, -1) for report in reports[baseline]]
     first = reports[baseline][0]
+    losses: list[LossSummary] = []
+    for loss, runs in reports.items():
+        outputs = _outputs(loss, runs, reference, loss in backbone_only, loss == baseline)
+        seconds = _spread([report["train_seconds"]["self-distilled"] for report in runs])
+        losses.append({"loss": loss, "outputs": outputs, "train_seconds": seconds})
     return {
         "recipe": recipe,
         "backbone": first["backbone"],
@@ -90,20 +85,13 @@ def summarize(
         "epochs": epochs,
         "seeds": list(seeds),
         "baseline": baseline,
-        "losses": [
-            {
-                "loss": loss,
-                "outputs": _outputs(loss, runs, reference, loss in backbone_only, loss == baseline),
-                "train_seconds": _spread([report["train_seconds"]["self-distilled"] for report in runs]),
-            }
-            for loss, runs in reports.items()
-        ],
+        "losses": losses,
         "versions": first["versions"],
         "device": first["device"],
     }
 
 
-def draw_comparison(comparison: Comparison) -> "Figure":
+def draw_comparison(comparison: Comparison) -> "render.Figure":
     """Draw the mean top-1 accuracy of every output with each loss, and its standard deviation over the seeds."""
     comparison = each_text(comparison, plot_text)
     losses, seeds, names = comparison["losses"], comparison["seeds"], _output_names(comparison)
@@ -120,8 +108,7 @@ def draw_comparison(comparison: Comparison) -> "Figure":
         for place, output in zip(places, entry["outputs"], strict=True):
             values = output["top1"]["values"]
             axes.plot([place] * len(values), values, "_", color=color, alpha=0.5, markersize=9)
-    base = next(entry for entry in losses if entry["loss"] == comparison["baseline"])
-    deepest = next(output for output in reversed(base["outputs"]) if output["name"] != "ensemble")
+    deepest = next(output for output in reversed(_base(comparison)["outputs"]) if output["name"] != "ensemble")
     axes.axhline(deepest["top1"]["mean"], color=render.GREY, linestyle=(0, (5, 4)), linewidth=1.2, zorder=1)
     last = len(names) - 1 - (names[-1] == "ensemble")
     labels = [name if index > last else f"{index}: {name}" for index, name in enumerate(names)]
@@ -142,13 +129,9 @@ def _outputs(
     for position in positions:
         values = [_top1(loss, report, position) for report in runs]
         is_reference = is_baseline and position == len(names) - 1
-        outputs.append(
-            {
-                "name": [*names, "ensemble"][position],
-                "top1": _spread(values),
-                "difference": None if is_reference else _difference(values, reference),
-            }
-        )
+        difference = None if is_reference else _difference(values, reference)
+        name = [*names, "ensemble"][position]
+        outputs.append({"name": name, "top1": _spread(values), "difference": difference})
     return outputs
 
 
@@ -181,27 +164,27 @@ def _difference(values: Sequence[float], reference: Sequence[float]) -> Differen
 def _tables(comparison: Comparison) -> list[render.Table]:
     """Return the accuracies with the time to train, and the paired differences to the baseline's backbone."""
     names = _output_names(comparison)
-    base = next(entry for entry in comparison["losses"] if entry["loss"] == comparison["baseline"])
-    base_seconds = base["train_seconds"]["mean"]
+    base_seconds = _base(comparison)["train_seconds"]["mean"]
     accuracies = [["top-1 %", *names, "minutes", "time"]]
     differences = [[f"vs. {comparison['baseline']}", *names]]
     for entry in comparison["losses"]:
-        found = {output["name"]: output for output in entry["outputs"]}
+        spreads, gains = dict.fromkeys(names, ""), dict.fromkeys(names, "")
+        for output in entry["outputs"]:
+            spreads[output["name"]] = render.spread(output["top1"]["mean"], output["top1"]["std"], ".2f")
+            gains[output["name"]] = _difference_text(output["difference"])
         seconds = entry["train_seconds"]["mean"]
-        times = [f"{seconds / 60:.1f}", f"{seconds / base_seconds:.2f}x" if base_seconds else "n/a"]
-        spreads = [_spread_text(found[name]["top1"]) if name in found else "" for name in names]
-        accuracies.append([entry["loss"], *spreads, *times])
-        gains = [_difference_text(found[name]["difference"]) if name in found else "" for name in names]
-        differences.append([entry["loss"], *gains])
+        times = [f"{seconds / 60:.1f}", f"{seconds / base_seconds:.2f}x" if base_seconds else render.MISSING]
+        accuracies.append([entry["loss"], *spreads.values(), *times])
+        differences.append([entry["loss"], *gains.values()])
     return [accuracies, differences]
+
+
+def _base(comparison: Comparison) -> LossSummary:
+    return next(entry for entry in comparison["losses"] if entry["loss"] == comparison["baseline"])
 
 
 def _output_names(comparison: Comparison) -> list[str]:
     return [output["name"] for output in max((entry["outputs"] for entry in comparison["losses"]), key=len)]
-
-
-def _spread_text(spread: Spread) -> str:
-    return render.spread(spread["mean"], spread["std"], ".2f")
 
 
 def _difference_text(difference: Difference | None) -> str:
