@@ -7,6 +7,7 @@ import os
 import stat
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -36,6 +37,10 @@ FORMATS: Final = (
 Pillow hands EPS, WMF, BUFR, GRIB, HDF5 and MPEG to other programs, and IPTC may hold any of them.
 """
 
+# Images that Pillow decodes with a plug-in only: without it, they are images that cannot be decoded.
+_BY_PLUGIN = (".heic", ".heif", ".jxl")
+# Formats that begin with bytes which nothing else begins with by chance.
+_TOLD_BY_CONTENT = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 # More bytes than an image of as many pixels as Pillow allows has in any format.
 MOST_BYTES: Final = 1 << 30
 SKIPPED: Final = "skipped.jsonl"
@@ -56,6 +61,28 @@ class SampleError(ValueError):
     def __init__(self, message: str) -> None:
         # From a loader process torch hands on the whole traceback, which ends with the message.
         super().__init__(message.rpartition(f"{__name__}.{type(self).__qualname__}: ")[2].rstrip())
+
+
+@cache
+def image_endings() -> frozenset[str]:
+    """Return the endings that tell an image, in lower case and with their dot."""
+    names = Image.registered_extensions().items()
+    return frozenset((*_BY_PLUGIN, *(ending for ending, name in names if name in Image.OPEN and name in FORMATS)))
+
+
+def begins_like_image(path: str) -> bool:
+    """Whether a file begins like an image; the pixels are not decoded."""
+    Image.init()
+    try:
+        with (
+            open(path, "rb") as file,
+            Image.open(file, formats=[name for name in _TOLD_BY_CONTENT if name in Image.OPEN]),
+        ):
+            return True
+    except Image.DecompressionBombError:  # an image, too large to be decoded
+        return True
+    except Exception:  # of the file system, or of whatever format the file resembles
+        return False
 
 
 def read_file(path: str | Path) -> bytes:

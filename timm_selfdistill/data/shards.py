@@ -5,14 +5,13 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
-from glob import glob
 from pathlib import Path
 from typing import Any, Final
 
 import datasets
 
 from timm_selfdistill.data.decode import MOST_BYTES
-from timm_selfdistill.data.file_rows import Splits
+from timm_selfdistill.data.file_rows import Splits, files_at
 from timm_selfdistill.data.names import files_by_split, find_split, is_split, normalized, split_name
 from timm_selfdistill.recipe import DataSection
 
@@ -60,9 +59,7 @@ def load_shards(path: Path, section: DataSection) -> Splits | None:
 def _shard_files(path: Path, section: DataSection) -> dict[str, list[Path]]:
     """Return the shards of each split, none if the data set is something else."""
     if not path.is_dir():
-        files = [path]
-        if not path.is_file():
-            files = [Path(file) for part in _expanded(str(path)) for file in sorted(glob(part))]
+        files = [path] if path.is_file() else [file for part in _expanded(str(path)) for file in files_at(Path(part))]
         is_shard = [file.name.lower().endswith(SHARD_ENDINGS) and file.is_file() for file in files]
         return files_by_split(files, section) if files and all(is_shard) else {}
     if files := _shards_in(path):

@@ -10,15 +10,19 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
-from timm_selfdistill.data.columns import (
+from timm_selfdistill.data.names import (
+    Indices,
     check_columns,
     check_same_classes,
     class_names_of,
+    is_first_process,
+    quoted,
+    resolve_splits,
     stream_classes,
     targets_of,
+    used_splits,
     with_columns,
 )
-from timm_selfdistill.data.names import Indices, is_first_process, quoted, resolve_splits, used_splits
 from timm_selfdistill.data.sources import FILE_ENDINGS, load_splits
 from timm_selfdistill.recipe import DataSection
 

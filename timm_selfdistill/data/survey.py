@@ -8,9 +8,8 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from timm_selfdistill.data.columns import check_columns, with_columns
 from timm_selfdistill.data.decode import read
-from timm_selfdistill.data.names import Indices, find_split, split_name
+from timm_selfdistill.data.names import Indices, check_columns, find_split, split_name, with_columns
 from timm_selfdistill.data.sources import load_splits
 from timm_selfdistill.data.splits import ImageData, ImageSplit, open_dataset
 from timm_selfdistill.recipe import DataSection

@@ -12,8 +12,7 @@ from pydantic import ValidationError
 from timm.optim import list_optimizers
 
 from timm_selfdistill.checks import did_you_mean
-from timm_selfdistill.data.columns import check_columns, with_columns
-from timm_selfdistill.data.names import resolve_splits, used_splits
+from timm_selfdistill.data.names import check_columns, resolve_splits, used_splits, with_columns
 from timm_selfdistill.data.sources import is_on_hub, load_splits
 from timm_selfdistill.heads import list_heads
 from timm_selfdistill.losses import list_divergences, list_losses, list_presets, list_teachers
