@@ -69,12 +69,11 @@ class Fingerprint:
 
 def fingerprint(data: ImageData, section: DataSection) -> Fingerprint:
     """Return what tells whether a data set is still the same; moving it to another folder does not change it."""
-    splits = {"training": data.train, "validation": data.validation, "evaluation": data.eval}
-    used = {use: split for use, split in splits.items() if split is not None}
-    columns = {use: _sizes_and_paths(split) for use, split in used.items() if isinstance(split, ImageSplit)}
+    splits = data.by_use()
+    columns = {use: _sizes_and_paths(split) for use, split in splits.items() if isinstance(split, ImageSplit)}
     root = _common_folder([paths for _, paths in columns.values()])
-    uses = {}
-    for use, split in used.items():
+    uses: dict[str, SplitFingerprint] = {}
+    for use, split in splits.items():
         if isinstance(split, ImageSplit):
             per_class = np.bincount(split.targets, minlength=len(data.class_names)).tolist()
             digest = _digest_of_images(split, *columns[use], len(root))

@@ -112,7 +112,7 @@ def _first_that_opens(choices: Sequence[DataSection]) -> tuple[DataSection, Imag
 
 def _whole_counts(data: ImageData) -> Indices:
     """Return the images of each class of the training split, those that are held out of it too."""
-    parts = [data.train, data.validation, data.eval]
+    parts = data.by_use().values()
     own = [part.targets for part in parts if isinstance(part, ImageSplit) and part.name == data.train.name]
     return np.bincount(np.concatenate(own), minlength=len(data.class_names))
 
