@@ -45,6 +45,7 @@ _TOLD_BY_CONTENT = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "PN
 MOST_BYTES: Final = 1 << 30
 SKIPPED: Final = "skipped.jsonl"
 Use = Literal["training", "validation", "evaluation"]
+USES: Final[tuple[Use, ...]] = ("training", "validation", "evaluation")
 
 # Resized by their shorter side, images of more extreme shape would fill the memory.
 _MAX_ASPECT = 1000

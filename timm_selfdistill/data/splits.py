@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
-from timm_selfdistill.data.decode import Use
+from timm_selfdistill.data.decode import USES, Use
 from timm_selfdistill.data.file_rows import Splits
 from timm_selfdistill.data.names import (
     Indices,
@@ -107,12 +107,8 @@ class ImageData:
 
     def by_use(self) -> dict[Use, ImageSplit | StreamSplit]:
         """Return the splits by what they are for, without validation where there is none."""
-        splits: dict[Use, ImageSplit | StreamSplit | None] = {
-            "training": self.train,
-            "validation": self.validation,
-            "evaluation": self.eval,
-        }
-        return {use: split for use, split in splits.items() if split is not None}
+        splits = zip(USES, (self.train, self.validation, self.eval), strict=True)
+        return {use: split for use, split in splits if split is not None}
 
 
 def open_dataset(section: DataSection, seed: int) -> ImageData:
