@@ -1,6 +1,5 @@
 """Data sets of image files that tables name: any CSV, JSON lines or parquet file, or `metadata.csv` of Hugging Face."""
 
-import mimetypes
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from timm_selfdistill.data.table_files import (
     Table,
     column_names,
     columns_of,
+    ends_as_image,
     read_table,
     with_common_labels,
 )
@@ -237,9 +237,8 @@ def _warn_of_unnamed(tables: Sequence[Table]) -> None:
         unnamed = [
             os.path.join(folder, name)
             for folder, names in named.items()
-            if os.path.isdir(folder)  # of a split that is not used, it need not be there
-            for name in sorted(os.listdir(folder))
-            if name not in names and (mimetypes.guess_type(name)[0] or "").startswith("image/")
+            for name in sorted(_files_in(folder) - names)  # of a split that is not used, the folder need not be there
+            if ends_as_image(name)
         ]
         if unnamed:
             message = "%d images are not read because %s does not name them; the first is %s."

@@ -134,11 +134,12 @@ def _columns_of_image_files(file: Path) -> list[str]:
             rows = _json_rows(file)[:_FIRST_ROWS]
     except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
         raise _unreadable(file, error) from error
-    return [name for name in names if rows and all(_ends_as_image(row.get(name)) for row in rows)]
+    return [name for name in names if rows and all(ends_as_image(row.get(name)) for row in rows)]
 
 
-def _ends_as_image(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).suffix.lower() in image_endings()
+def ends_as_image(name: Any) -> bool:
+    """Whether this is the name of an image file by its ending."""
+    return isinstance(name, str) and Path(name).suffix.lower() in image_endings()
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:

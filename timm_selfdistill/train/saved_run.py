@@ -17,8 +17,8 @@ from timm_selfdistill.checkpoint import latest_checkpoint, load_checkpoint
 from timm_selfdistill.checkpoint_format import CheckpointError
 from timm_selfdistill.data import ImageData, open_dataset
 from timm_selfdistill.data.decode import SkipList
-from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.survey import fingerprint
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import CONFIG, complete_names, read_run, save_pretrained
 from timm_selfdistill.hub.start_weights import without_wrappers
