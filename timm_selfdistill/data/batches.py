@@ -45,8 +45,8 @@ class TrainingOrder(Sampler[list[Draw]]):
         processes: Number of processes, which take the batches in turn.
         accumulate: Batches that each process takes for one optimizer step; an epoch ends after the last whole one.
         seed: Decides the orders.
-        balanced: Whether an epoch draws as many samples of every class, to within one: of a small class each several
-            times, of a large one not all. It draws as many in all as there are samples.
+        balanced: Whether an epoch draws as many samples of every class, to within one, and N in all: of a small class
+            each several times, of a large one not all.
     """
 
     # Accelerate reads it. It must not find a batch size, which may differ between the phases of a training.
@@ -149,9 +149,6 @@ class DrawnSamples(Dataset[dict[str, Any]]):
         for sample, (_, epoch) in zip(samples, draws, strict=True):
             sample["seed"] = [self._seed, epoch, sample["row"]]
         return samples
-
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        return self.__getitems__([draw])[0]
 
 
 def seed_generators(words: list[int]) -> None:

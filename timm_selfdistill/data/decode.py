@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import (
-    BITSPERSAMPLE,
-    PHOTOMETRIC_INTERPRETATION,
-    PLANAR_CONFIGURATION,
-    SAMPLEFORMAT,
-    TiffImageFile,
-)
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from timm_selfdistill.compat import read_remote
 from timm_selfdistill.files import replace_file
@@ -74,11 +67,9 @@ def image_endings() -> frozenset[str]:
 def begins_like_image(path: str) -> bool:
     """Whether a file begins like an image; the pixels are not decoded."""
     Image.init()
+    formats = [name for name in _TOLD_BY_CONTENT if name in Image.OPEN]
     try:
-        with (
-            open(path, "rb") as file,
-            Image.open(file, formats=[name for name in _TOLD_BY_CONTENT if name in Image.OPEN]),
-        ):
+        with open(path, "rb") as file, Image.open(file, formats=formats):
             return True
     except Image.DecompressionBombError:  # an image, too large to be decoded
         return True
@@ -173,16 +164,16 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
     """Return an image whose values have 8 bits; Pillow's own conversion would clip deeper ones at 255."""
     depth = 16 if (image.format, image.mode) in _FULL_RANGE else None
     inverted = False
-    if isinstance(image, TiffImageFile):
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
-        bits = max(tags.get(BITSPERSAMPLE, (1,)))
-        if set(tags.get(SAMPLEFORMAT, (1,))) != {1}:
+        bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+        if set(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))) != {1}:
             raise ValueError(_NO_RANGE.format("signed or floating-point"))
-        if bits > 8 and tags.get(PLANAR_CONFIGURATION) == 2:
+        if bits > 8 and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2:
             raise ValueError(f"its planes of {bits} bits are stored one after another, which Pillow reads wrongly")
         if image.mode.startswith("I;16"):
             # Pillow leaves what counts from white as it is, unlike with 8 bits and less.
-            depth, inverted = bits, tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+            depth, inverted = bits, tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
     if depth is not None:
         values = (np.asarray(image) >> (depth - 8)).astype(np.uint8)
         return Image.fromarray(255 - values if inverted else values)

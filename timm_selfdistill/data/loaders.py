@@ -59,11 +59,11 @@ def build_loaders(
     Loaders of rows with an index hold every sample: `accelerator.prepare` gives each process its share. Loaders of a
     stream must not be prepared. There the training loader holds this process's share and gives every process the same
     number of batches, starting over or stopping early where shares differ; validation and evaluation are read whole by
-    every process, because their length is unknown beforehand, so their metrics need no gathering.
+    every process, as their length is unknown beforehand, so their metrics need no gathering.
 
     Augmentation draws from the generators of `random`, NumPy and torch. For rows with an index they are seeded for each
-    batch and then set back. For a stream they are those of the workers, which are seeded differently for every process
-    and epoch, or of this process without workers.
+    batch and then set back; for a stream they are the workers' own, seeded by process and epoch. torch's threads are
+    lowered to the cores that the loader processes leave.
 
     Args:
         data: What `open_dataset` returned.
@@ -75,8 +75,7 @@ def build_loaders(
         seed: Decides the order of the training samples and the workers' augmentation.
         accumulate: Micro steps of an optimizer step.
         skipped: Lists the images that are skipped; in no file by default.
-        device: Where the network runs, and where `data.cache=device` keeps the images. torch's threads are
-            lowered to the cores that the loader processes leave.
+        device: Where the network runs, and where `data.cache=device` keeps the images.
 
     Raises:
         ValueError: If the training split is smaller than one batch of all processes or of unknown length, if an odd

@@ -19,13 +19,9 @@ from pyarrow import types
 from timm_selfdistill.recipe import DataSection
 
 # Names of split folders in lower case, and the split that each is.
-STANDARD_SPLITS: Final = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-}
+STANDARD_SPLITS: Final = {"train": "train", "test": "test"} | dict.fromkeys(
+    ("val", "valid", "validation"), "validation"
+)
 
 _NAMED = 5
 _COLUMN_KEYS: Final = ("image", "target")

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,7 +40,11 @@ def load_shards(path: Path, section: DataSection) -> Splits | None:
         return None
     fields = {"image": _ANY_IMAGE if section.image == "image" else section.image, "target": section.target}
     first = files[find_split(section.train_split, files) or next(iter(files))]
-    label = datasets.Value(_kind_of_label(first[0], fields))
+    key, sample = next(_samples(str(first[0])), ("", None))
+    if sample is None:
+        raise ValueError(f"The shard {first[0]} holds no sample.")
+    value = _label(sample, section.target, f"{first[0]}, sample {key!r}")
+    label = datasets.Value("int64" if isinstance(value, int) else "string")
     features = datasets.Features({section.image: datasets.Image(), section.target: label})
     splits: dict[str, Any] = {}
     for name, of_split in files.items():
@@ -87,14 +91,6 @@ def _expanded(pattern: str) -> list[str]:
     return [
         whole for number in numbers for whole in _expanded(pattern[: found.start()] + number + pattern[found.end() :])
     ]
-
-
-def _kind_of_label(file: Path, fields: Mapping[str, str]) -> str:
-    """Return "int64" or "string": what the label of the first sample is."""
-    for key, sample in _samples(str(file)):
-        value = _label(sample, fields["target"], f"{file}, sample {key!r}")
-        return "int64" if isinstance(value, int) else "string"
-    raise ValueError(f"The shard {file} holds no sample.")
 
 
 def _rows(
