@@ -70,7 +70,7 @@ def draw_boxes(
     height, width = size
     smallest, largest = part.scale
     area = rng.uniform(smallest, largest, (batch, _ATTEMPTS)) * (height * width)
-    aspect = np.exp(rng.uniform(*map(math.log, part.ratio), (batch, _ATTEMPTS)))
+    aspect = np.exp(rng.uniform(math.log(part.ratio[0]), math.log(part.ratio[1]), (batch, _ATTEMPTS)))
     heights, widths = np.sqrt(area / aspect).round().astype(int), np.sqrt(area * aspect).round().astype(int)
     found, first = _first_fit((heights <= height) & (widths <= width))
     # Where nothing fits, as much of the whole image as the aspect ratios allow.
@@ -112,7 +112,8 @@ def draw_sizes(
     low, high = resizing.random_scale_range
     scale = 1 / np.sqrt(rng.uniform(low, high, batch))
     scale = np.where(rng.random(batch) < resizing.random_scale_prob, scale, 1.0)
-    aspect = np.sqrt(np.exp(rng.uniform(*map(math.log, resizing.random_aspect_range), batch)))
+    low, high = map(math.log, resizing.random_aspect_range)
+    aspect = np.sqrt(np.exp(rng.uniform(low, high, batch)))
     aspect = np.where(rng.random(batch) < resizing.random_aspect_prob, aspect, 1.0)
     heights, widths = height * (scale / aspect) / ratio, width * (scale * aspect) / ratio
     return heights.round().astype(int), widths.round().astype(int)
