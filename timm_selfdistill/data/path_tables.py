@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -104,7 +103,7 @@ def load_metadata(path: Path, section: DataSection) -> Splits | None:
         # The first folder of each path is its split, if every image is in the folder of one.
         first = pc.list_element(pc.split_pattern(tables[0].rows["path"], "/", max_splits=1), 0)
         if set(map(split_name, pc.unique(first).to_pylist())) <= set(STANDARD_SPLITS.values()):
-            parts = _by_split_column(replace(tables[0], rows=tables[0].rows.append_column("split", first)))
+            parts = _by_split_column(tables[0]._replace(rows=tables[0].rows.append_column("split", first)))
     elif any(is_split(folder.name, section) for folder in folders):
         parts = []
         for folder, table in zip(folders, tables, strict=True):
@@ -163,9 +162,11 @@ def _describes_images(file: Path, section: DataSection, columns: Mapping[str, st
 
 def _by_split_column(table: Table) -> list[tuple[str, Table]]:
     """Return the part of each split that a table's column names."""
-    names = _split_names(table)
-    of_name = {name: table.rows.filter(pc.equal(table.rows["split"], name)) for name in names}
-    return [(split_name(name), replace(table, rows=rows)) for name, rows in of_name.items()] or [("train", table)]
+    found = []
+    for name in _split_names(table):
+        rows = table.rows.filter(pc.equal(table.rows["split"], name))
+        found.append((split_name(name), table._replace(rows=rows)))
+    return found or [("train", table)]
 
 
 def _split_names(table: Table) -> list[str]:

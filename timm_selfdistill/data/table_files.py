@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -26,8 +25,7 @@ _FIRST_ROWS: Final = 100
 _KEYS = {"path": "data.image", "label": "data.target", "split": "data.split_column"}
 
 
-@dataclass(frozen=True, eq=False)
-class Table:
+class Table(NamedTuple):
     """The columns of a table file that are of use: "path" (strings), "label" and, if it was read, "split" (strings)."""
 
     file: Path
@@ -102,10 +100,11 @@ def with_common_labels(tables: Sequence[Table]) -> list[Table]:
     """Return tables whose labels have one type: CSV holds integers if every label of every table is one."""
     if all(_is_untyped(table.file) and _holds_integers(table.rows["label"]) for table in tables):
         found = []
-        for table in tables:
-            others = table.rows.drop_columns("label")
-            rows = others.append_column("label", table.rows["label"].cast(pa.int64()))
-            found.append(replace(table, rows=rows, label=datasets.Value("int64")))
+        for file, rows, _ in tables:
+            integers = rows["label"].cast(pa.int64())
+            found.append(
+                Table(file, rows.drop_columns("label").append_column("label", integers), datasets.Value("int64"))
+            )
         return found
     for table in tables[1:]:
         if table.label != tables[0].label:
