@@ -168,14 +168,10 @@ def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) ->
         validation = whole(section.validation)
     elif section.validation > 0:
         train, validation = _carve(train, section.validation, class_names, rng)
-    return ImageData(
-        train=_at_most(section.max_train, train, rng),
-        validation=None if validation is None else _at_most(section.max_eval, validation, fixed),
-        eval=_at_most(section.max_eval, evaluation, fixed),
-        class_names=class_names,
-        name=_title(section),
-        streaming=False,
-    )
+    train = _at_most(section.max_train, train, rng)
+    validation = None if validation is None else _at_most(section.max_eval, validation, fixed)
+    evaluation = _at_most(section.max_eval, evaluation, fixed)
+    return ImageData(train, validation, evaluation, class_names, _title(section), streaming=False)
 
 
 def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
@@ -191,14 +187,10 @@ def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
             rows, size = rows.take(limit), limit if size is None else min(limit, size)
         return StreamSplit(name, rows, size, class_index)
 
-    return ImageData(
-        train=whole(section.train_split, section.max_train, section.train_size),
-        validation=whole(section.validation, section.max_eval) if isinstance(section.validation, str) else None,
-        eval=whole(section.eval_split, section.max_eval),
-        class_names=class_names,
-        name=_title(section),
-        streaming=True,
-    )
+    train = whole(section.train_split, section.max_train, section.train_size)
+    validation = whole(section.validation, section.max_eval) if isinstance(section.validation, str) else None
+    evaluation = whole(section.eval_split, section.max_eval)
+    return ImageData(train, validation, evaluation, class_names, _title(section), streaming=True)
 
 
 def _encoded(rows: Any, columns: dict[str, str]) -> Any:

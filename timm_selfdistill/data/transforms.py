@@ -82,15 +82,9 @@ class InputConfig:
         size = own_size if section.image_size is None else (section.image_size, section.image_size)
         given = {"input_size": (channels, *size), "interpolation": section.interpolation, "crop_pct": section.crop_pct}
         config = resolve_data_config(given, model=backbone)
-        return cls(
-            channels=channels,
-            image_size=(config["input_size"][1], config["input_size"][2]),
-            mean=_per_channel(section.mean, config["mean"], channels),
-            std=_per_channel(section.std, config["std"], channels),
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-            crop_mode=config["crop_mode"],
-        )
+        mean = _per_channel(section.mean, config["mean"], channels)
+        std = _per_channel(section.std, config["std"], channels)
+        return cls.from_timm({**config, "mean": mean, "std": std})
 
     @classmethod
     def from_timm(cls, config: Mapping[str, Any]) -> Self:
