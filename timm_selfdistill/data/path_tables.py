@@ -58,13 +58,13 @@ def load_tables(path: Path, section: DataSection) -> Splits | None:
             if section.split_column is not None and (section.split_column != "split" or "split" in column_names(file)):
                 columns["split"] = section.split_column
             table = read_table(file, columns)
-            named = _split_names(table) if "split" in columns else [name]
-            if list(files) != ["train"] and set(map(split_name, named)) != {name}:
+            own = _by_split_column(table) if "split" in columns else [(name, table)]
+            if list(files) != ["train"] and (named := dict(own)).keys() != {name}:
                 raise ValueError(
                     f"{file} is the split {name!r} by its name, but its column {section.split_column!r} names "
                     f"{', '.join(named)}: give one file, or set data.split_column to null."
                 )
-            parts += _by_split_column(table) if "split" in columns else [(name, table)]
+            parts += own
     root = None if section.root is None else Path(section.root).expanduser()
     if root is not None and not root.is_dir():
         raise ValueError(f"data.root {section.root!r} is not a folder.")
@@ -163,15 +163,10 @@ def _describes_images(file: Path, section: DataSection, columns: Mapping[str, st
 def _by_split_column(table: Table) -> list[tuple[str, Table]]:
     """Return the part of each split that a table's column names."""
     found = []
-    for name in _split_names(table):
+    for name in pc.unique(table.rows["split"]).to_pylist():
         rows = table.rows.filter(pc.equal(table.rows["split"], name))
         found.append((split_name(name), table._replace(rows=rows)))
     return found or [("train", table)]
-
-
-def _split_names(table: Table) -> list[str]:
-    names: list[str] = pc.unique(table.rows["split"]).to_pylist()
-    return names
 
 
 def _splits_of_tables(parts: Sequence[tuple[str, Table]], section: DataSection, root: Path | None) -> Splits:
