@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from timm_selfdistill.data import ImageData, ImageSplit, StreamSplit, open_dataset
-from timm_selfdistill.data.image_files import FolderScan, find_images, image_endings
+from timm_selfdistill.data.decode import image_endings
+from timm_selfdistill.data.image_folder import FolderScan, find_images
 from timm_selfdistill.recipe import DataSection, load_recipe
 
 _DRAWN = np.random.default_rng(0)

@@ -117,7 +117,7 @@ assert run_safely(lambda: None) == 0 and not _reader_is_gone()
 with workers._blocked():
     workers.signal_free_context("spawn").Process
 workers._begin(0, init=print)
-print(list(workers._START_METHODS), *PREEMPTIONS, signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
+print(list(workers._PROCESSES), *PREEMPTIONS, signal.getsignal(signal.SIGINT) == signal.SIG_IGN)
 """
 
 

@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from timm_selfdistill.cores import fit_threads, loader_processes
-from timm_selfdistill.data.decode import check_pillow, decode, read_file
-from timm_selfdistill.data.image_files import image_endings
+from timm_selfdistill.data.decode import check_pillow, decode, image_endings, read_file
 from timm_selfdistill.data.transforms import MODES, InputConfig, Transform, eval_transform
 from timm_selfdistill.data.workers import worker_options
 from timm_selfdistill.early_exit import EarlyExit

@@ -1,7 +1,8 @@
 """Preview the points of a backbone where exits can be added, and their costs, before anything is trained."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,21 +95,55 @@ def preview_exits(
     share = resolve_budget(head, None, head_budget)
     budget = None if share is None else HeadBudget(share, found, backbone)
     points = choose(found, exits).points if budget is None else fit_heads(budget, exits).taps.points
+    pixels = math.prod(found.run.image_size)
     previews = []
     for point in found.points:
-        width = budget.width(point, len(points)) if budget is not None else None
-        kwargs = {} if budget is None else default_kwargs(point, width or budget.min_width)
-        name = choose_head(point) if head == PUBLISHED else head
-        preview = _preview(point, found, backbone.num_classes, name, kwargs)
-        previews.append(replace(preview, is_chosen=point in points, fits=budget is None or width is not None))
-    return Preview(
-        exits=tuple(previews),
-        unusable=found.faults(),
-        params=sum(parameter.numel() for parameter in backbone.parameters()),
-        macs=found.run.total_macs,
-        image_size=found.run.image_size,
-        num_classes=backbone.num_classes,
-    )
+        width = None if budget is None else budget.width(point, len(points))
+        head_kwargs = {} if budget is None else default_kwargs(point, width or budget.min_width)
+        own_head = choose_head(point) if head == PUBLISHED else head
+        indices = found.candidates[point.name].indices
+        reductions = tuple(tap.grid and (pixels / math.prod(tap.grid)) ** 0.5 for tap in point.taps)
+        costs = _costs(point, found, backbone.num_classes, own_head, head_kwargs)
+        fits = budget is None or width is not None
+        previews.append(ExitPreview(point, indices, reductions, own_head, *costs, point in points, fits))
+    params = sum(parameter.numel() for parameter in backbone.parameters())
+    run = found.run
+    return Preview(tuple(previews), found.faults(), params, run.total_macs, run.image_size, backbone.num_classes)
+
+
+def _explore(
+    name: str, kwargs: dict[str, Any], image_size: int | tuple[int, int] | None, exits: Exits | None
+) -> tuple[Backbone, Exploration]:
+    """Return the backbone and its points; on the meta device, which needs neither memory nor time, where it can run."""
+    names = named_modules(exits)
+    try:
+        with torch.device("meta"):
+            backbone = _create(name, kwargs)
+            return backbone, explore(backbone, image_size, names)
+    except Exception as error:  # of whatever kind: some models compute numbers while they are built or run
+        if isinstance(error, ValueError) and error.__cause__ is None:
+            raise  # our own judgement of the model, which real weights would not change
+        backbone = _create(name, kwargs)
+        return backbone, explore(backbone, image_size, names)
+
+
+def _create(name: str, kwargs: dict[str, Any]) -> Backbone:
+    backbone = create_backbone(name, pretrained=False, kwargs=kwargs)
+    if getattr(backbone, "num_classes", None) == 0 and "num_classes" not in kwargs:
+        return create_backbone(name, pretrained=False, kwargs={**kwargs, "num_classes": _NUM_CLASSES})
+    return backbone
+
+
+def _costs(
+    point: ExitPoint, found: Exploration, num_classes: int, head: str, head_kwargs: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Return the parameters of a head at a point, and its MACs for one image."""
+    with torch.device("meta"):
+        network = ExitHead(point, found.run.feature_dim, num_classes, head, head_kwargs).eval()
+        tapped = [torch.empty(shape) for shape in found.shapes(point)]
+    with torch.no_grad(), MacCounter() as counter:
+        network(*tapped)
+    return sum(parameter.numel() for parameter in network.parameters()), counter.macs
 
 
 def format_preview(preview: Preview) -> str:
@@ -147,51 +182,3 @@ def format_preview(preview: Preview) -> str:
 
 def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f}" if whole else "?"
-
-
-def _explore(
-    name: str, kwargs: dict[str, Any], image_size: int | tuple[int, int] | None, exits: Exits | None
-) -> tuple[Backbone, Exploration]:
-    """Return the backbone and its points; on the meta device, which needs neither memory nor time, where it can run."""
-    names = named_modules(exits)
-    try:
-        with torch.device("meta"):
-            backbone = _create(name, kwargs)
-            return backbone, explore(backbone, image_size, names)
-    except Exception as error:  # of whatever kind: some models compute numbers while they are built or run
-        if isinstance(error, ValueError) and error.__cause__ is None:
-            # Our own judgement of the model, which real weights would not change.
-            raise
-        backbone = _create(name, kwargs)
-        return backbone, explore(backbone, image_size, names)
-
-
-def _create(name: str, kwargs: dict[str, Any]) -> Backbone:
-    backbone = create_backbone(name, pretrained=False, kwargs=kwargs)
-    if getattr(backbone, "num_classes", None) == 0 and "num_classes" not in kwargs:
-        return create_backbone(name, pretrained=False, kwargs={**kwargs, "num_classes": _NUM_CLASSES})
-    return backbone
-
-
-def _preview(
-    point: ExitPoint, found: Exploration, num_classes: int, head: str, head_kwargs: Mapping[str, Any]
-) -> ExitPreview:
-    """Return what a head at a point costs, and that it is not chosen."""
-    with torch.device("meta"):
-        network = ExitHead(point, found.run.feature_dim, num_classes, head, head_kwargs).eval()
-        tapped = [torch.empty(shape) for shape in found.shapes(point)]
-    with torch.no_grad(), MacCounter() as counter:
-        network(*tapped)
-    height, width = found.run.image_size
-    return ExitPreview(
-        point=point,
-        indices=found.candidates[point.name].indices,
-        reductions=tuple(
-            None if tap.grid is None else ((height * width) / (tap.grid[0] * tap.grid[1])) ** 0.5 for tap in point.taps
-        ),
-        head=head,
-        head_params=sum(parameter.numel() for parameter in network.parameters()),
-        head_macs=counter.macs,
-        is_chosen=False,
-        fits=True,
-    )

@@ -7,9 +7,8 @@ drawn for each image; policies, jitter and blur, which torchvision carries out, 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -39,8 +38,7 @@ Step = Callable[[Tensor, np.random.Generator], Tensor]
 """From images [B, C, H, W], uint8 or normalised, to images; it draws from the generator."""
 
 
-@dataclass(frozen=True)
-class BatchTransform:
+class BatchTransform(NamedTuple):
     """Transforms batches on a device, by steps in order.
 
     Parameters are drawn on the CPU, and from none of the generators that training draws from. Except for the noise that

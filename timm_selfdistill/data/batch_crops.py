@@ -70,7 +70,7 @@ def draw_boxes(
     height, width = size
     smallest, largest = part.scale
     area = rng.uniform(smallest, largest, (batch, _ATTEMPTS)) * (height * width)
-    aspect = _log_uniform(rng, part.ratio, (batch, _ATTEMPTS))
+    aspect = np.exp(rng.uniform(math.log(part.ratio[0]), math.log(part.ratio[1]), (batch, _ATTEMPTS)))
     heights, widths = np.sqrt(area / aspect).round().astype(int), np.sqrt(area * aspect).round().astype(int)
     found, first = _first_fit((heights <= height) & (widths <= width))
     # Where nothing fits, as much of the whole image as the aspect ratios allow.
@@ -87,8 +87,8 @@ def resize_and_crop(
 ) -> Tensor:
     """Resize each image [B, C, H, W] by factors of its own, then crop or pad it, as timm's two transforms do."""
     lengths = (images.shape[2], images.shape[3])
-    sides = []
     sizes = draw_sizes(resizing, len(images), lengths, rng)
+    sides = []
     for length, size, wanted in zip(lengths, sizes, cropping.size, strict=True):
         excess = size - wanted
         if isinstance(cropping, RandomCropOrPad):
@@ -112,7 +112,8 @@ def draw_sizes(
     low, high = resizing.random_scale_range
     scale = 1 / np.sqrt(rng.uniform(low, high, batch))
     scale = np.where(rng.random(batch) < resizing.random_scale_prob, scale, 1.0)
-    aspect = np.sqrt(_log_uniform(rng, resizing.random_aspect_range, (batch,)))
+    low, high = map(math.log, resizing.random_aspect_range)
+    aspect = np.sqrt(np.exp(rng.uniform(low, high, batch)))
     aspect = np.where(rng.random(batch) < resizing.random_aspect_prob, aspect, 1.0)
     heights, widths = height * (scale / aspect) / ratio, width * (scale * aspect) / ratio
     return heights.round().astype(int), widths.round().astype(int)
@@ -123,12 +124,14 @@ def resize(images: Tensor, rows: Side, columns: Side, interpolation: str) -> Ten
 
     The interpolation is a key of `FILTERS`, or "nearest"; the device has to compute in float64.
     """
-    if not _is_whole(columns, images.shape[3]):
-        weights = _weights(columns, images.shape[3], interpolation, images.device)
-        images = _round(images.double() @ weights.transpose(1, 2)[:, None])
-    if not _is_whole(rows, images.shape[2]):
-        weights = _weights(rows, images.shape[2], interpolation, images.device)
-        images = _round(weights[:, None] @ images.double())
+    for side, dimension in ((columns, 3), (rows, 2)):
+        length = images.shape[dimension]
+        if _is_whole(side, length):
+            continue
+        weights = _weights(side, length, interpolation, images.device)[:, None]
+        sums = images.double() @ weights.mT if dimension == 3 else weights @ images.double()
+        # From fixed point; the sums are whole numbers that float64 holds exactly.
+        images = ((sums + (1 << (_WEIGHT_BITS - 1))) / (1 << _WEIGHT_BITS)).floor().clamp(0, 255).byte()
     return images
 
 
@@ -181,11 +184,6 @@ def _nearest(side: Side) -> Indices:
     return nearest
 
 
-def _round(sums: Tensor) -> Tensor:
-    """Return the pixels that fixed-point sums stand for; they are whole numbers that float64 holds exactly."""
-    return ((sums + (1 << (_WEIGHT_BITS - 1))) / (1 << _WEIGHT_BITS)).floor().clamp(0, 255).byte()
-
-
 def erase(erasing: RandomErasing, images: Tensor, rng: np.random.Generator) -> Tensor:
     """Erase random rectangles, as `timm.data.random_erasing.RandomErasing` does."""
     batch, channels, height, width = images.shape
@@ -226,9 +224,3 @@ def _rectangles(images: Tensor, top: Indices, left: Indices, height: Indices, wi
 def _first_fit(fits: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], tuple[Indices, Indices]]:
     """Return for each image whether any of its attempts [B, N] fits [B], and the index of the first that does."""
     return np.asarray(fits.any(1)), (np.arange(len(fits)), np.asarray(fits.argmax(1)))
-
-
-def _log_uniform(rng: np.random.Generator, bounds: tuple[float, float], size: tuple[int, ...]) -> NDArray[np.float64]:
-    """Draw numbers whose logarithms are uniform."""
-    numbers: NDArray[np.float64] = np.exp(rng.uniform(math.log(bounds[0]), math.log(bounds[1]), size))
-    return numbers

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from timm_selfdistill.data.decode import SampleError, SkipList, SkippedImage, Use, decode, read
-from timm_selfdistill.data.names import Indices
+from timm_selfdistill.data.names import Indices, listed
 from timm_selfdistill.data.splits import ImageSplit
 from timm_selfdistill.data.transforms import Transform
 from timm_selfdistill.metrics import IGNORED
@@ -45,21 +45,15 @@ class TrainingOrder(Sampler[list[Draw]]):
         processes: Number of processes, which take the batches in turn.
         accumulate: Batches that each process takes for one optimizer step; an epoch ends after the last whole one.
         seed: Decides the orders.
-        balanced: Whether an epoch draws as many samples of every class, to within one: of a small class each several
-            times, of a large one not all. It draws as many in all as there are samples.
+        balanced: Whether an epoch draws as many samples of every class, to within one, and N in all: of a small class
+            each several times, of a large one not all.
     """
 
     # Accelerate reads it. It must not find a batch size, which may differ between the phases of a training.
     drop_last = True
 
     def __init__(
-        self,
-        targets: Indices,
-        batch_size: int,
-        processes: int,
-        accumulate: int,
-        seed: int,
-        balanced: bool = False,
+        self, targets: Indices, batch_size: int, processes: int, accumulate: int, seed: int, balanced: bool = False
     ) -> None:
         self._targets, self._seed, self._balanced = targets, seed, balanced
         self._drawn, self._processes = batch_size, processes
@@ -156,9 +150,6 @@ class DrawnSamples(Dataset[dict[str, Any]]):
             sample["seed"] = [self._seed, epoch, sample["row"]]
         return samples
 
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        return self.__getitems__([draw])[0]
-
 
 def seed_generators(words: list[int]) -> None:
     """Seed every generator that augmentation draws from: those of `random`, NumPy and torch (on the CPU)."""
@@ -230,10 +221,8 @@ class Collate:
     def _batch(self, samples: list[dict[str, Any]]) -> Batch:
         loaded = [self.load(sample) for sample in samples]
         good = [place for place, pair in enumerate(loaded) if pair is not None]
-        for place, pair in enumerate(loaded):
-            if pair is None:
-                loaded[place] = self._substitute(place, samples, good)
-        images, targets = default_collate(loaded)
+        whole = [pair or self._substitute(place, samples, good) for place, pair in enumerate(loaded)]
+        images, targets = default_collate(whole)
         return images, targets
 
     def _substitute(self, place: int, samples: list[dict[str, Any]], good: list[int]) -> tuple[Tensor, int] | None:
@@ -251,19 +240,16 @@ class Collate:
         if self.class_index is None:
             return int(target)
         if target not in self.class_index:
-            labels = list(self.class_index)
             raise SampleError(
-                f"{self._where(sample)}: the label is {target!r}, which is none of the {len(labels)} classes "
-                f"{', '.join(map(str, labels[:5]))}{', ...' if len(labels) > 5 else ''}."
+                f"{self._where(sample)}: the label is {target!r}, which is none of the {len(self.class_index)} classes "
+                f"{listed(map(str, self.class_index))}."
             )
         return self.class_index[target]
 
     def _where(self, sample: dict[str, Any]) -> str:
-        where = f"Split {self.split!r}"
-        if "row" in sample:
-            where += f", row {sample['row']}"
-        file = _file(sample)
-        return f"{where}, file {file}" if file else where
+        row = f", row {sample['row']}" if "row" in sample else ""
+        file = f", file {name}" if (name := _file(sample)) else ""
+        return f"Split {self.split!r}{row}{file}"
 
 
 def no_good_image(where: str, count: int) -> SampleError:

@@ -42,30 +42,26 @@ class CachedSplit(Dataset[Batch]):
 
     def __getitems__(self, draws: Sequence[int | Draw]) -> Batch:
         """Return the batch of samples that `TrainingOrder` drew or, not for training, that are at positions."""
-        positions = np.array([draw if isinstance(draw, int) else draw[0] for draw in draws])
         first = draws[0]
-        epoch = 0 if isinstance(first, int) else first[1]
-        seed = [self.seed, epoch, int(self.split.indices[positions[0]])]
+        positions = np.array([draw if isinstance(draw, int) else draw[0] for draw in draws])
+        seed = [self.seed, 0 if isinstance(first, int) else first[1], int(self.split.indices[positions[0]])]
         if self.use == "training":
-            positions = self._with_substitutes(positions)
+            good = np.flatnonzero(~self.skipped[positions])
+            if len(good) == 0:
+                row = self.split.indices[positions[0]]
+                raise no_good_image(f"Split {self.split.name!r}, row {row}", len(positions))
+            # In place of a skipped image, the next one of the batch that is not, after the last one the first.
+            positions = positions[good[np.searchsorted(good, np.arange(len(positions))) % len(good)]]
         places = upload(positions, self.images.device)
         return self.transform(self.images[places], seed), self.targets[places]
-
-    def _with_substitutes(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Replace skipped images by the next image of the batch that is not, after the last one by the first."""
-        good = np.flatnonzero(~self.skipped[positions])
-        if len(good) == 0:
-            row = self.split.indices[positions[0]]
-            raise no_good_image(f"Split {self.split.name!r}, row {row}", len(positions))
-        return positions[good[np.searchsorted(good, np.arange(len(positions))) % len(good)]]
 
 
 def cache_splits(
     splits: Mapping[Use, ImageSplit],
     collates: Mapping[Use, Collate],
     device: torch.device,
-    *,
     auto_augment: str | None,
+    *,
     seed: int,
     workers: int,
     show_progress: bool,
@@ -138,7 +134,7 @@ def _decode(
                 continue
             first = position if first is None else first
             if image.shape != images.shape[1:]:
-                raise ValueError(_different_sizes(split, first, images.shape[1:], position, image.shape))
+                raise _different_sizes(split, (first, position), (images.shape[1:], image.shape))
         good = [image for image in decoded if image is not None]
         if good:
             places = done + np.flatnonzero(~skipped[done : done + len(decoded)])
@@ -153,10 +149,10 @@ def _decode_all(samples: list[dict[str, Any]], decoder: Collate) -> list[NDArray
     return [None if pair is None else pair[0].numpy() for pair in loaded]
 
 
-def _different_sizes(split: ImageSplit, first: int, size: Sequence[int], second: int, other: Sequence[int]) -> str:
-    rows = split.indices[[first, second]].tolist()
-    return (
-        f"Split {split.name!r}: before the random crop the images of rows {rows[0]} and {rows[1]} have {size[1]} x "
-        f"{size[2]} and {other[1]} x {other[2]} pixels (height x width), and data.cache=device needs one size: store "
-        "them at one size (for augment.train_crop_mode 'pad' one aspect ratio is enough), or leave data.cache out."
+def _different_sizes(split: ImageSplit, positions: Sequence[int], shapes: Sequence[Sequence[int]]) -> ValueError:
+    (one, other), ((_, *size), (_, *another)) = split.indices[list(positions)], shapes
+    return ValueError(
+        f"Split {split.name!r}: before the random crop the images of rows {one} and {other} have {size[0]} x {size[1]} "
+        f"and {another[0]} x {another[1]} pixels (height x width), and data.cache=device needs one size: store them at "
+        "one size (for augment.train_crop_mode 'pad' one aspect ratio is enough), or leave data.cache out."
     )

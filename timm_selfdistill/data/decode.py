@@ -7,18 +7,12 @@ import os
 import stat
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import (
-    BITSPERSAMPLE,
-    PHOTOMETRIC_INTERPRETATION,
-    PLANAR_CONFIGURATION,
-    SAMPLEFORMAT,
-    TiffImageFile,
-)
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from timm_selfdistill.compat import read_remote
 from timm_selfdistill.files import replace_file
@@ -36,10 +30,15 @@ FORMATS: Final = (
 Pillow hands EPS, WMF, BUFR, GRIB, HDF5 and MPEG to other programs, and IPTC may hold any of them.
 """
 
+# Images that Pillow decodes with a plug-in only: without it, they are images that cannot be decoded.
+_BY_PLUGIN = (".heic", ".heif", ".jxl")
+# Formats that begin with bytes which nothing else begins with by chance.
+_TOLD_BY_CONTENT = ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "JXL", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 # More bytes than an image of as many pixels as Pillow allows has in any format.
 MOST_BYTES: Final = 1 << 30
 SKIPPED: Final = "skipped.jsonl"
 Use = Literal["training", "validation", "evaluation"]
+USES: Final[tuple[Use, ...]] = ("training", "validation", "evaluation")
 
 # Resized by their shorter side, images of more extreme shape would fill the memory.
 _MAX_ASPECT = 1000
@@ -56,6 +55,26 @@ class SampleError(ValueError):
     def __init__(self, message: str) -> None:
         # From a loader process torch hands on the whole traceback, which ends with the message.
         super().__init__(message.rpartition(f"{__name__}.{type(self).__qualname__}: ")[2].rstrip())
+
+
+@cache
+def image_endings() -> frozenset[str]:
+    """Return the endings that tell an image, in lower case and with their dot."""
+    names = Image.registered_extensions().items()
+    return frozenset((*_BY_PLUGIN, *(ending for ending, name in names if name in Image.OPEN and name in FORMATS)))
+
+
+def begins_like_image(path: str) -> bool:
+    """Whether a file begins like an image; the pixels are not decoded."""
+    Image.init()
+    formats = [name for name in _TOLD_BY_CONTENT if name in Image.OPEN]
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=formats):
+            return True
+    except Image.DecompressionBombError:  # an image, too large to be decoded
+        return True
+    except Exception:  # of the file system, or of whatever format the file resembles
+        return False
 
 
 def read_file(path: str | Path) -> bytes:
@@ -145,16 +164,16 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
     """Return an image whose values have 8 bits; Pillow's own conversion would clip deeper ones at 255."""
     depth = 16 if (image.format, image.mode) in _FULL_RANGE else None
     inverted = False
-    if isinstance(image, TiffImageFile):
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
-        bits = max(tags.get(BITSPERSAMPLE, (1,)))
-        if set(tags.get(SAMPLEFORMAT, (1,))) != {1}:
+        bits = max(tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))
+        if set(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))) != {1}:
             raise ValueError(_NO_RANGE.format("signed or floating-point"))
-        if bits > 8 and tags.get(PLANAR_CONFIGURATION) == 2:
+        if bits > 8 and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2:
             raise ValueError(f"its planes of {bits} bits are stored one after another, which Pillow reads wrongly")
         if image.mode.startswith("I;16"):
             # Pillow leaves what counts from white as it is, unlike with 8 bits and less.
-            depth, inverted = bits, tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+            depth, inverted = bits, tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
     if depth is not None:
         values = (np.asarray(image) >> (depth - 8)).astype(np.uint8)
         return Image.fromarray(255 - values if inverted else values)

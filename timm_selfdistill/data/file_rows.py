@@ -5,9 +5,10 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from glob import glob
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -27,8 +28,7 @@ _CHUNK = 512
 _NAMED = 3
 
 
-@dataclass(frozen=True)
-class Splits:
+class Splits(NamedTuple):
     """What a source of data gives.
 
     Args:
@@ -42,12 +42,16 @@ class Splits:
     unread: Sequence[str] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class FileSplit:
+class FileSplit(NamedTuple):
     """The image files [N] of a split and their labels [N]."""
 
     paths: Sequence[str]
     labels: Indices | pa.ChunkedArray
+
+
+def files_at(path: Path) -> list[Path]:
+    """Return the file of that name or, if there is none, those of a pattern, sorted."""
+    return [path] if path.is_file() else [Path(file) for file in sorted(glob(str(path)))]
 
 
 def rows_of_files(

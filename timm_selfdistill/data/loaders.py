@@ -1,6 +1,6 @@
 """Batches from splits: loaders that Accelerate shards, or that already hold this process's share of a stream."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -59,11 +59,11 @@ def build_loaders(
     Loaders of rows with an index hold every sample: `accelerator.prepare` gives each process its share. Loaders of a
     stream must not be prepared. There the training loader holds this process's share and gives every process the same
     number of batches, starting over or stopping early where shares differ; validation and evaluation are read whole by
-    every process, because their length is unknown beforehand, so their metrics need no gathering.
+    every process, as their length is unknown beforehand, so their metrics need no gathering.
 
     Augmentation draws from the generators of `random`, NumPy and torch. For rows with an index they are seeded for each
-    batch and then set back. For a stream they are those of the workers, which are seeded differently for every process
-    and epoch, or of this process without workers.
+    batch and then set back; for a stream they are the workers' own, seeded by process and epoch. torch's threads are
+    lowered to the cores that the loader processes leave.
 
     Args:
         data: What `open_dataset` returned.
@@ -75,8 +75,7 @@ def build_loaders(
         seed: Decides the order of the training samples and the workers' augmentation.
         accumulate: Micro steps of an optimizer step.
         skipped: Lists the images that are skipped; in no file by default.
-        device: Where the network runs, and where `data.cache=device` keeps the images. torch's threads are
-            lowered to the cores that the loader processes leave.
+        device: Where the network runs, and where `data.cache=device` keeps the images.
 
     Raises:
         ValueError: If the training split is smaller than one batch of all processes or of unknown length, if an odd
@@ -85,25 +84,22 @@ def build_loaders(
     check_pillow()
     process, processes = accelerator_shards
     steps = _steps_per_epoch(data, augment, batch_size, processes)
-    splits: dict[Use, ImageSplit | StreamSplit] = {"training": data.train}
-    if data.validation is not None:
-        splits["validation"] = data.validation
-    splits["evaluation"] = data.eval
-    collates = _build_collates(splits, section, augment, input, skipped)
+    splits = data.by_use()
+    skip_list = None if section.on_error == "raise" else skipped or SkipList()
+    collates: dict[Use, Collate] = {}
+    for use, split in splits.items():
+        transform = train_transform(augment, input) if use == "training" else eval_transform(input)
+        class_index = split.class_index if isinstance(split, StreamSplit) else None
+        collates[use] = Collate(use, split.name, MODES[input.channels], transform, skip_list, class_index)
     device = torch.device(device)
     caches = section.cache == "device"  # which is filled before anything computes
     workers = loader_processes(section.stream_workers if caches else section.workers, device.type)
     fit_threads(beside=0 if caches else workers)
     cached: dict[Use, CachedSplit] = {}
     if caches:
+        indexed = {use: split for use, split in splits.items() if isinstance(split, ImageSplit)}
         cached = cache_splits(
-            {use: split for use, split in splits.items() if isinstance(split, ImageSplit)},
-            collates,
-            device,
-            auto_augment=augment.auto_augment,
-            seed=seed,
-            workers=workers,
-            show_progress=process == 0,
+            indexed, collates, device, augment.auto_augment, seed=seed, workers=workers, show_progress=process == 0
         )
     order = None
     if isinstance(data.train, ImageSplit):
@@ -112,46 +108,45 @@ def build_loaders(
     loaders: dict[Use, DataLoader[Any]] = {}
     for use, split in splits.items():
         training = use == "training"
-        batching = {"batch_size": batch_size, "drop_last": training}
-        options: dict[str, Any] = {
-            **({"batch_sampler": order} if training and order is not None else batching),
-            # Its own, because starting a loader draws a number: from the global generator, that would change what
-            # training draws next.
-            "generator": torch.Generator().manual_seed(seed),
-        }
+        options: dict[str, Any] = {"batch_size": batch_size, "drop_last": training}
+        if training and order is not None:
+            options = {"batch_sampler": order}
+        # Its own, because starting a loader draws a number: from the global generator, that would change what training
+        # draws next.
+        options["generator"] = torch.Generator().manual_seed(seed)
         if use in cached:
             # Without workers: other processes could not use the device.
             loaders[use] = DataLoader(cached[use], **options, collate_fn=lambda batch: batch)
             continue
         options |= {"collate_fn": collates[use], "pin_memory": torch.cuda.is_available()}
-        seed_worker = partial(_seed_worker, process=process)
         if isinstance(split, ImageSplit):
-            options |= worker_options(workers, seed_worker)
+            options |= worker_options(workers, partial(_seed_worker, process=process))
             samples = DrawnSamples(split, seed) if training else split
             loaders[use] = DataLoader(samples, **options, persistent_workers=workers > 0)
-            continue
-        rows = split.rows
-        if training:
-            rows = rows.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
+        elif training:
+            rows = split.rows.shuffle(seed=seed, buffer_size=section.shuffle_buffer)
             rows = split_dataset_by_node(rows, rank=process, world_size=processes)
-        # A shard is read by one worker. There are as many on any machine, as the order depends on them.
-        shares = min(section.stream_workers, rows.num_shards)
-        fit_threads(beside=shares)
-        stream = _Stream(rows, f"{data.name}, split {split.name!r}")
-        options |= worker_options(shares, seed_worker)
-        # Those of a training stream are started and seeded in every epoch, so that one can be repeated.
-        loaders[use] = (
-            _SteadyLoader(steps, seed, stream, **options)
-            if training
-            else DataLoader(stream, **options, persistent_workers=shares > 0)
-        )
+            # Its workers are started and seeded in every epoch, so that one can be repeated.
+            options |= _stream_options(rows, section, process)
+            loaders[use] = _SteadyLoader(_Stream(rows, data.name, split.name), steps, seed, **options)
+        else:
+            options |= _stream_options(split.rows, section, process)
+            stream = _Stream(split.rows, data.name, split.name)
+            loaders[use] = DataLoader(stream, **options, persistent_workers=options["num_workers"] > 0)
     return Loaders(loaders["training"], loaders.get("validation"), loaders["evaluation"], steps, order)
+
+
+def _stream_options(rows: datasets.IterableDataset, section: DataSection, process: int) -> dict[str, Any]:
+    # A shard is read by one worker. There are as many on any machine, as the order depends on them.
+    shares = min(section.stream_workers, rows.num_shards)
+    fit_threads(beside=shares)
+    return worker_options(shares, partial(_seed_worker, process=process))
 
 
 def _steps_per_epoch(data: ImageData, augment: AugmentSection, batch_size: int, processes: int) -> int:
     if augment.mixes and batch_size % 2:
         raise ValueError(f"Mixup and CutMix need an even batch size per process and micro step, received {batch_size}.")
-    size = len(data.train) if isinstance(data.train, ImageSplit) else data.train.size
+    size = data.train.size
     if size is None:
         raise ValueError(f"The stream {data.name} does not know the length of its training split: set data.train_size.")
     steps = size // (batch_size * processes)
@@ -163,32 +158,11 @@ def _steps_per_epoch(data: ImageData, augment: AugmentSection, batch_size: int, 
     return steps
 
 
-def _build_collates(
-    splits: Mapping[Use, ImageSplit | StreamSplit],
-    section: DataSection,
-    augment: AugmentSection,
-    input: InputConfig,
-    skipped: SkipList | None,
-) -> dict[Use, Collate]:
-    skip_list = SkipList() if skipped is None else skipped
-    return {
-        use: Collate(
-            use,
-            split.name,
-            MODES[input.channels],
-            train_transform(augment, input) if use == "training" else eval_transform(input),
-            skip_list if section.on_error == "skip" else None,
-            split.class_index if isinstance(split, StreamSplit) else None,
-        )
-        for use, split in splits.items()
-    }
-
-
 class _Stream(IterableDataset[dict[str, Any]]):
     """The samples of a stream; where it breaks off, the error says which stream."""
 
-    def __init__(self, rows: datasets.IterableDataset, name: str) -> None:
-        self.rows, self.name = rows, name
+    def __init__(self, rows: datasets.IterableDataset, data: str, split: str) -> None:
+        self.rows, self.name = rows, f"{data}, split {split!r}"
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
@@ -204,9 +178,9 @@ class _Stream(IterableDataset[dict[str, Any]]):
 class _SteadyLoader(DataLoader[Any]):
     """A loader of a stream that gives exactly `steps` batches an epoch: it starts over or stops early."""
 
-    def __init__(self, steps: int, seed: int, stream: "_Stream", **options: Any) -> None:
+    def __init__(self, stream: _Stream, steps: int, seed: int, **options: Any) -> None:
         super().__init__(stream, **options)
-        self.steps, self.seed, self.stream = steps, seed, stream
+        self.stream, self.steps, self.seed = stream, steps, seed
 
     def __len__(self) -> int:
         return self.steps

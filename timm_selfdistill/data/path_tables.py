@@ -1,11 +1,7 @@
 """Data sets of image files that tables name: any CSV, JSON lines or parquet file, or `metadata.csv` of Hugging Face."""
 
-import logging
-import mimetypes
 import os
-from collections.abc import Sequence
-from dataclasses import replace
-from glob import glob
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +9,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from timm_selfdistill.data.file_rows import FileSplit, Splits, check_no_shared_images, rows_of_files
+from timm_selfdistill.data.file_rows import FileSplit, Splits, check_no_shared_images, files_at, rows_of_files
 from timm_selfdistill.data.names import (
     STANDARD_SPLITS,
     files_by_split,
@@ -28,12 +24,11 @@ from timm_selfdistill.data.table_files import (
     Table,
     column_names,
     columns_of,
+    ends_as_image,
     read_table,
     with_common_labels,
 )
 from timm_selfdistill.recipe import DataSection
-
-_logger = logging.getLogger(__name__)
 
 _METADATA: Final = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Without .json: beside images that is rather an annotation of another kind, and large.
@@ -63,13 +58,13 @@ def load_tables(path: Path, section: DataSection) -> Splits | None:
             if section.split_column is not None and (section.split_column != "split" or "split" in column_names(file)):
                 columns["split"] = section.split_column
             table = read_table(file, columns)
-            named = table.values("split") if "split" in columns else [name]
-            if list(files) != ["train"] and set(map(split_name, named)) != {name}:
+            own = _by_split_column(table) if "split" in columns else [(name, table)]
+            if list(files) != ["train"] and (named := dict(own)).keys() != {name}:
                 raise ValueError(
                     f"{file} is the split {name!r} by its name, but its column {section.split_column!r} names "
                     f"{', '.join(named)}: give one file, or set data.split_column to null."
                 )
-            parts += _by_split_column(table) if "split" in columns else [(name, table)]
+            parts += own
     root = None if section.root is None else Path(section.root).expanduser()
     if root is not None and not root.is_dir():
         raise ValueError(f"data.root {section.root!r} is not a folder.")
@@ -85,7 +80,8 @@ def load_metadata(path: Path, section: DataSection) -> Splits | None:
     if not path.is_dir():
         return None
     image = "file_name" if section.image in ("image", "file_name") else f"{section.image}_file_name"
-    files = [file for file in metadata_files(path) if _describes_images(file, section, image)]
+    columns = {"path": image, "label": section.target}  # nothing is guessed: metadata may well be without classes
+    files = [file for file in metadata_files(path) if _describes_images(file, section, columns)]
     folders = [file.parent for file in files]
     if not files:
         return None
@@ -94,7 +90,7 @@ def load_metadata(path: Path, section: DataSection) -> Splits | None:
             f"{path} has several metadata files where one is allowed: {', '.join(map(str, files))}. Leave one of a "
             "folder, either at the top or in each split."
         )
-    tables = [read_table(file, columns_of(file, section, image)) for file in files]
+    tables = [read_table(file, columns) for file in files]
     for table in tables:
         outside = pc.match_substring_regex(table.rows["path"], r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|://")
         if (row := pc.index(outside, True).as_py()) >= 0:
@@ -107,14 +103,14 @@ def load_metadata(path: Path, section: DataSection) -> Splits | None:
         # The first folder of each path is its split, if every image is in the folder of one.
         first = pc.list_element(pc.split_pattern(tables[0].rows["path"], "/", max_splits=1), 0)
         if set(map(split_name, pc.unique(first).to_pylist())) <= set(STANDARD_SPLITS.values()):
-            parts = _by_split_column(tables[0].with_column("split", first))
+            parts = _by_split_column(tables[0]._replace(rows=tables[0].rows.append_column("split", first)))
     elif any(is_split(folder.name, section) for folder in folders):
         parts = []
         for folder, table in zip(folders, tables, strict=True):
             if is_split(folder.name, section):
                 parts.append((split_name(folder.name), table))
             else:
-                warn_first(_logger, "%s is not read: its folder is called like no split.", table.file)
+                warn_first("%s is not read: its folder is called like no split.", table.file)
     splits = _splits_of_tables(parts, section, None)
     _warn_of_unnamed(tables)
     return splits
@@ -139,7 +135,7 @@ def _table_files(path: Path, section: DataSection) -> dict[str, list[Path]] | No
         if len(files) == 1:
             return {str(split_of_file(files[0], section)): files}
         return files_by_split(files, section) if files else None
-    files = [path] if path.is_file() else [Path(file) for file in sorted(glob(str(path)))]
+    files = files_at(path)
     if not files or not all(file.suffix.lower() in TABLE_ENDINGS and file.is_file() for file in files):
         return None
     tables_of_images = [file for file in files if file.suffix.lower() == ".parquet"]
@@ -148,27 +144,29 @@ def _table_files(path: Path, section: DataSection) -> dict[str, list[Path]] | No
     return files_by_split(files, section)
 
 
-def _describes_images(file: Path, section: DataSection, image: str | None = None) -> bool:
-    """Whether a table has both columns, that of the images called `image` if given, and not the images themselves."""
+def _describes_images(file: Path, section: DataSection, columns: Mapping[str, str] | None = None) -> bool:
+    """Whether a table has both columns, those given or the recipe's, and not the images themselves."""
     try:
-        names, paths, columns = column_names(file), column_names(file, of_paths=True), columns_of(file, section, image)
+        names, paths = column_names(file), column_names(file, of_paths=True)
+        columns = columns or columns_of(file, section)
     except ValueError as error:
-        warn_first(_logger, "Left out: %s", error)
+        warn_first("Left out: %s", error)
         return False
     if columns["path"] not in paths:
         return False
     if columns["label"] not in names:
         message = "%s is not read: it has no column %r, which data.target names, but %s."
-        warn_first(_logger, message, file, section.target, ", ".join(names))
+        warn_first(message, file, section.target, ", ".join(names))
     return columns["label"] in names
 
 
 def _by_split_column(table: Table) -> list[tuple[str, Table]]:
     """Return the part of each split that a table's column names."""
-    return [
-        (split_name(name), replace(table, rows=table.rows.filter(pc.equal(table.rows["split"], name))))
-        for name in table.values("split")
-    ] or [("train", table)]
+    found = []
+    for name in pc.unique(table.rows["split"]).to_pylist():
+        rows = table.rows.filter(pc.equal(table.rows["split"], name))
+        found.append((split_name(name), table._replace(rows=rows)))
+    return found or [("train", table)]
 
 
 def _splits_of_tables(parts: Sequence[tuple[str, Table]], section: DataSection, root: Path | None) -> Splits:
@@ -214,7 +212,7 @@ def _check_files(paths: Sequence[str], given: Sequence[str], table: Path, folder
     climbing = [path for path in given if ".." in path and not os.path.isabs(path)]
     if outside := [path for path in climbing if os.path.normpath(path).startswith("..")]:
         message = "%d of the %d paths of %s lead out of %s, the first is %s."
-        warn_first(_logger, message, len(outside), len(given), table, folder, outside[0])
+        warn_first(message, len(outside), len(given), table, folder, outside[0])
 
 
 def _files_in(folder: str) -> set[str]:
@@ -235,10 +233,9 @@ def _warn_of_unnamed(tables: Sequence[Table]) -> None:
         unnamed = [
             os.path.join(folder, name)
             for folder, names in named.items()
-            if os.path.isdir(folder)  # of a split that is not used, it need not be there
-            for name in sorted(os.listdir(folder))
-            if name not in names and (mimetypes.guess_type(name)[0] or "").startswith("image/")
+            for name in sorted(_files_in(folder) - names)  # of a split that is not used, the folder need not be there
+            if ends_as_image(name)
         ]
         if unnamed:
             message = "%d images are not read because %s does not name them; the first is %s."
-            warn_first(_logger, message, len(unnamed), table.file, unnamed[0])
+            warn_first(message, len(unnamed), table.file, unnamed[0])

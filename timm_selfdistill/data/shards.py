@@ -4,15 +4,14 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
-from glob import glob
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import datasets
 
 from timm_selfdistill.data.decode import MOST_BYTES
-from timm_selfdistill.data.file_rows import Splits
+from timm_selfdistill.data.file_rows import Splits, files_at
 from timm_selfdistill.data.names import files_by_split, find_split, is_split, normalized, split_name
 from timm_selfdistill.recipe import DataSection
 
@@ -41,7 +40,11 @@ def load_shards(path: Path, section: DataSection) -> Splits | None:
         return None
     fields = {"image": _ANY_IMAGE if section.image == "image" else section.image, "target": section.target}
     first = files[find_split(section.train_split, files) or next(iter(files))]
-    label = datasets.Value(_kind_of_label(first[0], fields))
+    key, sample = next(_samples(str(first[0])), ("", None))
+    if sample is None:
+        raise ValueError(f"The shard {first[0]} holds no sample.")
+    value = _label(sample, section.target, f"{first[0]}, sample {key!r}")
+    label = datasets.Value("int64" if isinstance(value, int) else "string")
     features = datasets.Features({section.image: datasets.Image(), section.target: label})
     splits: dict[str, Any] = {}
     for name, of_split in files.items():
@@ -60,9 +63,7 @@ def load_shards(path: Path, section: DataSection) -> Splits | None:
 def _shard_files(path: Path, section: DataSection) -> dict[str, list[Path]]:
     """Return the shards of each split, none if the data set is something else."""
     if not path.is_dir():
-        files = [path]
-        if not path.is_file():
-            files = [Path(file) for part in _expanded(str(path)) for file in sorted(glob(part))]
+        files = [path] if path.is_file() else [file for part in _expanded(str(path)) for file in files_at(Path(part))]
         is_shard = [file.name.lower().endswith(SHARD_ENDINGS) and file.is_file() for file in files]
         return files_by_split(files, section) if files and all(is_shard) else {}
     if files := _shards_in(path):
@@ -90,14 +91,6 @@ def _expanded(pattern: str) -> list[str]:
     return [
         whole for number in numbers for whole in _expanded(pattern[: found.start()] + number + pattern[found.end() :])
     ]
-
-
-def _kind_of_label(file: Path, fields: Mapping[str, str]) -> str:
-    """Return "int64" or "string": what the label of the first sample is."""
-    for key, sample in _samples(str(file)):
-        value = _label(sample, fields["target"], f"{file}, sample {key!r}")
-        return "int64" if isinstance(value, int) else "string"
-    raise ValueError(f"The shard {file} holds no sample.")
 
 
 def _rows(

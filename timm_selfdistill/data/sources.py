@@ -1,23 +1,20 @@
 """The kinds of data sets that `data.path` can name, in the order in which they are tried."""
 
-import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import escape, glob
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import datasets
 import pyarrow as pa
 from pyarrow import ipc, parquet
 
-from timm_selfdistill.data.columns import with_columns
-from timm_selfdistill.data.file_rows import Splits
-from timm_selfdistill.data.image_files import holds_image
-from timm_selfdistill.data.image_folder import load_image_folder
-from timm_selfdistill.data.names import normalized, quoted, used_of, warn_first
+from timm_selfdistill.data.file_rows import Splits, files_at
+from timm_selfdistill.data.image_folder import holds_image, load_image_folder
+from timm_selfdistill.data.names import normalized, quoted, used_of, warn_first, with_columns
 from timm_selfdistill.data.path_tables import load_metadata, load_tables
 from timm_selfdistill.data.shards import SHARD_ENDINGS, load_shards
 from timm_selfdistill.data.table_files import TABLE_ENDINGS
@@ -25,22 +22,23 @@ from timm_selfdistill.recipe import DataSection
 
 DIGITS: Final = Path(__file__).parent.parent / "digits"
 _FORMATS: Final = {".parquet": "parquet", ".arrow": "arrow"}
+_READ_ENDINGS: Final = tuple(dict.fromkeys((*_FORMATS, *TABLE_ENDINGS, *SHARD_ENDINGS)))
+# A path with one of these endings is a file's, never the name of a data set on the Hub.
+FILE_ENDINGS: Final = (*_READ_ENDINGS, ".zip")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-_logger = logging.getLogger(__name__)
 
 
 def load_splits(section: DataSection) -> Splits:
     """Open `data.path` as the first kind of data set that it is; raise ValueError if it is none or unreadable."""
     path = DIGITS if section.path == "digits" else Path(section.path).expanduser()
     try:
-        for source in SOURCES:
-            if (splits := source.load(path, section)) is not None:
+        for load in SOURCES:
+            if (splits := load(path, section)) is not None:
                 return splits
     except PermissionError as error:
         raise ValueError(f"data.path {section.path!r} cannot be read: {error}.") from error
-    if files := _files(path):
-        endings = sorted({Path(file).suffix for file in files})
+    if not path.is_dir() and (files := files_at(path)):
+        endings = sorted({file.suffix for file in files})
         raise ValueError(
             f"data.path {section.path!r} names files ending in {', '.join(endings)}; "
             f"all must end in one of {', '.join(_READ_ENDINGS)}."
@@ -53,13 +51,6 @@ def is_on_hub(path: str) -> bool:
     here = path == "digits" or Path(path).expanduser().is_dir() or bool(glob(path))
     is_file = path.startswith((".", "/", "~")) or path.endswith(FILE_ENDINGS)
     return not here and not is_file and _HUB_NAME.fullmatch(path) is not None
-
-
-def _files(path: Path) -> list[str]:
-    """Return the files of a glob, or the one of that name."""
-    if path.is_dir():
-        return []
-    return sorted(glob(str(path))) or ([str(path)] if path.is_file() else [])
 
 
 def _load_saved(path: Path, section: DataSection) -> Splits | None:
@@ -84,11 +75,11 @@ def _load_arrow_files(path: Path, section: DataSection) -> Splits | None:
         if (escaped := escape(str(folder))) != str(folder):  # which `datasets` would take for a pattern
             arguments = {"path": _FORMATS[tables[0].suffix], "data_dir": escaped}
     else:
-        files = _files(path)
-        endings = {Path(file).suffix for file in files}
+        files = files_at(path)
+        endings = {file.suffix for file in files}
         if len(endings) != 1 or not endings <= _FORMATS.keys():
             return None
-        arguments = {"path": _FORMATS[endings.pop()], "data_files": list(map(escape, files))}
+        arguments = {"path": _FORMATS[endings.pop()], "data_files": [escape(str(file)) for file in files]}
     arguments["name"] = section.name
     with _readable(section):
         data_files = datasets.load_dataset_builder(**arguments).config.data_files or {}
@@ -98,7 +89,7 @@ def _load_arrow_files(path: Path, section: DataSection) -> Splits | None:
         read = {str(file) for file in chain(*data_files.values())}
         if section.name is None and (unread := [table.name for table in tables if str(table) not in read]):
             message = "%d files of %s are in no split, as nothing in their names tells which: %s."
-            warn_first(_logger, message, len(unread), section.path, quoted(unread))
+            warn_first(message, len(unread), section.path, quoted(unread))
         rows = datasets.load_dataset(**arguments, streaming=section.streaming)
     # `datasets` takes the names of the first file for all.
     stored = [(file, names) for file, names in label_names.items() if names is not None]
@@ -168,28 +159,14 @@ def _readable(section: DataSection) -> Iterator[None]:
         ) from error
 
 
-class Source(NamedTuple):
-    """A kind of data set that `data.path` can name.
-
-    Args:
-        load: Takes the path and the recipe's `data`. Returns the splits, with the columns of the recipe; None if the
-            path names another kind. Raises ValueError if the data set cannot be read or contradicts the recipe.
-        endings: Of the files that it reads; a path that ends so is not a name on the Hub.
-    """
-
-    load: Callable[[Path, DataSection], Splits | None]
-    endings: tuple[str, ...] = ()
-
-
-SOURCES: Final = (
-    Source(load_shards, SHARD_ENDINGS),
-    Source(load_metadata),
-    Source(load_tables, TABLE_ENDINGS),
-    Source(_load_saved),
-    Source(_load_arrow_files, tuple(_FORMATS)),
-    Source(load_image_folder),
-    Source(_load_from_hub),
+# Each takes the path and the recipe's `data`. It returns the splits, with the columns of the recipe, or None where the
+# path names another kind; it raises ValueError if the data set cannot be read or contradicts the recipe.
+SOURCES: Final[tuple[Callable[[Path, DataSection], Splits | None], ...]] = (
+    load_shards,
+    load_metadata,
+    load_tables,
+    _load_saved,
+    _load_arrow_files,
+    load_image_folder,
+    _load_from_hub,
 )
-_READ_ENDINGS = tuple(dict.fromkeys(chain.from_iterable(source.endings for source in reversed(SOURCES))))
-# A path with one of these endings is a file's, never the name of a data set on the Hub.
-FILE_ENDINGS: Final = (*_READ_ENDINGS, ".zip")

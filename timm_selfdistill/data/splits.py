@@ -10,15 +10,21 @@ import datasets
 import numpy as np
 from torch.utils.data import Dataset
 
-from timm_selfdistill.data.columns import (
+from timm_selfdistill.data.decode import USES, Use
+from timm_selfdistill.data.file_rows import Splits
+from timm_selfdistill.data.names import (
+    Indices,
     check_columns,
     check_same_classes,
     class_names_of,
+    is_first_process,
+    quoted,
+    resolve_splits,
     stream_classes,
     targets_of,
+    used_splits,
     with_columns,
 )
-from timm_selfdistill.data.names import Indices, is_first_process, quoted, resolve_splits, used_splits
 from timm_selfdistill.data.sources import FILE_ENDINGS, load_splits
 from timm_selfdistill.recipe import DataSection
 
@@ -42,6 +48,11 @@ class ImageSplit(Dataset[dict[str, Any]]):
     rows: datasets.Dataset
     indices: Indices
     targets: Indices
+
+    @property
+    def size(self) -> int:
+        """Number of samples, as `StreamSplit` calls it."""
+        return len(self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -94,6 +105,11 @@ class ImageData:
     name: str
     streaming: bool
 
+    def by_use(self) -> dict[Use, ImageSplit | StreamSplit]:
+        """Return the splits by what they are for, without validation where there is none."""
+        splits = zip(USES, (self.train, self.validation, self.eval), strict=True)
+        return {use: split for use, split in splits if split is not None}
+
 
 def open_dataset(section: DataSection, seed: int) -> ImageData:
     """Open the data set of a recipe and split it; no code of the data set is run.
@@ -113,29 +129,25 @@ def open_dataset(section: DataSection, seed: int) -> ImageData:
             a class has no training image or is too small to be split; if an image is in two splits; or if a stream
             would need an index.
     """
-    splits = load_splits(section)
-    section = resolve_splits(section, splits.rows)
+    given, (section, splits) = section, open_splits(section)
     notes = list(splits.notes)
-    if (features := splits.rows[section.train_split].features) is not None:
-        found = with_columns(section, features)
-        if (found.image, found.target) != (section.image, section.target):
-            notes.append(f"images in the column {found.image!r}, labels in {found.target!r}")
-        section = found
-    for name in used_splits(section).values():
-        check_columns(splits.rows[name].features, name, section)
+    if (section.image, section.target) != (given.image, given.target):
+        notes.append(f"images in the column {section.image!r}, labels in {section.target!r}")
     data = _stream_data(section, splits.rows) if section.streaming else _indexed_data(section, splits.rows, seed)
     if is_first_process():
         _logger.info("%s.", "; ".join([_summary(data, section), *notes]))
     return data
 
 
-def _encoded(rows: Any, columns: dict[str, str]) -> Any:
-    """Keep and rename these columns, and leave the images encoded."""
-    rows = rows.select_columns(list(columns))
-    for name in columns:
-        if isinstance(rows.features[name], datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows.rename_columns({old: new for old, new in columns.items() if old != new})
+def open_splits(section: DataSection) -> tuple[DataSection, Splits]:
+    """Find and check the splits and columns of a recipe; return the section with the names that they have."""
+    splits = load_splits(section)
+    section = resolve_splits(section, splits.rows)
+    if (features := splits.rows[section.train_split].features) is not None:
+        section = with_columns(section, features)
+    for name in used_splits(section).values():
+        check_columns(splits.rows[name].features, name, section)
+    return section, splits
 
 
 def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) -> ImageData:
@@ -156,45 +168,10 @@ def _indexed_data(section: DataSection, splits: Mapping[str, Any], seed: int) ->
         validation = whole(section.validation)
     elif section.validation > 0:
         train, validation = _carve(train, section.validation, class_names, rng)
-    return ImageData(
-        train=_at_most(section.max_train, train, rng),
-        validation=None if validation is None else _at_most(section.max_eval, validation, fixed),
-        eval=_at_most(section.max_eval, evaluation, fixed),
-        class_names=class_names,
-        name=_title(section),
-        streaming=False,
-    )
-
-
-def _check_classes(train: ImageSplit, class_names: tuple[str, ...], section: DataSection) -> None:
-    """Refuse a training split of one class, or one in which a class has no image."""
-    counts = np.bincount(train.targets, minlength=len(class_names))
-    present = len(class_names) if section.allow_empty_classes else np.count_nonzero(counts)
-    if present < 2:
-        raise ValueError(f"Split {train.name!r} of {section.path} has samples of {present} class; 2 are needed.")
-    empty = [class_names[index] for index in np.flatnonzero(counts == 0)]
-    if empty and not section.allow_empty_classes:
-        raise ValueError(
-            f"{len(empty)} of the {len(class_names)} classes of {section.path} have no image in the training split "
-            f"{train.name!r}: {quoted(empty)}. Add images, or set data.allow_empty_classes=true to go on."
-        )
-
-
-def _summary(data: ImageData, section: DataSection) -> str:
-    """Return how many images of which splits there are, and the first names of the classes."""
-
-    def size(split: ImageSplit | StreamSplit) -> int | str:
-        found = len(split) if isinstance(split, ImageSplit) else split.size
-        return "an unknown number of" if found is None else found
-
-    parts = [f"{size(data.train)} images of {data.train.name!r}"]
-    for use, split in (("validation", data.validation), ("evaluation", data.eval)):
-        if use == "evaluation" and section.eval_fraction is None and section.eval_split == section.train_split:
-            continue  # `evaluate` reads one split, which stands for both
-        if split is not None:
-            held_out = split.name == data.train.name
-            parts.append(f"{size(split)} {f'held out of it for {use}' if held_out else f'of {split.name!r}'}")
-    return f"{data.name}: {', '.join(parts)}; {len(data.class_names)} classes ({quoted(data.class_names)})"
+    train = _at_most(section.max_train, train, rng)
+    validation = None if validation is None else _at_most(section.max_eval, validation, fixed)
+    evaluation = _at_most(section.max_eval, evaluation, fixed)
+    return ImageData(train, validation, evaluation, class_names, _title(section), streaming=False)
 
 
 def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
@@ -206,18 +183,36 @@ def _stream_data(section: DataSection, splits: Mapping[str, Any]) -> ImageData:
         if size is None and rows.info.splits is not None and name in rows.info.splits:
             size = rows.info.splits[name].num_examples
         rows = _encoded(rows, {section.image: "image", section.target: "target"})
-        if limit is None:
-            return StreamSplit(name, rows, size, class_index)
-        return StreamSplit(name, rows.take(limit), limit if size is None else min(limit, size), class_index)
+        if limit is not None:
+            rows, size = rows.take(limit), limit if size is None else min(limit, size)
+        return StreamSplit(name, rows, size, class_index)
 
-    return ImageData(
-        train=whole(section.train_split, section.max_train, section.train_size),
-        validation=whole(section.validation, section.max_eval) if isinstance(section.validation, str) else None,
-        eval=whole(section.eval_split, section.max_eval),
-        class_names=class_names,
-        name=_title(section),
-        streaming=True,
-    )
+    train = whole(section.train_split, section.max_train, section.train_size)
+    validation = whole(section.validation, section.max_eval) if isinstance(section.validation, str) else None
+    evaluation = whole(section.eval_split, section.max_eval)
+    return ImageData(train, validation, evaluation, class_names, _title(section), streaming=True)
+
+
+def _encoded(rows: Any, columns: dict[str, str]) -> Any:
+    """Keep and rename these columns, and leave the images encoded."""
+    rows = rows.select_columns(list(columns))
+    for name in columns:
+        if isinstance(rows.features[name], datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows.rename_columns({old: new for old, new in columns.items() if old != new})
+
+
+def _check_classes(train: ImageSplit, class_names: tuple[str, ...], section: DataSection) -> None:
+    """Refuse a training split of one class, or one in which a class has no image."""
+    empty = [class_names[index] for index in np.flatnonzero(_counts(train, class_names) == 0)]
+    present = len(class_names) - (0 if section.allow_empty_classes else len(empty))
+    if present < 2:
+        raise ValueError(f"Split {train.name!r} of {section.path} has samples of {present} class; 2 are needed.")
+    if empty and not section.allow_empty_classes:
+        raise ValueError(
+            f"{len(empty)} of the {len(class_names)} classes of {section.path} have no image in the training split "
+            f"{train.name!r}: {quoted(empty)}. Add images, or set data.allow_empty_classes=true to go on."
+        )
 
 
 def _carve(
@@ -226,8 +221,7 @@ def _carve(
     """Return the rest of the split, and the share that is held out."""
     held_out = _stratified(split.targets, max(1, round(fraction * len(split))), rng)
     rest = split.select(np.setdiff1d(np.arange(len(split)), held_out))
-    before = np.bincount(split.targets, minlength=len(class_names))
-    after = np.bincount(rest.targets, minlength=len(class_names))
+    before, after = _counts(split, class_names), _counts(rest, class_names)
     small = np.flatnonzero((before == 1) | (before > after) & (after == 0))
     if len(small):
         raise ValueError(
@@ -235,6 +229,10 @@ def _carve(
             f"hold out a share of {fraction} ({len(small)} such classes): name a split instead, or take another share."
         )
     return rest, split.select(held_out)
+
+
+def _counts(split: ImageSplit, class_names: tuple[str, ...]) -> Indices:
+    return np.bincount(split.targets, minlength=len(class_names))
 
 
 def _at_most(limit: int | None, split: ImageSplit, rng: np.random.Generator) -> ImageSplit:
@@ -265,3 +263,18 @@ def _title(section: DataSection) -> str:
     if path.name.endswith(FILE_ENDINGS) or path.is_file():
         return path.resolve().parent.name
     return section.path if section.name is None else f"{section.path}/{section.name}"
+
+
+def _summary(data: ImageData, section: DataSection) -> str:
+    """Return how many images of which splits there are, and the first names of the classes."""
+    parts = []
+    for use, split in data.by_use().items():
+        if use == "evaluation" and section.eval_fraction is None and section.eval_split == section.train_split:
+            continue  # `evaluate` reads one split, which stands for both
+        size = "an unknown number of" if split.size is None else split.size
+        if use == "training":
+            parts.append(f"{size} images of {split.name!r}")
+        else:
+            held_out = split.name == data.train.name
+            parts.append(f"{size} {f'held out of it for {use}' if held_out else f'of {split.name!r}'}")
+    return f"{data.name}: {', '.join(parts)}; {len(data.class_names)} classes ({quoted(data.class_names)})"

@@ -2,17 +2,16 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv, parquet, types
 
-from timm_selfdistill.data.columns import only_or_given
-from timm_selfdistill.data.image_files import image_endings
+from timm_selfdistill.data.decode import image_endings
+from timm_selfdistill.data.names import is_text, only_or_given
 from timm_selfdistill.recipe import DataSection
 
 _TABS: Final = (".tsv", ".tab")
@@ -26,47 +25,33 @@ _FIRST_ROWS: Final = 100
 _KEYS = {"path": "data.image", "label": "data.target", "split": "data.split_column"}
 
 
-@dataclass(frozen=True, eq=False)
-class Table:
+class Table(NamedTuple):
     """The columns of a table file that are of use: "path" (strings), "label" and, if it was read, "split" (strings)."""
 
     file: Path
     rows: pa.Table  # labels as they are stored; strings from CSV
     label: Any  # the type of the labels, as `datasets` calls it
 
-    def values(self, column: str) -> list[str]:
-        """Return the different values of a column."""
-        found: list[str] = pc.unique(self.rows[column]).to_pylist()
-        return found
-
-    def with_column(self, column: str, values: pa.Array | pa.ChunkedArray) -> "Table":
-        """Return the table with a column added or replaced."""
-        others = self.rows.select([name for name in self.rows.column_names if name != column])
-        return replace(self, rows=others.append_column(column, values))
-
 
 def column_names(file: Path, *, of_paths: bool = False) -> list[str]:
     """Return the names of a table's columns; with `of_paths`, those of a parquet file that hold strings."""
     try:
-        if _is_text(file):
+        if _is_untyped(file):
             with csv.open_csv(file, parse_options=_parse_options(file)) as reader:
                 return list(reader.schema.names)
         if file.suffix.lower() in _JSON:
             return list(dict.fromkeys(key for row in _json_rows(file) for key in row))
-        return [field.name for field in parquet.read_schema(file) if not of_paths or _is_string(field.type)]
+        return [field.name for field in parquet.read_schema(file) if not of_paths or is_text(field.type)]
     except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
         raise _unreadable(file, error) from error
 
 
-def columns_of(file: Path, section: DataSection, image: str | None = None) -> dict[str, str]:
+def columns_of(file: Path, section: DataSection) -> dict[str, str]:
     """Return what the columns "path" and "label" are called in a table.
 
     They are those of the recipe; where it leaves them open, the only column of image files, and the only other one
-    beside that of the split. With `image`, the name of the first, that of the second is not looked for either: metadata
-    may well describe images without naming their classes.
+    beside that of the split.
     """
-    if image is not None:
-        return {"path": image, "label": section.target}
     names = column_names(file)
     paths = _columns_of_image_files(file) if section.image not in names else []
     image = only_or_given("image", section, names, paths)
@@ -76,11 +61,7 @@ def columns_of(file: Path, section: DataSection, image: str | None = None) -> di
 
 
 def read_table(file: Path, columns: Mapping[str, str]) -> Table:
-    """Read a table's columns "path", "label" and, if it is among them, "split".
-
-    Args:
-        file: The table.
-        columns: What the columns are called in the file.
+    """Read a table's columns "path", "label" and, if `columns` tells what it is called in the file, "split".
 
     Raises:
         ValueError: If the file cannot be read, has no such column, or a row names no image or no split.
@@ -90,7 +71,7 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Table:
         if names.count(column) != 1:
             what = "has no such column" if column not in names else "has several of that name"
             separator = "tabs" if file.suffix.lower() in _TABS else "commas"
-            hint = f", as read with {separator} between them" if _is_text(file) else ""
+            hint = f", as read with {separator} between them" if _is_untyped(file) else ""
             raise ValueError(f"{_KEYS[use]} is {column!r}, but {file} {what}; it has {', '.join(names)}{hint}.")
     try:
         stored = _read(file, list(columns.values()))
@@ -102,12 +83,12 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Table:
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         raise _unreadable(file, error) from error
     for use in columns.keys() & {"path", "split"}:
-        if not _is_string(found[use].type):
+        if not is_text(found[use].type):
             raise ValueError(f"Column {columns[use]!r} of {file} holds {found[use].type}, not strings.")
         empty = pc.or_kleene(pc.is_null(found[use]), pc.equal(found[use], ""))
         if (row := pc.index(empty, True).as_py()) >= 0:
             raise ValueError(f"{file}, row {row}: {columns[use]!r} is empty.")
-    if _is_string(found["label"].type):
+    if is_text(found["label"].type):
         # One name may be written with composed and with decomposed characters.
         normal = pc.utf8_normalize(found["label"], "NFC")
         found["label"] = pc.if_else(pc.equal(normal, ""), None, normal)
@@ -117,12 +98,14 @@ def read_table(file: Path, columns: Mapping[str, str]) -> Table:
 
 def with_common_labels(tables: Sequence[Table]) -> list[Table]:
     """Return tables whose labels have one type: CSV holds integers if every label of every table is one."""
-    if all(
-        _is_text(table.file) and pc.all(pc.match_substring_regex(table.rows["label"], _INTEGERS), min_count=0).as_py()
-        for table in tables
-    ):
-        as_integers = (table.with_column("label", table.rows["label"].cast(pa.int64())) for table in tables)
-        return [replace(table, label=datasets.Value("int64")) for table in as_integers]
+    if all(_is_untyped(table.file) and _holds_integers(table.rows["label"]) for table in tables):
+        found = []
+        for file, rows, _ in tables:
+            integers = rows["label"].cast(pa.int64())
+            found.append(
+                Table(file, rows.drop_columns("label").append_column("label", integers), datasets.Value("int64"))
+            )
+        return found
     for table in tables[1:]:
         if table.label != tables[0].label:
             raise ValueError(
@@ -132,35 +115,34 @@ def with_common_labels(tables: Sequence[Table]) -> list[Table]:
     return list(tables)
 
 
+def _holds_integers(labels: pa.ChunkedArray) -> bool:
+    return bool(pc.all(pc.match_substring_regex(labels, _INTEGERS), min_count=0).as_py())
+
+
 def _columns_of_image_files(file: Path) -> list[str]:
     """Return the columns of which the first rows all end as image files do."""
-    endings = image_endings()
-    rows = _first_rows(file)
-    return [
-        name
-        for name in dict.fromkeys(column_names(file, of_paths=True))
-        if (values := [row.get(name) for row in rows])
-        and all(isinstance(value, str) and Path(value).suffix.lower() in endings for value in values)
-    ]
-
-
-def _first_rows(file: Path) -> list[dict[str, Any]]:
-    """Return up to 100 rows of a table; of CSV, all values as strings."""
+    names = list(dict.fromkeys(column_names(file, of_paths=True)))
     try:
-        if file.suffix.lower() in _JSON:
-            return _json_rows(file)[:_FIRST_ROWS]
-        if _is_text(file):
-            rows = _read(file, list(dict.fromkeys(column_names(file))))
-            return list(rows.slice(0, _FIRST_ROWS).to_pylist())
-        with parquet.ParquetFile(file) as stored:
-            batch = next(stored.iter_batches(_FIRST_ROWS, columns=column_names(file, of_paths=True)), None)
-        return [] if batch is None else list(batch.to_pylist())
+        if file.suffix.lower() == ".parquet":
+            with parquet.ParquetFile(file) as stored:
+                batch = next(stored.iter_batches(_FIRST_ROWS, columns=names), None)
+            rows = [] if batch is None else batch.to_pylist()
+        elif _is_untyped(file):
+            rows = _read(file, names).slice(0, _FIRST_ROWS).to_pylist()
+        else:
+            rows = _json_rows(file)[:_FIRST_ROWS]
     except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
         raise _unreadable(file, error) from error
+    return [name for name in names if rows and all(ends_as_image(row.get(name)) for row in rows)]
+
+
+def ends_as_image(name: Any) -> bool:
+    """Whether this is the name of an image file by its ending."""
+    return isinstance(name, str) and Path(name).suffix.lower() in image_endings()
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:
-    if _is_text(file):
+    if _is_untyped(file):
         # No type is guessed, so 01 stays 01 and NA stays NA.
         as_text = csv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string()))
         return csv.read_csv(file, parse_options=_parse_options(file), convert_options=as_text)
@@ -195,14 +177,9 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_text(file: Path) -> bool:
+def _is_untyped(file: Path) -> bool:
     """Whether a file does not tell numbers from text itself."""
     return file.suffix.lower() in _TEXT
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    plain = kind.value_type if types.is_dictionary(kind) else kind
-    return bool(types.is_string(plain) or types.is_large_string(plain))
 
 
 def _unreadable(file: Path, error: Exception) -> ValueError:

@@ -1,8 +1,8 @@
 """What happens to an image between its pixels and the batch: channels, timm's transforms, Cutout, Mixup."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Final, Literal, Self
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from PIL import Image
@@ -27,17 +27,6 @@ _TIMM_SETTINGS = (
     *("train_crop_mode", "scale", "ratio", "hflip", "vflip", "auto_augment"),
     *("color_jitter", "color_jitter_prob", "grayscale_prob", "gaussian_blur_prob", "re_prob", "re_mode", "re_count"),
 )
-_KINDS: Final[Mapping[str, Any]] = {
-    "image_size": Annotated[tuple[Count, Count], Field(description="a height and a width in pixels")],
-    "mean": Annotated[tuple[Number, ...], Field(description="finite numbers")],
-    "std": Annotated[tuple[Positive, ...], Field(description="finite numbers above 0")],
-    "interpolation": Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random"],
-    # timm's models crop between 0.8 and 1; images resized to far more than is kept of them would fill the memory.
-    "crop_pct": Annotated[
-        float, Field(ge=0.1, le=2.0, description="from 0.1 to 2.0, as images are resized to image_size divided by it")
-    ],
-    "crop_mode": Literal["center", "squash", "border"],
-}
 
 
 @dataclass(frozen=True)
@@ -59,12 +48,15 @@ class InputConfig:
     """
 
     channels: int
-    image_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str = "center"
+    image_size: Annotated[tuple[Count, Count], Field(description="a height and a width in pixels")]
+    mean: Annotated[tuple[Number, ...], Field(description="finite numbers")]
+    std: Annotated[tuple[Positive, ...], Field(description="finite numbers above 0")]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random"]
+    # timm's models crop between 0.8 and 1; images resized to far more than is kept of them would fill the memory.
+    crop_pct: Annotated[
+        float, Field(ge=0.1, le=2.0, description="from 0.1 to 2.0, as images are resized to image_size divided by it")
+    ]
+    crop_mode: Literal["center", "squash", "border"] = "center"
 
     def __post_init__(self) -> None:
         if self.channels not in MODES:
@@ -72,8 +64,8 @@ class InputConfig:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.channels:
                 raise ValueError(f"data.{name} has {len(values)} values for {self.channels} channels: {values}.")
-        for name, kind in _KINDS.items():
-            check(name, getattr(self, name), kind)
+        for field in fields(self)[1:]:
+            check(field.name, getattr(self, field.name), field.type)
 
     @classmethod
     def from_model(cls, backbone: nn.Module, section: DataSection | None = None) -> Self:
@@ -82,32 +74,24 @@ class InputConfig:
         The model's own `crop_pct` is often 0.875 or 0.95: evaluation then resizes an image to more than `image_size`
         and cuts its border. For small images that are stored at `image_size` say `crop_pct: 1.0`.
         """
-        section = DataSection(path="none") if section is None else section
+        section = section or DataSection(path="none")
         channels = _input_channels(backbone)
-        given: dict[str, Any] = {"interpolation": section.interpolation, "crop_pct": section.crop_pct}
         # Not `pretrained_cfg`'s size where the model was built for another one. With statistics given, timm does not
         # warn about those of another channel count.
         own_size = resolve_input_data_config(backbone, {"mean": 0.5, "std": 0.5})["input_size"][1:]
         size = own_size if section.image_size is None else (section.image_size, section.image_size)
-        given["input_size"] = (channels, *size)
+        given = {"input_size": (channels, *size), "interpolation": section.interpolation, "crop_pct": section.crop_pct}
         config = resolve_data_config(given, model=backbone)
-        return cls(
-            channels=channels,
-            image_size=(config["input_size"][1], config["input_size"][2]),
-            mean=_per_channel(section.mean, config["mean"], channels),
-            std=_per_channel(section.std, config["std"], channels),
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-            crop_mode=config["crop_mode"],
-        )
+        mean = _per_channel(section.mean, config["mean"], channels)
+        std = _per_channel(section.std, config["std"], channels)
+        return cls.from_timm({**config, "mean": mean, "std": std})
 
     @classmethod
     def from_timm(cls, config: Mapping[str, Any]) -> Self:
         """Return what `to_timm` gave; a mapping with other keys beside these, as a manifest is, will do."""
         channels, height, width = config["input_size"]
-        mean, std = tuple(config["mean"]), tuple(config["std"])
-        names = ("interpolation", "crop_pct", "crop_mode")
-        return cls(channels, (height, width), mean, std, **{name: config[name] for name in names})
+        others = {name: config[name] for name in ("interpolation", "crop_pct", "crop_mode")}
+        return cls(channels, (height, width), tuple(config["mean"]), tuple(config["std"]), **others)
 
     def to_timm(self) -> dict[str, Any]:
         """Return the same as timm's data configuration."""
@@ -147,23 +131,15 @@ def train_transform(augment: AugmentSection, config: InputConfig) -> Transform:
         settings["auto_augment"] = None
     elif augment.auto_augment is not None:
         _check_policy(augment.auto_augment)
-    geometric, colours, to_tensor = create_transform(
-        config.image_size,
-        is_training=True,
-        interpolation=config.interpolation,
-        mean=config.mean,
-        std=config.std,
-        separate=True,
-        **settings,
-    )
-    steps = [geometric, colours, to_tensor]
+    # Of the geometry, of the colours, and to a tensor.
+    steps = list(create_transform(**config.to_timm(), is_training=True, separate=True, **settings))
     if pad:
         cover = ResizeKeepRatio(config.image_size, longest=0.0, interpolation=config.interpolation)
         crop = RandomCrop(config.image_size, padding=augment.crop_padding, fill=augment.crop_fill)
         steps = [cover, crop, *steps]
     if policy is not None:
         # Where timm applies its own policies; grey is what the published code fills with.
-        steps.insert(steps.index(colours), AutoAugment(AutoAugmentPolicy(policy), fill=128))
+        steps.insert(-2, AutoAugment(AutoAugmentPolicy(policy), fill=128))
     if augment.cutout is not None:
         steps.append(Cutout(augment.cutout, [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]))
     transform: Transform = Compose(steps)
@@ -196,14 +172,7 @@ class Cutout:
 
 def eval_transform(config: InputConfig) -> Transform:
     """Build the fixed transform for evaluation: PIL image -> float tensor [C, H, W]."""
-    transform: Transform = create_transform(
-        config.image_size,
-        interpolation=config.interpolation,
-        mean=config.mean,
-        std=config.std,
-        crop_pct=config.crop_pct,
-        crop_mode=config.crop_mode,
-    )
+    transform: Transform = create_transform(**config.to_timm())
     return transform
 
 
@@ -253,5 +222,5 @@ def _check_policy(policy: str) -> None:
 def _per_channel(given: tuple[float, ...] | None, own: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """Return one value per channel; the model's own are averaged when it was made for other channels."""
     if given is not None:
-        return tuple(given) * channels if len(given) == 1 else tuple(given)
+        return given * channels if len(given) == 1 else given
     return tuple(own) if len(own) == channels else (sum(own) / len(own),) * channels

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from multiprocessing import context, resource_tracker
 from multiprocessing.process import BaseProcess
@@ -45,7 +46,10 @@ def signal_free_context(method: str) -> context.BaseContext:
     """Return a context of a start method whose processes have the signals blocked from their first moment on."""
     if method != "fork":
         resource_tracker.ensure_running()  # a start in the body of `_blocked` would unblock the signals
-    return _START_METHODS[method]()
+    own: Any = copy(multiprocessing.get_context(method))
+    own.Process = _PROCESSES[method]
+    found: context.BaseContext = own
+    return found
 
 
 def _begin(worker: int, *, init: Callable[[int], None] | None) -> None:
@@ -64,19 +68,15 @@ def _end_if_told() -> None:
     """Take the blocked signals; end the process if its parent terminates it, as torch does with one that hangs."""
     parent = multiprocessing.parent_process()
     while True:
-        number, sender = _next_signal()
+        if hasattr(signal, "sigwaitinfo"):
+            received = signal.sigwaitinfo(_LEFT_TO_MAIN)
+            number, sender = received.si_signo, received.si_pid
+        else:  # macOS does not tell who sent it
+            number, sender = signal.sigwait(_LEFT_TO_MAIN), None
         if number == signal.SIGTERM and parent is not None and sender in (None, parent.pid):
             if sender is None:
                 time.sleep(_PATIENCE_SECONDS)
             os._exit(0)
-
-
-def _next_signal() -> tuple[int, int | None]:
-    """Wait for a blocked signal; return its number and the process that sent it, None where that is not told."""
-    if not hasattr(signal, "sigwaitinfo"):
-        return signal.sigwait(_LEFT_TO_MAIN), None
-    received = signal.sigwaitinfo(_LEFT_TO_MAIN)
-    return received.si_signo, received.si_pid
 
 
 @contextmanager
@@ -103,12 +103,8 @@ class _SpawnProcess(_SignalFree, context.SpawnProcess):
     pass
 
 
-class _SpawnContext(context.SpawnContext):
-    Process = _SpawnProcess
-
-
-_START_METHODS: Final[dict[str, Callable[[], context.BaseContext]]] = {"spawn": _SpawnContext}
-if hasattr(context, "ForkContext"):  # not on Windows
+_PROCESSES: Final[dict[str, type[BaseProcess]]] = {"spawn": _SpawnProcess}
+if hasattr(context, "ForkProcess"):  # not on Windows
 
     class _ForkProcess(_SignalFree, context.ForkProcess):
         pass
@@ -116,10 +112,4 @@ if hasattr(context, "ForkContext"):  # not on Windows
     class _ForkServerProcess(_SignalFree, context.ForkServerProcess):
         pass
 
-    class _ForkContext(context.ForkContext):
-        Process = _ForkProcess
-
-    class _ForkServerContext(context.ForkServerContext):
-        Process = _ForkServerProcess
-
-    _START_METHODS.update({"fork": _ForkContext, "forkserver": _ForkServerContext})
+    _PROCESSES.update({"fork": _ForkProcess, "forkserver": _ForkServerProcess})

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from timm_selfdistill.data import ImageData, open_dataset
 from timm_selfdistill.data.decode import SkipList, merge_skipped
-from timm_selfdistill.data.fingerprint import fingerprint
+from timm_selfdistill.data.survey import fingerprint
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.exit_logits import collect_logits, fit_ensemble
 from timm_selfdistill.files import locked

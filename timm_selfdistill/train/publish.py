@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from timm_selfdistill.data import ImageData
-from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.sources import is_on_hub
+from timm_selfdistill.data.survey import fingerprint
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.early_exit import EarlyExitConfig
 from timm_selfdistill.escape import redact

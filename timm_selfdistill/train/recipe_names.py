@@ -12,9 +12,8 @@ from pydantic import ValidationError
 from timm.optim import list_optimizers
 
 from timm_selfdistill.checks import did_you_mean
-from timm_selfdistill.data.columns import check_columns, with_columns
-from timm_selfdistill.data.names import resolve_splits, used_splits
-from timm_selfdistill.data.sources import is_on_hub, load_splits
+from timm_selfdistill.data.sources import is_on_hub
+from timm_selfdistill.data.splits import open_splits
 from timm_selfdistill.heads import list_heads
 from timm_selfdistill.losses import list_divergences, list_losses, list_presets, list_teachers
 from timm_selfdistill.model.wrapping import SOURCES, model_problem
@@ -136,12 +135,7 @@ def _data_problems(fields: Mapping[str, Any]) -> list[str]:
     if is_on_hub(section.path):
         return []
     try:
-        rows = load_splits(section).rows
-        section = resolve_splits(section, rows)
-        if (features := rows[section.train_split].features) is not None:
-            section = with_columns(section, features)
-        for split in used_splits(section).values():
-            check_columns(rows[split].features, split, section)
+        open_splits(section)
     except ValueError as error:
         return [f"data: {error}"]
     return []

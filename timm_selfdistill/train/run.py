@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from timm_selfdistill.data import ImageData, open_dataset
 from timm_selfdistill.data.decode import SKIPPED, SkipList, merge_skipped
-from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.loaders import build_loaders
+from timm_selfdistill.data.survey import fingerprint
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.escape import printable
 from timm_selfdistill.files import locked, replace_file

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from timm_selfdistill.data.decode import SKIPPED
-from timm_selfdistill.data.fingerprint import Fingerprint
+from timm_selfdistill.data.survey import Fingerprint
 from timm_selfdistill.files import is_lock
 from timm_selfdistill.hub import CONFIG, read_run
 from timm_selfdistill.losses import SelfDistillationLoss, needs_of

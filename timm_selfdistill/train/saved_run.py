@@ -15,8 +15,8 @@ from torch import Tensor
 
 from timm_selfdistill.data import ImageData, open_dataset
 from timm_selfdistill.data.decode import SkipList
-from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.loaders import Loaders, build_loaders
+from timm_selfdistill.data.survey import fingerprint
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import CONFIG, complete_names, read_run, save_pretrained
 from timm_selfdistill.hub.start_weights import without_wrappers

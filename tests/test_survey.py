@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from timm_selfdistill.data import ImageData, ImageSplit, open_dataset
-from timm_selfdistill.data.fingerprint import Fingerprint, fingerprint
+from timm_selfdistill.data.survey import Fingerprint, fingerprint
 from timm_selfdistill.recipe import DataSection
 
 
