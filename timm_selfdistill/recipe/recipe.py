@@ -10,9 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from timm_selfdistill.checks import Count, LocalPath, Names, Section
 from timm_selfdistill.recipe.data_sections import AugmentSection, DataSection
-from timm_selfdistill.recipe.loss_settings import LossSection
+from timm_selfdistill.recipe.loss_settings import LossSection, TeacherSection
 from timm_selfdistill.recipe.plain_yaml import dump
-from timm_selfdistill.recipe.teacher_settings import TeacherSection
 from timm_selfdistill.recipe.training_sections import (
     LOCAL_MODEL,
     CheckpointSection,
