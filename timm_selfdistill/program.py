@@ -7,8 +7,7 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from timm_selfdistill.cores import fit_threads
@@ -74,8 +73,11 @@ def run_safely(run: Callable[[], int | None]) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logger = logging.getLogger("timm_selfdistill")
+    level = logger.level
+    logger.setLevel(logging.INFO)
     try:
-        with needs_extra("This command"), StopSignals(), _shown(logging.getLogger("timm_selfdistill")):
+        with needs_extra("This command"), StopSignals():
             status = run() or 0
             sys.stdout.flush()
             return status
@@ -94,6 +96,8 @@ def run_safely(run: Callable[[], int | None]) -> int:
             raise
         print(printable_message(f"error: {said}"), file=sys.stderr)
         return status
+    finally:
+        logger.setLevel(level)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -113,21 +117,18 @@ def is_lost_process(error: BaseException) -> bool:
 
 def failure_of_machine(error: BaseException) -> str | None:
     """Return what happened and what to do, if the machine caused an error or what it was raised from; else None."""
-    said = (_failure(link) for link in _chain(error))
-    return next((sentence for sentence in said if sentence is not None), None)
+    link: BaseException | None = error
+    while link is not None:
+        if (said := _failure(link)) is not None:
+            return said
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return None
 
 
 def message_of(error: BaseException) -> str:
     """Return an error's message: for one from a loader process, the last line of the traceback that it holds."""
     text = str(error).strip() or repr(error)
     return text.splitlines()[-1].strip() if "Traceback (most recent call last)" in text else text
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def _failure(error: BaseException) -> str | None:
@@ -177,17 +178,6 @@ def _errno_of(error: BaseException) -> int | None:
         return error.errno
     match = None if isinstance(error, ValueError) else _ERRNO.search(message_of(error))
     return None if match is None else int(match[1] or match[2])
-
-
-@contextmanager
-def _shown(logger: logging.Logger) -> Iterator[None]:
-    """Show what a logger says at level INFO while the body runs."""
-    before = logger.level
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _reader_is_gone() -> bool:
