@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import (
 )
 
 from timm_selfdistill.compat import read_remote
-from timm_selfdistill.files import replace_file
+from timm_selfdistill.output import replace_file
 
 _logger = logging.getLogger(__name__)
 

@@ -15,11 +15,10 @@ from timm_selfdistill.data.decode import SkipList, merge_skipped
 from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.exit_logits import collect_logits, fit_ensemble
-from timm_selfdistill.files import locked
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
-from timm_selfdistill.progress import progress_bar
+from timm_selfdistill.output import locked, progress_bar
 from timm_selfdistill.recipe import AugmentSection, Recipe
 from timm_selfdistill.report import Report, build_report, write_report
 from timm_selfdistill.stop import StopSignals

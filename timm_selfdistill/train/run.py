@@ -20,12 +20,11 @@ from timm_selfdistill.data.fingerprint import fingerprint
 from timm_selfdistill.data.loaders import build_loaders
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.escape import printable
-from timm_selfdistill.files import locked, replace_file
 from timm_selfdistill.measure import Stopwatch
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.output import locked, replace_file, tell
 from timm_selfdistill.program import is_lost_process, run_program
-from timm_selfdistill.progress import tell
 from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, RecipeError, dump_local, load_recipe
 from timm_selfdistill.report import Report, format_table, write_report
 from timm_selfdistill.stop import StopSignals

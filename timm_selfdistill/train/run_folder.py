@@ -17,9 +17,9 @@ from timm_selfdistill.checkpoint import is_checkpoint, list_checkpoints, read_en
 from timm_selfdistill.checkpoint_format import CheckpointError, DamagedCheckpointError
 from timm_selfdistill.data.decode import SKIPPED
 from timm_selfdistill.data.fingerprint import Fingerprint
-from timm_selfdistill.files import is_lock
 from timm_selfdistill.hub import CONFIG, read_run
 from timm_selfdistill.losses import SelfDistillationLoss, needs_of
+from timm_selfdistill.output import is_lock
 from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, is_local, load_recipe
 from timm_selfdistill.report import Report
 from timm_selfdistill.train.phases import build_loss

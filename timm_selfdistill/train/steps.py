@@ -14,8 +14,8 @@ from torch import Tensor
 
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.model.heads_rate import unscaled_rate
+from timm_selfdistill.output import progress_bar
 from timm_selfdistill.program import NonFiniteLossError
-from timm_selfdistill.progress import progress_bar
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import SelfDistillationTask

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from PIL import Image
 
-from timm_selfdistill.files import replace_file
+from timm_selfdistill.output import replace_file
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.report import Report, format_markdown
 from timm_selfdistill.train.run_folder import dotted

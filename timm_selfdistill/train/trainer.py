@@ -13,7 +13,7 @@ from timm_selfdistill.checkpoint import CheckpointWriter
 from timm_selfdistill.checkpoint_format import CheckpointError
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.progress import duration, tell
+from timm_selfdistill.output import duration, tell
 from timm_selfdistill.task import SelfDistillationTask, unwrapped_model
 from timm_selfdistill.train.evaluation import evaluate_model
 from timm_selfdistill.train.parallelism import share_buffers
