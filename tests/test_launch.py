@@ -28,8 +28,9 @@ import timm_selfdistill as sd
 from timm_selfdistill.output import locked
 from timm_selfdistill.recipe import list_recipes, load_recipe
 from timm_selfdistill.train import tracking, train, trainer
-from timm_selfdistill.train.builders import Feed, synchronize_batch_norm
-from timm_selfdistill.train.launch import asks_for_sharding, refuse_optimizer
+from timm_selfdistill.train.builders import synchronize_batch_norm
+from timm_selfdistill.train.launch import Feed, asks_for_sharding
+from timm_selfdistill.train.refusals import refuse_optimizer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))

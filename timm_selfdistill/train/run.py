@@ -29,24 +29,30 @@ from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, RecipeError, dump_loc
 from timm_selfdistill.report import Report, format_table, write_report
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import check_loss
-from timm_selfdistill.train.builders import build_feed, build_model, check_one_image, synchronize_batch_norm
+from timm_selfdistill.train.builders import (
+    Phase,
+    baseline_phases,
+    build_model,
+    check_one_image,
+    self_distillation_phases,
+    synchronize_batch_norm,
+    with_balanced_classes,
+)
 from timm_selfdistill.train.evaluation import evaluate_model, fit_held_out, report_run
 from timm_selfdistill.train.launch import (
     asks_for_sharding,
+    build_feed,
     fresh_accelerate,
-    header,
     per_process_batch,
-    refuse_loss,
     start_accelerator,
 )
 from timm_selfdistill.train.parallelism import Replicated, Sharded
-from timm_selfdistill.train.phases import Phase, baseline_phases, self_distillation_phases, with_balanced_classes
 from timm_selfdistill.train.publish import ModelWriter, Publisher
-from timm_selfdistill.train.recipe_names import all_problems, recipe_problems
+from timm_selfdistill.train.refusals import all_problems, recipe_problems, refuse_loss
 from timm_selfdistill.train.run_folder import MODEL, RunRecord, check_folder, check_run, remove_leftovers
 from timm_selfdistill.train.saved_run import as_begun
 from timm_selfdistill.train.steps import RunContext
-from timm_selfdistill.train.tracking import start_trackers, track_report
+from timm_selfdistill.train.tracking import header, start_trackers, track_report
 from timm_selfdistill.train.trainer import Trainer
 
 _logger = logging.getLogger(__name__)

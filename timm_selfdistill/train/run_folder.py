@@ -22,7 +22,7 @@ from timm_selfdistill.losses import SelfDistillationLoss, needs_of
 from timm_selfdistill.output import is_lock
 from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, is_local, load_recipe
 from timm_selfdistill.report import Report
-from timm_selfdistill.train.phases import build_loss
+from timm_selfdistill.train.builders import build_loss
 
 _logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Check every name in a recipe before anything is opened or downloaded, and say all that is wrong at once."""
+"""Refuse what cannot work, before anything is opened: wrong names, and losses and optimizers that do not fit."""
 
 import os
 import re
@@ -10,15 +10,16 @@ import timm
 import torch
 from pydantic import ValidationError
 from timm.optim import list_optimizers
+from torch import nn
 
 from timm_selfdistill.checks import did_you_mean
 from timm_selfdistill.data.columns import check_columns, with_columns
 from timm_selfdistill.data.names import resolve_splits, used_splits
 from timm_selfdistill.data.sources import is_on_hub, load_splits
 from timm_selfdistill.heads import list_heads
-from timm_selfdistill.losses import list_divergences, list_losses, list_presets, list_teachers
+from timm_selfdistill.losses import list_divergences, list_losses, list_presets, list_teachers, needs_of
 from timm_selfdistill.model.wrapping import SOURCES, model_problem
-from timm_selfdistill.recipe import REPO_ID, DataSection
+from timm_selfdistill.recipe import REPO_ID, DataSection, Recipe
 
 # Which names are allowed for a key, by its section.
 _KNOWN: Final[dict[tuple[str, str], Callable[[], Iterable[str]]]] = {
@@ -30,6 +31,17 @@ _KNOWN: Final[dict[tuple[str, str], Callable[[], Iterable[str]]]] = {
     ("teacher", "divergence"): list_divergences,
     ("optimizer", "name"): lambda: map(str, list_optimizers()),
 }
+# timm's optimizers that step weights in parts as they step whole ones (the slow tests of test_sharding compare them).
+# Others raise an error, or, as muon, do something else.
+OPTIMIZERS = (
+    *("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamw", "adamwlegacy", "adan", "adanw"),
+    *("adopt", "adoptw", "lamb", "lambc", "lambw", "laprop", "larc", "lars", "lion", "madgrad", "madgradw", "momentum"),
+    *("nadam", "nadamlegacy", "nadamw", "nesterov", "nesterovw", "radam", "radamw", "rmsprop"),
+    *("rmsproptf", "rmsproptfw", "sgd", "sgdw"),
+)
+
+REPLICATE: Final = "Without FSDP, distributed_type MULTI_GPU leaves the network whole."
+
 # Of more names, only those like the wrong one are listed.
 _MOST_LISTED = 12
 
@@ -85,6 +97,53 @@ def all_problems(recipe: Mapping[str, Any], is_wrong: bool = False) -> list[str]
     if (problems or is_wrong) and isinstance(data, Mapping):
         problems += _data_problems(data)
     return problems
+
+
+def check_needs(loss: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError if a recipe lacks what its loss needs."""
+    needs = needs_of(loss)
+    if recipe.teacher is not None and recipe.teacher.teaches != "backbone" and not needs.exits:
+        raise ValueError("teacher.teaches: must be backbone for this loss, which does not run the exits.")
+    if needs.ema and recipe.ema is None:
+        raise ValueError(
+            "ema: must not be null for this loss, which learns from the average of the weights; such as "
+            "ema='{decay: 0.999}'."
+        )
+    if needs.batches == "plain":
+        return
+    if recipe.data.streaming:
+        raise ValueError(
+            f"data.streaming: must be false for this loss, whose {needs.batches} batches need images by their index."
+        )
+    if recipe.augment.mixes:
+        raise ValueError(
+            f"augment: must not mix images for this loss, which compares those of its {needs.batches} batches; set "
+            "mixup_alpha and cutmix_alpha to 0 and cutmix_minmax to null."
+        )
+
+
+def refuse_optimizer(name: str) -> None:
+    """Refuse an optimizer that is not known to step weights in parts as it would step whole ones."""
+    if name.lower() not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer.name: {name} is not known to work where each process has a part of the network (FSDP2); "
+            f"allowed there are {', '.join(OPTIMIZERS)}."
+        )
+
+
+def refuse_loss(loss: nn.Module) -> None:
+    """Refuse, for FSDP2, a loss that has parameters, or for which another network or the network again is run."""
+    needs = needs_of(loss)
+    if any(True for _ in loss.parameters()):
+        raise ValueError(
+            f"The loss {type(loss).__name__} has parameters of its own, which are not trained where each process has a "
+            f"part of the network (FSDP2). {REPLICATE}"
+        )
+    if needs.ema or needs.past or needs.batches == "paired":
+        raise ValueError(
+            f"The loss {type(loss).__name__} has {needs}, which is not done where each process has a part of the "
+            f"network (FSDP2); allowed there are losses without ema, past and paired batches. {REPLICATE}"
+        )
 
 
 def _value(sections: Mapping[str, Mapping[str, Any]], section: str, key: str) -> Any:
