@@ -54,8 +54,7 @@ class SampleGatherer:
     def gather(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return values [N, *shape] and labels [N] of all samples since the last call, the same on every process.
 
-        Args:
-            shape: Of the values of one sample, which are float32 where another process may have none.
+        The values are float32 where another process may have none.
         """
         device = None if self.accelerator is None else self.accelerator.device
         values = torch.cat(self._values or [torch.empty(0, *shape, device=device)])

@@ -168,30 +168,29 @@ def _shipped() -> dict[str, Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the file's mapping, or raise RecipeError."""
-    value, problems = _parse_file(path)
+    problems: list[str] = []
+    value = None
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            problems = [f"has more than {MAX_BYTES:,} bytes, the most that is allowed"]
+        else:
+            value, problems = parse(data.decode("utf-8-sig"))
+    except FileNotFoundError:
+        known = list_recipes()
+        hint = did_you_mean(path.stem, known)
+        problems = [f"neither the path of a file nor a shipped recipe; shipped are {', '.join(known)}{hint}"]
+    except UnicodeDecodeError as error:
+        problems = [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
+    except (OSError, ValueError) as error:
+        problems = [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
     if not problems and not isinstance(value, dict):
         received = "an empty file" if value is None else _show(value)
         problems = [f"must be a mapping of sections, such as `model: {{name: resnet18}}`, received {received}"]
     if problems:
         raise RecipeError(str(path), problems)
-    return dict(value)
-
-
-def _parse_file(path: Path) -> tuple[Any, list[str]]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            return None, [f"has more than {MAX_BYTES:,} bytes, the most that is allowed"]
-        return parse(data.decode("utf-8-sig"))
-    except FileNotFoundError:
-        known = list_recipes()
-        hint = did_you_mean(path.stem, known)
-        return None, [f"neither the path of a file nor a shipped recipe; shipped are {', '.join(known)}{hint}"]
-    except UnicodeDecodeError as error:
-        return None, [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
-    except (OSError, ValueError) as error:
-        return None, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
+    return dict(value or {})
 
 
 def _override(mapping: dict[str, Any], override: str) -> Iterator[str]:

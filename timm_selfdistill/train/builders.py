@@ -34,27 +34,16 @@ _NEW_HEADS_LR_SCALE = 5.0
 
 @dataclass(frozen=True)
 class Phase:
-    """Epochs that share a loss, an optimizer and a learning-rate schedule.
+    """Epochs that share a loss, an optimizer and a learning-rate schedule."""
 
-    Args:
-        loss: Maps an `ExitOutput` and a target to a dict of terms.
-        regime: Which parts train.
-        epochs: Number of epochs.
-        teacher: A model from outside that teaches too.
-    """
-
-    loss: nn.Module
-    regime: Regime
+    loss: nn.Module  # maps an `ExitOutput` and a target to a dict of terms
+    regime: Regime  # which parts train
     epochs: int
-    teacher: OutsideTeacher | None = None
+    teacher: OutsideTeacher | None = None  # from outside, beside the loss
 
 
 def self_distillation_phases(recipe: Recipe) -> list[Phase]:
-    """Return the phases of the self-distilled network.
-
-    Raises:
-        ValueError: If the loss, its preset or one of its settings is unknown, or the recipe lacks what it needs.
-    """
+    """Return the phases of the self-distilled network; what the recipe lacks or has wrong for it is a `ValueError`."""
     loss = build_loss(recipe)
     check_needs(loss, recipe)
     teacher = build_teacher(recipe)
@@ -70,11 +59,7 @@ def baseline_phases(recipe: Recipe) -> list[Phase]:
 
 
 def build_loss(recipe: Recipe) -> nn.Module:
-    """Build the recipe's loss.
-
-    Raises:
-        ValueError: If the loss, its preset or one of its settings is unknown.
-    """
+    """Build the recipe's loss; a name or setting that is unknown is a `ValueError`."""
     section = recipe.loss
     cls = get_loss(section.name)
     if cls is SelfDistillationLoss:
@@ -96,11 +81,7 @@ def backbone_loss(recipe: Recipe) -> nn.Module:
 
 
 def with_balanced_classes(phases: Sequence[Phase], train: ImageSplit | StreamSplit, num_classes: int) -> list[Phase]:
-    """Return phases whose losses weigh each class by the inverse of its number of training images.
-
-    Raises:
-        ValueError: If the training images are a stream, or a loss has no weights of classes.
-    """
+    """Return phases whose losses weigh each class by the inverse of its number of training images."""
     if not isinstance(train, ImageSplit):
         raise ValueError("loss.class_weights: must be null or a list for a stream, whose classes cannot be counted.")
     counts = np.bincount(train.targets, minlength=num_classes)
@@ -127,12 +108,7 @@ def build_teacher(recipe: Recipe) -> OutsideTeacher | None:
     """Load the recipe's teacher from outside, or return None where it has none.
 
     Nothing that was fetched is unpickled or executed: a model of this library is checked as `from_pretrained` does it,
-    and timm loads weights only.
-
-    Raises:
-        ValueError: If there is no such model, it has another number of classes than `model.num_classes`, or it would
-            teach what does not run or train.
-        HubError: If its repository cannot be read.
+    and timm loads weights only. A teacher that does not fit is a `ValueError`, an unreadable repository a `HubError`.
     """
     section = recipe.teacher
     if section is None:
@@ -149,11 +125,18 @@ def build_teacher(recipe: Recipe) -> OutsideTeacher | None:
 
 
 def build_model(recipe: Recipe, class_names: Sequence[str], dataset: str, *, tell: bool = False) -> SelfDistillModel:
-    """Build the recipe's wrapped model, for the classes of the data set of this name; tell what is not loaded."""
+    """Build the recipe's wrapped model, for the classes of the data set of this name; `tell` logs warnings."""
     section, exits = recipe.model, recipe.exits
-    num_classes = section.num_classes or len(class_names)
-    if num_classes < len(class_names):
-        raise ValueError(f"model.num_classes: {num_classes} is less than the {len(class_names)} classes of {dataset}.")
+    known = len(class_names)
+    num_classes = section.num_classes or known
+    if num_classes < known:
+        raise ValueError(f"model.num_classes: {num_classes} is less than the {known} classes of {dataset}.")
+    if tell and num_classes > known and not recipe.data.allow_empty_classes:
+        _logger.warning(
+            "model.num_classes: %d is more than the %d classes of %s: classes %d to %d have no training image. "
+            "data.allow_empty_classes=true says that they may have none.",
+            *(num_classes, known, dataset, known, num_classes - 1),
+        )
     model = wrap(
         section.name,
         num_classes=num_classes,

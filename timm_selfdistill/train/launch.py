@@ -139,11 +139,9 @@ def asks_for_sharding() -> bool:
 
 
 def _join_again() -> None:
-    """Let the processes of a restarted launch find one another, not their predecessors.
-
-    The launcher's store outlives a restart, and torch looks there under the same names: a process that reads the
-    address of one that is gone fails or waits forever.
-    """
+    """Let the processes of a restarted launch find one another, not their predecessors."""
+    # The launcher's store outlives a restart, and torch looks there under the same names: a process that reads the
+    # address of one that is gone fails or waits forever.
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if attempt == 0 or alone or torch.distributed.is_initialized():
@@ -159,15 +157,7 @@ def _join_again() -> None:
 
 
 def make_accelerator(precision: str, **options: Any) -> Accelerator:
-    """Return an accelerator of a recipe's precision.
-
-    Args:
-        precision: "auto" for what suits the device, else what Accelerate calls it.
-        **options: Further arguments of `Accelerator`.
-
-    Raises:
-        ValueError: If the device cannot compute in the precision.
-    """
+    """Return an accelerator of a recipe's precision; one that the device cannot compute in is a `ValueError`."""
     # As Accelerator makes it, which it leaves as it is then.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     device = state.device

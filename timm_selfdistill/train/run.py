@@ -145,24 +145,12 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: St
         networks = {
             name: with_balanced_classes(phases, data.train, model.num_classes) for name, phases in networks.items()
         }
-    known = len(data.class_names)
-    if accelerator.is_main_process and model.num_classes > known and not recipe.data.allow_empty_classes:
-        _logger.warning(
-            "model.num_classes: %d is more than the %d classes of %s: classes %d to %d have no training image. "
-            "data.allow_empty_classes=true says that they may have none.",
-            *(model.num_classes, known, data.name, known, model.num_classes - 1),
-        )
     # One process has nothing to share.
     in_parts = asks_for_sharding() and accelerator.num_processes > 1
     input_config = InputConfig.from_model(model.backbone, recipe.data)
-    for phase in chain.from_iterable(networks.values()):
-        check_loss(model, phase.loss, phase.regime)
-        if in_parts:
-            refuse_loss(phase.loss)
-        if phase.teacher is not None:
-            phase.teacher.expect(input_config.mean, input_config.std)
-            phase.teacher.check_classes(model.num_classes, data.class_names)
-    check_one_image(model, input_config, chain.from_iterable(networks.values()), recipe, accelerator.num_processes)
+    phases = list(chain.from_iterable(networks.values()))
+    _check_phases(phases, model, data, input_config, in_parts)
+    check_one_image(model, input_config, phases, recipe, accelerator.num_processes)
     loaders = build_loaders(
         data,
         recipe.data,
@@ -192,6 +180,19 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: St
     return _Run(context, data, networks, input_config, eval_loader, writer, publisher)
 
 
+def _check_phases(
+    phases: Sequence[Phase], model: SelfDistillModel, data: ImageData, input_config: InputConfig, in_parts: bool
+) -> None:
+    """Refuse losses and outside teachers that do not fit the model, the data or a network in parts."""
+    for phase in phases:
+        check_loss(model, phase.loss, phase.regime)
+        if in_parts:
+            refuse_loss(phase.loss)
+        if phase.teacher is not None:
+            phase.teacher.expect(input_config.mean, input_config.std)
+            phase.teacher.check_classes(model.num_classes, data.class_names)
+
+
 def _train_networks(
     run: _Run, clock: Stopwatch
 ) -> tuple[SelfDistillModel, dict[str, ExitMetricsResult], dict[str, float], int]:
@@ -211,7 +212,8 @@ def _train_networks(
         push = recipe.push_to_hub if is_distilled else None
         on_epoch = None
         if push is not None and push.every is not None:
-            on_epoch = _push_nothing if run.publisher is None else run.publisher.after_epoch
+            # The other processes push nothing, but help to gather a network in parts.
+            on_epoch = (lambda *_: None) if run.publisher is None else run.publisher.after_epoch
         trainer = Trainer(context, name, model, phases, on_epoch, first_step)
         first_step += trainer.total_epochs * trainer.updates_per_epoch
         with clock.phase("training"):
@@ -230,10 +232,6 @@ def _train_networks(
                 title=f"evaluate {name}",
             )
     return model, results, seconds, first_step
-
-
-def _push_nothing(model: SelfDistillModel, epoch: int, total: int) -> None:
-    """What the other processes do after an epoch."""
 
 
 def _finish(

@@ -247,7 +247,7 @@ class NonFiniteGuard:
 def find_checkpoint(resume: str, checkpoints: Path, accelerator: Accelerator) -> dict[str, Any] | None:
     """Return the state of the checkpoint to go on from, or None to start afresh; drop what was logged after it.
 
-    All processes call it together. The network's folder of checkpoints has its name.
+    All processes call it together. The folder of a network's checkpoints has its name.
     """
     path = None if resume == "never" else _choose(resume, checkpoints, accelerator)
     saved = None if path is None else load_checkpoint(path)

@@ -134,7 +134,7 @@ def header(
     input_config: InputConfig,
     batches_per_epoch: int,
 ) -> list[str]:
-    """Return the lines above those of the epochs; an epoch has so many training batches in each process."""
+    """Return the lines above those of the epochs; `batches_per_epoch` counts the training batches of a process."""
     size = " x ".join(map(str, (input_config.channels, *input_config.image_size)))
     exits = ", ".join(f"{point.name} ({100 * point.cost:.0f} % of the cost)" for point in model.points)
     whole, plain = (sum(each.numel() for each in part.parameters()) for part in (model, model.backbone))
