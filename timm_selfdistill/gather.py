@@ -18,7 +18,7 @@ _PADDING: Final = torch.iinfo(torch.int64).min
 class SampleGatherer:
     """Keeps values and labels of the batches of a loader, until all processes gather them together.
 
-    `add` waits neither for the device nor for other processes, which may have unequal numbers of batches.
+    `add` waits neither for the device nor for other processes, whose numbers of batches may differ.
 
     Args:
         accelerator: Gathers the samples of all its processes; those with which a loader prepared by it fills up the
@@ -29,7 +29,8 @@ class SampleGatherer:
 
     def __init__(self, accelerator: "Accelerator | None" = None, most: int | None = None) -> None:
         self.accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
-        self._most = most if most is None or self.accelerator is None else -(-most // self.accelerator.num_processes)
+        processes = 1 if self.accelerator is None else self.accelerator.num_processes
+        self._most = None if most is None else -(-most // processes)
         self._clear()
 
     def _clear(self) -> None:

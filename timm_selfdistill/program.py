@@ -42,11 +42,10 @@ class NonFiniteLossError(ReportedError):
 
 
 def run_program(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Parse arguments, call what the parser sets as `run`, and return the exit status.
+    """Parse arguments, call the parser's default `run` with them by name, and return the exit status.
 
-    Args:
-        parser: The parser; its default `run` takes the parsed values by name, and returns an exit status or None for 0.
-        arguments: The words; by default those of the command line, and then the process ends with the status.
+    `run` returns the status, or None for 0. Without `arguments`, those of the command line are taken, and the process
+    ends with the status.
     """
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes key=value in one place only; here it may also follow an option.

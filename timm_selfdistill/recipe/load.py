@@ -43,9 +43,8 @@ class RecipeError(ValueError):
     """
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
-        super().__init__(source, tuple(problems))
-        self.source = source
-        self.problems = tuple(problems)
+        self.source, self.problems = source, tuple(problems)
+        super().__init__(self.source, self.problems)
 
     def __str__(self) -> str:
         count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "a problem"
@@ -122,11 +121,7 @@ def is_local(path: Path) -> bool:
 
 
 def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """Read settings "key=value" that are written like a recipe's overrides, but belong to no recipe.
-
-    Raises:
-        ValueError: If any of them is not such a setting; lists all that are wrong.
-    """
+    """Read settings "key=value", written like a recipe's overrides; a `ValueError` lists all that are wrong."""
     mapping: dict[str, Any] = {}
     if problems := [problem for override in overrides for problem in _override(mapping, override)]:
         raise ValueError("; ".join(problems))
@@ -139,11 +134,7 @@ def list_recipes() -> list[str]:
 
 
 def read_shipped(name: str) -> str:
-    """Return the text of a shipped recipe.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
+    """Return the text of a shipped recipe; a name that none has is a `ValueError`."""
     if (path := _shipped().get(name)) is None:
         known = list_recipes()
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, Final, Literal, get_type_hints
 
 from pydantic import BeforeValidator, create_model, field_validator
@@ -229,15 +229,11 @@ _NULLABLE: Any = {name: (kind | None, None) for name, kind in _TYPES.items()}
 _ClassWeights = Annotated[Literal["balanced"] | tuple[float, ...] | None, BeforeValidator(_class_weights)]
 _NULLABLE["class_weights"] = (_ClassWeights, None)
 _LossFields: Any = create_model(
-    "_LossFields",
-    __base__=Section,
-    name=(Text, "self-distillation"),
-    preset=(Text | None, DEFAULT_PRESET),
-    **_NULLABLE,
+    "_LossFields", name=(Text, "self-distillation"), preset=(Text | None, DEFAULT_PRESET), **_NULLABLE
 )
 
 
-class LossSection(_LossFields):  # type: ignore[misc]  # a class made of the fields above
+class LossSection(_LossFields, Section):  # type: ignore[misc]  # a class made of the fields above
     """The training loss: a preset and what differs from it.
 
     Args:
@@ -262,13 +258,14 @@ class LossSection(_LossFields):  # type: ignore[misc]  # a class made of the fie
         return None
 
 
-_TAUGHT: Any = {each.name: (_TEACHER_TYPES[each.name], each) for each in fields(OutsideTeacherConfig)}
-_TeacherFields: Any = create_model(
-    "_TeacherFields", __base__=Section, name=(Text, ...), kwargs=(ModelArguments, {}), **_TAUGHT
-)
+_TAUGHT: Any = {
+    each.name: (_TEACHER_TYPES[each.name], {} if each.default is MISSING else each.default)
+    for each in fields(OutsideTeacherConfig)
+}
+_TeacherFields: Any = create_model("_TeacherFields", name=(Text, ...), kwargs=(ModelArguments, {}), **_TAUGHT)
 
 
-class TeacherSection(_TeacherFields):  # type: ignore[misc]  # a class made of the fields above
+class TeacherSection(_TeacherFields, Section):  # type: ignore[misc]  # a class made of the fields above
     """A model from outside that teaches, frozen.
 
     Args:

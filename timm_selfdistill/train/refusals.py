@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Final
 
 import timm
@@ -47,36 +46,31 @@ _MOST_LISTED = 12
 
 
 def recipe_problems(recipe: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the names of models, exits, heads, losses and optimizer in a recipe.
+    """Return what is wrong with the names of models, exits, heads, losses and optimizer in what a recipe holds.
 
-    Only values of the right type are looked at; the others are reported by the recipe itself.
-
-    Args:
-        recipe: What a recipe holds, by section and key.
-
-    Returns:
-        A sentence for each, as "section.key: what is wrong".
+    Each is a sentence, "section.key: what is wrong". Only values of the right type are looked at; the recipe itself
+    reports the others.
     """
     sections = {name: section for name, section in recipe.items() if isinstance(section, Mapping)}
-    value = partial(_value, sections)
+    values = {(name, key): value for name, section in sections.items() for key, value in section.items()}
     problems = []
     for (section, key), known in _KNOWN.items():
-        name, names = value(section, key), list(dict.fromkeys(known()))
+        name, names = values.get((section, key)), list(dict.fromkeys(known()))
         # timm takes its optimizers in any case, and a wrapper in front of them.
         plain = name.lower().removeprefix("lookahead_") if isinstance(name, str) and section == "optimizer" else name
         if isinstance(name, str) and plain not in names:
             problems.append(f"{section}.{key}: unknown, received {name!r}{_allowed(name, names)}")
-    name = value("model", "name")
+    name = values.get(("model", "name"))
     if isinstance(name, str):
         # Weights may come from a file that the arguments name.
-        arguments = value("model", "kwargs")
+        arguments = values.get(("model", "kwargs"))
         own = isinstance(arguments, Mapping) and arguments.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}
-        pretrained = value("model", "pretrained") is True and not own
+        pretrained = values.get(("model", "pretrained")) is True and not own
         if problem := model_problem(name, pretrained=pretrained):
             problems.append(f"model.{'pretrained' if problem.startswith('must be false') else 'name'}: {problem}")
-        elif isinstance(points := value("exits", "points"), list | tuple):
+        elif isinstance(points := values.get(("exits", "points")), list | tuple):
             problems += _point_problems(name, arguments, points)
-    name = value("teacher", "name")
+    name = values.get(("teacher", "name"))
     is_timms = isinstance(name, str) and not (os.path.isdir(name) or REPO_ID.fullmatch(name))
     if is_timms and (problem := model_problem(name)):
         problems.append(f"teacher.name: {problem}")
@@ -86,11 +80,8 @@ def recipe_problems(recipe: Mapping[str, Any]) -> list[str]:
 def all_problems(recipe: Mapping[str, Any], is_wrong: bool = False) -> list[str]:
     """Return what is wrong with the names in a recipe, those of splits and columns too if anything is wrong.
 
-    If nothing is, the data is opened anyway; a data set on the Hub is not asked for.
-
-    Args:
-        recipe: What a recipe holds, by section and key.
-        is_wrong: Whether something else is wrong with it.
+    `is_wrong` says that the recipe has other faults. If nothing is wrong, the data is opened anyway; a data set on the
+    Hub is not asked for.
     """
     problems = recipe_problems(recipe)
     data = recipe.get("data")
@@ -144,10 +135,6 @@ def refuse_loss(loss: nn.Module) -> None:
             f"The loss {type(loss).__name__} has {needs}, which is not done where each process has a part of the "
             f"network (FSDP2); allowed there are losses without ema, past and paired batches. {REPLICATE}"
         )
-
-
-def _value(sections: Mapping[str, Mapping[str, Any]], section: str, key: str) -> Any:
-    return sections.get(section, {}).get(key)
 
 
 def _allowed(name: str, names: Sequence[str]) -> str:

@@ -144,8 +144,8 @@ def check_run(folder: Path, recipe: Recipe, data: Fingerprint, networks: Collect
         _compare(record, recipe, data, f"{folder} holds")
     if not records and _has_results(folder):
         _logger.warning(_UNKNOWN_DATA, folder)
-        if (folder / RECIPE).is_file():
-            _refuse(recipe_changes(load_recipe(folder / RECIPE), recipe, data_is_known=False), f"{folder} holds")
+        for before in begun_recipes(folder):
+            _refuse(recipe_changes(before, recipe, data_is_known=False), f"{folder} holds")
 
 
 def remove_leftovers(folder: Path) -> None:
