@@ -27,8 +27,7 @@ from timm_selfdistill.data.splits import open_dataset
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.measure import synchronize
 from timm_selfdistill.recipe import Recipe, load_recipe
-from timm_selfdistill.train.builders import build_model
-from timm_selfdistill.train.phases import build_loss, label_smoothing
+from timm_selfdistill.train.builders import build_loss, build_model, label_smoothing
 
 WARM_UP_STEPS = 3
 WAYS = ("image by image", "cache=device", "one fixed batch")

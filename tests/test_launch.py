@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import timm_selfdistill as sd
-from timm_selfdistill.files import locked
+from timm_selfdistill.output import locked
 from timm_selfdistill.recipe import list_recipes, load_recipe
 from timm_selfdistill.train import tracking, train, trainer
-from timm_selfdistill.train.builders import Feed, synchronize_batch_norm
-from timm_selfdistill.train.launch import asks_for_sharding, refuse_optimizer
+from timm_selfdistill.train.builders import synchronize_batch_norm
+from timm_selfdistill.train.launch import Feed, asks_for_sharding
+from timm_selfdistill.train.refusals import refuse_optimizer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -117,7 +118,7 @@ def test_one_process_has_nothing_to_share(tmp_path, monkeypatch):
 
 def test_a_folder_that_another_process_writes_to_is_refused(forks, tmp_path, monkeypatch):
     # Its child, such as a loader process, may outlive it.
-    holder = "import os, sys, time; from pathlib import Path; from timm_selfdistill.files import locked\n"
+    holder = "import os, sys, time; from pathlib import Path; from timm_selfdistill.output import locked\n"
     holder += "with locked(Path(sys.argv[1])):\n"
     holder += "    child = os.fork() or time.sleep(600)\n"
     holder += "    print(child, flush=True); time.sleep(600)"

@@ -16,8 +16,8 @@ from timm_selfdistill.losses import OutsideTeacher, OutsideTeacherConfig, SelfDi
 from timm_selfdistill.recipe import Recipe, RecipeError, load_recipe
 from timm_selfdistill.train import run as train_run
 from timm_selfdistill.train import train
+from timm_selfdistill.train.builders import build_teacher
 from timm_selfdistill.train.checkpoint import load_checkpoint
-from timm_selfdistill.train.phases import build_teacher
 
 STATISTICS = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
 

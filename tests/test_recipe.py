@@ -18,9 +18,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from timm_selfdistill.recipe import LossSection, Recipe, RecipeError, dump_local, list_recipes, load_recipe
-from timm_selfdistill.recipe.loss_settings import SelfDistillationConfig
+from timm_selfdistill.recipe.loss_settings import OutsideTeacherConfig, SelfDistillationConfig
 from timm_selfdistill.recipe.plain_yaml import dump
-from timm_selfdistill.recipe.teacher_settings import OutsideTeacherConfig
 
 ROOT = Path(__file__).parents[1]
 MINIMAL = "model: {name: resnet18}\ndata: {path: digits}\n"

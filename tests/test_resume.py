@@ -28,11 +28,11 @@ from timm_selfdistill.losses.protocol import _LOSSES
 from timm_selfdistill.program import NonFiniteLossError
 from timm_selfdistill.recipe import Recipe, load_recipe
 from timm_selfdistill.stop import EXIT_INTERRUPTED, Interrupted, StopSignals
-from timm_selfdistill.train import builders, checkpoint, finished_report, train, trainer
+from timm_selfdistill.train import checkpoint, finished_report, launch, train, trainer
 from timm_selfdistill.train.builders import build_optimizer
 from timm_selfdistill.train.checkpoint import load_checkpoint
 from timm_selfdistill.train.parallelism import Replicated
-from timm_selfdistill.train.train_state import PhaseState
+from timm_selfdistill.train.steps import PhaseState
 
 # Four steps an epoch, of a network that draws random numbers itself, on images that are drawn at random. (In bf16,
 # images of 16 px are too small: oneDNN leaves the gradient of weights that only meet padding undefined.)
@@ -477,7 +477,7 @@ def test_the_rows_that_are_told_are_those_of_the_batch(tmp_path: Path, monkeypat
         return step(self, stepper, running, batches)
 
     monkeypatch.setattr(trainer.Trainer, "_step", wrapped)
-    monkeypatch.setattr(builders.Feed, "batches", _one_by_one(builders.Feed.batches))
+    monkeypatch.setattr(launch.Feed, "batches", _one_by_one(launch.Feed.batches))
     train(recipe(tmp_path, "optimizer.on_nonfinite=skip"))
     logged = [json.loads(line)["rows"] for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
     assert logged == bad

@@ -20,8 +20,8 @@ from torch import nn
 import timm_selfdistill as sd
 from timm_selfdistill.losses import CSKD, PSKD
 from timm_selfdistill.train.checkpoint import load_checkpoint
-from timm_selfdistill.train.launch import OPTIMIZERS, refuse_loss
 from timm_selfdistill.train.parallelism import find_units
+from timm_selfdistill.train.refusals import OPTIMIZERS, refuse_loss
 
 ON_TWO_CPUS = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 

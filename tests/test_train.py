@@ -25,9 +25,8 @@ from timm_selfdistill.losses.protocol import _LOSSES
 from timm_selfdistill.recipe import Recipe, list_recipes, load_recipe
 from timm_selfdistill.report import format_markdown
 from timm_selfdistill.train import evaluate_folder, train, trainer
-from timm_selfdistill.train.builders import check_one_image
+from timm_selfdistill.train.builders import build_loss, check_one_image, self_distillation_phases
 from timm_selfdistill.train.launch import per_process_batch
-from timm_selfdistill.train.phases import build_loss, self_distillation_phases
 from timm_selfdistill.train.saved_run import evaluation_loaders
 
 # In float32: at 16 px, bf16 convolutions of oneDNN leave the gradient of weights that only meet padding undefined.

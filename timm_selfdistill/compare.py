@@ -13,12 +13,12 @@ from typing import Final
 from accelerate import PartialState
 
 from timm_selfdistill.losses import PRESETS, list_losses, list_presets, needs_of
+from timm_selfdistill.output import tell
 from timm_selfdistill.program import run_program
-from timm_selfdistill.progress import tell
 from timm_selfdistill.recipe import LossSection, Recipe, load_recipe
 from timm_selfdistill.report.comparison_page import BASELINE, Comparison, format_comparison, summarize, write_comparison
 from timm_selfdistill.train import as_begun, build_loss, finished_report, train
-from timm_selfdistill.train.recipe_names import all_problems
+from timm_selfdistill.train.refusals import all_problems
 from timm_selfdistill.train.run import add_arguments as add_training_arguments
 
 _logger = logging.getLogger(__name__)

@@ -92,23 +92,23 @@ def cpu_computes_bf16() -> bool:
 def batch_multiple(size: SymInt, batch: SymInt) -> int | None:
     """Return how many times a traced batch size another size is, or None if it is not a multiple for every batch.
 
-    torch compares symbolic sizes in public only by adding guards to the graph. Checked with torch 2.15.
+    torch compares symbolic sizes in public only by adding guards to the graph.
     """
     ratio = size.node.expr / batch.node.expr
     return int(ratio) if ratio.is_Integer else None
 
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
-"""The base class of all of torch's batch norms, which has no public name. Checked with torch 2.15."""
+"""The base class of all of torch's batch norms, which has no public name."""
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Whether a tensor is a view for autograd; torch has no public name for it. Checked with torch 2.15."""
+    """Whether a tensor is a view for autograd; torch has no public name for it."""
     return tensor._is_view()
 
 
 def copy_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Register a module's forward hooks with another one; torch cannot list hooks. Checked with torch 2.15."""
+    """Register a module's forward hooks with another one; torch cannot list hooks."""
     for hook in source._forward_hooks.values():
         target.register_forward_hook(hook)
     for pre_hook in source._forward_pre_hooks.values():
@@ -116,12 +116,9 @@ def copy_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 def accelerate_states(*, of_processes: bool) -> list[dict[str, Any]]:
-    """Return the dicts in which Accelerate keeps the state of the whole program. Checked with accelerate 1.15.
+    """Return the dicts of Accelerate's state of the whole program, if asked also those about processes and devices.
 
     Its public names only read them, and it refuses another precision or device once they are filled.
-
-    Args:
-        of_processes: Return those about processes and devices too.
     """
     from accelerate.state import AcceleratorState, GradientState, PartialState
 

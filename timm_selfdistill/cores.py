@@ -33,7 +33,7 @@ def fit_threads(beside: int = 0) -> None:
         beside: Loader processes of this process, which have a core each.
     """
     torch = sys.modules.get("torch")
-    if torch is not None and not _threads_are_given():
+    if torch is not None and "OMP_NUM_THREADS" not in os.environ:
         # Never more than torch's choice, which leaves out the second threads of a core.
         torch.set_num_threads(max(1, min(share_of_cores() - beside, torch.get_num_threads())))
 
@@ -53,19 +53,15 @@ def loader_processes(wanted: int | None, device_type: str) -> int:
     if device_type != "cpu":
         return min(MAX_WORKERS, max(1, share - 1))
     torch = sys.modules.get("torch")
-    free = share - torch.get_num_threads() if torch is not None and _threads_are_given() else share // 4
+    free = share - torch.get_num_threads() if torch is not None and "OMP_NUM_THREADS" in os.environ else share // 4
     return max(0, min(MAX_WORKERS, free))
-
-
-def _threads_are_given() -> bool:
-    return "OMP_NUM_THREADS" in os.environ
 
 
 def _quotas() -> Iterator[float]:
     """Yield the cores that this process's control groups and those that hold them grant, of version 2 or 1."""
     try:
         lines = _MEMBERSHIP.read_text().splitlines()
-    except OSError:  # of no Linux
+    except OSError:  # not on Linux
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
@@ -73,15 +69,11 @@ def _quotas() -> Iterator[float]:
             continue
         top = _CONTROL_GROUPS / "cpu" if controllers else _CONTROL_GROUPS
         # In a container the path may be that outside of it; then its own group is at the top.
-        for folder in {top, *(top / part for part in _prefixes(path))}:
-            quota = _quota(folder, version=1 if controllers else 2)
+        own = Path(path.strip("/"))
+        for folder in (own, *own.parents):
+            quota = _quota(top / folder, version=1 if controllers else 2)
             if quota is not None:
                 yield quota
-
-
-def _prefixes(path: str) -> list[str]:
-    parts = path.strip("/").split("/")
-    return ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _quota(folder: Path, version: int) -> float | None:

@@ -17,7 +17,7 @@ from timm_selfdistill.gather import SampleGatherer
 from timm_selfdistill.lazy import needs_extra
 from timm_selfdistill.metrics import IGNORED
 from timm_selfdistill.model import Ensemble, SelfDistillModel
-from timm_selfdistill.progress import progress_bar
+from timm_selfdistill.output import progress_bar
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -18,7 +18,7 @@ _PADDING: Final = torch.iinfo(torch.int64).min
 class SampleGatherer:
     """Keeps values and labels of the batches of a loader, until all processes gather them together.
 
-    `add` waits neither for the device nor for other processes, which may have unequal numbers of batches.
+    `add` waits neither for the device nor for other processes, whose numbers of batches may differ.
 
     Args:
         accelerator: Gathers the samples of all its processes; those with which a loader prepared by it fills up the
@@ -29,7 +29,8 @@ class SampleGatherer:
 
     def __init__(self, accelerator: "Accelerator | None" = None, most: int | None = None) -> None:
         self.accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
-        self._most = most if most is None or self.accelerator is None else -(-most // self.accelerator.num_processes)
+        processes = 1 if self.accelerator is None else self.accelerator.num_processes
+        self._most = None if most is None else -(-most // processes)
         self._clear()
 
     def _clear(self) -> None:
@@ -54,8 +55,7 @@ class SampleGatherer:
     def gather(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return values [N, *shape] and labels [N] of all samples since the last call, the same on every process.
 
-        Args:
-            shape: Of the values of one sample, which are float32 where another process may have none.
+        The values are float32 where another process may have none.
         """
         device = None if self.accelerator is None else self.accelerator.device
         values = torch.cat(self._values or [torch.empty(0, *shape, device=device)])

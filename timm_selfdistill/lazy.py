@@ -51,10 +51,6 @@ def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], 
     """Return `__getattr__`, `__dir__` and `__all__` (PEP 562) of a package whose public names are in its stub.
 
     The stub, `__init__.pyi`, holds lines `from MODULE import NAME as NAME`, which type checkers and editors read too.
-
-    Args:
-        package: Name of the package.
-        file: Its `__file__`.
     """
     stub = ast.parse(Path(file).with_suffix(".pyi").read_text())
     imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]

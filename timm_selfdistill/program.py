@@ -7,8 +7,7 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from timm_selfdistill.cores import fit_threads
@@ -43,11 +42,10 @@ class NonFiniteLossError(ReportedError):
 
 
 def run_program(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Parse arguments, call what the parser sets as `run`, and return the exit status.
+    """Parse arguments, call the parser's default `run` with them by name, and return the exit status.
 
-    Args:
-        parser: The parser; its default `run` takes the parsed values by name, and returns an exit status or None for 0.
-        arguments: The words; by default those of the command line, and then the process ends with the status.
+    `run` returns the status, or None for 0. Without `arguments`, those of the command line are taken, and the process
+    ends with the status.
     """
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes key=value in one place only; here it may also follow an option.
@@ -74,8 +72,11 @@ def run_safely(run: Callable[[], int | None]) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logger = logging.getLogger("timm_selfdistill")
+    level = logger.level
+    logger.setLevel(logging.INFO)
     try:
-        with needs_extra("This command"), StopSignals(), _shown(logging.getLogger("timm_selfdistill")):
+        with needs_extra("This command"), StopSignals():
             status = run() or 0
             sys.stdout.flush()
             return status
@@ -94,6 +95,8 @@ def run_safely(run: Callable[[], int | None]) -> int:
             raise
         print(printable_message(f"error: {said}"), file=sys.stderr)
         return status
+    finally:
+        logger.setLevel(level)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -113,21 +116,18 @@ def is_lost_process(error: BaseException) -> bool:
 
 def failure_of_machine(error: BaseException) -> str | None:
     """Return what happened and what to do, if the machine caused an error or what it was raised from; else None."""
-    said = (_failure(link) for link in _chain(error))
-    return next((sentence for sentence in said if sentence is not None), None)
+    link: BaseException | None = error
+    while link is not None:
+        if (said := _failure(link)) is not None:
+            return said
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return None
 
 
 def message_of(error: BaseException) -> str:
     """Return an error's message: for one from a loader process, the last line of the traceback that it holds."""
     text = str(error).strip() or repr(error)
     return text.splitlines()[-1].strip() if "Traceback (most recent call last)" in text else text
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def _failure(error: BaseException) -> str | None:
@@ -177,17 +177,6 @@ def _errno_of(error: BaseException) -> int | None:
         return error.errno
     match = None if isinstance(error, ValueError) else _ERRNO.search(message_of(error))
     return None if match is None else int(match[1] or match[2])
-
-
-@contextmanager
-def _shown(logger: logging.Logger) -> Iterator[None]:
-    """Show what a logger says at level INFO while the body runs."""
-    before = logger.level
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _reader_is_gone() -> bool:

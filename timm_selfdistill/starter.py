@@ -16,8 +16,8 @@ from timm.models import get_pretrained_cfg, is_model_pretrained
 from timm_selfdistill.data import ImageSplit
 from timm_selfdistill.data.survey import Survey, survey
 from timm_selfdistill.escape import printable
-from timm_selfdistill.files import replace_file
 from timm_selfdistill.model.wrapping import model_problem
+from timm_selfdistill.output import replace_file
 from timm_selfdistill.recipe import DataSection, load_recipe
 from timm_selfdistill.recipe.loss_settings import DEFAULT_PRESET
 
@@ -34,34 +34,19 @@ _NO_WORDS = ("true", "false", "null", "yes", "no", "on", "off", "y", "n", "~", "
 
 @dataclass(frozen=True)
 class Start:
-    """What a recipe begins with; the fields are those of a recipe's sections.
+    """What a recipe begins with; the fields are those of a recipe's sections."""
 
-    Args:
-        name: The timm model.
-        pretrained: Whether it starts from timm's weights.
-        small_stem: Whether its stem is replaced by one for small images.
-        image_size: Side of the images in pixels.
-        epochs: Passes over the training images.
-        batch_size: Images of a step.
-        has_gpu: Whether this machine has an accelerator, by which size and length were chosen.
-    """
-
-    name: str
+    name: str  # of the timm model
     pretrained: bool
     small_stem: bool
-    image_size: int
+    image_size: int  # side in pixels
     epochs: int
     batch_size: int
-    has_gpu: bool
+    has_gpu: bool  # whether this machine has an accelerator, by which size and length were chosen
 
 
 def choose_start(found: Survey, model: str | None = None, *, has_gpu: bool = False) -> Start:
-    """Choose what suits a data set.
-
-    Args:
-        found: The data set.
-        model: Name of a timm model; by default one that suits the images' size and the machine.
-        has_gpu: Whether there is an accelerator.
+    """Choose what suits a data set: a timm model, by default by the images' size and the machine, and its training.
 
     Raises:
         ValueError: If timm has no such model, or there are fewer than 4 training images.
@@ -91,13 +76,7 @@ def choose_start(found: Survey, model: str | None = None, *, has_gpu: bool = Fal
 
 
 def format_recipe(found: Survey, start: Start, title: str) -> str:
-    """Return a recipe as YAML with comments.
-
-    Args:
-        found: The data set.
-        start: What to begin with.
-        title: How the data set is called in the first line.
-    """
+    """Return a recipe as YAML with comments, the first of which names the data set by `title`."""
     where = "an accelerator" if start.has_gpu else "a CPU"
     model = [f"name: {_word(start.name)}"]
     if start.pretrained:
@@ -179,9 +158,8 @@ def _word(value: Any) -> str:
 def describe(found: Survey) -> str:
     """Return what was found in a data set, as lines for the terminal."""
     data, counts = found.data, found.counts
-    parts = [("training", data.train), ("validation", data.validation), ("evaluation", data.eval)]
     uses = []
-    for use, part in parts:
+    for use, part in (("training", data.train), ("validation", data.validation), ("evaluation", data.eval)):
         if isinstance(part, ImageSplit):
             held_out = "held out of " if use != "training" and part.name == data.train.name else ""
             uses.append(f"{len(part):,} for {use} ({held_out}{part.name!r})")
@@ -223,7 +201,7 @@ def write_starter(
         ValueError: If the data set cannot be read, timm has no such model, or the file is there.
     """
     changes = [f"data.{override}" for override in overrides]
-    section = load_recipe({"model": {"name": "resnet18"}, "data": {"path": path}}, changes).data
+    section = load_recipe({"model": {"name": "resnet18"}, "data": {"path": path}}, changes).data  # any model
     if section.streaming:
         raise ValueError("data.streaming: must be false for init, which counts the images of every class.")
     found = survey(section)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Final, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ EXIT_INTERRUPTED: Final = 130
 PREEMPTIONS: Final = tuple(signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 # A launcher hands Ctrl-C and SIGTERM on to processes that a terminal or scheduler has signalled too.
 _ECHO_SECONDS = 1.0
-# What is still under way when everything is saved, such as a download, may take so long to end.
+# What is still under way when everything is saved, such as a download, may take this long to end.
 _PATIENCE_SECONDS = 10.0
 
 
@@ -32,9 +32,10 @@ class Interrupted(BaseException):
     decoded must not be taken for a fault of the model or of the image. A command ends with `exit_status`.
     """
 
-    def __init__(self, signal_name: str, exit_status: int) -> None:
-        super().__init__(f"Stopped by {signal_name}. Run the same command again to go on.")
-        self.exit_status = exit_status
+    def __init__(self, received: signal.Signals | None) -> None:
+        name = "a signal to another process" if received is None else received.name
+        super().__init__(f"Stopped by {name}. Run the same command again to go on.")
+        self.exit_status = EXIT_INTERRUPTED if received == signal.SIGINT else EXIT_PREEMPTED
 
 
 class StopSignals:
@@ -50,9 +51,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._deferring = False
-        self._ctrl_c = False
-        self._raised = False
+        self._deferring = self._ctrl_c = self._raised = False
         self._last = -_ECHO_SECONDS
         self._owner = os.getpid()
         self._launched = "TORCHELASTIC_RUN_ID" in os.environ
@@ -64,9 +63,7 @@ class StopSignals:
                 self._former[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         self._former = {}
@@ -84,9 +81,7 @@ class StopSignals:
 
     def interruption(self) -> Interrupted:
         """Return the exception that ends the run."""
-        if self.received is None:
-            return Interrupted("a signal to another process", EXIT_PREEMPTED)
-        return _interruption(self.received)
+        return Interrupted(self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
@@ -150,10 +145,6 @@ def end_program(status: int) -> NoReturn:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    interruption = _interruption(signal.Signals(number))
+    interruption = Interrupted(signal.Signals(number))
     os.write(2, f"{interruption}\n".encode())
     os._exit(interruption.exit_status)
-
-
-def _interruption(number: signal.Signals) -> Interrupted:
-    return Interrupted(number.name, EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED)

@@ -15,7 +15,7 @@ from torch import Tensor
 from timm_selfdistill.exits import unchanged
 from timm_selfdistill.metrics import IGNORED, OutputMetrics
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.progress import progress_bar
+from timm_selfdistill.output import progress_bar
 from timm_selfdistill.train import evaluate_model
 
 Batches = Sequence[tuple[Tensor, Tensor]]

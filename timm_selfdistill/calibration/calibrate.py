@@ -22,12 +22,11 @@ from timm_selfdistill.data.decode import SkipList
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.early_exit import EarlyExit, EarlyExitConfig, PathCosts, measure_path_macs, measure_stage_costs
 from timm_selfdistill.exit_logits import ExitLogits, collect_logits
-from timm_selfdistill.files import replace_file
 from timm_selfdistill.hub import from_pretrained, save_early_exit
 from timm_selfdistill.measure import seconds_of
 from timm_selfdistill.model import Ensemble, SelfDistillModel
 from timm_selfdistill.onnx import OnnxEarlyExit
-from timm_selfdistill.progress import progress_bar
+from timm_selfdistill.output import progress_bar, replace_file
 from timm_selfdistill.recipe import AugmentSection
 from timm_selfdistill.report import device_name
 from timm_selfdistill.staged import MANIFEST

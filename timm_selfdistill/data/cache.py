@@ -19,7 +19,7 @@ from timm_selfdistill.data.decode import SampleError, Use
 from timm_selfdistill.data.splits import ImageSplit
 from timm_selfdistill.data.workers import worker_options
 from timm_selfdistill.metrics import IGNORED
-from timm_selfdistill.progress import progress_bar
+from timm_selfdistill.output import progress_bar
 
 _DECODED_AT_ONCE = 256
 _MODES = ("L", "RGB")

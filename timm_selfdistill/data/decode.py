@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from timm_selfdistill.compat import read_remote
-from timm_selfdistill.files import replace_file
+from timm_selfdistill.output import replace_file
 
 _logger = logging.getLogger(__name__)
 

@@ -18,6 +18,6 @@ from timm_selfdistill.losses.without_exits import CSKD as CSKD
 from timm_selfdistill.losses.without_exits import DLB as DLB
 from timm_selfdistill.losses.without_exits import PSKD as PSKD
 from timm_selfdistill.recipe.loss_settings import PRESETS as PRESETS
+from timm_selfdistill.recipe.loss_settings import OutsideTeacherConfig as OutsideTeacherConfig
 from timm_selfdistill.recipe.loss_settings import SelfDistillationConfig as SelfDistillationConfig
 from timm_selfdistill.recipe.loss_settings import list_presets as list_presets
-from timm_selfdistill.recipe.teacher_settings import OutsideTeacherConfig as OutsideTeacherConfig

@@ -13,7 +13,7 @@ from timm_selfdistill.losses.divergences import bind_settings, compare_logits
 from timm_selfdistill.losses.protocol import stack
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
 from timm_selfdistill.model.wrapping import check_size, create_backbone
-from timm_selfdistill.recipe.teacher_settings import OutsideTeacherConfig
+from timm_selfdistill.recipe.loss_settings import OutsideTeacherConfig
 
 # What torch has of the interpolations of timm's data configuration; the others are close to these.
 _MODES = {"nearest": "nearest-exact", "bicubic": "bicubic", "lanczos": "bicubic"}

@@ -11,11 +11,11 @@ from timm_selfdistill.recipe.load import read_settings as read_settings
 from timm_selfdistill.recipe.load import read_shipped as read_shipped
 from timm_selfdistill.recipe.load import summary_of as summary_of
 from timm_selfdistill.recipe.loss_settings import LossSection as LossSection
+from timm_selfdistill.recipe.loss_settings import OutsideTeacherConfig as OutsideTeacherConfig
+from timm_selfdistill.recipe.loss_settings import TeacherSection as TeacherSection
 from timm_selfdistill.recipe.recipe import LOCAL as LOCAL
 from timm_selfdistill.recipe.recipe import RECIPE as RECIPE
 from timm_selfdistill.recipe.recipe import Recipe as Recipe
-from timm_selfdistill.recipe.teacher_settings import OutsideTeacherConfig as OutsideTeacherConfig
-from timm_selfdistill.recipe.teacher_settings import TeacherSection as TeacherSection
 from timm_selfdistill.recipe.training_sections import LICENSE as LICENSE
 from timm_selfdistill.recipe.training_sections import REPO_ID as REPO_ID
 from timm_selfdistill.recipe.training_sections import EmaSection as EmaSection

@@ -43,9 +43,8 @@ class RecipeError(ValueError):
     """
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
-        super().__init__(source, tuple(problems))
-        self.source = source
-        self.problems = tuple(problems)
+        self.source, self.problems = source, tuple(problems)
+        super().__init__(self.source, self.problems)
 
     def __str__(self) -> str:
         count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "a problem"
@@ -122,11 +121,7 @@ def is_local(path: Path) -> bool:
 
 
 def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """Read settings "key=value" that are written like a recipe's overrides, but belong to no recipe.
-
-    Raises:
-        ValueError: If any of them is not such a setting; lists all that are wrong.
-    """
+    """Read settings "key=value", written like a recipe's overrides; a `ValueError` lists all that are wrong."""
     mapping: dict[str, Any] = {}
     if problems := [problem for override in overrides for problem in _override(mapping, override)]:
         raise ValueError("; ".join(problems))
@@ -139,11 +134,7 @@ def list_recipes() -> list[str]:
 
 
 def read_shipped(name: str) -> str:
-    """Return the text of a shipped recipe.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
+    """Return the text of a shipped recipe; a name that none has is a `ValueError`."""
     if (path := _shipped().get(name)) is None:
         known = list_recipes()
         raise ValueError(
@@ -168,30 +159,29 @@ def _shipped() -> dict[str, Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the file's mapping, or raise RecipeError."""
-    value, problems = _parse_file(path)
+    problems: list[str] = []
+    value = None
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            problems = [f"has more than {MAX_BYTES:,} bytes, the most that is allowed"]
+        else:
+            value, problems = parse(data.decode("utf-8-sig"))
+    except FileNotFoundError:
+        known = list_recipes()
+        hint = did_you_mean(path.stem, known)
+        problems = [f"neither the path of a file nor a shipped recipe; shipped are {', '.join(known)}{hint}"]
+    except UnicodeDecodeError as error:
+        problems = [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
+    except (OSError, ValueError) as error:
+        problems = [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
     if not problems and not isinstance(value, dict):
         received = "an empty file" if value is None else _show(value)
         problems = [f"must be a mapping of sections, such as `model: {{name: resnet18}}`, received {received}"]
     if problems:
         raise RecipeError(str(path), problems)
-    return dict(value)
-
-
-def _parse_file(path: Path) -> tuple[Any, list[str]]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            return None, [f"has more than {MAX_BYTES:,} bytes, the most that is allowed"]
-        return parse(data.decode("utf-8-sig"))
-    except FileNotFoundError:
-        known = list_recipes()
-        hint = did_you_mean(path.stem, known)
-        return None, [f"neither the path of a file nor a shipped recipe; shipped are {', '.join(known)}{hint}"]
-    except UnicodeDecodeError as error:
-        return None, [f"must be text in UTF-8: {error.reason} at byte {error.start}"]
-    except (OSError, ValueError) as error:
-        return None, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
+    return dict(value or {})
 
 
 def _override(mapping: dict[str, Any], override: str) -> Iterator[str]:

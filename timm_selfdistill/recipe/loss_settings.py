@@ -1,25 +1,29 @@
-"""The settings of the self-distillation loss: written here once, published by name, and taken by recipes."""
+"""The settings of the loss and of a teacher from outside: written here once, published by name, taken by recipes."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, Final, Literal, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, create_model
+from pydantic import BeforeValidator, create_model, field_validator
 
 from timm_selfdistill.checks import (
     Arguments,
     BelowOne,
     Gate,
+    ModelArguments,
     NotNegative,
+    Positive,
     Probability,
     Section,
     Temperature,
     Text,
     Weights,
     check,
+    expand_home,
     is_number,
 )
+from timm_selfdistill.recipe.training_sections import LOCAL_MODEL
 
 WEIGHTS: Final = ("ce_weight", "deepest_ce_weight", "kd_weight", "hint_weight", "deepest_kd_weight")
 
@@ -83,39 +87,65 @@ class SelfDistillationConfig:
     class_weights: Weights = None
 
     def __post_init__(self) -> None:
-        for name, kind in _TYPES.items():
-            # As what it was checked to be: lists become tuples.
-            object.__setattr__(self, name, check(name, getattr(self, name), kind))
+        _check_fields(self, _TYPES)
         if not any(getattr(self, name) for name in WEIGHTS):
             raise ValueError(f"All weights are 0; at least one of {', '.join(WEIGHTS)} must be positive.")
 
     def check_exits(self, num_exits: int) -> None:
-        """Check that the settings fit a model.
-
-        Args:
-            num_exits: Number K of added exits.
-
-        Raises:
-            ValueError: If there is not one weight, or one number of the gate, for each of the exits.
-        """
+        """Raise `ValueError` unless there is one weight, and one number of the gate, for each of K added exits."""
         for name in ("exit_weights", "gate"):
             values = getattr(self, name)
             if isinstance(values, tuple) and len(values) != num_exits:
                 raise ValueError(f"{name} has {len(values)} values for {num_exits} added exits; allowed is one each.")
 
     def check_classes(self, num_classes: int) -> None:
-        """Check that there is a weight for each class, if for any.
-
-        Raises:
-            ValueError: If there is not.
-        """
+        """Raise `ValueError` unless there is a weight for each class, if for any."""
         if self.class_weights is not None and len(self.class_weights) != num_classes:
             raise ValueError(
                 f"class_weights has {len(self.class_weights)} values for {num_classes} classes; allowed is one each."
             )
 
 
+@dataclass(frozen=True)
+class OutsideTeacherConfig:
+    """How a model from outside teaches: `weight` times the divergence of each taught classifier from its logits.
+
+    The defaults are the usual ones of "Distilling the Knowledge in a Neural Network", https://arxiv.org/abs/1503.02531,
+    on small images; networks for ImageNet are often taught at temperature 1.
+
+    Args:
+        weight: Weight of each of these divergences, beside what the loss has.
+        temperature: Softmax temperature of both sides of the divergence, from 1e-6 to 1,000; not used by "mse".
+        t_squared: Multiply what is computed at the temperature T by T^2.
+        divergence: Name of a registered divergence.
+        divergence_kwargs: Settings of the divergence itself, such as {"alpha": 1.0, "beta": 8.0} of "dkd".
+        standardize_logits: As in `SelfDistillationConfig`.
+        teaches: Whom it teaches: the added exits, the backbone's own classifier, or both.
+
+    Raises:
+        ValueError: If a value is not allowed. The divergence is looked up by the teacher.
+    """
+
+    weight: Positive = 1.0
+    temperature: Temperature = 4.0
+    t_squared: bool = True
+    divergence: Text = "kl"
+    divergence_kwargs: Arguments = field(default_factory=dict, hash=False)
+    standardize_logits: bool = False
+    teaches: Literal["exits", "backbone", "both"] = "both"
+
+    def __post_init__(self) -> None:
+        _check_fields(self, _TEACHER_TYPES)
+
+
+def _check_fields(config: Any, types: Mapping[str, Any]) -> None:
+    for name, kind in types.items():
+        # As what it was checked to be: lists become tuples.
+        object.__setattr__(config, name, check(name, getattr(config, name), kind))
+
+
 _TYPES: Final[dict[str, Any]] = get_type_hints(SelfDistillationConfig, include_extras=True)
+_TEACHER_TYPES: Final[dict[str, Any]] = get_type_hints(OutsideTeacherConfig, include_extras=True)
 
 BYOT_ICCV2019: Final = SelfDistillationConfig()
 """Be Your Own Teacher, ICCV 2019, https://arxiv.org/abs/1905.08094
@@ -177,8 +207,6 @@ PRESETS: Final[dict[str, SelfDistillationConfig]] = {
     "ensemble-distillation": ENSEMBLE_DISTILLATION,
     "none": NONE,
 }
-
-
 DEFAULT_PRESET: Final = "ensemble-distillation"
 
 
@@ -196,24 +224,16 @@ def _class_weights(value: Any) -> Any:
     return tuple(map(float, numbers))
 
 
-class _NamedLoss(BaseModel):
-    name: Text = "self-distillation"
-    preset: Text | None = DEFAULT_PRESET
-
-
-_NULLABLE: dict[str, Any] = {name: (kind | None, None) for name, kind in _TYPES.items()}
-# What it stands for, only the data can tell.
-_NULLABLE["class_weights"] = (
-    Annotated[
-        Literal["balanced"] | tuple[float, ...] | None,
-        BeforeValidator(_class_weights),
-    ],
-    None,
+_NULLABLE: Any = {name: (kind | None, None) for name, kind in _TYPES.items()}
+# Only the data tells what "balanced" stands for.
+_ClassWeights = Annotated[Literal["balanced"] | tuple[float, ...] | None, BeforeValidator(_class_weights)]
+_NULLABLE["class_weights"] = (_ClassWeights, None)
+_LossFields: Any = create_model(
+    "_LossFields", name=(Text, "self-distillation"), preset=(Text | None, DEFAULT_PRESET), **_NULLABLE
 )
-_Settings: Any = create_model("_Settings", __base__=_NamedLoss, **_NULLABLE)
 
 
-class LossSection(_Settings, Section):  # type: ignore[misc]  # a class made of the fields above
+class LossSection(_LossFields, Section):  # type: ignore[misc]  # a class made of the fields above
     """The training loss: a preset and what differs from it.
 
     Args:
@@ -236,3 +256,33 @@ class LossSection(_Settings, Section):  # type: ignore[misc]  # a class made of 
         if name == "kwargs" and value and before.get("name") == cls.model_fields["name"].default:
             return "must be empty for this library's own loss, whose settings are the other keys of `loss`"
         return None
+
+
+_TAUGHT: Any = {
+    each.name: (_TEACHER_TYPES[each.name], {} if each.default is MISSING else each.default)
+    for each in fields(OutsideTeacherConfig)
+}
+_TeacherFields: Any = create_model("_TeacherFields", name=(Text, ...), kwargs=(ModelArguments, {}), **_TAUGHT)
+
+
+class TeacherSection(_TeacherFields, Section):  # type: ignore[misc]  # a class made of the fields above
+    """A model from outside that teaches, frozen.
+
+    Args:
+        name: Name of a timm model, whose pretrained weights are taken; or a model's folder or repository on the Hub,
+            one of this library's or of timm's.
+        kwargs: Further arguments of `timm.create_model`; weights in a file are
+            `pretrained_cfg_overlay: {file: PATH}`.
+        OutsideTeacherConfig: Each of its fields.
+    """
+
+    @field_validator("name")
+    @classmethod
+    def _expand_name(cls, value: str) -> str:
+        prefix = LOCAL_MODEL if value.startswith(LOCAL_MODEL) else ""
+        return prefix + expand_home(value.removeprefix(prefix))
+
+    @property
+    def config(self) -> OutsideTeacherConfig:
+        """How it teaches."""
+        return OutsideTeacherConfig(**{name: getattr(self, name) for name in _TEACHER_TYPES})

@@ -10,9 +10,8 @@ from pydantic_core import PydanticCustomError
 
 from timm_selfdistill.checks import Count, LocalPath, Names, Section
 from timm_selfdistill.recipe.data_sections import AugmentSection, DataSection
-from timm_selfdistill.recipe.loss_settings import LossSection
+from timm_selfdistill.recipe.loss_settings import LossSection, TeacherSection
 from timm_selfdistill.recipe.plain_yaml import dump
-from timm_selfdistill.recipe.teacher_settings import TeacherSection
 from timm_selfdistill.recipe.training_sections import (
     LOCAL_MODEL,
     CheckpointSection,
@@ -91,7 +90,8 @@ class Recipe(Section):
 
     def without_local_paths(self) -> "Recipe":
         """Return the recipe as it may be shared: paths of this machine cut down to their last name, no `output_dir`."""
-        mapping = shorten_paths(self.model_dump(mode="json"))
+        mapping = self.model_dump(mode="json")
+        mapping |= {key: _shorten(value) for key, value in mapping.items() if key not in _NEVER_PATHS}
         resume = self.resume if self.resume == "never" else "auto"
         return Recipe.model_validate(mapping | {"output_dir": None, "resume": resume})
 
@@ -101,9 +101,10 @@ class Recipe(Section):
         full = self.model_dump(mode="json") | {key: shared[key] for key in ("output_dir", "resume")}
         # Complete, as another call may run in another folder.
         for section, key in (("data", "path"), ("data", "root"), ("model", "weights")):
-            if full[section][key] is not None:
-                full[section][key] = complete_path(full[section][key])
-        return different(full, shared)
+            path = full[section][key]
+            if path is not None and path != "digits" and _exists(path):
+                full[section][key] = os.path.abspath(path)
+        return _different(full, shared)
 
     @classmethod
     def conflict(cls, name: str, value: Any, before: Mapping[str, Any]) -> str | None:
@@ -125,29 +126,8 @@ class Recipe(Section):
         return None
 
 
-def shorten_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a recipe holds with every path of this machine cut down to its last name."""
-    return {key: value if key in _NEVER_PATHS else _shorten(value) for key, value in recipe.items()}
-
-
-def complete_path(path: str) -> str:
-    """Return a path from the root of the file system, where there is something; any other text as it is."""
-    there = path != "digits" and (os.path.exists(path) or bool(glob(path)))
-    return os.path.abspath(path) if there else path
-
-
-def different(full: Mapping[str, Any], short: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those parts of the first mapping that the second has otherwise."""
-    found = {key: value for key, value in full.items() if value != short.get(key)}
-    for key, value in found.items():
-        other = short.get(key)
-        if isinstance(value, Mapping) and isinstance(other, Mapping):
-            found[key] = different(value, other)
-    return found
-
-
 def merge(recipe: Mapping[str, Any], paths: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a recipe holds with the parts that `different` returned put back, where it was not edited since."""
+    """Return what a recipe holds with its `local_paths` put back, where it was not edited since."""
     merged = dict(recipe)
     for key, value in paths.items():
         before = merged.get(key)
@@ -158,7 +138,18 @@ def merge(recipe: Mapping[str, Any], paths: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def _different(full: Mapping[str, Any], short: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of the first mapping that are not the same in the second."""
+    found = {key: value for key, value in full.items() if value != short.get(key)}
+    for key, value in found.items():
+        other = short.get(key)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            found[key] = _different(value, other)
+    return found
+
+
 def _shorten(value: Any) -> Any:
+    """Cut every path of this machine in a value down to its last name."""
     if isinstance(value, Mapping):
         return {key: _shorten(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -173,8 +164,12 @@ def _shorten(value: Any) -> Any:
 def _is_local_path(text: str) -> bool:
     if text in (".", "..", "~") or text.startswith(("/", "./", "../", "~/")):
         return True
-    # Such as "images/flowers": a path only if it is there, else a name on the Hub.
-    return "/" in text and (os.path.exists(text) or bool(glob(text)))
+    # Such as "images/flowers": a path only if it is there, and a name on the Hub if it is not.
+    return "/" in text and _exists(text)
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path) or bool(glob(path))
 
 
 def _last_name(path: str) -> str:

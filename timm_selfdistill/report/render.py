@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 import numpy as np
 
 from timm_selfdistill.escape import each_text, markdown_text, printable
-from timm_selfdistill.files import replace_file
+from timm_selfdistill.output import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes

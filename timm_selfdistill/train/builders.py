@@ -1,47 +1,142 @@
-"""Build the parts of a run: the network, its optimizer and schedule, and the data as the training loop takes it."""
+"""Build what a recipe trains: the network, its phases with loss and outside teacher, optimizer and schedule."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from timm.data import Mixup
-from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch import nn
 
 from timm_selfdistill.compat import copy_hooks
-from timm_selfdistill.data import ImageData, ImageSplit, StreamSplit
-from timm_selfdistill.data.batches import Arrangement, TrainingOrder
-from timm_selfdistill.data.loaders import Loaders
-from timm_selfdistill.data.transforms import InputConfig, build_mixup
+from timm_selfdistill.data import ImageSplit, StreamSplit
+from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.exits import unchanged
+from timm_selfdistill.hub import BACKBONE, CONFIG, KEY, fetch, from_pretrained, read_json
 from timm_selfdistill.hub.start_weights import load_start_weights
-from timm_selfdistill.losses import needs_of
+from timm_selfdistill.losses import OutsideTeacher, SelfDistillationLoss, get_loss, needs_of
 from timm_selfdistill.model import SelfDistillModel, scale_heads_lr, wrap
-from timm_selfdistill.recipe import Recipe
-from timm_selfdistill.train.phases import Phase, label_smoothing
+from timm_selfdistill.recipe import REPO_ID, LossSection, Recipe, TeacherSection
+from timm_selfdistill.recipe.training_sections import LOCAL_MODEL
+from timm_selfdistill.task import Regime
+from timm_selfdistill.train.refusals import check_needs
 
 _logger = logging.getLogger(__name__)
 
 # Of heads, which are new, on a backbone that is trained already; docs/gain.md has what it gives.
 _NEW_HEADS_LR_SCALE = 5.0
 
-# What gives each process its share of the data, which Accelerate does already.
-_SHARDING_SAMPLERS = (DistributedSampler, OrderedDistributedSampler, RepeatAugSampler)
+
+@dataclass(frozen=True)
+class Phase:
+    """Epochs that share a loss, an optimizer and a learning-rate schedule."""
+
+    loss: nn.Module  # maps an `ExitOutput` and a target to a dict of terms
+    regime: Regime  # which parts train
+    epochs: int
+    teacher: OutsideTeacher | None = None  # from outside, beside the loss
+
+
+def self_distillation_phases(recipe: Recipe) -> list[Phase]:
+    """Return the phases of the self-distilled network; what the recipe lacks or has wrong for it is a `ValueError`."""
+    loss = build_loss(recipe)
+    check_needs(loss, recipe)
+    teacher = build_teacher(recipe)
+    alone = recipe.schedule.backbone_epochs
+    if recipe.schedule.regime == "mixed" and alone is not None:
+        return [Phase(backbone_loss(recipe), "joint", alone), Phase(loss, "joint", recipe.epochs - alone, teacher)]
+    return [Phase(loss, "frozen" if recipe.schedule.regime == "frozen" else "joint", recipe.epochs, teacher)]
+
+
+def baseline_phases(recipe: Recipe) -> list[Phase]:
+    """Return the phase of the plain backbone, which trains for the same number of epochs."""
+    return [Phase(backbone_loss(recipe), "joint", recipe.epochs)]
+
+
+def build_loss(recipe: Recipe) -> nn.Module:
+    """Build the recipe's loss; a name or setting that is unknown is a `ValueError`."""
+    section = recipe.loss
+    cls = get_loss(section.name)
+    if cls is SelfDistillationLoss:
+        changes = section.changes | {"label_smoothing": _smoothing_in_loss(recipe)}
+        return SelfDistillationLoss.from_preset(_preset(section), **changes)
+    # Label smoothing is also that of the baseline.
+    if wrong := section.changes.keys() - {"label_smoothing"}:
+        raise ValueError(
+            f"loss: {', '.join(sorted(wrong))} are settings of self-distillation; those of {section.name!r} go into "
+            "loss.kwargs."
+        )
+    return cls(**section.kwargs)
+
+
+def backbone_loss(recipe: Recipe) -> nn.Module:
+    """Build the loss of the backbone alone, with the recipe's label smoothing and weights of the classes."""
+    weights = recipe.loss.changes.get("class_weights")
+    return SelfDistillationLoss.from_preset("none", label_smoothing=_smoothing_in_loss(recipe), class_weights=weights)
+
+
+def with_balanced_classes(phases: Sequence[Phase], train: ImageSplit | StreamSplit, num_classes: int) -> list[Phase]:
+    """Return phases whose losses weigh each class by the inverse of its number of training images."""
+    if not isinstance(train, ImageSplit):
+        raise ValueError("loss.class_weights: must be null or a list for a stream, whose classes cannot be counted.")
+    counts = np.bincount(train.targets, minlength=num_classes)
+    shares = len(train) / np.count_nonzero(counts) / np.maximum(counts, 1)
+    weights = tuple(np.where(counts > 0, shares, 1.0).tolist())
+    found = []
+    for phase in phases:
+        if not isinstance(phase.loss, SelfDistillationLoss):
+            raise ValueError("loss.class_weights: must be null for a loss that is not self-distillation.")
+        found.append(replace(phase, loss=SelfDistillationLoss(replace(phase.loss.config, class_weights=weights))))
+    return found
+
+
+def label_smoothing(section: LossSection) -> float:
+    """Return the label smoothing of a run; with Mixup or CutMix it goes into the mixed targets, not into the loss."""
+    if section.label_smoothing is not None:
+        return float(section.label_smoothing)
+    if get_loss(section.name) is not SelfDistillationLoss:
+        return 0.0
+    return SelfDistillationLoss.from_preset(_preset(section)).config.label_smoothing
+
+
+def build_teacher(recipe: Recipe) -> OutsideTeacher | None:
+    """Load the recipe's teacher from outside, or return None where it has none.
+
+    Nothing that was fetched is unpickled or executed: a model of this library is checked as `from_pretrained` does it,
+    and timm loads weights only. A teacher that does not fit is a `ValueError`, an unreadable repository a `HubError`.
+    """
+    section = recipe.teacher
+    if section is None:
+        return None
+    if recipe.schedule.regime == "frozen" and section.teaches != "exits":
+        raise ValueError("teacher.teaches: must be exits where the backbone is frozen, by schedule.regime=frozen.")
+    try:
+        teacher = _load(section)
+        if recipe.model.num_classes is not None:
+            teacher.check_classes(recipe.model.num_classes)
+    except ValueError as error:
+        raise ValueError(f"teacher: {error}") from error
+    return teacher
 
 
 def build_model(recipe: Recipe, class_names: Sequence[str], dataset: str, *, tell: bool = False) -> SelfDistillModel:
-    """Build the recipe's wrapped model, for the classes of the data set of this name; tell what is not loaded."""
+    """Build the recipe's wrapped model, for the classes of the data set of this name; `tell` logs warnings."""
     section, exits = recipe.model, recipe.exits
-    num_classes = section.num_classes or len(class_names)
-    if num_classes < len(class_names):
-        raise ValueError(f"model.num_classes: {num_classes} is less than the {len(class_names)} classes of {dataset}.")
+    known = len(class_names)
+    num_classes = section.num_classes or known
+    if num_classes < known:
+        raise ValueError(f"model.num_classes: {num_classes} is less than the {known} classes of {dataset}.")
+    if tell and num_classes > known and not recipe.data.allow_empty_classes:
+        _logger.warning(
+            "model.num_classes: %d is more than the %d classes of %s: classes %d to %d have no training image. "
+            "data.allow_empty_classes=true says that they may have none.",
+            *(num_classes, known, dataset, known, num_classes - 1),
+        )
     model = wrap(
         section.name,
         num_classes=num_classes,
@@ -164,93 +259,28 @@ def build_scheduler(
     return scheduler, total
 
 
-@dataclass
-class Feed:
-    """The data of a run; loaders that shard by themselves, or that Accelerate does not shard, are a `ValueError`."""
-
-    train: Any  # training batches of this process
-    validation: DataLoader[Any] | None
-    steps_per_epoch: int  # training batches of this process in an epoch
-    mixup: Mixup | None
-    split: ImageSplit | StreamSplit  # the training split
-    order: TrainingOrder | None  # None for a stream
-    batch_size: int  # of one process and micro batch
-    process: int
-    processes: int
-
-    def __post_init__(self) -> None:
-        for loader in (self.train, self.validation):
-            if loader is not None:
-                _check_loader(loader)
-
-    @property
-    def streaming(self) -> bool:
-        """Whether every process reads all validation batches, and a share of the training ones."""
-        return self.order is None
-
-    def arrange(self, arrangement: Arrangement) -> None:
-        """Choose what training batches hold beside the samples that they draw; a stream can only be "plain"."""
-        if self.order is not None:
-            self.order.arrange(arrangement)
-        elif arrangement != "plain":
-            raise ValueError(f"A stream cannot give {arrangement} batches.")
-
-    def batches(self, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return the training batches of an epoch that are left when `done` of them were taken before."""
-        if self.order is not None:
-            self.order.begin(epoch, done * self.batch_size * self.processes)
-            return iter(self.train)
-        self.train.begin(epoch)
-        batches: Iterator[tuple[Tensor, Tensor]] = iter(self.train)
-        # A stream cannot be entered in its middle; reading its beginning also draws the random numbers that go with it.
-        for _ in range(done):
-            next(batches)
-        return batches
-
-    def rows(self, epoch: int, batch: int) -> list[int] | None:
-        """Return which rows of the training split are in a batch of this process; None for a stream, which has none."""
-        if self.order is None or not isinstance(self.split, ImageSplit):
-            return None
-        first = (batch * self.processes + self.process) * self.batch_size
-        rows: list[int] = self.split.indices[next(self.order.batches(epoch, first))].tolist()
-        return rows
+def _smoothing_in_loss(recipe: Recipe) -> float:
+    return 0.0 if recipe.augment.mixes else label_smoothing(recipe.loss)
 
 
-def build_feed(
-    loaders: Loaders, data: ImageData, recipe: Recipe, accelerator: Accelerator, batch_size: int
-) -> tuple[Feed, DataLoader[Any]]:
-    """Shard the loaders over the processes unless they are, and return the training's data and the evaluation's."""
-    train, evaluation, validation = loaders.train, loaders.eval, loaders.validation
-    if not data.streaming:
-        train, evaluation = accelerator.prepare(train, evaluation)
-        validation = None if validation is None else accelerator.prepare(validation)
-    num_classes = recipe.model.num_classes or len(data.class_names)
-    feed = Feed(
-        train=train,
-        validation=validation,
-        steps_per_epoch=loaders.steps_per_epoch,
-        mixup=build_mixup(recipe.augment, num_classes, label_smoothing(recipe.loss)),
-        split=data.train,
-        order=loaders.order,
-        batch_size=batch_size,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
+def _preset(section: LossSection) -> str:
+    if section.preset is None:
+        raise ValueError("loss.preset: must be the name of a preset for the loss self-distillation.")
+    return str(section.preset)
+
+
+def _load(section: TeacherSection) -> OutsideTeacher:
+    name, kwargs = section.name, dict(section.kwargs)
+    if not os.path.isdir(name) and not REPO_ID.fullmatch(name):
+        return OutsideTeacher(name, section.config, model_kwargs=kwargs)
+    folder = fetch(name)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if isinstance(config, dict) and KEY in config:
+        if kwargs:
+            raise ValueError(f"kwargs are arguments of timm.create_model, but {name} is a model of this library.")
+        return OutsideTeacher(from_pretrained(folder), section.config)
+    # A repository may have its weights in a file that `fetch` leaves out.
+    is_whole = os.path.isdir(name) or (folder / BACKBONE).is_file()
+    return OutsideTeacher(
+        f"{LOCAL_MODEL}{folder}" if is_whole else f"hf-hub:{name}", section.config, model_kwargs=kwargs
     )
-    return feed, evaluation
-
-
-def _check_loader(loader: object) -> None:
-    """Refuse a loader that Accelerate would pass on unchanged, or that is sharded already."""
-    if not isinstance(loader, DataLoader):
-        raise ValueError(
-            f"Accelerate shards a torch.utils.data.DataLoader only, received {type(loader).__name__}, of which every "
-            "process would see all data (timm's create_loader(use_prefetcher=True) makes such a one)."
-        )
-    sampler: Any = loader
-    while sampler is not None:
-        sampler = getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))
-        if isinstance(sampler, _SHARDING_SAMPLERS):
-            raise ValueError(
-                f"The loader's {type(sampler).__name__} gives each process its share, of which Accelerate would give "
-                "it a share again; allowed is a loader of all samples (timm's create_loader(distributed=False))."
-            )

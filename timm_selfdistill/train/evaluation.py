@@ -15,11 +15,10 @@ from timm_selfdistill.data.decode import SkipList, merge_skipped
 from timm_selfdistill.data.survey import fingerprint
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.exit_logits import collect_logits, fit_ensemble
-from timm_selfdistill.files import locked
 from timm_selfdistill.hub import from_pretrained
 from timm_selfdistill.metrics import ExitMetrics, ExitMetricsResult
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
-from timm_selfdistill.progress import progress_bar
+from timm_selfdistill.output import locked, progress_bar
 from timm_selfdistill.recipe import AugmentSection, Recipe
 from timm_selfdistill.report import Report, build_report, write_report
 from timm_selfdistill.stop import StopSignals
@@ -79,11 +78,7 @@ def fit_held_out(
 ) -> None:
     """Fit the ensemble of a trained model on the images that its run held out, if it did; it stays the mean otherwise.
 
-    Args:
-        model: The model, whose `ensemble` is set; left in eval mode.
-        loader: Batches of the held-out images, as for `evaluate_model`.
-        accelerator: Sets the precision and gathers the logits.
-        gather: As there.
+    Its `ensemble` is set, and it is left in eval mode. The other arguments are those of `evaluate_model`.
     """
     if loader is None:
         return
@@ -137,13 +132,7 @@ def evaluate_folder(
 def finish_folder(folder: Path) -> Report:
     """Evaluate what a run has trained so far, and write its report and its model as if it had ended there.
 
-    The checkpoints stay, so that the run can still go on.
-
-    Args:
-        folder: The run's folder.
-
-    Returns:
-        The report, which says after how many epochs the run was stopped.
+    The checkpoints stay, so that the run can still go on. The report says after how many epochs it was stopped.
 
     Raises:
         ValueError: If there is no checkpoint that can be used, another process writes to the folder, or the data

@@ -1,28 +1,31 @@
-"""Start a run: Accelerate and its precision, the launches that are refused, and what a run says of itself."""
+"""Start a run: Accelerate, its precision, the launches that are refused, and the data spread over the processes."""
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, DynamoBackend, is_bf16_available, parse_flag_from_env, patch_environment
-from torch import nn
+from timm.data import Mixup
+from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+from torch.utils.data import DataLoader, DistributedSampler
 
 from timm_selfdistill.compat import accelerate_states, cpu_computes_bf16
-from timm_selfdistill.data import ImageData
-from timm_selfdistill.data.splits import ImageSplit, StreamSplit
-from timm_selfdistill.data.transforms import InputConfig
-from timm_selfdistill.losses import needs_of
-from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.data import ImageData, ImageSplit, StreamSplit
+from timm_selfdistill.data.batches import Arrangement, TrainingOrder
+from timm_selfdistill.data.loaders import Loaders
+from timm_selfdistill.data.transforms import build_mixup
 from timm_selfdistill.recipe import Recipe
-from timm_selfdistill.report import device_name
-from timm_selfdistill.report.render import with_prefix
+from timm_selfdistill.train.builders import label_smoothing
+from timm_selfdistill.train.refusals import REPLICATE, refuse_optimizer
 from timm_selfdistill.train.tracking import JsonLinesTracker, check_trackers
 
 _logger = logging.getLogger(__name__)
@@ -42,16 +45,9 @@ _FSDP_VALUES = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("false",),
 }
 
-# timm's optimizers that step weights in parts as they step whole ones (the slow tests of test_sharding compare them).
-# Others raise an error, or, as muon, do something else.
-OPTIMIZERS = (
-    *("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamw", "adamwlegacy", "adan", "adanw"),
-    *("adopt", "adoptw", "lamb", "lambc", "lambw", "laprop", "larc", "lars", "lion", "madgrad", "madgradw", "momentum"),
-    *("nadam", "nadamlegacy", "nadamw", "nesterov", "nesterovw", "radam", "radamw", "rmsprop"),
-    *("rmsproptf", "rmsproptfw", "sgd", "sgdw"),
-)
 
-_REPLICATE = "Without FSDP, distributed_type MULTI_GPU leaves the network whole."
+# What gives each process its share of the data, which Accelerate does already.
+_SHARDING_SAMPLERS = (DistributedSampler, OrderedDistributedSampler, RepeatAugSampler)
 
 
 def start_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
@@ -137,41 +133,15 @@ def asks_for_sharding() -> bool:
             allowed = " or ".join(_FSDP_VALUES[name]) or "nothing: leave it out"
             raise ValueError(
                 f"Accelerate was told to use FSDP with {name}={value}; allowed is {allowed}, as in "
-                f"recipes/accelerate/fsdp2.yaml. {_REPLICATE}"
+                f"recipes/accelerate/fsdp2.yaml. {REPLICATE}"
             )
     return True
 
 
-def refuse_optimizer(name: str) -> None:
-    """Refuse an optimizer that is not known to step weights in parts as it would step whole ones."""
-    if name.lower() not in OPTIMIZERS:
-        raise ValueError(
-            f"optimizer.name: {name} is not known to work where each process has a part of the network (FSDP2); "
-            f"allowed there are {', '.join(OPTIMIZERS)}."
-        )
-
-
-def refuse_loss(loss: nn.Module) -> None:
-    """Refuse, for FSDP2, a loss that has parameters, or for which another network or the network again is run."""
-    needs = needs_of(loss)
-    if any(True for _ in loss.parameters()):
-        raise ValueError(
-            f"The loss {type(loss).__name__} has parameters of its own, which are not trained where each process has a "
-            f"part of the network (FSDP2). {_REPLICATE}"
-        )
-    if needs.ema or needs.past or needs.batches == "paired":
-        raise ValueError(
-            f"The loss {type(loss).__name__} has {needs}, which is not done where each process has a part of the "
-            f"network (FSDP2); allowed there are losses without ema, past and paired batches. {_REPLICATE}"
-        )
-
-
 def _join_again() -> None:
-    """Let the processes of a restarted launch find one another, not their predecessors.
-
-    The launcher's store outlives a restart, and torch looks there under the same names: a process that reads the
-    address of one that is gone fails or waits forever.
-    """
+    """Let the processes of a restarted launch find one another, not their predecessors."""
+    # The launcher's store outlives a restart, and torch looks there under the same names: a process that reads the
+    # address of one that is gone fails or waits forever.
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if attempt == 0 or alone or torch.distributed.is_initialized():
@@ -187,15 +157,7 @@ def _join_again() -> None:
 
 
 def make_accelerator(precision: str, **options: Any) -> Accelerator:
-    """Return an accelerator of a recipe's precision.
-
-    Args:
-        precision: "auto" for what suits the device, else what Accelerate calls it.
-        **options: Further arguments of `Accelerator`.
-
-    Raises:
-        ValueError: If the device cannot compute in the precision.
-    """
+    """Return an accelerator of a recipe's precision; one that the device cannot compute in is a `ValueError`."""
     # As Accelerator makes it, which it leaves as it is then.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     device = state.device
@@ -236,47 +198,93 @@ def computes_bf16(device: torch.device) -> bool:
     return bool(is_bf16_available(ignore_tpu=False))
 
 
-def header(
-    model: SelfDistillModel,
-    data: ImageData,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    networks: Sequence[str],
-    input_config: InputConfig,
-    batches_per_epoch: int,
-) -> list[str]:
-    """Return the lines that stand above those of the epochs.
+@dataclass
+class Feed:
+    """The data of a run; loaders that shard by themselves, or that Accelerate does not shard, are a `ValueError`."""
 
-    Args:
-        model: The network with its exits.
-        data: The data of the run.
-        recipe: The recipe.
-        accelerator: The accelerator of the run.
-        networks: The names of the networks that are trained, in order.
-        input_config: What images are made into.
-        batches_per_epoch: Training batches of a process in an epoch.
-    """
-    size = " x ".join(map(str, (input_config.channels, *input_config.image_size)))
-    exits = ", ".join(f"{point.name} ({100 * point.cost:.0f} % of the cost)" for point in model.points)
-    whole, plain = (sum(each.numel() for each in part.parameters()) for part in (model, model.backbone))
-    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    processes = accelerator.num_processes
-    epochs, steps = recipe.epochs + recipe.schedule.cooldown_epochs, batches_per_epoch // recipe.optimizer.accumulate
-    return [
-        f"model   {recipe.model.name}, {with_prefix(plain)} parameters, {with_prefix(whole)} with exits",
-        f"exits   {exits}",
-        f"data    {data.name}: {_images(data.train)} training images, {_images(data.validation)} held out, "
-        f"{_images(data.eval)} to report on; {model.num_classes} classes, {size} pixels",
-        f"device  {device_name(accelerator.device)}, {precision}"
-        + (f", {processes} processes" if processes > 1 else ""),
-        f"plan    {' and '.join(networks)}: {epochs} epochs of {steps} steps, batches of {recipe.batch_size}",
-        f"output  {recipe.output_dir}",
-    ]
+    train: Any  # training batches of this process
+    validation: DataLoader[Any] | None
+    steps_per_epoch: int  # training batches of this process in an epoch
+    mixup: Mixup | None
+    split: ImageSplit | StreamSplit  # the training split
+    order: TrainingOrder | None  # None for a stream
+    batch_size: int  # of one process and micro batch
+    process: int
+    processes: int
+
+    def __post_init__(self) -> None:
+        for loader in (self.train, self.validation):
+            if loader is not None:
+                _check_loader(loader)
+
+    @property
+    def streaming(self) -> bool:
+        """Whether every process reads all validation batches, and a share of the training ones."""
+        return self.order is None
+
+    def arrange(self, arrangement: Arrangement) -> None:
+        """Choose what training batches hold beside the samples that they draw; a stream can only be "plain"."""
+        if self.order is not None:
+            self.order.arrange(arrangement)
+        elif arrangement != "plain":
+            raise ValueError(f"A stream cannot give {arrangement} batches.")
+
+    def batches(self, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return the training batches of an epoch that are left when `done` of them were taken before."""
+        if self.order is not None:
+            self.order.begin(epoch, done * self.batch_size * self.processes)
+            return iter(self.train)
+        self.train.begin(epoch)
+        batches: Iterator[tuple[Tensor, Tensor]] = iter(self.train)
+        # A stream cannot be entered in its middle; reading its beginning also draws the random numbers that go with it.
+        for _ in range(done):
+            next(batches)
+        return batches
+
+    def rows(self, epoch: int, batch: int) -> list[int] | None:
+        """Return which rows of the training split are in a batch of this process; None for a stream, which has none."""
+        if self.order is None or not isinstance(self.split, ImageSplit):
+            return None
+        first = (batch * self.processes + self.process) * self.batch_size
+        rows: list[int] = self.split.indices[next(self.order.batches(epoch, first))].tolist()
+        return rows
 
 
-def _images(split: ImageSplit | StreamSplit | None) -> str:
-    """Return how many images a split has, as far as it is known."""
-    if split is None:
-        return "no"
-    count = len(split.indices) if isinstance(split, ImageSplit) else split.size
-    return "an unknown number of" if count is None else f"{count:,}"
+def build_feed(
+    loaders: Loaders, data: ImageData, recipe: Recipe, accelerator: Accelerator, batch_size: int
+) -> tuple[Feed, DataLoader[Any]]:
+    """Shard the loaders over the processes unless they are, and return the training's data and the evaluation's."""
+    train, evaluation, validation = loaders.train, loaders.eval, loaders.validation
+    if not data.streaming:
+        train, evaluation = accelerator.prepare(train, evaluation)
+        validation = None if validation is None else accelerator.prepare(validation)
+    num_classes = recipe.model.num_classes or len(data.class_names)
+    feed = Feed(
+        train=train,
+        validation=validation,
+        steps_per_epoch=loaders.steps_per_epoch,
+        mixup=build_mixup(recipe.augment, num_classes, label_smoothing(recipe.loss)),
+        split=data.train,
+        order=loaders.order,
+        batch_size=batch_size,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    return feed, evaluation
+
+
+def _check_loader(loader: object) -> None:
+    """Refuse a loader that Accelerate would pass on unchanged, or that is sharded already."""
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"Accelerate shards a torch.utils.data.DataLoader only, received {type(loader).__name__}, of which every "
+            "process would see all data (timm's create_loader(use_prefetcher=True) makes such a one)."
+        )
+    sampler: Any = loader
+    while sampler is not None:
+        sampler = getattr(sampler, "batch_sampler", getattr(sampler, "sampler", None))
+        if isinstance(sampler, _SHARDING_SAMPLERS):
+            raise ValueError(
+                f"The loader's {type(sampler).__name__} gives each process its share, of which Accelerate would give "
+                "it a share again; allowed is a loader of all samples (timm's create_loader(distributed=False))."
+            )

@@ -8,6 +8,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -182,6 +183,52 @@ def share_buffers(model: SelfDistillModel, accelerator: Accelerator) -> None:
         torch.distributed.broadcast(flat, src=0)
         for buffer, values in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(values.view_as(buffer))
+
+
+@dataclass(frozen=True)
+class StepFlags:
+    """What counts for all processes if it is so in one of them."""
+
+    step: int
+    stop: bool  # whether a process is to stop
+    nonfinite: bool  # whether the loss of a process was not finite
+    nonfinite_here: bool  # whether the loss of this process was not finite
+
+
+class FlagExchange:
+    """Exchanges the flags of each step between the processes.
+
+    On a CPU the answer is about the step itself. On other devices it is about the step before, so that no process waits
+    for the device, unless `at_once`.
+    """
+
+    def __init__(self, accelerator: Accelerator, at_once: bool = False) -> None:
+        self._device = accelerator.device
+        self._alone = accelerator.num_processes == 1
+        self._at_once = at_once or accelerator.device.type == "cpu"
+        self._pending: tuple[int, Tensor, Tensor, Any] | None = None
+
+    def exchange(self, step: int, stop: bool, nonfinite: Tensor) -> StepFlags | None:
+        """Send the flags of a step, and return what is known; `nonfinite` is a tensor of one bool."""
+        before = None if self._at_once else self.receive()
+        mine = torch.stack([torch.tensor(stop, device=self._device), nonfinite]).to(torch.int32)
+        everybody = mine.clone()
+        handle = None
+        if not self._alone:
+            handle = torch.distributed.all_reduce(everybody, torch.distributed.ReduceOp.MAX, async_op=True)
+        self._pending = step, mine, everybody, handle
+        return self.receive() if self._at_once else before
+
+    def receive(self) -> StepFlags | None:
+        """Wait for the flags of the last step, and return them, unless they were returned before."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        step, mine, everybody, handle = pending
+        if handle is not None:
+            handle.wait()
+        stop, nonfinite = everybody.tolist()
+        return StepFlags(step, bool(stop), bool(nonfinite), bool(mine[1]))
 
 
 def find_units(model: SelfDistillModel) -> list[nn.Module]:

@@ -39,11 +39,12 @@ class ModelWriter:
     """Saves a run's model, with what plain timm needs to know of its input and a card that says how it was trained."""
 
     def __init__(self, recipe: Recipe, data: ImageData, input_config: InputConfig) -> None:
-        self._recipe = recipe
-        self._record = RunRecord(recipe.without_local_paths(), fingerprint(data, recipe.data))
+        shared = recipe.without_local_paths()
+        self._recipe, self._dataset = recipe, shared.data.path
+        self._record = RunRecord(shared, fingerprint(data, recipe.data))
         self._class_names = data.class_names
         self._data_config = input_config.to_timm()
-        self.shared_recipe = redact(self._recipe.without_local_paths().to_yaml())  # without paths of this machine
+        self.shared_recipe = redact(shared.to_yaml())
 
     def save(
         self,
@@ -62,7 +63,7 @@ class ModelWriter:
         # The weights that training started from are under a licence of their own, which what is made of them inherits.
         origin = model.pretrained_cfg if recipe.model.pretrained else {}
         training = Training(
-            dataset=recipe.without_local_paths().data.path,
+            dataset=self._dataset,
             on_hub=is_on_hub(recipe.data.path),
             base_model=origin.get("hf_hub_id"),
             recipe=self.shared_recipe,

@@ -20,34 +20,39 @@ from timm_selfdistill.data.loaders import build_loaders
 from timm_selfdistill.data.survey import fingerprint
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.escape import printable
-from timm_selfdistill.files import locked, replace_file
 from timm_selfdistill.measure import Stopwatch
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.output import locked, replace_file, tell
 from timm_selfdistill.program import is_lost_process, run_program
-from timm_selfdistill.progress import tell
 from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, RecipeError, dump_local, load_recipe
 from timm_selfdistill.report import Report, format_table, write_report
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import check_loss
-from timm_selfdistill.train.builders import build_feed, build_model, check_one_image, synchronize_batch_norm
+from timm_selfdistill.train.builders import (
+    Phase,
+    baseline_phases,
+    build_model,
+    check_one_image,
+    self_distillation_phases,
+    synchronize_batch_norm,
+    with_balanced_classes,
+)
 from timm_selfdistill.train.evaluation import evaluate_model, fit_held_out, report_run
 from timm_selfdistill.train.launch import (
     asks_for_sharding,
+    build_feed,
     fresh_accelerate,
-    header,
     per_process_batch,
-    refuse_loss,
     start_accelerator,
 )
 from timm_selfdistill.train.parallelism import Replicated, Sharded
-from timm_selfdistill.train.phases import Phase, baseline_phases, self_distillation_phases, with_balanced_classes
 from timm_selfdistill.train.publish import ModelWriter, Publisher
-from timm_selfdistill.train.recipe_names import all_problems, recipe_problems
+from timm_selfdistill.train.refusals import all_problems, recipe_problems, refuse_loss
 from timm_selfdistill.train.run_folder import MODEL, RunRecord, check_folder, check_run, remove_leftovers
 from timm_selfdistill.train.saved_run import as_begun
 from timm_selfdistill.train.steps import RunContext
-from timm_selfdistill.train.tracking import start_trackers, track_report
+from timm_selfdistill.train.tracking import header, start_trackers, track_report
 from timm_selfdistill.train.trainer import Trainer
 
 _logger = logging.getLogger(__name__)
@@ -140,24 +145,12 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: St
         networks = {
             name: with_balanced_classes(phases, data.train, model.num_classes) for name, phases in networks.items()
         }
-    known = len(data.class_names)
-    if accelerator.is_main_process and model.num_classes > known and not recipe.data.allow_empty_classes:
-        _logger.warning(
-            "model.num_classes: %d is more than the %d classes of %s: classes %d to %d have no training image. "
-            "data.allow_empty_classes=true says that they may have none.",
-            *(model.num_classes, known, data.name, known, model.num_classes - 1),
-        )
     # One process has nothing to share.
     in_parts = asks_for_sharding() and accelerator.num_processes > 1
     input_config = InputConfig.from_model(model.backbone, recipe.data)
-    for phase in chain.from_iterable(networks.values()):
-        check_loss(model, phase.loss, phase.regime)
-        if in_parts:
-            refuse_loss(phase.loss)
-        if phase.teacher is not None:
-            phase.teacher.expect(input_config.mean, input_config.std)
-            phase.teacher.check_classes(model.num_classes, data.class_names)
-    check_one_image(model, input_config, chain.from_iterable(networks.values()), recipe, accelerator.num_processes)
+    phases = list(chain.from_iterable(networks.values()))
+    _check_phases(phases, model, data, input_config, in_parts)
+    check_one_image(model, input_config, phases, recipe, accelerator.num_processes)
     loaders = build_loaders(
         data,
         recipe.data,
@@ -187,6 +180,19 @@ def _prepare(recipe: Recipe, folder: Path, accelerator: Accelerator, signals: St
     return _Run(context, data, networks, input_config, eval_loader, writer, publisher)
 
 
+def _check_phases(
+    phases: Sequence[Phase], model: SelfDistillModel, data: ImageData, input_config: InputConfig, in_parts: bool
+) -> None:
+    """Refuse losses and outside teachers that do not fit the model, the data or a network in parts."""
+    for phase in phases:
+        check_loss(model, phase.loss, phase.regime)
+        if in_parts:
+            refuse_loss(phase.loss)
+        if phase.teacher is not None:
+            phase.teacher.expect(input_config.mean, input_config.std)
+            phase.teacher.check_classes(model.num_classes, data.class_names)
+
+
 def _train_networks(
     run: _Run, clock: Stopwatch
 ) -> tuple[SelfDistillModel, dict[str, ExitMetricsResult], dict[str, float], int]:
@@ -206,7 +212,8 @@ def _train_networks(
         push = recipe.push_to_hub if is_distilled else None
         on_epoch = None
         if push is not None and push.every is not None:
-            on_epoch = _push_nothing if run.publisher is None else run.publisher.after_epoch
+            # The other processes push nothing, but help to gather a network in parts.
+            on_epoch = (lambda *_: None) if run.publisher is None else run.publisher.after_epoch
         trainer = Trainer(context, name, model, phases, on_epoch, first_step)
         first_step += trainer.total_epochs * trainer.updates_per_epoch
         with clock.phase("training"):
@@ -225,10 +232,6 @@ def _train_networks(
                 title=f"evaluate {name}",
             )
     return model, results, seconds, first_step
-
-
-def _push_nothing(model: SelfDistillModel, epoch: int, total: int) -> None:
-    """What the other processes do after an epoch."""
 
 
 def _finish(

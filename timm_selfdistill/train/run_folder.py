@@ -15,14 +15,14 @@ from typing import Any, Final
 
 from timm_selfdistill.data.decode import SKIPPED
 from timm_selfdistill.data.survey import Fingerprint
-from timm_selfdistill.files import is_lock
 from timm_selfdistill.hub import CONFIG, read_run
 from timm_selfdistill.losses import SelfDistillationLoss, needs_of
+from timm_selfdistill.output import is_lock
 from timm_selfdistill.recipe import LOCAL, RECIPE, Recipe, is_local, load_recipe
 from timm_selfdistill.report import Report
+from timm_selfdistill.train.builders import build_loss
 from timm_selfdistill.train.checkpoint import is_checkpoint, list_checkpoints, read_entry
 from timm_selfdistill.train.checkpoint_format import CheckpointError, DamagedCheckpointError
-from timm_selfdistill.train.phases import build_loss
 
 _logger = logging.getLogger(__name__)
 
@@ -144,8 +144,8 @@ def check_run(folder: Path, recipe: Recipe, data: Fingerprint, networks: Collect
         _compare(record, recipe, data, f"{folder} holds")
     if not records and _has_results(folder):
         _logger.warning(_UNKNOWN_DATA, folder)
-        if (folder / RECIPE).is_file():
-            _refuse(recipe_changes(load_recipe(folder / RECIPE), recipe, data_is_known=False), f"{folder} holds")
+        for before in begun_recipes(folder):
+            _refuse(recipe_changes(before, recipe, data_is_known=False), f"{folder} holds")
 
 
 def remove_leftovers(folder: Path) -> None:

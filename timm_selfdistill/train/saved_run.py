@@ -46,7 +46,7 @@ class SavedRun:
 
     @classmethod
     def find(cls, folder: Path) -> "SavedRun":
-        """Take a run's folder, or the model folder in it."""
+        """Return the one in a run's folder, or in the model folder in it."""
         folder = folder.expanduser()
         return cls(folder, folder / MODEL) if (folder / MODEL).is_dir() else cls(folder.parent, folder)
 
@@ -193,8 +193,26 @@ def evaluation_loaders(
 def check_data(saved: SavedRun, recipe: Recipe, data: ImageData, *, is_own: bool) -> None:
     """Refuse data of other classes than the model's; of the run's own data, say what changed since the training."""
     check_classes(saved.model_folder, data)
-    if is_own:
-        _warn_of_other_data(saved, recipe, data)
+    record = RunRecord.from_json(read_run(saved.model_folder)) if is_own else None
+    if record is None or saved.recipe_path is None:
+        return
+    own = load_recipe(saved.recipe_path)
+    where = {key: value for key, value in recipe.data.model_dump().items() if key in ("path", "root")}
+    section = own.data.model_copy(update=where)
+    kept = set(DataSection.model_fields) - _HOW_TO_READ
+    if section.model_dump(include=kept) != recipe.data.model_dump(include=kept):
+        # Other images are looked at: only the run's own can tell whether they are still the same.
+        data = open_dataset(section, own.seed)
+    now = fingerprint(data, section)
+    if changes := record.data.changes(now):
+        mixed = (record.data.classes, record.data.uses["training"]) != (now.classes, now.uses["training"])
+        _logger.warning(
+            "%s is not what the model in %s was trained on: %s.%s",
+            data.name,
+            saved.folder,
+            "; ".join(changes),
+            " Images that are held out now may have been trained on." if mixed else "",
+        )
 
 
 def check_classes(folder: Path, data: ImageData) -> None:
@@ -210,31 +228,6 @@ def check_classes(folder: Path, data: ImageData) -> None:
             f"{data.name} has {len(data.class_names)} classes ({', '.join(data.class_names[:5])}, ...), the model in "
             f"{folder} was trained on {len(names)} ({', '.join(names[:5])}, ...): "
             "they must be the same, in the same order."
-        )
-
-
-def _warn_of_other_data(saved: SavedRun, recipe: Recipe, data: ImageData) -> None:
-    """Say what is different in a run's data since its model was trained; without a run, nothing is known."""
-    record = RunRecord.from_json(read_run(saved.model_folder))
-    if record is None or saved.recipe_path is None:
-        return
-    own = load_recipe(saved.recipe_path)
-    where = {key: value for key, value in recipe.data.model_dump().items() if key in ("path", "root")}
-    section = own.data.model_copy(update=where)
-    kept = set(DataSection.model_fields) - _HOW_TO_READ
-    if section.model_dump(include=kept) != recipe.data.model_dump(include=kept):
-        # Other images are looked at: only the run's own can tell whether they are still the same.
-        data = open_dataset(section, own.seed)
-    now = fingerprint(data, section)
-    changes = record.data.changes(now)
-    if changes:
-        mixed = (record.data.classes, record.data.uses["training"]) != (now.classes, now.uses["training"])
-        _logger.warning(
-            "%s is not what the model in %s was trained on: %s.%s",
-            data.name,
-            saved.folder,
-            "; ".join(changes),
-            " Images that are held out now may have been trained on." if mixed else "",
         )
 
 

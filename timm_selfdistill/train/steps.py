@@ -1,29 +1,31 @@
-"""The steps of a phase: gradients, update, what all processes must know of a step, and losses that are not finite."""
+"""The steps of a phase: gradients and updates, losses that are not finite, and what a run needs to go on."""
 
 import json
 import logging
-import time
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from timm_selfdistill.model import SelfDistillModel
 from timm_selfdistill.model.heads_rate import unscaled_rate
 from timm_selfdistill.program import NonFiniteLossError
-from timm_selfdistill.progress import progress_bar
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.stop import StopSignals
 from timm_selfdistill.task import SelfDistillationTask
-from timm_selfdistill.train.builders import Feed, build_optimizer, build_scheduler
-from timm_selfdistill.train.parallelism import Parallelism, share_buffers
-from timm_selfdistill.train.phases import Phase
+from timm_selfdistill.train.builders import Phase, build_optimizer, build_scheduler
+from timm_selfdistill.train.checkpoint import latest_checkpoint, load_checkpoint
+from timm_selfdistill.train.launch import Feed
+from timm_selfdistill.train.parallelism import Parallelism, StepFlags, share_buffers
 from timm_selfdistill.train.run_folder import NONFINITE, RunRecord
-from timm_selfdistill.train.train_state import PhaseState, Progress
+from timm_selfdistill.train.tracking import JsonLinesTracker
 
 _logger = logging.getLogger(__name__)
 
@@ -111,50 +113,87 @@ class PhaseStepper:
             buffer.copy_(before)
 
 
-@dataclass(frozen=True)
-class StepFlags:
-    """What counts for all processes if it is so in one of them."""
+@dataclass
+class Progress:
+    """How far a network's training has come, over all phases; saved with each checkpoint."""
 
-    step: int
-    stop: bool  # whether a process is to stop
-    nonfinite: bool  # whether the loss of a process was not finite
-    nonfinite_here: bool  # whether the loss of this process was not finite
+    phase: int = 0  # index of the present phase
+    epoch: int = 0  # epochs done
+    micro: int = 0  # micro batches done in the present epoch
+    step: int = 0  # optimizer steps done, skipped ones included
+    first_epoch: int = 0  # epochs done before the present phase
+    first_step: int = 0  # steps done before it
+    seconds: float = 0.0  # time spent on training steps
+    skipped: int = 0  # steps in a row, up to the last, whose loss was not finite
+    logged: int = 0  # lines of metrics.jsonl written
+    running: dict[str, Any] | None = None  # sums of the terms since the last of these lines
+    best_top1: float = -1.0  # on the validation images, in percent
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-class FlagExchange:
-    """Exchanges the flags of each step between the processes.
+class PhaseState:
+    """What a checkpoint holds of a phase beside the progress: weights, loss, optimizer, schedule, random states."""
 
-    On a CPU the answer is about the step itself. On other devices it is about the step before, so that no process waits
-    for the device, unless `at_once`.
-    """
+    def __init__(
+        self,
+        model: SelfDistillModel,
+        task: SelfDistillationTask,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        parallelism: Parallelism,
+    ) -> None:
+        self.parallelism = parallelism
+        self.accelerator = parallelism.accelerator
+        ema = task.get_trainable_module(ema=True) if task.has_ema() else None
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "ema": ema, "past": task.past}
+        parts["scaler"] = self.accelerator.scaler
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.loss, self.gate = task.get_submodule("criterion"), model.gate
 
-    def __init__(self, accelerator: Accelerator, at_once: bool = False) -> None:
-        self._device = accelerator.device
-        self._alone = accelerator.num_processes == 1
-        self._at_once = at_once or accelerator.device.type == "cpu"
-        self._pending: tuple[int, Tensor, Tensor, Any] | None = None
+    def capture(self) -> dict[str, Any]:
+        """Return the state of every part, and of all processes the random states and the loss's.
 
-    def exchange(self, step: int, stop: bool, nonfinite: Tensor) -> StepFlags | None:
-        """Send the flags of a step, and return what is known; `nonfinite` is a tensor of one bool."""
-        before = None if self._at_once else self.receive()
-        mine = torch.stack([torch.tensor(stop, device=self._device), nonfinite]).to(torch.int32)
-        everybody = mine.clone()
-        handle = None
-        if not self._alone:
-            handle = torch.distributed.all_reduce(everybody, torch.distributed.ReduceOp.MAX, async_op=True)
-        self._pending = step, mine, everybody, handle
-        return self.receive() if self._at_once else before
+        A loss may have seen other images in each process. All processes call it together; only the main process may
+        use what is returned.
+        """
+        random_state = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(legacy=False),
+            "torch": torch.get_rng_state(),
+            **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}),
+            "heads": {kind: state.cpu() for kind, state in self.gate.random.items()},
+        }
+        of_processes = {"random": gather_object([random_state])}
+        if state := self.loss.state_dict():
+            on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+            of_processes["loss"] = gather_object([on_cpu])
+        parts = {name: self.parallelism.state_dict(part) for name, part in self.parts.items()}
+        return {**of_processes, "in_parts": self.parallelism.in_parts, **parts}
 
-    def receive(self) -> StepFlags | None:
-        """Wait for the flags of the last step, and return them, unless they were returned before."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return None
-        step, mine, everybody, handle = pending
-        if handle is not None:
-            handle.wait()
-        stop, nonfinite = everybody.tolist()
-        return StepFlags(step, bool(stop), bool(nonfinite), bool(mine[1]))
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Load the state of every part; of the loss only its parameters if there were other processes."""
+        for name, part in self.parts.items():
+            self.parallelism.load_state_dict(part, saved[name])
+        if not self.loss.state_dict():
+            return
+        if len(saved["loss"]) == self.accelerator.num_processes:
+            self.loss.load_state_dict(saved["loss"][self.accelerator.process_index])
+        else:
+            # These are the same in all processes, and what the optimizer remembers is about them.
+            own = {name: saved["loss"][0][name] for name, _ in self.loss.named_parameters()}
+            self.loss.load_state_dict(own, strict=False)
+
+    def restore_random(self, saved: dict[str, Any]) -> None:
+        """Load the random state of this process, if there are as many as when it was saved."""
+        if len(saved["random"]) != self.accelerator.num_processes:
+            return
+        state = saved["random"][self.accelerator.process_index]
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        self.gate.random = state.get("heads", {})
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
 
 
 class NonFiniteGuard:
@@ -205,45 +244,36 @@ class NonFiniteGuard:
             file.write(json.dumps(entry) + "\n")
 
 
-class RunningTerms:
-    """The progress bar and the running means of one epoch's terms, read rarely because reading waits for the GPU."""
+def find_checkpoint(resume: str, checkpoints: Path, accelerator: Accelerator) -> dict[str, Any] | None:
+    """Return the state of the checkpoint to go on from, or None to start afresh; drop what was logged after it.
 
-    def __init__(
-        self,
-        title: str,
-        updates: int,
-        done: int,
-        saved: dict[str, Any] | None,
-        batch_size: int,
-        accelerator: Accelerator,
-    ) -> None:
-        self.bar = progress_bar(title=title, show=accelerator.is_main_process, total=updates, initial=done, unit="step")
-        self.updates = self._done_before = done
-        sums = {} if saved is None else saved["sums"]
-        self._sums: dict[str, Tensor] = {name: total.to(accelerator.device) for name, total in sums.items()}
-        self._count: int = 0 if saved is None else saved["count"]
-        self._batch_size, self._start = batch_size, time.monotonic()
+    All processes call it together. The folder of a network's checkpoints has its name.
+    """
+    path = None if resume == "never" else _choose(resume, checkpoints, accelerator)
+    saved = None if path is None else load_checkpoint(path)
+    if saved is not None and accelerator.is_main_process:
+        _logger.warning("Resuming %s from %s.", checkpoints.name, path)
+    tracker = accelerator.get_tracker("jsonl")
+    if isinstance(tracker, JsonLinesTracker):
+        tracker.keep(checkpoints.name, 0 if saved is None else saved["progress"]["logged"])
+    return saved
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums since the last reading, which the next one of the run may go on from."""
-        return {"sums": self._sums, "count": self._count}
 
-    def add(self, parts: list[dict[str, Tensor]]) -> None:
-        """Add the terms of the micro batches of a step, detached."""
-        for terms in parts:
-            self._count += 1
-            for name, value in terms.items():
-                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-
-    def read(self) -> dict[str, float]:
-        """Return the mean of every term since the last reading, and images per second since the bar began."""
-        values = {name: float(total) / self._count for name, total in self._sums.items()}
-        self._sums, self._count = {}, 0
-        rate = (self.updates - self._done_before) * self._batch_size / (time.monotonic() - self._start)
-        self.bar.set_postfix({"loss": f"{values.get('loss', 0):.3g}", "img/s": f"{rate:.0f}"})
-        return values | {"images_per_second": rate}
-
-    def advance(self) -> None:
-        """Count one optimizer step."""
-        self.updates += 1
-        self.bar.update()
+def _choose(resume: str, checkpoints: Path, accelerator: Accelerator) -> Path | None:
+    """Return the checkpoint to go on from, the same in all processes, or None."""
+    # A checkpoint that is named belongs to one of the run's networks; the others go on from their newest.
+    named = None if resume == "auto" else Path(resume)
+    newest = latest_checkpoint(checkpoints)
+    path = named if named is not None and named.parent.name == checkpoints.name else newest
+    if path is not None and newest is not None and path.resolve() != newest.resolve():
+        raise ValueError(
+            f"resume: {path} is older than {newest}, which would be lost: move the later checkpoints away, or copy "
+            "the run to another output_dir."
+        )
+    found = gather_object([None if path is None else path.name])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"resume: the processes do not see the same checkpoints of {checkpoints.name} ({found}): output_dir must "
+            "be on storage that all machines share."
+        )
+    return path

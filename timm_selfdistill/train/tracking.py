@@ -1,24 +1,32 @@
-"""Trackers: the file metrics.jsonl, how a run is called in those of Accelerate, and what they get of its report."""
+"""What a run tells while it trains: lines and bars on the terminal, metrics.jsonl, and the trackers of Accelerate."""
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from PIL import Image
+from torch import Tensor
 
-from timm_selfdistill.files import replace_file
+from timm_selfdistill.data import ImageData, ImageSplit, StreamSplit
+from timm_selfdistill.data.transforms import InputConfig
+from timm_selfdistill.model import SelfDistillModel
+from timm_selfdistill.output import progress_bar, replace_file
 from timm_selfdistill.recipe import Recipe
-from timm_selfdistill.report import Report, format_markdown
+from timm_selfdistill.report import Report, device_name, format_markdown
+from timm_selfdistill.report.render import with_prefix
 from timm_selfdistill.train.run_folder import dotted
 
 _logger = logging.getLogger(__name__)
 
 _REPORT: Final = "report"
+_COLUMNS: Final = ["name", "top1", "top5", "ece", "params", "macs", "latency_ms", "speedup"]
 # Under which arguments trackers take what Accelerate does not pass.
 _ARGUMENTS: Final[Mapping[str, Mapping[str, str]]] = {
     "aim": {"experiment": "project"},
@@ -85,11 +93,7 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path) -> None:
-    """Start the trackers of a run with the recipe as their configuration.
-
-    Raises:
-        ValueError: If a tracker does not take its options.
-    """
+    """Start the trackers of a run with the recipe as configuration; options that one does not take: `ValueError`."""
     project = recipe.tracking.project or folder.name
     names = {"project": project, "run": recipe.tracking.run or folder.name, "folder": str(folder / "dvclive")}
     options = {
@@ -101,30 +105,96 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path) -> No
         accelerator.init_trackers(project, config=dotted(recipe.without_local_paths()), init_kwargs=options)
     except TypeError as error:
         raise ValueError(f"tracking.options: a tracker does not take them: {error}") from error
-    if accelerator.is_main_process:
-        for tracker in _NAMED.keys() & set(recipe.trackers):
-            _NAMED[tracker](accelerator.get_tracker(tracker, unwrap=True), names["run"])
+    # These take the name of the run only once it has begun.
+    if accelerator.is_main_process and "aim" in recipe.trackers:
+        accelerator.get_tracker("aim", unwrap=True).name = names["run"]
+    if accelerator.is_main_process and "comet_ml" in recipe.trackers:
+        accelerator.get_tracker("comet_ml", unwrap=True).set_name(names["run"])
 
 
 def track_report(trackers: Sequence[GeneralTracker], report: Report, folder: Path, step: int) -> None:
-    """Give the trackers the numbers of a report, and its table and picture where they have a place for them.
-
-    Args:
-        trackers: The trackers of the main process.
-        report: The report, which the folder holds already.
-        folder: The run's folder.
-        step: The last step of the run.
-    """
+    """Give the trackers of the main process the numbers of a report that a folder holds, its table and its picture."""
     numbers = dict(_numbers(report))
     for tracker in trackers:
         if isinstance(tracker, JsonLinesTracker):
             continue
         try:
             tracker.log(numbers, step=step)
-            if (more := _MORE.get(tracker.name)) is not None:
-                more(tracker, report, folder, step)
+            _add_table_and_picture(tracker, report, folder, step)
         except Exception as error:  # of any package: the run is done and saved
             _logger.warning("The tracker %s did not take the report: %s", tracker.name, error)
+
+
+def header(
+    model: SelfDistillModel,
+    data: ImageData,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    networks: Sequence[str],
+    input_config: InputConfig,
+    batches_per_epoch: int,
+) -> list[str]:
+    """Return the lines above those of the epochs; `batches_per_epoch` counts the training batches of a process."""
+    size = " x ".join(map(str, (input_config.channels, *input_config.image_size)))
+    exits = ", ".join(f"{point.name} ({100 * point.cost:.0f} % of the cost)" for point in model.points)
+    whole, plain = (sum(each.numel() for each in part.parameters()) for part in (model, model.backbone))
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    processes = accelerator.num_processes
+    epochs, steps = recipe.epochs + recipe.schedule.cooldown_epochs, batches_per_epoch // recipe.optimizer.accumulate
+    return [
+        f"model   {recipe.model.name}, {with_prefix(plain)} parameters, {with_prefix(whole)} with exits",
+        f"exits   {exits}",
+        f"data    {data.name}: {_images(data.train)} training images, {_images(data.validation)} held out, "
+        f"{_images(data.eval)} to report on; {model.num_classes} classes, {size} pixels",
+        f"device  {device_name(accelerator.device)}, {precision}"
+        + (f", {processes} processes" if processes > 1 else ""),
+        f"plan    {' and '.join(networks)}: {epochs} epochs of {steps} steps, batches of {recipe.batch_size}",
+        f"output  {recipe.output_dir}",
+    ]
+
+
+class RunningTerms:
+    """The progress bar and the running means of one epoch's terms, read rarely because reading waits for the GPU."""
+
+    def __init__(
+        self,
+        title: str,
+        updates: int,
+        done: int,
+        saved: dict[str, Any] | None,
+        batch_size: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.bar = progress_bar(title=title, show=accelerator.is_main_process, total=updates, initial=done, unit="step")
+        self.updates = self._done_before = done
+        sums = {} if saved is None else saved["sums"]
+        self._sums: dict[str, Tensor] = {name: total.to(accelerator.device) for name, total in sums.items()}
+        self._count: int = 0 if saved is None else saved["count"]
+        self._batch_size, self._start = batch_size, time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums since the last reading, which the next one of the run may go on from."""
+        return {"sums": self._sums, "count": self._count}
+
+    def add(self, parts: list[dict[str, Tensor]]) -> None:
+        """Add the terms of the micro batches of a step, detached."""
+        for terms in parts:
+            self._count += 1
+            for name, value in terms.items():
+                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def read(self) -> dict[str, float]:
+        """Return the mean of every term since the last reading, and images per second since the bar began."""
+        values = {name: float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        rate = (self.updates - self._done_before) * self._batch_size / (time.monotonic() - self._start)
+        self.bar.set_postfix({"loss": f"{values.get('loss', 0):.3g}", "img/s": f"{rate:.0f}"})
+        return values | {"images_per_second": rate}
+
+    def advance(self) -> None:
+        """Count one optimizer step."""
+        self.updates += 1
+        self.bar.update()
 
 
 def _network_of(line: str) -> str | None:
@@ -151,58 +221,34 @@ def _numbers(report: Report) -> Iterator[tuple[str, float]]:
         yield f"{network}/report/train_seconds", seconds
 
 
-def _name_aim(run: Any, name: str) -> None:
-    run.name = name  # Accelerate calls it by the project
+def _add_table_and_picture(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
+    """Give a tracker what it takes beside numbers, in the form that it takes."""
+    match tracker.name:
+        case "aim" | "clearml":
+            tracker.log_images({_REPORT: _picture(folder)}, step=step)
+        case "swanlab":
+            tracker.log_images({_REPORT: [_picture(folder)]}, step=step)
+        case "tensorboard":
+            tracker.log({f"{_REPORT}/table": format_markdown(report)}, step=step)
+            # A batch with the channels first.
+            tracker.log_images({_REPORT: _picture(folder).transpose(2, 0, 1)[None]}, step=step)
+        case "wandb":
+            rows = [*report["exits"], {"name": "ensemble", **report["ensemble"]}]
+            data = [[row.get(column) for column in _COLUMNS] for row in rows]
+            tracker.log_table(f"{_REPORT}/table", columns=_COLUMNS, data=data, step=step)
+            tracker.log_images({_REPORT: [_picture(folder)]}, step=step)
+        case "mlflow":
+            for name in ("report.md", "report.png"):
+                tracker.log_artifact(str(folder / name))
+        case "comet_ml":
+            tracker.tracker.log_image(_picture(folder), name=_REPORT, step=step)
+            tracker.tracker.log_asset(str(folder / "report.md"))
+        case "dvclive":
+            tracker.tracker.log_image(f"{_REPORT}.png", _picture(folder))
+        case "trackio":
+            import trackio
 
-
-def _name_comet(experiment: Any, name: str) -> None:
-    experiment.set_name(name)
-
-
-# Trackers that take the name of the run only once it has begun.
-_NAMED: Final[Mapping[str, Callable[[Any, str], None]]] = {"aim": _name_aim, "comet_ml": _name_comet}
-
-
-def _to_tensorboard(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
-    tracker.log({f"{_REPORT}/table": format_markdown(report)}, step=step)
-    # A batch with the channels first.
-    tracker.log_images({_REPORT: _picture(folder).transpose(2, 0, 1)[None]}, step=step)
-
-
-def _to_list_of_images(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
-    tracker.log_images({_REPORT: [_picture(folder)]}, step=step)
-
-
-def _to_wandb(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
-    rows = [*report["exits"], {"name": "ensemble", **report["ensemble"]}]
-    columns = ["name", "top1", "top5", "ece", "params", "macs", "latency_ms", "speedup"]
-    data = [[row.get(column) for column in columns] for row in rows]
-    tracker.log_table(f"{_REPORT}/table", columns=columns, data=data, step=step)
-    _to_list_of_images(tracker, report, folder, step)
-
-
-def _to_one_image(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
-    tracker.log_images({_REPORT: _picture(folder)}, step=step)
-
-
-def _to_mlflow(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
-    for name in ("report.md", "report.png"):
-        tracker.log_artifact(str(folder / name))
-
-
-def _to_comet(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
-    tracker.tracker.log_image(_picture(folder), name=_REPORT, step=step)
-    tracker.tracker.log_asset(str(folder / "report.md"))
-
-
-def _to_dvclive(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
-    tracker.tracker.log_image(f"{_REPORT}.png", _picture(folder))
-
-
-def _to_trackio(tracker: GeneralTracker, report: Report, folder: Path, step: int) -> None:
-    import trackio
-
-    tracker.tracker.log({_REPORT: trackio.Image(_picture(folder))}, step=step)
+            tracker.tracker.log({_REPORT: trackio.Image(_picture(folder))}, step=step)
 
 
 def _picture(folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -211,15 +257,9 @@ def _picture(folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return np.asarray(picture.convert("RGB"))
 
 
-# What a tracker takes beside numbers, each in its own form.
-_MORE: Final[Mapping[str, Callable[[GeneralTracker, Report, Path, int], None]]] = {
-    "aim": _to_one_image,
-    "clearml": _to_one_image,
-    "comet_ml": _to_comet,
-    "dvclive": _to_dvclive,
-    "mlflow": _to_mlflow,
-    "swanlab": _to_list_of_images,
-    "tensorboard": _to_tensorboard,
-    "trackio": _to_trackio,
-    "wandb": _to_wandb,
-}
+def _images(split: ImageSplit | StreamSplit | None) -> str:
+    """Return how many images a split has, as far as it is known."""
+    if split is None:
+        return "no"
+    count = len(split.indices) if isinstance(split, ImageSplit) else split.size
+    return "an unknown number of" if count is None else f"{count:,}"

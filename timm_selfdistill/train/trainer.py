@@ -11,16 +11,16 @@ from torch import Tensor
 
 from timm_selfdistill.metrics import ExitMetricsResult
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.progress import duration, tell
+from timm_selfdistill.output import duration, tell
 from timm_selfdistill.task import SelfDistillationTask, unwrapped_model
+from timm_selfdistill.train.builders import Phase
 from timm_selfdistill.train.checkpoint import CheckpointWriter
 from timm_selfdistill.train.checkpoint_format import CheckpointError
 from timm_selfdistill.train.evaluation import evaluate_model
-from timm_selfdistill.train.parallelism import share_buffers
-from timm_selfdistill.train.phases import Phase
+from timm_selfdistill.train.parallelism import FlagExchange, share_buffers
 from timm_selfdistill.train.run_folder import CHECKPOINTS, RECORD_KEY
-from timm_selfdistill.train.steps import FlagExchange, NonFiniteGuard, PhaseStepper, RunContext, RunningTerms
-from timm_selfdistill.train.train_state import PhaseState, Progress, find_checkpoint
+from timm_selfdistill.train.steps import NonFiniteGuard, PhaseState, PhaseStepper, Progress, RunContext, find_checkpoint
+from timm_selfdistill.train.tracking import RunningTerms
 
 _logger = logging.getLogger(__name__)
 

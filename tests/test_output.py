@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from timm_selfdistill.progress import duration, progress_bar, tell
+from timm_selfdistill.output import duration, progress_bar, tell
 from timm_selfdistill.recipe import load_recipe
 from timm_selfdistill.train import train
 

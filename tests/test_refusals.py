@@ -8,7 +8,7 @@ import pytest
 from timm_selfdistill.cli import main
 from timm_selfdistill.recipe import RecipeError, list_recipes, load_recipe
 from timm_selfdistill.train import run, train
-from timm_selfdistill.train.recipe_names import all_problems, recipe_problems
+from timm_selfdistill.train.refusals import all_problems, recipe_problems
 
 
 def test_all_wrong_names_come_together(

@@ -1,23 +1,23 @@
-"""Check every name in a recipe before anything is opened or downloaded, and say all that is wrong at once."""
+"""Refuse what cannot work, before anything is opened: wrong names, and losses and optimizers that do not fit."""
 
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Final
 
 import timm
 import torch
 from pydantic import ValidationError
 from timm.optim import list_optimizers
+from torch import nn
 
 from timm_selfdistill.checks import did_you_mean
 from timm_selfdistill.data.sources import is_on_hub
 from timm_selfdistill.data.splits import open_splits
 from timm_selfdistill.heads import list_heads
-from timm_selfdistill.losses import list_divergences, list_losses, list_presets, list_teachers
+from timm_selfdistill.losses import list_divergences, list_losses, list_presets, list_teachers, needs_of
 from timm_selfdistill.model.wrapping import SOURCES, model_problem
-from timm_selfdistill.recipe import REPO_ID, DataSection
+from timm_selfdistill.recipe import REPO_ID, DataSection, Recipe
 
 # Which names are allowed for a key, by its section.
 _KNOWN: Final[dict[tuple[str, str], Callable[[], Iterable[str]]]] = {
@@ -29,41 +29,47 @@ _KNOWN: Final[dict[tuple[str, str], Callable[[], Iterable[str]]]] = {
     ("teacher", "divergence"): list_divergences,
     ("optimizer", "name"): lambda: map(str, list_optimizers()),
 }
+# timm's optimizers that step weights in parts as they step whole ones (the slow tests of test_sharding compare them).
+# Others raise an error, or, as muon, do something else.
+OPTIMIZERS = (
+    *("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamw", "adamwlegacy", "adan", "adanw"),
+    *("adopt", "adoptw", "lamb", "lambc", "lambw", "laprop", "larc", "lars", "lion", "madgrad", "madgradw", "momentum"),
+    *("nadam", "nadamlegacy", "nadamw", "nesterov", "nesterovw", "radam", "radamw", "rmsprop"),
+    *("rmsproptf", "rmsproptfw", "sgd", "sgdw"),
+)
+
+REPLICATE: Final = "Without FSDP, distributed_type MULTI_GPU leaves the network whole."
+
 # Of more names, only those like the wrong one are listed.
 _MOST_LISTED = 12
 
 
 def recipe_problems(recipe: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the names of models, exits, heads, losses and optimizer in a recipe.
+    """Return what is wrong with the names of models, exits, heads, losses and optimizer in what a recipe holds.
 
-    Only values of the right type are looked at; the others are reported by the recipe itself.
-
-    Args:
-        recipe: What a recipe holds, by section and key.
-
-    Returns:
-        A sentence for each, as "section.key: what is wrong".
+    Each is a sentence, "section.key: what is wrong". Only values of the right type are looked at; the recipe itself
+    reports the others.
     """
     sections = {name: section for name, section in recipe.items() if isinstance(section, Mapping)}
-    value = partial(_value, sections)
+    values = {(name, key): value for name, section in sections.items() for key, value in section.items()}
     problems = []
     for (section, key), known in _KNOWN.items():
-        name, names = value(section, key), list(dict.fromkeys(known()))
+        name, names = values.get((section, key)), list(dict.fromkeys(known()))
         # timm takes its optimizers in any case, and a wrapper in front of them.
         plain = name.lower().removeprefix("lookahead_") if isinstance(name, str) and section == "optimizer" else name
         if isinstance(name, str) and plain not in names:
             problems.append(f"{section}.{key}: unknown, received {name!r}{_allowed(name, names)}")
-    name = value("model", "name")
+    name = values.get(("model", "name"))
     if isinstance(name, str):
         # Weights may come from a file that the arguments name.
-        arguments = value("model", "kwargs")
+        arguments = values.get(("model", "kwargs"))
         own = isinstance(arguments, Mapping) and arguments.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}
-        pretrained = value("model", "pretrained") is True and not own
+        pretrained = values.get(("model", "pretrained")) is True and not own
         if problem := model_problem(name, pretrained=pretrained):
             problems.append(f"model.{'pretrained' if problem.startswith('must be false') else 'name'}: {problem}")
-        elif isinstance(points := value("exits", "points"), list | tuple):
+        elif isinstance(points := values.get(("exits", "points")), list | tuple):
             problems += _point_problems(name, arguments, points)
-    name = value("teacher", "name")
+    name = values.get(("teacher", "name"))
     is_timms = isinstance(name, str) and not (os.path.isdir(name) or REPO_ID.fullmatch(name))
     if is_timms and (problem := model_problem(name)):
         problems.append(f"teacher.name: {problem}")
@@ -73,11 +79,8 @@ def recipe_problems(recipe: Mapping[str, Any]) -> list[str]:
 def all_problems(recipe: Mapping[str, Any], is_wrong: bool = False) -> list[str]:
     """Return what is wrong with the names in a recipe, those of splits and columns too if anything is wrong.
 
-    If nothing is, the data is opened anyway; a data set on the Hub is not asked for.
-
-    Args:
-        recipe: What a recipe holds, by section and key.
-        is_wrong: Whether something else is wrong with it.
+    `is_wrong` says that the recipe has other faults. If nothing is wrong, the data is opened anyway; a data set on the
+    Hub is not asked for.
     """
     problems = recipe_problems(recipe)
     data = recipe.get("data")
@@ -86,8 +89,51 @@ def all_problems(recipe: Mapping[str, Any], is_wrong: bool = False) -> list[str]
     return problems
 
 
-def _value(sections: Mapping[str, Mapping[str, Any]], section: str, key: str) -> Any:
-    return sections.get(section, {}).get(key)
+def check_needs(loss: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError if a recipe lacks what its loss needs."""
+    needs = needs_of(loss)
+    if recipe.teacher is not None and recipe.teacher.teaches != "backbone" and not needs.exits:
+        raise ValueError("teacher.teaches: must be backbone for this loss, which does not run the exits.")
+    if needs.ema and recipe.ema is None:
+        raise ValueError(
+            "ema: must not be null for this loss, which learns from the average of the weights; such as "
+            "ema='{decay: 0.999}'."
+        )
+    if needs.batches == "plain":
+        return
+    if recipe.data.streaming:
+        raise ValueError(
+            f"data.streaming: must be false for this loss, whose {needs.batches} batches need images by their index."
+        )
+    if recipe.augment.mixes:
+        raise ValueError(
+            f"augment: must not mix images for this loss, which compares those of its {needs.batches} batches; set "
+            "mixup_alpha and cutmix_alpha to 0 and cutmix_minmax to null."
+        )
+
+
+def refuse_optimizer(name: str) -> None:
+    """Refuse an optimizer that is not known to step weights in parts as it would step whole ones."""
+    if name.lower() not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer.name: {name} is not known to work where each process has a part of the network (FSDP2); "
+            f"allowed there are {', '.join(OPTIMIZERS)}."
+        )
+
+
+def refuse_loss(loss: nn.Module) -> None:
+    """Refuse, for FSDP2, a loss that has parameters, or for which another network or the network again is run."""
+    needs = needs_of(loss)
+    if any(True for _ in loss.parameters()):
+        raise ValueError(
+            f"The loss {type(loss).__name__} has parameters of its own, which are not trained where each process has a "
+            f"part of the network (FSDP2). {REPLICATE}"
+        )
+    if needs.ema or needs.past or needs.batches == "paired":
+        raise ValueError(
+            f"The loss {type(loss).__name__} has {needs}, which is not done where each process has a part of the "
+            f"network (FSDP2); allowed there are losses without ema, past and paired batches. {REPLICATE}"
+        )
 
 
 def _allowed(name: str, names: Sequence[str]) -> str:
