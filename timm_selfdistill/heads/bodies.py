@@ -46,9 +46,7 @@ def as_map(x: Tensor, tap: Tap) -> Tensor:
         return x
     if tap.layout == "NHWC":
         return x.permute(0, 3, 1, 2)
-    if tap.grid is None:
-        raise ValueError(f"The tokens of {tap.name!r} form no grid: choose the head token or linear.")
-    rows, columns = tap.grid
+    rows, columns = _grid(tap)
     tokens = as_tokens(x, tap)[:, tap.num_prefix_tokens :].transpose(1, 2)
     # At another input size than the dry run's, the tokens tell the grid's area; its aspect is taken to be the same.
     height = max(1, round(math.sqrt(tokens.shape[2] * rows / columns)))
@@ -117,8 +115,7 @@ def checked_width(width: int) -> int:
 
 def halvings(tap: Tap) -> int:
     """Return how often the tap's grid is halved to reach the deepest one, between 1 and the paper's 3."""
-    if tap.grid is None:
-        raise ValueError(f"The tokens of {tap.name!r} form no grid: choose the head token or linear.")
+    _grid(tap)
     return min(3, max(1, round(math.log2(tap.downsample))))
 
 
@@ -227,6 +224,12 @@ class TokenHead(nn.Module):
         # A linear layer gives the same before and after a mean; after it, it runs once per image.
         feature: Tensor = project(mean_token(x, self.tap))
         return feature
+
+
+def _grid(tap: Tap) -> tuple[int, int]:
+    if tap.grid is None:
+        raise ValueError(f"The tokens of {tap.name!r} form no grid: choose the head token or linear.")
+    return tap.grid
 
 
 def _separable_conv(in_channels: int, out_channels: int) -> nn.Sequential:

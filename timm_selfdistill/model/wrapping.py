@@ -15,7 +15,7 @@ from torch import nn
 
 from timm_selfdistill.backbones import use_small_stem  # which also registers our networks with timm
 from timm_selfdistill.checks import did_you_mean
-from timm_selfdistill.exits import Backbone, Exits, choose, explore, named_modules
+from timm_selfdistill.exits import Backbone, Exits, choose, explore
 from timm_selfdistill.heads import AUTO, PROPORTIONAL, HeadBudget, each_head_kwargs, fit_heads, resolve_budget
 from timm_selfdistill.measure import BuildLimit, TooLargeError
 from timm_selfdistill.model.network import SelfDistillModel, WrapConfig
@@ -84,15 +84,14 @@ def wrap(
         use_small_stem(backbone)
     head = PROPORTIONAL if head == AUTO else head
     share = resolve_budget(head, head_kwargs, head_budget)
-    found = explore(backbone, image_size, named_modules(exits))
+    found = explore(backbone, image_size, exits)
     if share is None:
         taps, arguments = choose(found, exits), head_kwargs or {}
     else:
-        budget = HeadBudget(share, found, backbone)
-        fitted = fit_heads(budget, exits)
+        fitted = fit_heads(HeadBudget(share, found, backbone), exits)
         taps, arguments = fitted.taps, fitted.head_kwargs
-        if fitted.too_large:
-            warnings.warn(budget.excess(fitted), stacklevel=2)
+        if fitted.warning is not None:
+            warnings.warn(fitted.warning, stacklevel=2)
     each = each_head_kwargs(arguments, len(taps.points))
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     return SelfDistillModel(backbone, taps, WrapConfig(head, each, hint_adapter, small_stem, size))
