@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.losses.divergences import HINT_DISTANCES, bind_settings, compare_logits
+from timm_selfdistill.losses.divergences import HINT_DISTANCES, bind_divergence
 from timm_selfdistill.losses.protocol import (
     Needs,
     TrainingTime,
@@ -46,7 +46,7 @@ class SelfDistillationLoss(nn.Module):
     def __init__(self, config: SelfDistillationConfig | str = DEFAULT_PRESET) -> None:
         super().__init__()
         self.config = config = _preset(config) if isinstance(config, str) else config
-        self._divergence = bind_settings(config.divergence, config.divergence_kwargs)
+        self._divergence = bind_divergence(config)
         self._teacher = get_teacher(config.teacher)
         self._hint_distance = HINT_DISTANCES[config.hint_distance]
         takes = signature(self._teacher).parameters
@@ -139,12 +139,12 @@ class SelfDistillationLoss(nn.Module):
                 + config.hint_weight * self._sum_exits(hint)
                 + config.deepest_kd_weight * warmth * kd_backbone.sum()
             )
-        backbone = len(out.logits) - 1
         terms = {"loss": loss}
-        for kind, of_exits, of_backbone in (("ce", ce, ce_backbone), ("kd", kd, kd_backbone), ("hint", hint, none)):
-            for first, values in ((0, of_exits), (backbone, of_backbone)):
-                # `|=` is not for torch.compile of torch 2.6.
-                terms.update({f"{kind}/{index}": value for index, value in enumerate(values.detach().unbind(), first)})
+        deepest = len(out.logits) - 1
+        shown = (("ce", 0, ce), ("ce", deepest, ce_backbone), ("kd", 0, kd), ("kd", deepest, kd_backbone))
+        for kind, first, values in (*shown, ("hint", 0, hint)):
+            # `|=` is not for torch.compile of torch 2.6.
+            terms.update({f"{kind}/{index}": value for index, value in enumerate(values.detach().unbind(), first)})
         return terms
 
     def extra_repr(self) -> str:
@@ -193,7 +193,6 @@ class SelfDistillationLoss(nn.Module):
         return min(time.epoch / self.config.kd_warmup_epochs, 1.0)
 
     def _sum_exits(self, values: Tensor) -> Tensor:
-        """Return the sum over the exits, each with its weight."""
         weights = self.config.exit_weights
         return (values if weights is None else values * values.new_tensor(weights)[: len(values)]).sum()
 
@@ -216,23 +215,24 @@ class SelfDistillationLoss(nn.Module):
 
     def _compare(self, student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
         """Return the divergence of each student from its teacher, or the mean of those from its teachers [N]."""
+        shape = list(student.shape)
+        found: list[Any]
         if isinstance(teachers, Tensor):
-            self._check_teachers(teachers.shape == student.shape, teachers.shape, student.shape)
-            return compare_logits(self._divergence, self.config, student, teachers, target)
-        sizes = [teacher.shape for teacher in teachers]
-        fit = len(sizes) == len(student) and all(size[0] and size[1:] == student.shape[1:] for size in sizes)
-        self._check_teachers(fit, sizes, student.shape)
-        repeated = torch.cat([own.expand_as(teacher) for own, teacher in zip(student, teachers, strict=True)])
-        values = compare_logits(self._divergence, self.config, repeated, torch.cat(tuple(teachers)), target)
-        return torch.stack([of_exit.mean() for of_exit in values.split_with_sizes([size[0] for size in sizes])])
-
-    def _check_teachers(self, fit: bool, found: Sequence[Any], student: torch.Size) -> None:
+            found = list(teachers.shape)
+            fit = found == shape
+        else:
+            found = [list(teacher.shape) for teacher in teachers]
+            fit = len(found) == len(student) and all(size[0] and size[1:] == shape[1:] for size in found)
         if not fit:
-            sizes = [list(size) if isinstance(size, torch.Size) else size for size in found]
             raise ValueError(
-                f"Teacher {self.config.teacher!r} returned {sizes}; allowed is one [B, C] per exit, {list(student)}, "
+                f"Teacher {self.config.teacher!r} returned {found}; allowed is one [B, C] per exit, {shape}, "
                 "or a list with one [S, B, C] per exit."
             )
+        if isinstance(teachers, Tensor):
+            return self._divergence(student, teachers, target)
+        repeated = torch.cat([own.expand_as(teacher) for own, teacher in zip(student, teachers, strict=True)])
+        values = self._divergence(repeated, torch.cat(tuple(teachers)), target)
+        return torch.stack([of_exit.mean() for of_exit in values.split_with_sizes([len(each) for each in teachers])])
 
 
 def _preset(name: str) -> SelfDistillationConfig:

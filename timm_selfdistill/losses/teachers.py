@@ -11,13 +11,7 @@ from timm_selfdistill.model import Ensemble, ExitOutput, SelfDistillModel
 from timm_selfdistill.registry import Registry
 
 Teacher = Callable[..., Tensor | Sequence[Tensor]]
-"""From the detached logits of all exits and the backbone [K + 1, B, C] to those each exit learns from.
-
-These are [K, B, C]; or, where an exit has several teachers, one [S, B, C] for each of the K exits, whose divergences
-are averaged. A teacher with a keyword `ema` is also given the logits [K + 1, B, C] of the average of the weights, one
-with a keyword `ensemble` the model's `Ensemble`, as it was when training began. One with a keyword `backbone` can teach
-the backbone's own classifier too: where it is true, it returns K + 1 of them.
-"""
+"""What `register_teacher` takes."""
 
 _TEACHERS: Registry[Teacher] = Registry("teacher", "timm_selfdistill.teachers")
 get_teacher = _TEACHERS.get

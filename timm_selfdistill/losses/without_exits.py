@@ -63,15 +63,12 @@ class CSKD(_WithPrediction):
         super().__init__(weight, temperature)
 
     def forward(self, out: ExitOutput, target: Tensor, *, partners: ExitOutput) -> dict[str, Tensor]:
-        """Compute the loss.
+        """Return "loss", and its terms, unweighted and detached: "ce/0", the cross-entropy, and "kd/0", the divergence.
 
         Args:
             out: Logits [B, C] of the backbone, as the last entry.
             target: Class indices [B] int64, or class probabilities [B, C] floating.
             partners: The same for other images of these classes, without a gradient.
-
-        Returns:
-            "loss", and its terms, unweighted and detached: "ce/0", the cross-entropy, and "kd/0", the divergence.
 
         Raises:
             ValueError: If a shape or dtype is not as above.
@@ -107,14 +104,11 @@ class DLB(_WithPrediction):
         self._before: Tensor | None = None
 
     def forward(self, out: ExitOutput, target: Tensor) -> dict[str, Tensor]:
-        """Compute the loss; in training mode, remember the logits of the second half of the batch.
+        """Return what `CSKD` does; in training mode, remember the logits of the second half of the batch.
 
         Args:
             out: Logits [2B, C] of the backbone, as the last entry; the first half for images of the batch before.
             target: Class indices [2B] int64, or class probabilities [2B, C] floating.
-
-        Returns:
-            "loss", and its terms, unweighted and detached: "ce/0", the cross-entropy, and "kd/0", the divergence.
 
         Raises:
             ValueError: If a shape or dtype is not as above, or the first half is not as long as what was new before.
@@ -168,16 +162,13 @@ class PSKD(nn.Module):
     def forward(
         self, out: ExitOutput, target: Tensor, *, past: ExitOutput | None, time: TrainingTime
     ) -> dict[str, Tensor]:
-        """Compute the loss.
+        """Return "loss", and "ce/0", the same detached.
 
         Args:
             out: Logits [B, C] of the backbone, as the last entry.
             target: Class indices [B] int64, or class probabilities [B, C] floating.
             past: The same with the weights from the start of the epoch; None in the first epoch.
             time: How far training has come.
-
-        Returns:
-            "loss", and "ce/0", the same detached.
 
         Raises:
             ValueError: If a shape or dtype is not as above.
