@@ -160,32 +160,18 @@ class _WholeRun(ModuleTracker):
         return None
 
 
-def _onednn_rnn_flops(input: Sequence[int], *weights: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Count one direction of one layer: two weight matrices (and two biases) applied at every step."""
-    return _rnn_flops(input, weights[:4])
-
-
-def _cudnn_rnn_flops(
-    input: Sequence[int], weights: Sequence[Sequence[int]], *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    """Count all directions and layers: two weight matrices each."""
-    return _rnn_flops(input, weights)
-
-
-def _attention_flops(
-    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
 def _rnn_flops(input: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
+    """Count the matrices among the weights, each applied at every step."""
     steps = input[0] * input[1]
     return sum(2 * steps * shape[0] * shape[1] for shape in weights if len(shape) == 2)
 
 
-_FORMULAS = {
-    torch.ops.aten.mkldnn_rnn_layer: _onednn_rnn_flops,
-    torch.ops.aten._cudnn_rnn: _cudnn_rnn_flops,
+# Called with the shapes of an operation's arguments.
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    # One direction of one layer, with two matrices and two biases.
+    torch.ops.aten.mkldnn_rnn_layer: lambda input, *weights, **kwargs: _rnn_flops(input, weights[:4]),
+    # All directions and layers.
+    torch.ops.aten._cudnn_rnn: lambda input, weights, *_, **kwargs: _rnn_flops(input, weights),
     # The kernel of CPUs, which torch 2.14 runs without gradients and does not count.
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **kwargs: sdpa_flop_count(q, k, v),
 }
