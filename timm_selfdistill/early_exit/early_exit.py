@@ -16,7 +16,7 @@ from timm_selfdistill.early_exit.rules import EarlyExitConfig
 from timm_selfdistill.early_exit.stage_costs import StageCosts, measure_stage_costs
 from timm_selfdistill.early_exit.trial import try_out
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.bare import BareBackbone
+from timm_selfdistill.model.hooks import BareBackbone
 from timm_selfdistill.servable import NO_TIMES, Give
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from timm_selfdistill.exits import random_images, unchanged
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.bare import BareBackbone
+from timm_selfdistill.model.hooks import BareBackbone
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from timm_selfdistill.export.graphs import Interface, Run, trace, write_graph, w
 from timm_selfdistill.export.one_graph import describe, input_config
 from timm_selfdistill.hub import class_names, complete_names
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.network import EachExit
+from timm_selfdistill.model.ensemble import EachExit
 from timm_selfdistill.staged import CONFIDENCE, IMAGES, LOGITS, OWN_LOGITS, TEMPERATURES
 
 

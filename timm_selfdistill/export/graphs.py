@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 
-from timm_selfdistill.model.network import AllExits, EachExit
+from timm_selfdistill.model.ensemble import AllExits, EachExit
 from timm_selfdistill.program import ReportedError
 from timm_selfdistill.truncation import TruncatedModel
 

@@ -24,7 +24,7 @@ from timm_selfdistill.export.graphs import (
 )
 from timm_selfdistill.hub import check_weights, class_names, complete_names, is_exported, save_exported
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.network import ENSEMBLE, AllExits, EachExit, ExitChoice, check_choice
+from timm_selfdistill.model.ensemble import ENSEMBLE, AllExits, EachExit, ExitChoice, check_choice
 from timm_selfdistill.truncation import truncate
 
 MODEL_FORMATS: Final = {"safetensors": "", **{kind: SUFFIXES[kind] for kind in ("torch-export", "onnx")}}

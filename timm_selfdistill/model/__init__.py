@@ -1,7 +1,6 @@
 """The self-distilling model: a timm backbone with classifiers on its intermediate features."""
 
 from timm_selfdistill.model.ensemble import Ensemble as Ensemble
-from timm_selfdistill.model.heads_rate import scale_heads_lr as scale_heads_lr
 from timm_selfdistill.model.network import ExitOutput as ExitOutput
 from timm_selfdistill.model.network import SelfDistillModel as SelfDistillModel
 from timm_selfdistill.model.network import WrapConfig as WrapConfig

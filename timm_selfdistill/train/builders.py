@@ -23,8 +23,9 @@ from timm_selfdistill.data.transforms import InputConfig, build_mixup
 from timm_selfdistill.exits import unchanged
 from timm_selfdistill.hub.start_weights import load_start_weights
 from timm_selfdistill.losses import needs_of
-from timm_selfdistill.model import SelfDistillModel, scale_heads_lr, wrap
+from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import Recipe
+from timm_selfdistill.task import scale_heads_lr
 from timm_selfdistill.train.phases import Phase, label_smoothing
 
 _logger = logging.getLogger(__name__)

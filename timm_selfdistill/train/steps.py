@@ -13,12 +13,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.heads_rate import unscaled_rate
 from timm_selfdistill.program import NonFiniteLossError
 from timm_selfdistill.progress import progress_bar
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.stop import StopSignals
-from timm_selfdistill.task import SelfDistillationTask
+from timm_selfdistill.task import SelfDistillationTask, unscaled_rate
 from timm_selfdistill.train.builders import Feed, build_optimizer, build_scheduler
 from timm_selfdistill.train.parallelism import Parallelism, share_buffers
 from timm_selfdistill.train.phases import Phase
