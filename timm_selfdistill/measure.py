@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -97,7 +97,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class TooLargeError(BaseException):
-    """A model has too many parts, of the kind that is the text; no `Exception`, so that no builder catches it."""
+    """A model has too many parts, of the kind that is the text; a `BaseException`, so that no builder catches it."""
 
 
 class BuildLimit:
@@ -115,12 +115,12 @@ class BuildLimit:
 
     def __enter__(self) -> Self:
         self._handles = (
-            register_module_parameter_registration_hook(lambda *args: self._registered("parameters")),
-            register_module_module_registration_hook(lambda *args: self._registered("modules")),
+            register_module_parameter_registration_hook(lambda *args: self._count("parameters")),
+            register_module_module_registration_hook(lambda *args: self._count("modules")),
         )
         self._profile: Any = sys.getprofile()
         if self._left["work"] is not None:
-            sys.setprofile(self._called)
+            sys.setprofile(lambda *args: self._count("work"))
         return self
 
     def __exit__(
@@ -134,15 +134,10 @@ class BuildLimit:
         for handle in self._handles:
             handle.remove()
 
-    def _registered(self, part: str) -> None:
-        # Hooks on the building of modules are those of all threads.
-        if threading.get_ident() == self._thread:
-            self._count(part)
-
-    def _called(self, frame: FrameType, event: str, argument: object) -> None:
-        self._count("work")
-
     def _count(self, part: str) -> None:
+        # Hooks on the building of modules are those of all threads.
+        if threading.get_ident() != self._thread:
+            return
         left = self._left[part]
         assert left is not None
         if left <= 0:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from timm_selfdistill.checks import Positive, check
 from timm_selfdistill.losses import OutsideTeacher, SelfDistillationLoss, TrainingTime, needs_of
-from timm_selfdistill.losses.teachers import PastModel
+from timm_selfdistill.losses.without_exits import PastModel
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
 
 Regime = Literal["joint", "frozen"]

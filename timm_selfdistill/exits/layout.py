@@ -34,9 +34,9 @@ _UNORDERED_TOKENS = ("Hiera",)
 
 
 class FeatureEntry(NamedTuple):
-    """What `feature_info` says of a tensor: its index there, channels, and the image's sides over the grid's."""
+    """What `feature_info` says of a tensor: its position there, channels, and the image's sides over the grid's."""
 
-    index: int
+    position: int
     channels: int
     reduction: float
 
@@ -78,14 +78,14 @@ def has_ordered_tokens(backbone: Backbone) -> bool:
 
 
 def resolve_feature_info(backbone: Backbone) -> tuple[dict[str, Candidate], tuple[str, ...]]:
-    """Return the candidates that `feature_info` names, in its order, by name; and what it names that is no module."""
+    """Return the candidates that `feature_info` names, in its order, by name; and names in it that are not modules."""
     modules = dict(backbone.named_modules())
     tapped = next((_TAPPED_INSTEAD[name] for name in _timm_classes(backbone) if name in _TAPPED_INSTEAD), ())
     patterns = [re.escape(pattern).replace(r"\*", "[^.]*") for pattern in tapped]
     instead = [name for pattern in patterns for name in modules if re.fullmatch(pattern, name)]
     if instead:
-        running = [last_running_child(backbone, name, instead) for name in instead]
-        return {n: Candidate(n, running[index], (index,)) for index, n in enumerate(instead)}, ()
+        paths = [last_running_child(backbone, name, instead) for name in instead]
+        return {name: Candidate(name, paths[index], (index,)) for index, name in enumerate(instead)}, ()
     info = backbone.feature_info
     # Where the backbone hands on the `feature_info` of a child, its names are relative to the child.
     sharing = [name for name, child in backbone.named_children() if getattr(child, "feature_info", None) is info]
@@ -99,10 +99,10 @@ def resolve_feature_info(backbone: Backbone) -> tuple[dict[str, Candidate], tupl
             without_module.append(entry["module"])
         else:
             entries.setdefault(name, []).append(FeatureEntry(index, entry["num_chs"], entry["reduction"]))
-    candidates = {
-        name: Candidate(name, last_running_child(backbone, name, entries), tuple(e.index for e in found), tuple(found))
-        for name, found in entries.items()
-    }
+    candidates = {}
+    for name, found in entries.items():
+        running = last_running_child(backbone, name, entries)
+        candidates[name] = Candidate(name, running, tuple(entry.position for entry in found), tuple(found))
     return candidates, tuple(without_module)
 
 

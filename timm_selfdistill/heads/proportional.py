@@ -60,7 +60,7 @@ class Proportional(nn.Module):
         expand: Channels of a map after the pooling over the tap's, 4 in `wrap`'s default heads; without, the width.
 
     Raises:
-        ValueError: If `width` or `expand` is no number of channels.
+        ValueError: If `width` or `expand` is not a positive whole number.
     """
 
     def __init__(self, tap: Tap, feature_dim: int, width: int | None = None, expand: int | None = None) -> None:
@@ -181,7 +181,7 @@ class HeadBudget:
     def width(self, point: ExitPoint, num_exits: int) -> int | None:
         """Return the largest width of a head that fits at one of `num_exits` points; None if none does."""
         feature_dim = self.found.run.feature_dim
-        for width in (feature_dim, *range((feature_dim - 1) // _STEP * _STEP, self.min_width - 1, -_STEP)):
+        for width in [feature_dim, *range((feature_dim - 1) // _STEP * _STEP, self.min_width - 1, -_STEP)]:
             macs, params = self.shares(point, width)
             if macs <= min(self.share, _OF_SAVED * (1 - point.cost)) and params <= _PARAMS * self.share / num_exits:
                 return width

@@ -44,10 +44,7 @@ _DIVERGENCES: Registry[Divergence] = Registry("divergence", "timm_selfdistill.di
 
 
 def register_divergence(name: str) -> Callable[[Divergence], Divergence]:
-    """Return a decorator that registers a `Divergence` as `name`.
-
-    Args:
-        name: Its name in `SelfDistillationConfig.divergence` and recipes.
+    """Return a decorator that registers a `Divergence` as `name`, for the setting `divergence`.
 
     Raises:
         ValueError: If the name is taken.
@@ -58,25 +55,6 @@ def register_divergence(name: str) -> Callable[[Divergence], Divergence]:
 def list_divergences() -> list[str]:
     """Return the names of all registered divergences, sorted."""
     return _DIVERGENCES.names()
-
-
-def bind_divergence(config: Settings) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the divergence of a configuration, as a function of student [N, B, C], teacher [N, B, C] and target."""
-    divergence, settings = _DIVERGENCES.get(config.divergence), config.divergence_kwargs
-    defaults = {
-        key: parameter.default
-        for key, parameter in signature(divergence).parameters.items()
-        if parameter.kind is Parameter.KEYWORD_ONLY and parameter.default is not Parameter.empty
-    }
-    if unknown := sorted(settings.keys() - defaults.keys()):
-        raise ValueError(
-            f"divergence_kwargs: the divergence {config.divergence!r} has no setting {', '.join(unknown)}; it has "
-            f"{', '.join(defaults) or 'none'}."
-        )
-    for key, value in settings.items():
-        if is_number(defaults[key]):
-            check(f"divergence_kwargs: {key}", value, Number)
-    return partial(_compare, partial(divergence, **settings) if settings else divergence, config)
 
 
 @register_divergence("kl")
@@ -173,7 +151,36 @@ def mse(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float,
     return (student - teacher).square().mean((1, 2))
 
 
-def standardize_logits(self) -> bool: ...
+def bind_divergence(config: Settings) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the divergence of a configuration, as a function of student [N, B, C], teacher [N, B, C] and target."""
+    divergence, settings = _DIVERGENCES.get(config.divergence), config.divergence_kwargs
+    defaults = {
+        key: parameter.default
+        for key, parameter in signature(divergence).parameters.items()
+        if parameter.kind is Parameter.KEYWORD_ONLY and parameter.default is not Parameter.empty
+    }
+    if unknown := sorted(settings.keys() - defaults.keys()):
+        raise ValueError(
+            f"divergence_kwargs: the divergence {config.divergence!r} has no setting {', '.join(unknown)}; it has "
+            f"{', '.join(defaults) or 'none'}."
+        )
+    for key, value in settings.items():
+        if is_number(defaults[key]):
+            check(f"divergence_kwargs: {key}", value, Number)
+    return partial(_compare, partial(divergence, **settings) if settings else divergence, config)
+
+
+def _compare(divergence: Divergence, config: Settings, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    if config.standardize_logits:
+        student, teacher = standardize(student), standardize(teacher)
+    scale = config.temperature**2 if config.t_squared else 1.0
+    values = divergence(student, teacher, target, temperature=config.temperature, scale=scale)
+    if values.shape != student.shape[:1]:
+        raise ValueError(
+            f"Divergence {config.divergence!r} returned {list(values.shape)}; allowed is one value per exit, "
+            f"{list(student.shape[:1])}."
+        )
+    return values
 
 
 def standardize(logits: Tensor) -> Tensor:
@@ -190,19 +197,6 @@ def standardize(logits: Tensor) -> Tensor:
     constant = logits.amax(-1, keepdim=True) == logits.amin(-1, keepdim=True)
     # Equal logits leave rounding; divided by 1e-7, its gradient would be infinite in float16.
     return (centred / (std + 1e-7)).masked_fill(constant, 0)
-
-
-def _compare(divergence: Divergence, config: Settings, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    if config.standardize_logits:
-        student, teacher = standardize(student), standardize(teacher)
-    scale = config.temperature**2 if config.t_squared else 1.0
-    values = divergence(student, teacher, target, temperature=config.temperature, scale=scale)
-    if values.shape != student.shape[:1]:
-        raise ValueError(
-            f"Divergence {config.divergence!r} returned {list(values.shape)}; allowed is one value per exit, "
-            f"{list(student.shape[:1])}."
-        )
-    return values
 
 
 def _is_target(target: Tensor, logits: Tensor) -> Tensor:

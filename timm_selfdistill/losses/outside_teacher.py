@@ -24,8 +24,7 @@ class OutsideTeacher:
 
     It sees the images that the student sees, augmented and mixed alike: they are resized to its own image size with
     its own interpolation, whole, and normalised with its own statistics. It runs once a step, in eval mode, under the
-    autocast of the step and without a gradient. It is no part of the task: no checkpoint, average of the weights or
-    DDP knows of it.
+    autocast of the step and without a gradient. Checkpoints, the average of the weights and DDP do not know of it.
 
     Args:
         model: A model with timm's `pretrained_cfg`, itself, not a copy: it is frozen. Or the name of a timm model,
@@ -60,7 +59,7 @@ class OutsideTeacher:
         self.config = OutsideTeacherConfig() if config is None else config
         self._divergence = bind_divergence(self.config)
         self.data_config = resolve_data_config({}, model=found)
-        # Not the size of `pretrained_cfg` where the model was built for another one.
+        # The model may have been built for another size than that of `pretrained_cfg`.
         self.data_config |= {"input_size": resolve_input_data_config(found, {"mean": 0.5, "std": 0.5})["input_size"]}
         self._mean, self._std = mean, std
         self._device: torch.device | None = None

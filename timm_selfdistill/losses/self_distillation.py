@@ -28,6 +28,11 @@ from timm_selfdistill.recipe.loss_settings import DEFAULT_PRESET, PRESETS, SelfD
 class SelfDistillationLoss(nn.Module):
     """Label, distillation and hint terms of all exits, as a weighted sum.
 
+    With logits z_i, feature F_i and weight w_i of each exit i, and z and F of the backbone, it is the sum of
+    `w_i (ce_weight CE(z_i, y) + kd_weight D(z_i, t_i) + hint_weight H(F_i, F))` over the exits and of
+    `deepest_ce_weight CE(z, y) + deepest_kd_weight D(z, t)`. CE is the cross-entropy with the target y, D the
+    divergence from the logits t of the teacher, H the distance of two features.
+
     Has no parameters. Computed in at least float32, inside autocast too. Logits and features beyond +-1e14 count as
     +-1e14, with a gradient of zero, so that no finite input gives NaN or infinity; NaN stays NaN.
 
@@ -115,14 +120,7 @@ class SelfDistillationLoss(nn.Module):
                 a target holds no indices of classes, or probabilities that are negative or do not sum to 1.
         """
         config = self.config
-        if isinstance(out, Tensor):
-            raise ValueError(
-                f"The output is one tensor {list(out.shape)}; allowed is an ExitOutput, which the model returns "
-                "when it is called with return_exits=True."
-            )
-        if not self.needs.exits:
-            out = ExitOutput(out.logits[-1:], ())
-        self._check(out, target, ema)
+        out = self._checked(out, target, ema)
         with torch.autocast(target.device.type, enabled=False):
             logits = stack(out.logits)
             none = logits.new_zeros(0)
@@ -149,56 +147,6 @@ class SelfDistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in asdict(self.config).items())
-
-    def _check(self, out: ExitOutput, target: Tensor, ema: ExitOutput | None) -> None:
-        check_entries("logits", "C", out.logits)
-        if self.needs.exits and len(out.logits) == 1:
-            raise ValueError(
-                "The loss has terms for the exits, but the output holds one entry, the backbone's own; allowed are the "
-                "output of a model with exits, called with return_exits=True, or the preset 'none'."
-            )
-        if self.config.hint_weight:
-            check_entries("features", "D", out.features)
-            if len(out.features) != len(out.logits) or len(out.features[0]) != len(out.logits[0]):
-                raise ValueError(
-                    f"The output holds features {shapes(out.features)} for logits {shapes(out.logits)}; allowed is "
-                    f"one [B, D] for each [B, C]."
-                )
-        check_target(target, out.logits[0].shape)
-        self.config.check_classes(out.logits[0].shape[-1])
-        if self.needs.exits:
-            self.config.check_exits(len(out.logits) - 1)
-        if self.needs.ema:
-            if ema is None:
-                raise ValueError(
-                    f"The teacher {self.config.teacher!r} is the average of the weights, but its output is missing: "
-                    "call the loss with the keyword ema, or train a SelfDistillationTask after task.setup_ema()."
-                )
-            check_entries("logits of the average", "C", ema.logits)
-            if len(ema.logits) != len(out.logits) or ema.logits[0].shape != out.logits[0].shape:
-                raise ValueError(
-                    f"The average's output holds logits {shapes(ema.logits)}; allowed is what the model's own has, "
-                    f"{shapes(out.logits)}."
-                )
-
-    def _warmth(self, time: TrainingTime | None) -> float:
-        """Return the share of the divergences' weights at a time of the training."""
-        if not self.config.kd_warmup_epochs or not self.needs.time:
-            return 1.0
-        if time is None:
-            raise ValueError(
-                "kd_warmup_epochs needs the time: call the loss with the keyword time, or train a SelfDistillationTask "
-                "with task.set_time() before each step."
-            )
-        return min(time.epoch / self.config.kd_warmup_epochs, 1.0)
-
-    def _sum_exits(self, values: Tensor) -> Tensor:
-        weights = self.config.exit_weights
-        return (values if weights is None else values * values.new_tensor(weights)[: len(values)]).sum()
-
-    def _compare_features(self, features: Sequence[Tensor]) -> Tensor:
-        """Return the distance of each exit's feature from the backbone's [K]."""
-        return self._hint_distance(stack(features[:-1]) - stack(features[-1:]).detach()).mean(-1)
 
     def _distill(
         self, logits: Tensor, target: Tensor, ema: ExitOutput | None, ensemble: Ensemble | None
@@ -233,6 +181,65 @@ class SelfDistillationLoss(nn.Module):
         repeated = torch.cat([own.expand_as(teacher) for own, teacher in zip(student, teachers, strict=True)])
         values = self._divergence(repeated, torch.cat(tuple(teachers)), target)
         return torch.stack([of_exit.mean() for of_exit in values.split_with_sizes([len(each) for each in teachers])])
+
+    def _compare_features(self, features: Sequence[Tensor]) -> Tensor:
+        """Return the distance of each exit's feature from the backbone's [K]."""
+        return self._hint_distance(stack(features[:-1]) - stack(features[-1:]).detach()).mean(-1)
+
+    def _warmth(self, time: TrainingTime | None) -> float:
+        """Return the share of the divergences' weights at a time of the training."""
+        if not self.config.kd_warmup_epochs or not self.needs.time:
+            return 1.0
+        if time is None:
+            raise ValueError(
+                "kd_warmup_epochs needs the time: call the loss with the keyword time, or train a SelfDistillationTask "
+                "with task.set_time() before each step."
+            )
+        return min(time.epoch / self.config.kd_warmup_epochs, 1.0)
+
+    def _sum_exits(self, values: Tensor) -> Tensor:
+        weights = self.config.exit_weights
+        return (values if weights is None else values * values.new_tensor(weights)[: len(values)]).sum()
+
+    def _checked(self, out: ExitOutput, target: Tensor, ema: ExitOutput | None) -> ExitOutput:
+        """Return the output that the loss is computed from; raise ValueError if a shape or dtype is wrong."""
+        if isinstance(out, Tensor):
+            raise ValueError(
+                f"The output is one tensor {list(out.shape)}; allowed is an ExitOutput, which the model returns "
+                "when it is called with return_exits=True."
+            )
+        if not self.needs.exits:
+            out = ExitOutput(out.logits[-1:], ())
+        check_entries("logits", "C", out.logits)
+        if self.needs.exits and len(out.logits) == 1:
+            raise ValueError(
+                "The loss has terms for the exits, but the output holds one entry, the backbone's own; allowed are the "
+                "output of a model with exits, called with return_exits=True, or the preset 'none'."
+            )
+        if self.config.hint_weight:
+            check_entries("features", "D", out.features)
+            if len(out.features) != len(out.logits) or len(out.features[0]) != len(out.logits[0]):
+                raise ValueError(
+                    f"The output holds features {shapes(out.features)} for logits {shapes(out.logits)}; allowed is "
+                    f"one [B, D] for each [B, C]."
+                )
+        check_target(target, out.logits[0].shape)
+        self.config.check_classes(out.logits[0].shape[-1])
+        if self.needs.exits:
+            self.config.check_exits(len(out.logits) - 1)
+        if self.needs.ema:
+            if ema is None:
+                raise ValueError(
+                    f"The teacher {self.config.teacher!r} is the average of the weights, but its output is missing: "
+                    "call the loss with the keyword ema, or train a SelfDistillationTask after task.setup_ema()."
+                )
+            check_entries("logits of the average", "C", ema.logits)
+            if len(ema.logits) != len(out.logits) or ema.logits[0].shape != out.logits[0].shape:
+                raise ValueError(
+                    f"The average's output holds logits {shapes(ema.logits)}; allowed is what the model's own has, "
+                    f"{shapes(out.logits)}."
+                )
+        return out
 
 
 def _preset(name: str) -> SelfDistillationConfig:

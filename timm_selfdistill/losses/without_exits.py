@@ -1,5 +1,6 @@
 """Self-distillation of the backbone alone, without exits: its own predictions for other images or times teach it."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from timm_selfdistill.losses.protocol import (
     register_loss,
     stack,
 )
-from timm_selfdistill.model import ExitOutput
+from timm_selfdistill.model import ExitOutput, SelfDistillModel
 
 
 class _WithPrediction(nn.Module):
@@ -185,6 +186,36 @@ class PSKD(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
+
+
+class PastModel(nn.Module):
+    """A frozen copy of a model, renewed at the start of every epoch but the first; its state can be saved."""
+
+    def __init__(self, model: SelfDistillModel) -> None:
+        super().__init__()
+        self.model = deepcopy(model).requires_grad_(False).eval()
+        self.epoch = 0
+
+    def follow(self, model: SelfDistillModel, epoch: float) -> None:
+        """Copy the model's state, if the epochs done, a share of the present one included, make a later epoch."""
+        if int(epoch) > self.epoch:
+            self.epoch = int(epoch)
+            self.model.load_state_dict(model.state_dict())
+
+    def train(self, mode: bool = True) -> "PastModel":
+        """Stay in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> ExitOutput | None:
+        """Return the logits of the backbone's own classifier for images [B, C, H, W]; None in the first epoch."""
+        return ExitOutput((self.model(images),), ()) if self.epoch else None
+
+    def get_extra_state(self) -> int:
+        return self.epoch
+
+    def set_extra_state(self, state: Any) -> None:
+        self.epoch = state
 
 
 def _last(out: ExitOutput, target: Tensor) -> Tensor:

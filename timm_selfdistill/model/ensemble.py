@@ -56,9 +56,8 @@ class Ensemble:
                 f"The running ensembles have {sizes} outputs; of weights for {len(self.weights)} they must have "
                 f"{list(range(1, len(self.weights)))}."
             )
-        if any((member.bias is None) != (self.bias is None) for member in members) or any(
-            len(member.bias or ()) != len(self.bias or ()) for member in members
-        ):
+        classes = None if self.bias is None else len(self.bias)
+        if any((None if member.bias is None else len(member.bias)) != classes for member in members):
             raise ValueError("The running ensembles must have a bias for the same classes as the ensemble.")
 
     @classmethod

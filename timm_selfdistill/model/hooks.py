@@ -30,19 +30,17 @@ class Call:
 
     It ends at the exit `stop_at`, or where `visit` returns no rows: that is called with the index and tensors of each
     tap, and returns the rows of the images that go on [B'], or None for all of them.
-
-    Attributes:
-        taps: The tapped tensors of each exit that was reached, by its index; no tensors with `visit`.
-        features: What entered each module of the backbone's classifier, by its path.
-        output: What the backbone returned; None where its forward ended at an exit.
-        running: Of each exit, how many of its modules (what is tapped, and containers that end with it) run now.
     """
 
     def __init__(self, mark: str, stop_at: int | None, visit: Visit | None) -> None:
         self.mark, self.stop_at, self.visit = mark, stop_at, visit
+        # The tapped tensors of each exit that was reached, by its index; no tensors with `visit`.
         self.taps: dict[int, tuple[Tensor, ...]] = {}
+        # What entered each module of the backbone's classifier, by its path.
         self.features: dict[str, Tensor] = {}
+        # What the backbone returned; None where its forward ended at an exit.
         self.output: Any = None
+        # Of each exit, how many of its modules (what is tapped, and containers that end with it) run now.
         self.running: dict[int, int] = {}
 
 

@@ -112,10 +112,7 @@ def with_image_size(name: str, kwargs: dict[str, Any], image_size: int | tuple[i
 
 
 def check_size(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError for a timm model that this machine's memory cannot hold, or with more parts than any of timm's.
-
-    Whatever else is wrong with the model is reported where it is built.
-    """
+    """Raise ValueError for a timm model larger than this machine's memory, or with more parts than any of timm's."""
     if torch.empty(0).is_meta:
         return
     what = f"{name!r} with {dict(kwargs)!s:.200} has"
@@ -125,7 +122,7 @@ def check_size(name: str, kwargs: Mapping[str, Any]) -> None:
         needed = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
     except TooLargeError as error:
         raise ValueError(f"{what} more than {_LIMITS[str(error)]:,} {error}.") from None
-    except Exception:  # timm checks few arguments, and fails wherever a wrong one leads
+    except Exception:  # whatever else is wrong with the model is reported where it is built
         return
     available = psutil.virtual_memory().total
     if needed > available:
@@ -135,11 +132,7 @@ def check_size(name: str, kwargs: Mapping[str, Any]) -> None:
 
 
 def create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Backbone:
-    """Create a timm model; `kwargs` are further arguments of `timm.create_model`.
-
-    Raises:
-        ValueError: If the name or an argument is unknown (the message has similar names), or a download fails.
-    """
+    """Create a timm model; ValueError if that fails, with similar names if there is none of its name."""
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
@@ -191,12 +184,7 @@ def _reason(error: Exception) -> str:
 
 
 def model_problem(name: str, *, pretrained: bool = False) -> str | None:
-    """Return what is wrong with the name of a timm model, None if nothing is known to be.
-
-    Args:
-        name: The name, with a tag of pretrained weights or without.
-        pretrained: Whether weights are wanted.
-    """
+    """Return what is wrong with the name of a timm model and, if wanted, of its weights; None if nothing is."""
     if name.startswith(SOURCES):
         return None
     architecture, _, tag = name.partition(".")
