@@ -59,18 +59,11 @@ class Stopwatch:
 def median_seconds(
     measure: Callable[[], Sequence[float]], *, warm_up: int, rounds: int, seconds: float
 ) -> tuple[list[float], int]:
-    """Measure several things in turns, so that a machine that slows down meanwhile slows all of them.
+    """Return the median seconds of several things, and the number of rounds; `measure` returns the seconds of each.
 
-    `torch.utils.benchmark.Timer` cannot: it measures one thing at a time, with two more runs to warm up.
-
-    Args:
-        measure: Returns the seconds of each of them, once.
-        warm_up: Rounds that do not count.
-        rounds: The least number of rounds that count.
-        seconds: The least time that these take together.
-
-    Returns:
-        The median seconds of each, and the number of rounds.
+    They take turns, so that a machine that slows down meanwhile slows all of them: `torch.utils.benchmark.Timer`
+    measures one thing at a time. After `warm_up` rounds that do not count, there are at least `rounds`, which take at
+    least `seconds` together.
     """
     for _ in range(warm_up):
         measure()

@@ -138,11 +138,7 @@ def watch_usage(model: nn.Module) -> Iterator[_Usage]:
 
 
 class _Removed(nn.Module):
-    """Takes the place of a module after the exit; it holds nothing.
-
-    Attributes:
-        passes: Whether it returns what it is given, for a forward that runs on to its end; otherwise it never runs.
-    """
+    """Takes the place of a module after the exit: holds nothing, and never runs unless it `passes` what it is given."""
 
     def __init__(self) -> None:
         super().__init__()
