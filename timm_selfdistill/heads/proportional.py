@@ -180,8 +180,9 @@ class HeadBudget:
 
     def width(self, point: ExitPoint, num_exits: int) -> int | None:
         """Return the largest width of a head that fits at one of `num_exits` points; None if none does."""
-        feature_dim = self.found.run.feature_dim
-        for width in [feature_dim, *range((feature_dim - 1) // _STEP * _STEP, self.min_width - 1, -_STEP)]:
+        widest = self.found.run.feature_dim
+        widths: list[int] = [widest, *range((widest - 1) // _STEP * _STEP, self.min_width - 1, -_STEP)]
+        for width in widths:
             macs, params = self.shares(point, width)
             if macs <= min(self.share, _OF_SAVED * (1 - point.cost)) and params <= _PARAMS * self.share / num_exits:
                 return width

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_selfdistill.losses.divergences import bind_divergence
 from timm_selfdistill.losses.protocol import stack
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
-from timm_selfdistill.model.wrapping import check_size, create_backbone
+from timm_selfdistill.model.timm_models import check_size, create_backbone
 from timm_selfdistill.recipe.teacher_settings import OutsideTeacherConfig
 
 # What torch has of the interpolations of timm's data configuration; the others are close to these.
