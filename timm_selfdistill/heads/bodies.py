@@ -1,4 +1,4 @@
-"""The bodies of heads: their registry, what they share, and the published ones."""
+"""The bodies of heads: their registry, the published ones, and what they share."""
 
 import math
 from collections.abc import Callable
