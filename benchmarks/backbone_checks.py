@@ -220,7 +220,7 @@ def check_layouts(model: sd.SelfDistillModel, x: Tensor, taps: Sequence[tuple[Te
     Raises:
         Broken: If a tap has the numbers of timm's feature map, or as many of them, in another order.
     """
-    candidates = resolve_feature_info(model.backbone).values()
+    candidates = resolve_feature_info(model.backbone)[0].values()
     aligned = len(candidates) == len(model.feature_info)
     indices = {c.name: c.indices for c in candidates if c.entries or aligned}
     counts: dict[str, Any] = {"taps": sum(len(point.taps) for point in model.points), "same_shape": 0, "same_values": 0}

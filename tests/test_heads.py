@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -311,3 +312,39 @@ def test_a_strided_depthwise_convolution_trains_the_same_in_bfloat16(size):
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
     for value, reference in zip(torch.autograd.grad((found * weight).sum(), (x, conv.weight)), gradients, strict=True):
         torch.testing.assert_close(value, reference, rtol=0.05, atol=0.1)
+
+
+# The state dict of one exit in the order in which its tensors are made, by what `wrap` is given.
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+BLOCK = ["conv.weight", *(f"bn.{name}" for name in BATCH_NORM)]
+LAYERS = {
+    "bottleneck": [f"body.{part}.{name}" for part in ("reduce", "shrink", "expand") for name in BLOCK],
+    "linear": ["body.norm.weight", "body.norm.bias", "body.proj.weight", "body.proj.bias"],
+    "token": ["body.norm.weight", "body.norm.bias", *(f"body.mlp.{n}.{p}" for n in (0, 2) for p in ("weight", "bias"))],
+}
+
+
+@pytest.mark.parametrize("hint_adapter", [False, True])
+@pytest.mark.parametrize("head", LAYERS)
+def test_a_seed_gives_the_same_exits_to_the_bit(head, hint_adapter):
+    """After the backbone, each exit draws its body, classifier and adapter, shallow to deep, and nothing else does."""
+    torch.manual_seed(0)
+    model = wrap("test_resnet", num_classes=CLASSES, image_size=32, head=head, hint_adapter=hint_adapter)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    backbone = timm.create_model("test_resnet", num_classes=CLASSES)
+    width = model.taps.feature_dim
+    expected = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    for index, point in enumerate(model.points):
+        (tap,) = point.taps
+        parts = {"body": HEADS.get(head)(tap, width), "classifier": nn.Linear(width, CLASSES)}
+        if hint_adapter:
+            parts["adapter"] = nn.Linear(width, width)
+        state = nn.ModuleDict(parts).state_dict()
+        linears = [f"{part}.{name}" for part in list(parts)[1:] for name in ("weight", "bias")]
+        assert list(state) == [*LAYERS[head], *linears]
+        expected |= {f"heads.{index}.{name}": tensor for name, tensor in state.items()}
+    assert torch.equal(after, torch.rand(1))
+    state = model.state_dict()
+    assert list(state) == list(expected)
+    assert [name for name in state if not torch.equal(state[name], expected[name])] == []

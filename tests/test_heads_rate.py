@@ -7,8 +7,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 import timm_selfdistill as sd
-from timm_selfdistill.model.heads_rate import unscaled_rate
 from timm_selfdistill.recipe import load_recipe
+from timm_selfdistill.task import unscaled_rate
 from timm_selfdistill.train.builders import build_optimizer
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import timm_selfdistill as sd
 from timm_selfdistill.model import ExitOutput
-from timm_selfdistill.model.hooks import watch_usage
+from timm_selfdistill.truncation import watch_usage
 
 SIZE = 64
 # Small members of families that can be fused, with the image size that they are run at.

@@ -139,6 +139,17 @@ def test_preset_gives_the_published_terms_and_gradients(preset, exits, soft):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"none"}))
+def test_the_loss_is_the_weighted_sum_of_its_terms_to_the_bit(preset):
+    loss = SelfDistillationLoss(preset)
+    config, terms = loss.config, loss(make_output(dtype=torch.float32), make_target())
+    rows = [[terms.get(f"{kind}/{index}", torch.zeros(())) for index in range(4)] for kind in ("ce", "kd", "hint")]
+    ce, kd, hint = (torch.stack(row) for row in rows)
+    expected = config.ce_weight * ce[:3].sum() + config.deepest_ce_weight * ce[3]
+    expected = expected + config.kd_weight * kd[:3].sum() + config.hint_weight * hint[:3].sum()
+    assert torch.equal(terms["loss"].detach(), expected + config.deepest_kd_weight * kd[3])
+
+
 def test_three_exits_give_the_ten_terms_of_the_paper():
     terms = SelfDistillationLoss("byot-iccv2019")(make_output(3), make_target())
     names = [f"ce/{i}" for i in range(4)] + [f"kd/{i}" for i in range(3)] + [f"hint/{i}" for i in range(3)]

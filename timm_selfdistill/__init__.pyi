@@ -33,7 +33,6 @@ from timm_selfdistill.losses import register_teacher as register_teacher
 from timm_selfdistill.model import Ensemble as Ensemble
 from timm_selfdistill.model import ExitOutput as ExitOutput
 from timm_selfdistill.model import SelfDistillModel as SelfDistillModel
-from timm_selfdistill.model import scale_heads_lr as scale_heads_lr
 from timm_selfdistill.model import wrap as wrap
 from timm_selfdistill.onnx import OnnxEarlyExit as OnnxEarlyExit
 from timm_selfdistill.predict import Prediction as Prediction
@@ -41,6 +40,7 @@ from timm_selfdistill.predict import predict_images as predict_images
 from timm_selfdistill.recipe import list_recipes as list_recipes
 from timm_selfdistill.recipe import load_recipe as load_recipe
 from timm_selfdistill.task import SelfDistillationTask as SelfDistillationTask
+from timm_selfdistill.task import scale_heads_lr as scale_heads_lr
 from timm_selfdistill.train import train as train
 from timm_selfdistill.truncation import TruncatedModel as TruncatedModel
 from timm_selfdistill.truncation import truncate as truncate

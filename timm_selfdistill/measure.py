@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -59,18 +59,11 @@ class Stopwatch:
 def median_seconds(
     measure: Callable[[], Sequence[float]], *, warm_up: int, rounds: int, seconds: float
 ) -> tuple[list[float], int]:
-    """Measure several things in turns, so that a machine that slows down meanwhile slows all of them.
+    """Return the median seconds of several things, and the number of rounds; `measure` returns the seconds of each.
 
-    `torch.utils.benchmark.Timer` cannot: it measures one thing at a time, with two more runs to warm up.
-
-    Args:
-        measure: Returns the seconds of each of them, once.
-        warm_up: Rounds that do not count.
-        rounds: The least number of rounds that count.
-        seconds: The least time that these take together.
-
-    Returns:
-        The median seconds of each, and the number of rounds.
+    They take turns, so that a machine that slows down meanwhile slows all of them: `torch.utils.benchmark.Timer`
+    measures one thing at a time. After `warm_up` rounds that do not count, there are at least `rounds`, which take at
+    least `seconds` together.
     """
     for _ in range(warm_up):
         measure()
@@ -97,7 +90,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class TooLargeError(BaseException):
-    """A model has too many parts, of the kind that is the text; no `Exception`, so that no builder catches it."""
+    """A model has too many parts, of the kind that is the text; a `BaseException`, so that no builder catches it."""
 
 
 class BuildLimit:
@@ -115,12 +108,12 @@ class BuildLimit:
 
     def __enter__(self) -> Self:
         self._handles = (
-            register_module_parameter_registration_hook(lambda *args: self._registered("parameters")),
-            register_module_module_registration_hook(lambda *args: self._registered("modules")),
+            register_module_parameter_registration_hook(lambda *args: self._count("parameters")),
+            register_module_module_registration_hook(lambda *args: self._count("modules")),
         )
         self._profile: Any = sys.getprofile()
         if self._left["work"] is not None:
-            sys.setprofile(self._called)
+            sys.setprofile(lambda *args: self._count("work"))
         return self
 
     def __exit__(
@@ -134,15 +127,10 @@ class BuildLimit:
         for handle in self._handles:
             handle.remove()
 
-    def _registered(self, part: str) -> None:
-        # Hooks on the building of modules are those of all threads.
-        if threading.get_ident() == self._thread:
-            self._count(part)
-
-    def _called(self, frame: FrameType, event: str, argument: object) -> None:
-        self._count("work")
-
     def _count(self, part: str) -> None:
+        # Hooks on the building of modules are those of all threads.
+        if threading.get_ident() != self._thread:
+            return
         left = self._left[part]
         assert left is not None
         if left <= 0:
@@ -160,32 +148,18 @@ class _WholeRun(ModuleTracker):
         return None
 
 
-def _onednn_rnn_flops(input: Sequence[int], *weights: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Count one direction of one layer: two weight matrices (and two biases) applied at every step."""
-    return _rnn_flops(input, weights[:4])
-
-
-def _cudnn_rnn_flops(
-    input: Sequence[int], weights: Sequence[Sequence[int]], *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    """Count all directions and layers: two weight matrices each."""
-    return _rnn_flops(input, weights)
-
-
-def _attention_flops(
-    query: Sequence[int], key: Sequence[int], value: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
 def _rnn_flops(input: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
+    """Count the matrices among the weights, each applied at every step."""
     steps = input[0] * input[1]
     return sum(2 * steps * shape[0] * shape[1] for shape in weights if len(shape) == 2)
 
 
-_FORMULAS = {
-    torch.ops.aten.mkldnn_rnn_layer: _onednn_rnn_flops,
-    torch.ops.aten._cudnn_rnn: _cudnn_rnn_flops,
+# Called with the shapes of an operation's arguments.
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    # One direction of one layer, with two matrices and two biases.
+    torch.ops.aten.mkldnn_rnn_layer: lambda input, *weights, **kwargs: _rnn_flops(input, weights[:4]),
+    # All directions and layers.
+    torch.ops.aten._cudnn_rnn: lambda input, weights, *_, **kwargs: _rnn_flops(input, weights),
     # The kernel of CPUs, which torch 2.14 runs without gradients and does not count.
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **kwargs: sdpa_flop_count(q, k, v),
 }

@@ -22,7 +22,7 @@ from timm_selfdistill.early_exit import EarlyExit
 from timm_selfdistill.escape import printable
 from timm_selfdistill.hub import class_names, load_with_early_exit
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.network import ENSEMBLE, AllExits, ExitChoice, check_choice
+from timm_selfdistill.model.ensemble import ENSEMBLE, AllExits, ExitChoice, check_choice
 from timm_selfdistill.output import progress_bar, tell
 
 BATCH_SIZE: Final = 32

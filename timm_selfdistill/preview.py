@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from timm_selfdistill.exits import Backbone, ExitPoint, Exits, Exploration, choose, explore, named_modules
+from timm_selfdistill.exits import Backbone, ExitPoint, Exits, Exploration, choose, explore
 from timm_selfdistill.heads import (
     AUTO,
     PROPORTIONAL,
@@ -115,16 +115,15 @@ def _explore(
     name: str, kwargs: dict[str, Any], image_size: int | tuple[int, int] | None, exits: Exits | None
 ) -> tuple[Backbone, Exploration]:
     """Return the backbone and its points; on the meta device, which needs neither memory nor time, where it can run."""
-    names = named_modules(exits)
     try:
         with torch.device("meta"):
             backbone = _create(name, kwargs)
-            return backbone, explore(backbone, image_size, names)
+            return backbone, explore(backbone, image_size, exits)
     except Exception as error:  # of whatever kind: some models compute numbers while they are built or run
         if isinstance(error, ValueError) and error.__cause__ is None:
             raise  # our own judgement of the model, which real weights would not change
         backbone = _create(name, kwargs)
-        return backbone, explore(backbone, image_size, names)
+        return backbone, explore(backbone, image_size, exits)
 
 
 def _create(name: str, kwargs: dict[str, Any]) -> Backbone:

@@ -16,7 +16,7 @@ from timm.models import get_pretrained_cfg, is_model_pretrained
 from timm_selfdistill.data import ImageSplit
 from timm_selfdistill.data.survey import Survey, survey
 from timm_selfdistill.escape import printable
-from timm_selfdistill.model.wrapping import model_problem
+from timm_selfdistill.model.timm_models import model_problem
 from timm_selfdistill.output import replace_file
 from timm_selfdistill.recipe import DataSection, load_recipe
 from timm_selfdistill.recipe.loss_settings import DEFAULT_PRESET

@@ -1,19 +1,21 @@
 """A network that ends at an exit: the layers after it are removed."""
 
 import copy
+import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from timm_selfdistill.compat import TorchDispatchMode, tree_leaves
 from timm_selfdistill.exits import Backbone, ExitPoint, random_images, unchanged
 from timm_selfdistill.heads import ExitHead
 from timm_selfdistill.measure import MacCounter
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.hooks import Hooks, Usage, watch_usage
+from timm_selfdistill.model.hooks import Hooks
 from timm_selfdistill.model.interface import BackboneInterface
 
 # A forward may read their length or run along them, so they stay, with their members removed.
@@ -95,12 +97,48 @@ class TruncatedModel(nn.Module, BackboneInterface):
         return self.head.classify(*call.taps[0])
 
 
-class _Removed(nn.Module):
-    """Takes the place of a module after the exit; it holds nothing.
+class _Usage(NamedTuple):
+    """What a forward used: the modules that ran, and the parameters and buffers that were read, by their id."""
 
-    Attributes:
-        passes: Whether it returns what it is given, for a forward that runs on to its end; otherwise it never runs.
+    modules: set[nn.Module]
+    tensors: dict[int, Tensor]
+
+
+@contextmanager
+def watch_usage(model: nn.Module) -> Iterator[_Usage]:
+    """Record what the body uses of a model, in its own thread: others may use the model at the same time.
+
+    Some modules apply the weight of another one that never runs itself, and some cache in eval mode what they computed
+    from theirs: so what an operation reads counts, and what a module that runs owns.
     """
+    usage = _Usage(set(), {})
+    thread = threading.get_ident()
+    known = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
+
+    def note(values: Any) -> None:
+        usage.tensors.update({id(value): value for value in values if id(value) in known})
+
+    def note_module(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == thread:
+            usage.modules.add(module)
+            note(chain(module.parameters(recurse=False), module.buffers(recurse=False)))
+
+    class OperandWatch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            note(tree_leaves((args, kwargs)))
+            return func(*args, **(kwargs or {}))
+
+    handles = [module.register_forward_pre_hook(note_module) for module in model.modules()]
+    try:
+        with OperandWatch():  # type: ignore[no-untyped-call]
+            yield usage
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Removed(nn.Module):
+    """Takes the place of a module after the exit: holds nothing, and never runs unless it `passes` what it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +153,7 @@ class _Removed(nn.Module):
         """Do nothing: timm's models call this on all their stages."""
 
 
-def _unused(module: nn.Module, usage: Usage) -> Iterator[nn.Module]:
+def _unused(module: nn.Module, usage: _Usage) -> Iterator[nn.Module]:
     """Return the largest modules inside another of which nothing was used."""
     for child in module.children():
         if not _has_tensors(child):
@@ -126,7 +164,7 @@ def _unused(module: nn.Module, usage: Usage) -> Iterator[nn.Module]:
             yield child
 
 
-def _is_used(module: nn.Module, usage: Usage) -> bool:
+def _is_used(module: nn.Module, usage: _Usage) -> bool:
     if not usage.modules.isdisjoint(module.modules()):
         return True
     return any(id(tensor) in usage.tensors for tensor in chain(module.parameters(), module.buffers()))

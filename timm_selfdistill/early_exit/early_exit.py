@@ -16,7 +16,7 @@ from timm_selfdistill.early_exit.rules import EarlyExitConfig
 from timm_selfdistill.early_exit.stage_costs import StageCosts, measure_stage_costs
 from timm_selfdistill.exits import random_images, unchanged
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.bare import BareBackbone
+from timm_selfdistill.model.hooks import BareBackbone
 from timm_selfdistill.serving import NO_TIMES, Give
 from timm_selfdistill.staged import check_limits
 

@@ -9,10 +9,8 @@ from timm_selfdistill.exits.points import Tap as Tap
 from timm_selfdistill.exits.points import choose as choose
 from timm_selfdistill.exits.points import explore as explore
 from timm_selfdistill.exits.points import find_exit_points as find_exit_points
-from timm_selfdistill.exits.points import named_modules as named_modules
 from timm_selfdistill.exits.probe import Backbone as Backbone
 from timm_selfdistill.exits.probe import Classifier as Classifier
-from timm_selfdistill.exits.probe import ImageSize as ImageSize
 from timm_selfdistill.exits.probe import pool_feature as pool_feature
 from timm_selfdistill.exits.probe import random_images as random_images
 from timm_selfdistill.exits.probe import unchanged as unchanged

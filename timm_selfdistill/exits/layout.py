@@ -3,9 +3,8 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 from torch import nn
 
@@ -34,20 +33,15 @@ _TAPPED_INSTEAD = {
 _UNORDERED_TOKENS = ("Hiera",)
 
 
-@dataclass(frozen=True)
-class FeatureEntry:
-    """An entry of `feature_info`: its index, channels, and how many times longer an image's sides are than the grid's.
+class FeatureEntry(NamedTuple):
+    """What `feature_info` says of a tensor: its position there, channels, and the image's sides over the grid's."""
 
-    It describes the tensor at the module that it names.
-    """
-
-    index: int
+    position: int
     channels: int
     reduction: float
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A module that `feature_info` or the caller names.
 
     Args:
@@ -63,8 +57,7 @@ class Candidate:
     entries: tuple[FeatureEntry, ...] = ()
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """One way to read a tensor's shape; the fields are those of `Tap`, and `reduction` is infinite without a grid."""
 
     layout: Layout
@@ -84,39 +77,33 @@ def has_ordered_tokens(backbone: Backbone) -> bool:
     return not any(name in _UNORDERED_TOKENS for name in _timm_classes(backbone))
 
 
-def resolve_feature_info(backbone: Backbone) -> dict[str, Candidate]:
-    """Return the candidates that `feature_info` names and that are modules, in its order."""
+def resolve_feature_info(backbone: Backbone) -> tuple[dict[str, Candidate], tuple[str, ...]]:
+    """Return the candidates that `feature_info` names, in its order, by name; and names in it that are not modules."""
     modules = dict(backbone.named_modules())
-    patterns = [re.escape(pattern).replace(r"\*", "[^.]*") for pattern in _tapped_instead(backbone)]
+    tapped = next((_TAPPED_INSTEAD[name] for name in _timm_classes(backbone) if name in _TAPPED_INSTEAD), ())
+    patterns = [re.escape(pattern).replace(r"\*", "[^.]*") for pattern in tapped]
     instead = [name for pattern in patterns for name in modules if re.fullmatch(pattern, name)]
     if instead:
-        return {
-            name: Candidate(name, last_running_child(backbone, name, instead), (index,))
-            for index, name in enumerate(instead)
-        }
+        paths = [last_running_child(backbone, name, instead) for name in instead]
+        return {name: Candidate(name, paths[index], (index,)) for index, name in enumerate(instead)}, ()
+    info = backbone.feature_info
     # Where the backbone hands on the `feature_info` of a child, its names are relative to the child.
-    sharing = (n for n, child in backbone.named_children() if _has_info(child, backbone.feature_info))
+    sharing = [name for name, child in backbone.named_children() if getattr(child, "feature_info", None) is info]
     prefixes = ("", *(f"{name}." for name in sharing))
     entries: dict[str, list[FeatureEntry]] = {}
-    for index, entry in enumerate(backbone.feature_info):
+    without_module = []
+    for index, entry in enumerate(info):
         names = (prefix + entry["module"] for prefix in prefixes if entry["module"])
         name = next((name for name in names if name in modules), None)
-        if name is not None:
+        if name is None:
+            without_module.append(entry["module"])
+        else:
             entries.setdefault(name, []).append(FeatureEntry(index, entry["num_chs"], entry["reduction"]))
-    return {
-        name: Candidate(
-            name, last_running_child(backbone, name, entries), tuple(entry.index for entry in found), tuple(found)
-        )
-        for name, found in entries.items()
-    }
-
-
-def entries_without_module(backbone: Backbone, candidates: Mapping[str, Candidate]) -> tuple[str, ...]:
-    """Return the names in `feature_info` that are not modules, and so no candidates."""
-    if _tapped_instead(backbone):
-        return ()
-    resolved = {index for candidate in candidates.values() for index in candidate.indices}
-    return tuple(entry["module"] for index, entry in enumerate(backbone.feature_info) if index not in resolved)
+    candidates = {}
+    for name, found in entries.items():
+        running = last_running_child(backbone, name, entries)
+        candidates[name] = Candidate(name, running, tuple(entry.position for entry in found), tuple(found))
+    return candidates, tuple(without_module)
 
 
 def last_running_child(backbone: Backbone, name: str, known: Iterable[str]) -> str:
@@ -148,21 +135,17 @@ def read_taps(
     reductions = sorted({entry.reduction for c in candidates for entry in c.entries})
     ranked = {c.name: _rank(c, records[c.module], image_size, reductions) for c in candidates}
     # Where a shape alone leaves the layout open, as [1, 64, 64, 64] does, the backbone's other tensors decide.
-    clear = Counter(ranks[0][1].layout for taps in ranked.values() for ranks in taps if not _is_tie(ranks))
+    clear = Counter(ranks[0][1].layout for taps in ranked.values() for ranks in taps if len(_best(ranks)) == 1)
     usual = clear.most_common(1)[0][0] if clear else None
-    return {name: tuple(_best_reading(ranks, usual) for ranks in taps) for name, taps in ranked.items() if taps}
-
-
-def _tapped_instead(backbone: Backbone) -> tuple[str, ...]:
-    return next((_TAPPED_INSTEAD[name] for name in _timm_classes(backbone) if name in _TAPPED_INSTEAD), ())
+    readings = {}
+    for name, taps in ranked.items():
+        if taps:
+            readings[name] = tuple(min(_best(ranks), key=lambda found: found.layout != usual) for ranks in taps)
+    return readings
 
 
 def _timm_classes(backbone: Backbone) -> list[str]:
     return [base.__name__ for base in type(backbone).__mro__ if base.__module__.startswith("timm.")]
-
-
-def _has_info(child: nn.Module, feature_info: object) -> bool:
-    return getattr(child, "feature_info", None) is feature_info
 
 
 def _rank(
@@ -181,8 +164,7 @@ def _rank(
         sought = [(None, [reading for reading in readings if reading.member == member]) for member in members]
     ranked: list[Ranks] = []
     for entry, allowed in sought:
-        ranks = [(_misfit(reading, entry, image_size), _as_described(reading, entry)) for reading in allowed]
-        ranks.sort(key=lambda rank: rank[0])
+        ranks = sorted((_judge(reading, entry, image_size) for reading in allowed), key=lambda rank: rank[0])
         if ranks and ranks[0][1].member not in [other[0][1].member for other in ranked]:
             ranked.append(ranks)
     return ranked
@@ -205,56 +187,54 @@ def _readings(
             reduction = math.sqrt(math.prod(image_size) / math.prod(grid)) if all(grid) else math.inf
             yield Reading(layout, channels, grid, 0, reduction, member)
     elif len(shape) == 3:
-        yield _read_tokens("NLC", shape[1], shape[2], _MAX_PREFIX_TOKENS, member, image_size, reductions)
         # Networks that put channels first have no tokens in front of the grid's.
-        yield _read_tokens("NCL", shape[2], shape[1], 0, member, image_size, reductions)
+        lists: tuple[tuple[Layout, int, int, int], ...] = (
+            ("NLC", shape[1], shape[2], _MAX_PREFIX_TOKENS),
+            ("NCL", shape[2], shape[1], 0),
+        )
+        for layout, length, channels, max_prefix in lists:
+            prefix, token_grid, reduction = _find_grid(length, max_prefix, image_size, reductions)
+            yield Reading(layout, channels, token_grid, prefix, reduction, member)
 
 
-def _read_tokens(
-    layout: Layout,
-    length: int,
-    channels: int,
-    max_prefix: int,
-    member: int | None,
-    image_size: tuple[int, int],
-    reductions: Sequence[float],
-) -> Reading:
-    """Return the grid that leaves the fewest prefix tokens, at the described reductions or else at any; or none."""
+def _find_grid(
+    length: int, max_prefix: int, image_size: tuple[int, int], reductions: Sequence[float]
+) -> tuple[int, tuple[int, int] | None, float]:
+    """Return the least number of prefix tokens that leaves a grid, the grid, and its reduction; or that there is none.
+
+    A grid at one of the described reductions goes before any other.
+    """
     for tried in (reductions, range(1, _MAX_REDUCTION + 1)):
         fits = []
         for reduction in tried:
             for rounded in (math.ceil, math.floor):
                 grid = (rounded(image_size[0] / reduction), rounded(image_size[1] / reduction))
-                extra = length - math.prod(grid)
-                if all(grid) and 0 <= extra <= max_prefix:
-                    fits.append(Reading(layout, channels, grid, extra, reduction, member))
+                prefix = length - math.prod(grid)
+                if all(grid) and 0 <= prefix <= max_prefix:
+                    fits.append((prefix, grid, reduction))
         if fits:
-            return min(fits, key=lambda reading: reading.num_prefix_tokens)
-    return Reading(layout, channels, None, 0, math.inf, member)
+            return min(fits, key=lambda fit: fit[0])
+    return 0, None, math.inf
 
 
-def _misfit(reading: Reading, entry: FeatureEntry | None, image_size: tuple[int, int]) -> tuple[float, ...]:
-    """Return how badly a reading disagrees with the described channels, the image's aspect and the described grid."""
+def _judge(
+    reading: Reading, entry: FeatureEntry | None, image_size: tuple[int, int]
+) -> tuple[tuple[float, ...], Reading]:
+    """Return how badly a reading disagrees with the described channels, the image's aspect and the described grid.
+
+    It is returned too, with the described reduction: the last grids of a tiny image cannot tell it.
+    """
     wrong_channels = entry is not None and reading.channels != entry.channels
-    if reading.grid is None or 0 in reading.grid:
-        return (wrong_channels, math.inf, math.inf)
-    aspect = abs(math.log(reading.grid[0] / reading.grid[1] * image_size[1] / image_size[0]))
-    size = abs(math.log(reading.reduction / entry.reduction)) if entry is not None else 0.0
-    return (wrong_channels, round(aspect, 1), round(size, 1))
+    aspect = size = math.inf
+    if reading.grid is not None and 0 not in reading.grid:
+        aspect = abs(math.log(reading.grid[0] / reading.grid[1] * image_size[1] / image_size[0]))
+        size = abs(math.log(reading.reduction / entry.reduction)) if entry is not None else 0.0
+    misfit = (wrong_channels, round(aspect, 1), round(size, 1))
+    if entry is None or wrong_channels:
+        return misfit, reading
+    return misfit, reading._replace(reduction=entry.reduction)
 
 
-def _as_described(reading: Reading, entry: FeatureEntry | None) -> Reading:
-    """Return a reading with the described reduction: the last grids of a tiny image cannot tell it."""
-    if entry is None or reading.channels != entry.channels:
-        return reading
-    return replace(reading, reduction=entry.reduction)
-
-
-def _is_tie(ranks: Ranks) -> bool:
-    return len(ranks) > 1 and ranks[0][0] == ranks[1][0]
-
-
-def _best_reading(ranks: Ranks, usual: Layout | None) -> Reading:
-    """Return the best reading; where several are equally good, the one that is usual in this backbone."""
-    best = [reading for misfit, reading in ranks if misfit == ranks[0][0]]
-    return next((reading for reading in best if reading.layout == usual), best[0])
+def _best(ranks: Ranks) -> list[Reading]:
+    """Return the readings that fit best."""
+    return [reading for misfit, reading in ranks if misfit == ranks[0][0]]

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from timm_selfdistill.exits.layout import (
     Candidate,
     Layout,
-    Reading,
-    entries_without_module,
     has_ordered_tokens,
     last_running_child,
     read_taps,
@@ -81,10 +79,7 @@ class ExitPoint:
 
 @dataclass(frozen=True)
 class BackboneTaps:
-    """Where a backbone is tapped: at its exits, shallow to deep, and where the teacher's feature enters its classifier.
-
-    `feature_dim` and `feature_axes` are those of `DryRun`.
-    """
+    """Where a backbone is tapped: at its exits, shallow to deep, and at its classifier; see also `DryRun`."""
 
     points: tuple[ExitPoint, ...]
     classifier: Classifier
@@ -133,44 +128,42 @@ class Exploration:
 def find_exit_points(
     backbone: Backbone, exits: Exits | None = None, image_size: ImageSize | None = None
 ) -> BackboneTaps:
-    """Choose exit points and prove them by one forward of zeros that leaves the backbone unchanged.
+    """Choose exit points, proved by one forward of zeros; `exits` and `image_size` are as in `wrap`.
 
     Args:
         backbone: A timm model, or a module that follows timm's contract (`feature_info`, `get_classifier`,
-            `num_classes`, `num_features`).
-        exits: How many exits, spread evenly over the backbone's cost; or for each exit an index into `feature_info`
-            (int), a share of the cost (float) or a module path (str). By default three, as in the paper, or fewer
-            where the backbone has fewer stages.
-        image_size: Input height and width of the dry run in pixels; the backbone's own by default.
-
-    Returns:
-        The exit points from shallow to deep, and where the teacher's feature is read.
+            `num_classes`, `num_features`); it is not changed.
+        exits: Which exits, or how many.
+        image_size: Input height and width of the dry run in pixels.
 
     Raises:
         ValueError: If the backbone does not follow the contract or has no classifier, or if an exit does not exist, is
             named twice or never, or is at a module that does not run exactly once or whose output is overwritten.
     """
-    return choose(explore(backbone, image_size, named_modules(exits)), exits)
+    return choose(explore(backbone, image_size, exits), exits)
 
 
-def explore(backbone: Backbone, image_size: ImageSize | None = None, names: Sequence[str] = ()) -> Exploration:
-    """Find every point that an exit can be attached to; `names` are module paths to look at besides `feature_info`'s.
-
-    Raises:
-        ValueError: If the backbone does not follow the contract or has no classifier, or a named module does not exist.
-    """
+def explore(backbone: Backbone, image_size: ImageSize | None = None, exits: Exits | None = None) -> Exploration:
+    """Find every point that an exit can be attached to, at the modules that `feature_info` and `exits` name."""
+    names = _module_names(exits)
     check_contract(backbone)
-    candidates = resolve_feature_info(backbone)
+    candidates, without_module = resolve_feature_info(backbone)
     for name in names:
         if name not in candidates:
             candidates[name] = Candidate(name, last_running_child(backbone, name, candidates))
     classifier = find_classifier(backbone)
     run = dry_run(backbone, [c.module for c in candidates.values()], classifier, image_size)
     points = _prove(candidates, run, has_ordered_tokens(backbone))
-    return Exploration(points, candidates, classifier, run, entries_without_module(backbone, candidates))
+    return Exploration(points, candidates, classifier, run, without_module)
 
 
-def named_modules(exits: Exits | None) -> tuple[str, ...]:
+def choose(found: Exploration, exits: Exits | None) -> BackboneTaps:
+    """Choose among the points that were found; for the forms of `exits` and the errors see `find_exit_points`."""
+    run = found.run
+    return BackboneTaps(tuple(_choose(found, exits)), found.classifier, run.feature_dim, run.feature_axes)
+
+
+def _module_names(exits: Exits | None) -> tuple[str, ...]:
     """Return the module paths in a choice of exits; raise ValueError if it is neither a number nor a list."""
     if isinstance(exits, int | None):
         return ()
@@ -179,12 +172,6 @@ def named_modules(exits: Exits | None) -> tuple[str, ...]:
             f"exits={exits!r}: give a number, or a list of feature_info indices, cost shares or module names."
         )
     return tuple(item for item in exits if isinstance(item, str))
-
-
-def choose(found: Exploration, exits: Exits | None) -> BackboneTaps:
-    """Choose among the points that were found; for the forms of `exits` and the errors see `find_exit_points`."""
-    run = found.run
-    return BackboneTaps(tuple(_choose(found, exits)), found.classifier, run.feature_dim, run.feature_axes)
 
 
 def _prove(candidates: dict[str, Candidate], run: DryRun, tokens_in_order: bool) -> tuple[ExitPoint, ...]:
@@ -200,22 +187,21 @@ def _prove(candidates: dict[str, Candidate], run: DryRun, tokens_in_order: bool)
         module = candidates[name].module
         # Depth is the cost where no operation runs that can be counted.
         cost = records[module].macs / run.total_macs if run.total_macs else (position + 1) / (len(fired) + 1)
-        names = [name] if len(found) == 1 else [f"{name}[{reading.member}]" for reading in found]
-        taps = [_tap(*pair, coarsest, tokens_in_order) for pair in zip(names, found, strict=True)]
+        taps = []
+        for reading in found:
+            is_readable = reading.layout in ("NCHW", "NHWC") or tokens_in_order
+            tap = Tap(
+                name=name if len(found) == 1 else f"{name}[{reading.member}]",
+                layout=reading.layout,
+                channels=reading.channels,
+                grid=reading.grid if is_readable else None,
+                num_prefix_tokens=reading.num_prefix_tokens,
+                downsample=max(1, round(coarsest / reading.reduction)),
+                member=reading.member,
+            )
+            taps.append(tap)
         points.append(ExitPoint(name, module, cost, tuple(taps)))
     return tuple(points)
-
-
-def _tap(name: str, reading: Reading, coarsest: float, tokens_in_order: bool) -> Tap:
-    return Tap(
-        name=name,
-        layout=reading.layout,
-        channels=reading.channels,
-        grid=reading.grid if reading.layout in ("NCHW", "NHWC") or tokens_in_order else None,
-        num_prefix_tokens=reading.num_prefix_tokens,
-        downsample=max(1, round(coarsest / reading.reduction)),
-        member=reading.member,
-    )
 
 
 def _choose(found: Exploration, exits: Exits | None) -> list[ExitPoint]:

@@ -25,13 +25,11 @@ _ENTRY_KEYS = ("module", "num_chs", "reduction")
 
 @dataclass(frozen=True)
 class Classifier:
-    """A backbone's classifier.
+    """A backbone's classifier: the path of its first module, and the paths of all of them in groups.
 
-    Args:
-        name: Its module path, of the first where there are several.
-        groups: Module paths. Classifiers in one group read different features of which each gives a part of the
-            teacher's (CrossViT: a feature a branch); two groups are two whole classifiers, whose features are averaged
-            (distilled transformers: the class token's and the distillation token's).
+    Classifiers in one group read different features of which each gives a part of the teacher's (CrossViT: a feature a
+    branch). Two groups are two whole classifiers, whose features are averaged (distilled transformers: those of the
+    class token and of the distillation token).
     """
 
     name: str
@@ -74,10 +72,8 @@ class DryRun:
 def unchanged(model: nn.Module, *, restore_tensors: bool = False) -> Iterator[None]:
     """Run the body in eval mode, then restore every module's mode and torch's random state.
 
-    Args:
-        model: The model.
-        restore_tensors: Also restore the values of parameters and buffers, bit for bit; the body may change them in
-            place, but not replace them.
+    With `restore_tensors`, also the values of parameters and buffers, bit for bit; the body may change them in place,
+    but not replace them.
     """
     modes = [(module, module.training) for module in model.modules()]
     tensors = [*model.parameters(), *model.buffers()]
@@ -141,11 +137,7 @@ def find_classifier(backbone: Backbone) -> Classifier:
 
 @torch.inference_mode(False)  # where tensors tell whether they were overwritten
 def dry_run(backbone: Backbone, taps: Sequence[str], classifier: Classifier, image_size: ImageSize | None) -> DryRun:
-    """Run the backbone once on zeros, and record calls, shapes and cost at every tap.
-
-    Raises:
-        ValueError: If the backbone fails, returns no logits, or does not run its classifier as modules.
-    """
+    """Run the backbone once on zeros; ValueError if it fails, returns no logits, or does not run its classifier."""
     kind = type(backbone).__name__
     channels, height, width = _input_size(backbone, image_size)
     parameter = next(backbone.parameters())
@@ -186,12 +178,7 @@ def random_images(backbone: Backbone, image_size: ImageSize | None, count: int) 
 
 
 def pool_feature(value: Tensor, axis: int) -> Tensor:
-    """Return the teacher's feature [B, D]: what enters the classifier, averaged over all positions.
-
-    Args:
-        value: What enters the classifier, batch first.
-        axis: The dimension that holds the channels.
-    """
+    """Return the teacher's feature [B, D]: the mean of what enters the classifier, its channels at `axis`."""
     positions = [dim for dim in range(1, value.ndim) if dim != axis]
     return value.mean(positions) if positions else value
 
@@ -260,9 +247,7 @@ def _forward(
 
 
 def _feature_axis(shape: tuple[int, ...], expected: Container[int | None]) -> int:
-    """Return which dimension of a classifier's input holds the channels: one of an expected width, or the usual one.
-
-    The input is [B, D], [B, D, H, W], [B, H, W, D], [B, L, D] or [B, D, L].
-    """
+    """Return which dimension of a classifier's input holds the channels: one of an expected width, or the usual one."""
+    # The input is [B, D], [B, D, H, W], [B, H, W, D], [B, L, D] or [B, D, L].
     usual = {2: (1,), 3: (2, 1), 4: (1, 3)}.get(len(shape), (1,))
     return next((axis for axis in usual if shape[axis] in expected), usual[0])

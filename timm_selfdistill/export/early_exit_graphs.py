@@ -23,7 +23,7 @@ from timm_selfdistill.export.graphs import TOLERANCE, ExportError
 from timm_selfdistill.export.onnx_stages import check_nested, check_quantization, quantize_stages, write_nested
 from timm_selfdistill.hub import check_weights
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.network import EachExit
+from timm_selfdistill.model.ensemble import EachExit
 from timm_selfdistill.staged import Array, Manifest
 
 _STAGES: Final = {"onnx-stages": "onnx", "torch-export-stages": "torch-export"}

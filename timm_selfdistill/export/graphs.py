@@ -18,7 +18,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from timm_selfdistill.data.transforms import InputConfig
 from timm_selfdistill.hub import class_names, complete_names
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.network import AllExits, EachExit
+from timm_selfdistill.model.ensemble import AllExits, EachExit
 from timm_selfdistill.program import ReportedError
 from timm_selfdistill.truncation import TruncatedModel
 

@@ -21,7 +21,7 @@ from timm_selfdistill.export.early_exit_graphs import EARLY_EXIT_FORMATS, check_
 from timm_selfdistill.export.onnx_stages import check_quantization
 from timm_selfdistill.hub import check_weights, from_pretrained, is_exported, load_with_early_exit, save_exported
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.network import ENSEMBLE, AllExits, EachExit, ExitChoice, check_choice
+from timm_selfdistill.model.ensemble import ENSEMBLE, AllExits, EachExit, ExitChoice, check_choice
 from timm_selfdistill.truncation import truncate
 
 _MODEL_FORMATS: Final = {"safetensors": "", **{kind: graphs.SUFFIXES[kind] for kind in ("torch-export", "onnx")}}

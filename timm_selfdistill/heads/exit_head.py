@@ -24,8 +24,7 @@ class ExitHead(nn.Module):
         point: The exit point that is read.
         feature_dim: Width D of the teacher's feature.
         num_classes: Number of logits.
-        head: Name of a registered body, or "published": `token` for NLC, NCL and NHWC taps, `bottleneck` for an NCHW
-            tap, `linear` for each of several NCHW branches.
+        head: Name of a registered body, or "published" for the one that suits the taps.
         head_kwargs: Further arguments of the body.
         hint_adapter: Report the feature through a trainable linear layer, as the journal version does before it
             compares features; the classifier still reads the body's own output.

@@ -1,11 +1,11 @@
 """The default head: a body of one width, and the budget that chooses the width and the points worth an exit."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 from timm.layers import BatchNormAct2d, ConvNormAct
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ DEFAULT_BUDGET: Final = 0.1
 _PARAMS: Final = 2.5
 # Of what an exit saves, the most that its head may cost.
 _OF_SAVED: Final = 0.5
+# Widths are the teacher's, or multiples of this.
 _STEP: Final = 8
 _MIN_WIDTH: Final = 16
 # Channels after the pooling, as a multiple of the tap's.
@@ -59,7 +60,7 @@ class Proportional(nn.Module):
         expand: Channels of a map after the pooling over the tap's, 4 in `wrap`'s default heads; without, the width.
 
     Raises:
-        ValueError: If `width` or `expand` is no number of channels.
+        ValueError: If `width` or `expand` is not a positive whole number.
     """
 
     def __init__(self, tap: Tap, feature_dim: int, width: int | None = None, expand: int | None = None) -> None:
@@ -123,14 +124,7 @@ def default_kwargs(point: ExitPoint, width: int) -> dict[str, int]:
 
 
 def body_cost(tap: Tap, shape: Sequence[int], width: int, expand: int | None = None) -> tuple[int, int]:
-    """Return the parameters of a body, and its multiply-accumulates for one image.
-
-    Args:
-        tap: What is read.
-        shape: Shape of the tapped tensor for one image.
-        width: The body's width.
-        expand: As in the head.
-    """
+    """Return the parameters of a body, and its multiply-accumulates for a tapped tensor of `shape`, one image's."""
     channels = tap.channels
     if not _is_map(tap):
         return 2 * channels + (channels + 1) * width, math.prod(shape) * width
@@ -157,11 +151,7 @@ def _links(tap: Tap, width: int, expand: int | None) -> tuple[list[int], list[in
 
 
 def resolve_budget(head: str, head_kwargs: object, head_budget: float | None) -> float | None:
-    """Return the budget that chooses the widths of heads, or None where the other arguments say how wide they are.
-
-    Raises:
-        ValueError: If a budget is given beside those.
-    """
+    """Return the budget that chooses the widths of heads; None where `head` and `head_kwargs` say how wide they are."""
     if head == PROPORTIONAL and not head_kwargs:
         return DEFAULT_BUDGET if head_budget is None else head_budget
     if head_budget is not None:
@@ -175,18 +165,10 @@ def resolve_budget(head: str, head_kwargs: object, head_budget: float | None) ->
 
 @dataclass(frozen=True)
 class HeadBudget:
-    """What the heads on a backbone may cost.
+    """What the heads on a backbone may cost, for a `share` from above 0 to 1.
 
     A head may cost `share` of the backbone's multiply-accumulates, but no more than half of what its exit saves; all
     heads together may have 2.5 times `share` of its parameters, each the same part of it.
-
-    Args:
-        share: From above 0 to 1.
-        found: The backbone's points and costs.
-        backbone: The backbone.
-
-    Raises:
-        ValueError: If the share is not such a number.
     """
 
     share: float
@@ -198,7 +180,13 @@ class HeadBudget:
 
     def width(self, point: ExitPoint, num_exits: int) -> int | None:
         """Return the largest width of a head that fits at one of `num_exits` points; None if none does."""
-        return next((width for width in self._widths() if self._fits(point, num_exits, width)), None)
+        widest = self.found.run.feature_dim
+        widths: list[int] = [widest, *range((widest - 1) // _STEP * _STEP, self.min_width - 1, -_STEP)]
+        for width in widths:
+            macs, params = self.shares(point, width)
+            if macs <= min(self.share, _OF_SAVED * (1 - point.cost)) and params <= _PARAMS * self.share / num_exits:
+                return width
+        return None
 
     @property
     def min_width(self) -> int:
@@ -220,10 +208,9 @@ class HeadBudget:
     def _params(self) -> int:
         return sum(parameter.numel() for parameter in self.backbone.parameters())
 
-    def excess(self, fitted: "FittedExits") -> str:
-        """Return a sentence on the heads that exceed the budget."""
-        widths = dict(zip(fitted.taps.points, fitted.widths, strict=True))
-        costs = [(point.name, *self.shares(point, widths[point])) for point in fitted.too_large]
+    def excess(self, points: Sequence[ExitPoint]) -> str:
+        """Return a sentence on points where no head fits."""
+        costs = [(point.name, *self.shares(point, self.min_width)) for point in points]
         listed = ", ".join(
             f"{name} ({macs:.1%} of the MACs, {params:.1%} of the parameters)" for name, macs, params in costs
         )
@@ -232,43 +219,20 @@ class HeadBudget:
             "there. Give a larger head_budget, other exits or fewer."
         )
 
-    def _fits(self, point: ExitPoint, num_exits: int, width: int) -> bool:
-        macs, params = self.shares(point, width)
-        return macs <= min(self.share, _OF_SAVED * (1 - point.cost)) and params <= _PARAMS * self.share / num_exits
 
-    def _widths(self) -> Iterator[int]:
-        """Yield all widths, the teacher's first, then multiples of 8."""
-        feature_dim = self.found.run.feature_dim
-        yield feature_dim
-        yield from range((feature_dim - 1) // _STEP * _STEP, self.min_width - 1, -_STEP)
-
-
-@dataclass(frozen=True)
-class FittedExits:
-    """Exit points with the width of each one's head; `too_large` are those where no head fits the budget."""
+class FittedExits(NamedTuple):
+    """Exit points, the arguments of each one's head, and a warning where no head fits the budget."""
 
     taps: BackboneTaps
-    widths: tuple[int, ...]
-    too_large: tuple[ExitPoint, ...]
-
-    @property
-    def head_kwargs(self) -> list[dict[str, int]]:
-        """The arguments of each head."""
-        return [default_kwargs(point, width) for point, width in zip(self.taps.points, self.widths, strict=True)]
+    head_kwargs: list[dict[str, int]]
+    warning: str | None
 
 
 def fit_heads(budget: HeadBudget, exits: Exits | None) -> FittedExits:
-    """Choose exit points and the widths of their heads.
+    """Choose exit points, in the forms of `wrap`, and the widths of their heads.
 
     Of a number of exits, and by default, only points where a head fits are chosen. By default there are fewer than
     three exits where heads fit at fewer points; points that are asked for are always taken.
-
-    Args:
-        budget: What the heads may cost.
-        exits: As in `wrap`.
-
-    Raises:
-        ValueError: If an exit does not exist, or no head fits anywhere.
     """
     found = budget.found
     if exits is None:
@@ -285,12 +249,10 @@ def fit_heads(budget: HeadBudget, exits: Exits | None) -> FittedExits:
         taps = _choose_fitting(budget, exits) or choose(found, exits)
     else:
         taps = choose(found, exits)
-    widths = [budget.width(point, len(taps.points)) for point in taps.points]
-    return FittedExits(
-        taps,
-        tuple(budget.min_width if width is None else width for width in widths),
-        tuple(point for point, width in zip(taps.points, widths, strict=True) if width is None),
-    )
+    widths = {point: budget.width(point, len(taps.points)) for point in taps.points}
+    too_large = [point for point, width in widths.items() if width is None]
+    head_kwargs = [default_kwargs(point, width or budget.min_width) for point, width in widths.items()]
+    return FittedExits(taps, head_kwargs, budget.excess(too_large) if too_large else None)
 
 
 def _choose_fitting(budget: HeadBudget, count: int) -> BackboneTaps | None:

@@ -1,17 +1,21 @@
 """Distances of logits, and of features, from those of the teacher."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from inspect import Parameter, signature
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from timm_selfdistill.checks import Number, check, is_number
+from timm_selfdistill.recipe.loss_settings import SelfDistillationConfig
+from timm_selfdistill.recipe.teacher_settings import OutsideTeacherConfig
 from timm_selfdistill.registry import Registry
+
+Settings = SelfDistillationConfig | OutsideTeacherConfig
 
 
 class Divergence(Protocol):
@@ -40,10 +44,7 @@ _DIVERGENCES: Registry[Divergence] = Registry("divergence", "timm_selfdistill.di
 
 
 def register_divergence(name: str) -> Callable[[Divergence], Divergence]:
-    """Return a decorator that registers a `Divergence` as `name`.
-
-    Args:
-        name: Its name in `SelfDistillationConfig.divergence` and recipes.
+    """Return a decorator that registers a `Divergence` as `name`, for the setting `divergence`.
 
     Raises:
         ValueError: If the name is taken.
@@ -54,25 +55,6 @@ def register_divergence(name: str) -> Callable[[Divergence], Divergence]:
 def list_divergences() -> list[str]:
     """Return the names of all registered divergences, sorted."""
     return _DIVERGENCES.names()
-
-
-def bind_settings(name: str, settings: Mapping[str, Any]) -> Divergence:
-    """Return the divergence `name` with its settings, which must be its own, and numbers where it has numbers."""
-    divergence = _DIVERGENCES.get(name)
-    defaults = {
-        key: parameter.default
-        for key, parameter in signature(divergence).parameters.items()
-        if parameter.kind is Parameter.KEYWORD_ONLY and parameter.default is not Parameter.empty
-    }
-    if unknown := sorted(settings.keys() - defaults.keys()):
-        raise ValueError(
-            f"divergence_kwargs: the divergence {name!r} has no setting {', '.join(unknown)}; it has "
-            f"{', '.join(defaults) or 'none'}."
-        )
-    for key, value in settings.items():
-        if is_number(defaults[key]):
-            check(f"divergence_kwargs: {key}", value, Number)
-    return partial(divergence, **settings) if settings else divergence
 
 
 @register_divergence("kl")
@@ -169,30 +151,33 @@ def mse(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float,
     return (student - teacher).square().mean((1, 2))
 
 
-class DivergenceSettings(Protocol):
-    """What of a configuration says how a divergence compares."""
+def bind_divergence(config: Settings) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the divergence of a configuration, as a function of student [N, B, C], teacher [N, B, C] and target."""
+    divergence, settings = _DIVERGENCES.get(config.divergence), config.divergence_kwargs
+    defaults = {
+        key: parameter.default
+        for key, parameter in signature(divergence).parameters.items()
+        if parameter.kind is Parameter.KEYWORD_ONLY and parameter.default is not Parameter.empty
+    }
+    if unknown := sorted(settings.keys() - defaults.keys()):
+        raise ValueError(
+            f"divergence_kwargs: the divergence {config.divergence!r} has no setting {', '.join(unknown)}; it has "
+            f"{', '.join(defaults) or 'none'}."
+        )
+    for key, value in settings.items():
+        if is_number(defaults[key]):
+            check(f"divergence_kwargs: {key}", value, Number)
+    return partial(_compare, partial(divergence, **settings) if settings else divergence, config)
 
-    @property
-    def divergence(self) -> str: ...
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def t_squared(self) -> bool: ...
-    @property
-    def standardize_logits(self) -> bool: ...
 
-
-def compare_logits(
-    divergence: Divergence, settings: DivergenceSettings, student: Tensor, teacher: Tensor, target: Tensor
-) -> Tensor:
-    """Return the divergences of logits [N, B, C] from logits [N, B, C], one value each [N]."""
-    if settings.standardize_logits:
+def _compare(divergence: Divergence, config: Settings, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    if config.standardize_logits:
         student, teacher = standardize(student), standardize(teacher)
-    scale = settings.temperature**2 if settings.t_squared else 1.0
-    values = divergence(student, teacher, target, temperature=settings.temperature, scale=scale)
+    scale = config.temperature**2 if config.t_squared else 1.0
+    values = divergence(student, teacher, target, temperature=config.temperature, scale=scale)
     if values.shape != student.shape[:1]:
         raise ValueError(
-            f"Divergence {settings.divergence!r} returned {list(values.shape)}; allowed is one value per exit, "
+            f"Divergence {config.divergence!r} returned {list(values.shape)}; allowed is one value per exit, "
             f"{list(student.shape[:1])}."
         )
     return values

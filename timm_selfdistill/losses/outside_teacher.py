@@ -9,10 +9,10 @@ from timm.data import resolve_data_config
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 
-from timm_selfdistill.losses.divergences import bind_settings, compare_logits
+from timm_selfdistill.losses.divergences import bind_divergence
 from timm_selfdistill.losses.protocol import stack
 from timm_selfdistill.model import ExitOutput, SelfDistillModel
-from timm_selfdistill.model.wrapping import check_size, create_backbone
+from timm_selfdistill.model.timm_models import check_size, create_backbone
 from timm_selfdistill.recipe.loss_settings import OutsideTeacherConfig
 
 # What torch has of the interpolations of timm's data configuration; the others are close to these.
@@ -24,8 +24,7 @@ class OutsideTeacher:
 
     It sees the images that the student sees, augmented and mixed alike: they are resized to its own image size with
     its own interpolation, whole, and normalised with its own statistics. It runs once a step, in eval mode, under the
-    autocast of the step and without a gradient. It is no part of the task: no checkpoint, average of the weights or
-    DDP knows of it.
+    autocast of the step and without a gradient. Checkpoints, the average of the weights and DDP do not know of it.
 
     Args:
         model: A model with timm's `pretrained_cfg`, itself, not a copy: it is frozen. Or the name of a timm model,
@@ -58,23 +57,13 @@ class OutsideTeacher:
             found = model
         self.model = found.requires_grad_(False).eval()
         self.config = OutsideTeacherConfig() if config is None else config
-        self._divergence = bind_settings(self.config.divergence, self.config.divergence_kwargs)
+        self._divergence = bind_divergence(self.config)
         self.data_config = resolve_data_config({}, model=found)
-        # Not the size of `pretrained_cfg` where the model was built for another one.
+        # The model may have been built for another size than that of `pretrained_cfg`.
         self.data_config |= {"input_size": resolve_input_data_config(found, {"mean": 0.5, "std": 0.5})["input_size"]}
         self._mean, self._std = mean, std
         self._device: torch.device | None = None
         self._tensors: dict[Any, Tensor] = {}
-
-    @property
-    def teaches_exits(self) -> bool:
-        """Whether it teaches the added exits."""
-        return self.config.teaches != "backbone"
-
-    @property
-    def teaches_backbone(self) -> bool:
-        """Whether it teaches the backbone's own classifier."""
-        return self.config.teaches != "exits"
 
     def expect(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Say how the images of the student are normalised."""
@@ -103,9 +92,9 @@ class OutsideTeacher:
         """Raise ValueError if a student cannot learn from it."""
         if model is self.model or model.backbone is self.model:
             raise ValueError("The teacher is the student itself; allowed is another model.")
-        if self.teaches_exits and not exits_run:
+        if self.config.teaches != "backbone" and not exits_run:
             raise ValueError("The teacher teaches exits, which this loss does not run; allowed is teaches='backbone'.")
-        if self.teaches_backbone and not backbone_trains:
+        if self.config.teaches != "exits" and not backbone_trains:
             raise ValueError("The teacher teaches the backbone, which is frozen; allowed is teaches='exits'.")
         self.check_classes(model.num_classes, names_of(model))
         of_student = resolve_data_config({}, model=model)
@@ -127,8 +116,9 @@ class OutsideTeacher:
             All terms: "loss" with the teacher's share, and "teacher/0" to "teacher/K", of those it teaches, unweighted
             and detached.
         """
-        first = 0 if self.teaches_exits else len(out.logits) - 1
-        last = len(out.logits) if self.teaches_backbone else len(out.logits) - 1
+        deepest = len(out.logits) - 1
+        first = deepest if self.config.teaches == "backbone" else 0
+        last = deepest if self.config.teaches == "exits" else deepest + 1
         taught = self.answer(images)
         if taught.shape != out.logits[-1].shape:
             raise ValueError(
@@ -137,7 +127,7 @@ class OutsideTeacher:
             )
         with torch.autocast(images.device.type, enabled=False):
             student = stack(out.logits[first:last])
-            values = compare_logits(self._divergence, self.config, student, stack([taught]).expand_as(student), target)
+            values = self._divergence(student, stack([taught]).expand_as(student), target)
             loss = terms["loss"] + self.config.weight * values.sum()
         own = {f"teacher/{index}": value for index, value in enumerate(values.detach().unbind(), first)}
         return {**terms, "loss": loss, **own}

@@ -104,14 +104,11 @@ get_loss = _LOSSES.get
 
 
 def register_loss(name: str) -> Callable[[LossClass], LossClass]:
-    """Return a decorator that registers a loss class as `name`.
+    """Return a decorator that registers a loss class as `name`, for recipes.
 
     The class is an `nn.Module`, called with `(out: ExitOutput, target)`, that returns a dict of scalars with at least
     "loss". Its attribute `needs`, a `Needs`, says what it is given; without it, the exits' entries and no keyword. The
     attribute `needs_exits` is a short form of `Needs(exits=...)`.
-
-    Args:
-        name: Its name in recipes.
 
     Raises:
         ValueError: If the name is taken.

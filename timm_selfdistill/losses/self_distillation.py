@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.losses.divergences import HINT_DISTANCES, bind_settings, compare_logits
+from timm_selfdistill.losses.divergences import HINT_DISTANCES, bind_divergence
 from timm_selfdistill.losses.protocol import (
     Needs,
     TrainingTime,
@@ -28,6 +28,11 @@ from timm_selfdistill.recipe.loss_settings import DEFAULT_PRESET, PRESETS, SelfD
 class SelfDistillationLoss(nn.Module):
     """Label, distillation and hint terms of all exits, as a weighted sum.
 
+    With logits z_i, feature F_i and weight w_i of each exit i, and z and F of the backbone, it is the sum of
+    `w_i (ce_weight CE(z_i, y) + kd_weight D(z_i, t_i) + hint_weight H(F_i, F))` over the exits and of
+    `deepest_ce_weight CE(z, y) + deepest_kd_weight D(z, t)`. CE is the cross-entropy with the target y, D the
+    divergence from the logits t of the teacher, H the distance of two features.
+
     Has no parameters. Computed in at least float32, inside autocast too. Logits and features beyond +-1e14 count as
     +-1e14, with a gradient of zero, so that no finite input gives NaN or infinity; NaN stays NaN.
 
@@ -46,7 +51,7 @@ class SelfDistillationLoss(nn.Module):
     def __init__(self, config: SelfDistillationConfig | str = DEFAULT_PRESET) -> None:
         super().__init__()
         self.config = config = _preset(config) if isinstance(config, str) else config
-        self._divergence = bind_settings(config.divergence, config.divergence_kwargs)
+        self._divergence = bind_divergence(config)
         self._teacher = get_teacher(config.teacher)
         self._hint_distance = HINT_DISTANCES[config.hint_distance]
         takes = signature(self._teacher).parameters
@@ -115,14 +120,7 @@ class SelfDistillationLoss(nn.Module):
                 a target holds no indices of classes, or probabilities that are negative or do not sum to 1.
         """
         config = self.config
-        if isinstance(out, Tensor):
-            raise ValueError(
-                f"The output is one tensor {list(out.shape)}; allowed is an ExitOutput, which the model returns "
-                "when it is called with return_exits=True."
-            )
-        if not self.needs.exits:
-            out = ExitOutput(out.logits[-1:], ())
-        self._check(out, target, ema)
+        out = self._checked(out, target, ema)
         with torch.autocast(target.device.type, enabled=False):
             logits = stack(out.logits)
             none = logits.new_zeros(0)
@@ -139,18 +137,79 @@ class SelfDistillationLoss(nn.Module):
                 + config.hint_weight * self._sum_exits(hint)
                 + config.deepest_kd_weight * warmth * kd_backbone.sum()
             )
-        backbone = len(out.logits) - 1
         terms = {"loss": loss}
-        for kind, of_exits, of_backbone in (("ce", ce, ce_backbone), ("kd", kd, kd_backbone), ("hint", hint, none)):
-            for first, values in ((0, of_exits), (backbone, of_backbone)):
-                # `|=` is not for torch.compile of torch 2.6.
-                terms.update({f"{kind}/{index}": value for index, value in enumerate(values.detach().unbind(), first)})
+        deepest = len(out.logits) - 1
+        shown = (("ce", 0, ce), ("ce", deepest, ce_backbone), ("kd", 0, kd), ("kd", deepest, kd_backbone))
+        for kind, first, values in (*shown, ("hint", 0, hint)):
+            # `|=` is not for torch.compile of torch 2.6.
+            terms.update({f"{kind}/{index}": value for index, value in enumerate(values.detach().unbind(), first)})
         return terms
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in asdict(self.config).items())
 
-    def _check(self, out: ExitOutput, target: Tensor, ema: ExitOutput | None) -> None:
+    def _distill(
+        self, logits: Tensor, target: Tensor, ema: ExitOutput | None, ensemble: Ensemble | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the divergences of the exits [K] and of the backbone [1] from their teachers, [0] without a weight."""
+        config, none = self.config, logits.new_zeros(0)
+        given: dict[str, Any] = {"ema": stack(ema.logits).detach()} if ema is not None and self.needs.ema else {}
+        if self.needs.ensemble:
+            given["ensemble"] = Ensemble.mean(len(logits)) if ensemble is None else ensemble
+        if not config.deepest_kd_weight:
+            return self._compare(logits[:-1], self._teacher(logits.detach(), **given), target), none
+        values = self._compare(logits, self._teacher(logits.detach(), backbone=True, **given), target)
+        return values[:-1] if config.kd_weight else none, values[-1:]
+
+    def _compare(self, student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+        """Return the divergence of each student from its teacher, or the mean of those from its teachers [N]."""
+        shape = list(student.shape)
+        found: list[Any]
+        if isinstance(teachers, Tensor):
+            found = list(teachers.shape)
+            fit = found == shape
+        else:
+            found = [list(teacher.shape) for teacher in teachers]
+            fit = len(found) == len(student) and all(size[0] and size[1:] == shape[1:] for size in found)
+        if not fit:
+            raise ValueError(
+                f"Teacher {self.config.teacher!r} returned {found}; allowed is one [B, C] per exit, {shape}, "
+                "or a list with one [S, B, C] per exit."
+            )
+        if isinstance(teachers, Tensor):
+            return self._divergence(student, teachers, target)
+        repeated = torch.cat([own.expand_as(teacher) for own, teacher in zip(student, teachers, strict=True)])
+        values = self._divergence(repeated, torch.cat(tuple(teachers)), target)
+        return torch.stack([of_exit.mean() for of_exit in values.split_with_sizes([len(each) for each in teachers])])
+
+    def _compare_features(self, features: Sequence[Tensor]) -> Tensor:
+        """Return the distance of each exit's feature from the backbone's [K]."""
+        return self._hint_distance(stack(features[:-1]) - stack(features[-1:]).detach()).mean(-1)
+
+    def _warmth(self, time: TrainingTime | None) -> float:
+        """Return the share of the divergences' weights at a time of the training."""
+        if not self.config.kd_warmup_epochs or not self.needs.time:
+            return 1.0
+        if time is None:
+            raise ValueError(
+                "kd_warmup_epochs needs the time: call the loss with the keyword time, or train a SelfDistillationTask "
+                "with task.set_time() before each step."
+            )
+        return min(time.epoch / self.config.kd_warmup_epochs, 1.0)
+
+    def _sum_exits(self, values: Tensor) -> Tensor:
+        weights = self.config.exit_weights
+        return (values if weights is None else values * values.new_tensor(weights)[: len(values)]).sum()
+
+    def _checked(self, out: ExitOutput, target: Tensor, ema: ExitOutput | None) -> ExitOutput:
+        """Return the output that the loss is computed from; raise ValueError if a shape or dtype is wrong."""
+        if isinstance(out, Tensor):
+            raise ValueError(
+                f"The output is one tensor {list(out.shape)}; allowed is an ExitOutput, which the model returns "
+                "when it is called with return_exits=True."
+            )
+        if not self.needs.exits:
+            out = ExitOutput(out.logits[-1:], ())
         check_entries("logits", "C", out.logits)
         if self.needs.exits and len(out.logits) == 1:
             raise ValueError(
@@ -180,59 +239,7 @@ class SelfDistillationLoss(nn.Module):
                     f"The average's output holds logits {shapes(ema.logits)}; allowed is what the model's own has, "
                     f"{shapes(out.logits)}."
                 )
-
-    def _warmth(self, time: TrainingTime | None) -> float:
-        """Return the share of the divergences' weights at a time of the training."""
-        if not self.config.kd_warmup_epochs or not self.needs.time:
-            return 1.0
-        if time is None:
-            raise ValueError(
-                "kd_warmup_epochs needs the time: call the loss with the keyword time, or train a SelfDistillationTask "
-                "with task.set_time() before each step."
-            )
-        return min(time.epoch / self.config.kd_warmup_epochs, 1.0)
-
-    def _sum_exits(self, values: Tensor) -> Tensor:
-        """Return the sum over the exits, each with its weight."""
-        weights = self.config.exit_weights
-        return (values if weights is None else values * values.new_tensor(weights)[: len(values)]).sum()
-
-    def _compare_features(self, features: Sequence[Tensor]) -> Tensor:
-        """Return the distance of each exit's feature from the backbone's [K]."""
-        return self._hint_distance(stack(features[:-1]) - stack(features[-1:]).detach()).mean(-1)
-
-    def _distill(
-        self, logits: Tensor, target: Tensor, ema: ExitOutput | None, ensemble: Ensemble | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the divergences of the exits [K] and of the backbone [1] from their teachers, [0] without a weight."""
-        config, none = self.config, logits.new_zeros(0)
-        given: dict[str, Any] = {"ema": stack(ema.logits).detach()} if ema is not None and self.needs.ema else {}
-        if self.needs.ensemble:
-            given["ensemble"] = Ensemble.mean(len(logits)) if ensemble is None else ensemble
-        if not config.deepest_kd_weight:
-            return self._compare(logits[:-1], self._teacher(logits.detach(), **given), target), none
-        values = self._compare(logits, self._teacher(logits.detach(), backbone=True, **given), target)
-        return values[:-1] if config.kd_weight else none, values[-1:]
-
-    def _compare(self, student: Tensor, teachers: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
-        """Return the divergence of each student from its teacher, or the mean of those from its teachers [N]."""
-        if isinstance(teachers, Tensor):
-            self._check_teachers(teachers.shape == student.shape, teachers.shape, student.shape)
-            return compare_logits(self._divergence, self.config, student, teachers, target)
-        sizes = [teacher.shape for teacher in teachers]
-        fit = len(sizes) == len(student) and all(size[0] and size[1:] == student.shape[1:] for size in sizes)
-        self._check_teachers(fit, sizes, student.shape)
-        repeated = torch.cat([own.expand_as(teacher) for own, teacher in zip(student, teachers, strict=True)])
-        values = compare_logits(self._divergence, self.config, repeated, torch.cat(tuple(teachers)), target)
-        return torch.stack([of_exit.mean() for of_exit in values.split_with_sizes([size[0] for size in sizes])])
-
-    def _check_teachers(self, fit: bool, found: Sequence[Any], student: torch.Size) -> None:
-        if not fit:
-            sizes = [list(size) if isinstance(size, torch.Size) else size for size in found]
-            raise ValueError(
-                f"Teacher {self.config.teacher!r} returned {sizes}; allowed is one [B, C] per exit, {list(student)}, "
-                "or a list with one [S, B, C] per exit."
-            )
+        return out
 
 
 def _preset(name: str) -> SelfDistillationConfig:

@@ -1,40 +1,28 @@
-"""Whose logits teach: those of other exits, of the average of the weights, or of the model an epoch ago."""
+"""Whose logits teach the exits: those of deeper exits, of all together, or of the average of the weights."""
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from timm_selfdistill.model import Ensemble, ExitOutput, SelfDistillModel
+from timm_selfdistill.model import Ensemble
 from timm_selfdistill.registry import Registry
 
 Teacher = Callable[..., Tensor | Sequence[Tensor]]
-"""From the detached logits of all exits and the backbone [K + 1, B, C] to those each exit learns from.
-
-These are [K, B, C]; or, where an exit has several teachers, one [S, B, C] for each of the K exits, whose divergences
-are averaged. A teacher with a keyword `ema` is also given the logits [K + 1, B, C] of the average of the weights, one
-with a keyword `ensemble` the model's `Ensemble`, as it was when training began. One with a keyword `backbone` can teach
-the backbone's own classifier too: where it is true, it returns K + 1 of them.
-"""
+"""What `register_teacher` takes."""
 
 _TEACHERS: Registry[Teacher] = Registry("teacher", "timm_selfdistill.teachers")
 get_teacher = _TEACHERS.get
 
 
 def register_teacher(name: str) -> Callable[[Teacher], Teacher]:
-    """Return a decorator that registers a function as the teacher `name`.
+    """Return a decorator that registers a function as the teacher `name`, for the setting `teacher`.
 
     The function maps the detached logits of all exits and the backbone [K + 1, B, C] to those that each exit learns
-    from: [K, B, C], or a list with one [S, B, C] for each of the K exits, which then has several teachers. If it has a
-    keyword `ema`, it is also given the logits [K + 1, B, C] of the average of the weights; with a keyword `ensemble`,
-    the model's `Ensemble` as it was when training began, the mean unless it was fitted. If it has a keyword `backbone`,
-    `deepest_kd_weight` may be above 0: it is then true, and the function returns one more, the logits that the
-    backbone's own classifier learns from.
-
-    Args:
-        name: Its name in `SelfDistillationConfig.teacher` and recipes.
+    from: [K, B, C], or a list with one [S, B, C] for each of the K exits, which then has several teachers, whose
+    divergences are averaged. If it has a keyword `ema`, it is also given the logits [K + 1, B, C] of the average of the
+    weights; with a keyword `ensemble`, the model's `Ensemble` as it was when training began, the mean unless it was
+    fitted. If it has a keyword `backbone`, `deepest_kd_weight` may be above 0: it is then true, and the function
+    returns one more, the logits that the backbone's own classifier learns from.
 
     Raises:
         ValueError: If the name is taken.
@@ -112,33 +100,3 @@ def ema_same_exit(logits: Tensor, *, ema: Tensor, backbone: bool = False) -> Ten
 def _taught(logits: Tensor, backbone: bool) -> Tensor:
     """Return the entries of the exits, and the backbone's if asked."""
     return logits if backbone else logits[:-1]
-
-
-class PastModel(nn.Module):
-    """A frozen copy of a model, renewed at the start of every epoch but the first; its state can be saved."""
-
-    def __init__(self, model: SelfDistillModel) -> None:
-        super().__init__()
-        self.model = deepcopy(model).requires_grad_(False).eval()
-        self.epoch = 0
-
-    def follow(self, model: SelfDistillModel, epoch: float) -> None:
-        """Copy the model's state, if the epochs done, a share of the present one included, make a later epoch."""
-        if int(epoch) > self.epoch:
-            self.epoch = int(epoch)
-            self.model.load_state_dict(model.state_dict())
-
-    def train(self, mode: bool = True) -> "PastModel":
-        """Stay in eval mode."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> ExitOutput | None:
-        """Return the logits of the backbone's own classifier for images [B, C, H, W]; None in the first epoch."""
-        return ExitOutput((self.model(images),), ()) if self.epoch else None
-
-    def get_extra_state(self) -> int:
-        return self.epoch
-
-    def set_extra_state(self, state: Any) -> None:
-        self.epoch = state

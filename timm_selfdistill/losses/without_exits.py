@@ -1,5 +1,6 @@
 """Self-distillation of the backbone alone, without exits: its own predictions for other images or times teach it."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from timm_selfdistill.losses.protocol import (
     register_loss,
     stack,
 )
-from timm_selfdistill.model import ExitOutput
+from timm_selfdistill.model import ExitOutput, SelfDistillModel
 
 
 class _WithPrediction(nn.Module):
@@ -63,15 +64,12 @@ class CSKD(_WithPrediction):
         super().__init__(weight, temperature)
 
     def forward(self, out: ExitOutput, target: Tensor, *, partners: ExitOutput) -> dict[str, Tensor]:
-        """Compute the loss.
+        """Return "loss", and its terms, unweighted and detached: "ce/0", the cross-entropy, and "kd/0", the divergence.
 
         Args:
             out: Logits [B, C] of the backbone, as the last entry.
             target: Class indices [B] int64, or class probabilities [B, C] floating.
             partners: The same for other images of these classes, without a gradient.
-
-        Returns:
-            "loss", and its terms, unweighted and detached: "ce/0", the cross-entropy, and "kd/0", the divergence.
 
         Raises:
             ValueError: If a shape or dtype is not as above.
@@ -107,14 +105,11 @@ class DLB(_WithPrediction):
         self._before: Tensor | None = None
 
     def forward(self, out: ExitOutput, target: Tensor) -> dict[str, Tensor]:
-        """Compute the loss; in training mode, remember the logits of the second half of the batch.
+        """Return what `CSKD` does; in training mode, remember the logits of the second half of the batch.
 
         Args:
             out: Logits [2B, C] of the backbone, as the last entry; the first half for images of the batch before.
             target: Class indices [2B] int64, or class probabilities [2B, C] floating.
-
-        Returns:
-            "loss", and its terms, unweighted and detached: "ce/0", the cross-entropy, and "kd/0", the divergence.
 
         Raises:
             ValueError: If a shape or dtype is not as above, or the first half is not as long as what was new before.
@@ -168,16 +163,13 @@ class PSKD(nn.Module):
     def forward(
         self, out: ExitOutput, target: Tensor, *, past: ExitOutput | None, time: TrainingTime
     ) -> dict[str, Tensor]:
-        """Compute the loss.
+        """Return "loss", and "ce/0", the same detached.
 
         Args:
             out: Logits [B, C] of the backbone, as the last entry.
             target: Class indices [B] int64, or class probabilities [B, C] floating.
             past: The same with the weights from the start of the epoch; None in the first epoch.
             time: How far training has come.
-
-        Returns:
-            "loss", and "ce/0", the same detached.
 
         Raises:
             ValueError: If a shape or dtype is not as above.
@@ -194,6 +186,36 @@ class PSKD(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}"
+
+
+class PastModel(nn.Module):
+    """A frozen copy of a model, renewed at the start of every epoch but the first; its state can be saved."""
+
+    def __init__(self, model: SelfDistillModel) -> None:
+        super().__init__()
+        self.model = deepcopy(model).requires_grad_(False).eval()
+        self.epoch = 0
+
+    def follow(self, model: SelfDistillModel, epoch: float) -> None:
+        """Copy the model's state, if the epochs done, a share of the present one included, make a later epoch."""
+        if int(epoch) > self.epoch:
+            self.epoch = int(epoch)
+            self.model.load_state_dict(model.state_dict())
+
+    def train(self, mode: bool = True) -> "PastModel":
+        """Stay in eval mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> ExitOutput | None:
+        """Return the logits of the backbone's own classifier for images [B, C, H, W]; None in the first epoch."""
+        return ExitOutput((self.model(images),), ()) if self.epoch else None
+
+    def get_extra_state(self) -> int:
+        return self.epoch
+
+    def set_extra_state(self, state: Any) -> None:
+        self.epoch = state
 
 
 def _last(out: ExitOutput, target: Tensor) -> Tensor:

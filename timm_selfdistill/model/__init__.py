@@ -1,10 +1,8 @@
 """The self-distilling model: a timm backbone with classifiers on its intermediate features."""
 
 from timm_selfdistill.model.ensemble import Ensemble as Ensemble
-from timm_selfdistill.model.heads_rate import scale_heads_lr as scale_heads_lr
 from timm_selfdistill.model.network import ExitOutput as ExitOutput
 from timm_selfdistill.model.network import SelfDistillModel as SelfDistillModel
-from timm_selfdistill.model.network import WrapConfig as WrapConfig
-from timm_selfdistill.model.wrapping import create_backbone as create_backbone
-from timm_selfdistill.model.wrapping import with_image_size as with_image_size
-from timm_selfdistill.model.wrapping import wrap as wrap
+from timm_selfdistill.model.network import wrap as wrap
+from timm_selfdistill.model.timm_models import create_backbone as create_backbone
+from timm_selfdistill.model.timm_models import with_image_size as with_image_size

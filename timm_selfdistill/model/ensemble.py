@@ -1,13 +1,22 @@
-"""How the logits of all exits become one answer: their mean, or a weighted sum that was fitted on held-out images."""
+"""All exits together: their logits as one answer, the mean or a weighted sum that was fitted on held-out images."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_selfdistill.checks import is_integer
+
+if TYPE_CHECKING:
+    from timm_selfdistill.model.network import SelfDistillModel
+
+
+ENSEMBLE: Final = "ensemble"
+"""What stands in place of an exit's index where all exits answer together."""
+
+ExitChoice = int | Literal["ensemble"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,8 @@ class Ensemble:
                 f"The running ensembles have {sizes} outputs; of weights for {len(self.weights)} they must have "
                 f"{list(range(1, len(self.weights)))}."
             )
-        if any((member.bias is None) != (self.bias is None) for member in members) or any(
-            len(member.bias or ()) != len(self.bias or ()) for member in members
-        ):
+        classes = None if self.bias is None else len(self.bias)
+        if any((None if member.bias is None else len(member.bias)) != classes for member in members):
             raise ValueError("The running ensembles must have a bias for the same classes as the ensemble.")
 
     @classmethod
@@ -61,12 +69,12 @@ class Ensemble:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Return what `to_json` was called on; raise ValueError for anything else."""
         try:
-            bias, running = value.get("bias"), value.get("running")
+            weights, bias, running = value["weights"], value.get("bias"), value.get("running")
             return cls(
-                _numbers(value["weights"]),
-                value.get("images"),
-                None if bias is None else _numbers(bias),
-                None if running is None else tuple(cls.from_json(member) for member in running),
+                weights=tuple(map(float, weights)),
+                images=value.get("images"),
+                bias=None if bias is None else tuple(map(float, bias)),
+                running=None if running is None else tuple(map(cls.from_json, running)),
             )
         except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"An ensemble is a mapping with a list 'weights'; got {value!r:.200}.") from error
@@ -122,5 +130,51 @@ class Ensemble:
         return sum((weight * member for weight, member in members if weight), start=start)
 
 
-def _numbers(values: Any) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
+class EachExit(nn.Module):
+    """Runs all exits of a wrapped model, in its mode, and returns the logits of each."""
+
+    def __init__(self, model: "SelfDistillModel") -> None:
+        super().__init__()
+        self.training = model.training
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map images [B, C, H, W] to K + 1 logits [B, num_classes], shallow to deep, the last the backbone's own."""
+        return _run(self.model, x, [True] * self.model.num_exits)
+
+
+class AllExits(nn.Module):
+    """Runs the exits of a wrapped model, in its mode, and combines their logits as the model's `ensemble` says."""
+
+    def __init__(self, model: "SelfDistillModel") -> None:
+        super().__init__()
+        self.training = model.training
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [B, C, H, W] to logits [B, num_classes]."""
+        ensemble = self.model.ensemble
+        return ensemble(_run(self.model, x, [bool(weight) for weight in ensemble.weights]))
+
+
+def check_choice(model: "SelfDistillModel", exit: int | str, words: Sequence[str] = (ENSEMBLE,)) -> None:
+    """Raise ValueError unless this is the index of an exit, `num_exits`, or one of the words."""
+    if exit in words:
+        return
+    if isinstance(exit, str):
+        allowed = [f"0 to {model.num_exits}", *map(repr, words)]
+        raise ValueError(f"There is no exit {exit!r:.100}; allowed are {', '.join(allowed[:-1])} and {allowed[-1]}.")
+    model.check_exit(exit)
+
+
+def _run(model: "SelfDistillModel", x: Tensor, runs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Return K + 1 logits; in place of those of the exits that need not run, the backbone's."""
+    found: dict[int, Tensor] = {}
+
+    def visit(index: int, taps: tuple[Tensor, ...]) -> None:
+        if runs[index]:
+            found[index] = model.head_of(index).classify(*taps)
+
+    last = model.forward_while(x, visit)
+    assert last is not None  # no image leaves
+    return tuple(found.get(index, last) for index in range(model.num_exits + 1))

@@ -1,8 +1,4 @@
-"""What a model changes of the backward pass.
-
-The gradient of every exit is scaled where it enters the backbone, and batch norms that gradient checkpointing runs
-again do not count the images twice.
-"""
+"""What a model changes of the backward pass: gradients of the exits, and batch norms under gradient checkpointing."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,20 +17,17 @@ class GradientGate(nn.Module):
 
     What the heads read is not changed, and neither are the heads' own gradients. In eval mode, and until `set` is
     called, every gradient passes whole.
-
-    Attributes:
-        factors: The factor of each exit, shallow to deep; none for 1.
-        share: What is left of every factor, a scalar; None if they stay as they are. In no state dict.
-        random: The random states of heads that draw numbers of their own, as those of a closed gate do.
     """
 
     share: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
+        # One for each exit, shallow to deep; none for 1.
         self.factors: tuple[float, ...] = ()
-        # A tensor, as a compiler would make a new program for every number.
+        # What is left of every factor; a tensor, as a compiler would make a new program for every number.
         self.register_buffer("share", None, persistent=False)
+        # The random states of the heads of a closed gate, which draw numbers of their own.
         self.random: dict[str, Tensor] = {}
 
     def set(self, factors: Sequence[float], fades: bool, device: torch.device) -> None:
@@ -60,7 +53,7 @@ class GradientGate(nn.Module):
             return [head(*taps[index]) for index, head in enumerate(heads)]
         # Copied, as another forward may broadcast the buffers before this one's backward.
         share = None if self.share is None else self.share.clone()
-        # Not left to the context: torch.compile of torch 2.6 enters none that is written here.
+        # Decided here, as torch.compile of torch 2.6 cannot enter a context manager of this class.
         open_to_all = not self.is_closed or torch.compiler.is_compiling()
         with nullcontext() if open_to_all else self._own_random(taps[0][0].device):
             return [
@@ -105,7 +98,7 @@ class _ScaledGradient(torch.autograd.Function):
 def _scale(x: Tensor, factor: float, share: Tensor | None) -> Tensor:
     """Return a tensor whose gradient will be scaled."""
     if not factor:
-        # No zeros to add, which would also bring infinities of a head into the backbone.
+        # Zeros would bring infinities of a head into the backbone too.
         return x.detach()
     if factor == 1 and share is None:
         return x
@@ -116,9 +109,7 @@ def _scale(x: Tensor, factor: float, share: Tensor | None) -> Tensor:
 def set_grad_checkpointing(backbone: Any, enable: bool) -> None:
     """Switch a backbone's gradient checkpointing; its batch norms keep their statistics while backward runs them again.
 
-    Args:
-        backbone: A timm model, whose modules get hooks that belong to no model, and so are copied with it.
-        enable: Whether to switch it on; off, the hooks are removed.
+    Their hooks belong to no model, and so are copied with the backbone.
     """
     backbone.set_grad_checkpointing(enable)
     for module in backbone.modules():

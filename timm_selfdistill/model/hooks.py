@@ -7,16 +7,15 @@ threads. A hook holds no model, only its mark: a copy of a module, such as PEFT 
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from operator import is_
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.compat import TorchDispatchMode, forward_hooks, tree_leaves
+from timm_selfdistill.compat import contents, copy_without_hooks, forward_hooks
 from timm_selfdistill.exits import Backbone, ExitPoint
 
 Visit = Callable[[int, tuple[Tensor, ...]], Tensor | None]
@@ -31,19 +30,17 @@ class Call:
 
     It ends at the exit `stop_at`, or where `visit` returns no rows: that is called with the index and tensors of each
     tap, and returns the rows of the images that go on [B'], or None for all of them.
-
-    Attributes:
-        taps: The tapped tensors of each exit that was reached, by its index; no tensors with `visit`.
-        features: What entered each module of the backbone's classifier, by its path.
-        output: What the backbone returned; None where its forward ended at an exit.
-        running: Of each exit, how many of its modules (what is tapped, and containers that end with it) run now.
     """
 
     def __init__(self, mark: str, stop_at: int | None, visit: Visit | None) -> None:
         self.mark, self.stop_at, self.visit = mark, stop_at, visit
+        # The tapped tensors of each exit that was reached, by its index; no tensors with `visit`.
         self.taps: dict[int, tuple[Tensor, ...]] = {}
+        # What entered each module of the backbone's classifier, by its path.
         self.features: dict[str, Tensor] = {}
+        # What the backbone returned; None where its forward ended at an exit.
         self.output: Any = None
+        # Of each exit, how many of its modules (what is tapped, and containers that end with it) run now.
         self.running: dict[int, int] = {}
 
 
@@ -93,12 +90,10 @@ class Hooks:
         finally:
             # Recomputation under gradient checkpointing calls the hooks again: by then they record nothing.
             _THREAD.call = outer
-        for index, point in enumerate(self._points):
-            if index not in call.taps:
-                raise _gone(backbone, point.module)
-        for name in self._classifiers:
-            if name not in call.features:
-                raise _gone(backbone, name)
+        missing = [point.module for index, point in enumerate(self._points) if index not in call.taps]
+        missing += [name for name in self._classifiers if name not in call.features]
+        if missing:
+            raise _gone(backbone, missing[0])
         return call
 
     def remove(self, backbone: Backbone, kept: Sequence["partial[Any]"] = ()) -> None:
@@ -106,7 +101,7 @@ class Hooks:
         for module in backbone.modules():
             for hooks in (forward_hooks(module, True), forward_hooks(module, False)):
                 for key, hook in list(hooks.items()):
-                    if is_ours(hook) and hook.args[0] == self._mark and not any(hook is other for other in kept):
+                    if _is_ours(hook) and hook.args[0] == self._mark and not any(hook is other for other in kept):
                         del hooks[key]
 
     def _attach(self, backbone: Backbone) -> None:
@@ -148,45 +143,27 @@ def run_unread(backbone: Backbone, x: Tensor) -> Any:
         _THREAD.call = outer
 
 
-@dataclass
-class Usage:
-    """What a forward used: the modules that ran, and the parameters and buffers that were read, by their id."""
+class BareBackbone:
+    """Runs a backbone in eval mode past the hooks of exits, which take some per cent of a small network's time.
 
-    modules: set[nn.Module] = field(default_factory=set)
-    tensors: dict[int, Tensor] = field(default_factory=dict)
-
-
-@contextmanager
-def watch_usage(model: nn.Module) -> Iterator[Usage]:
-    """Record what the body uses of a model, in its own thread: others may use the model at the same time.
-
-    Some modules apply the weight of another one that never runs itself, and some cache in eval mode what they computed
-    from theirs: so what an operation reads counts, and what a module that runs owns.
+    The modules with such hooks, and those that hold them, are called through copies without, which share parameters,
+    buffers and all other modules with their originals: weights may change and move. Where anything else changed (a
+    module was replaced, a user's hook added, an attribute set), the backbone itself runs.
     """
-    usage = Usage()
-    thread = threading.get_ident()
-    known = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
 
-    def note(values: Any) -> None:
-        usage.tensors.update({id(value): value for value in values if id(value) in known})
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        made: dict[nn.Module, nn.Module] = {}
+        self._bare = copy_without_hooks(backbone, _is_ours, made)
+        # Views of what the originals hold now, and what they held: compared without a loop in Python.
+        self._views = [view for module, copy in made.items() if copy is not module for view in contents(module)]
+        self._values = list(chain.from_iterable(self._views))
 
-    def note_module(module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == thread:
-            usage.modules.add(module)
-            note(chain(module.parameters(recurse=False), module.buffers(recurse=False)))
-
-    class OperandWatch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            note(tree_leaves((args, kwargs)))
-            return func(*args, **(kwargs or {}))
-
-    handles = [module.register_forward_pre_hook(note_module) for module in model.modules()]
-    try:
-        with OperandWatch():  # type: ignore[no-untyped-call]
-            yield usage
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __call__(self, x: Tensor) -> Any:
+        """Return what the backbone returns."""
+        held = chain.from_iterable(self._views)
+        same = sum(map(len, self._views)) == len(self._values) and all(map(is_, held, self._values))
+        return run_unread(self._bare if same else self.backbone, x)
 
 
 def _enter(mark: str, index: int, module: nn.Module, args: Any) -> None:
@@ -250,7 +227,7 @@ def _is_in_place(backbone: Backbone, place: _Place) -> bool:
     for other in reversed(tuple(forward_hooks(backbone, pre, path).values())):
         if other is hook:
             return True
-        if not is_ours(other):
+        if not _is_ours(other):
             return False
     return False
 
@@ -259,7 +236,7 @@ def _put(hook: "partial[Any]", module: nn.Module, pre: bool) -> "partial[Any]":
     """Put a hook, or an equal one that is there already, after the other hooks of a module, and return it."""
     hooks: Any = forward_hooks(module, pre)
     for key, other in list(hooks.items()):
-        if is_ours(other) and (other.func, other.args) == (hook.func, hook.args):
+        if _is_ours(other) and (other.func, other.args) == (hook.func, hook.args):
             hooks.move_to_end(key)
             return other
     if pre:
@@ -269,7 +246,7 @@ def _put(hook: "partial[Any]", module: nn.Module, pre: bool) -> "partial[Any]":
     return hook
 
 
-def is_ours(hook: Callable[..., Any]) -> TypeGuard["partial[Any]"]:
+def _is_ours(hook: Callable[..., Any]) -> TypeGuard["partial[Any]"]:
     """Whether a hook is one of this file."""
     return isinstance(hook, partial) and hook.func in (_enter, _leave, _record_feature)
 

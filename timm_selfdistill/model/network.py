@@ -1,24 +1,22 @@
-"""A timm backbone with classifiers on its intermediate features."""
+"""Self-distillation as a network: a timm backbone with classifiers on its intermediate features."""
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, find_exit_points, pool_feature
-from timm_selfdistill.heads import ExitHead
+from timm_selfdistill.backbones import use_small_stem  # which also registers our networks with timm
+from timm_selfdistill.exits import Backbone, BackboneTaps, ExitPoint, Exits, explore, find_exit_points, pool_feature
+from timm_selfdistill.heads import AUTO, PROPORTIONAL, ExitHead, HeadBudget, each_head_kwargs, fit_heads, resolve_budget
 from timm_selfdistill.model.ensemble import Ensemble
 from timm_selfdistill.model.gradients import GradientGate
 from timm_selfdistill.model.hooks import Hooks, Visit, run_unread
 from timm_selfdistill.model.interface import HubInterface, TimmInterface
-
-ENSEMBLE: Final = "ensemble"
-"""What stands in place of an exit's index where all exits answer together."""
-
-ExitChoice = int | Literal["ensemble"]
+from timm_selfdistill.model.timm_models import check_size, create_backbone, with_image_size
 
 
 class ExitOutput(NamedTuple):
@@ -42,6 +40,75 @@ class WrapConfig:
     hint_adapter: bool
     small_stem: bool
     image_size: tuple[int, int] | None
+
+
+def wrap(
+    backbone: str | nn.Module,
+    *,
+    num_classes: int | None = None,
+    exits: Exits | None = None,
+    head: str = AUTO,
+    head_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    head_budget: float | None = None,
+    hint_adapter: bool = False,
+    small_stem: bool = False,
+    image_size: int | tuple[int, int] | None = None,
+    pretrained: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> "SelfDistillModel":
+    """Turn a timm model into its own teacher by attaching classifiers to its intermediate features.
+
+    Args:
+        backbone: Name of a timm model, or a timm model (itself, not a copy; hooks are added to it).
+        num_classes: Number of classes of a backbone given by name; its default otherwise.
+        exits: How many exits, spread evenly over the backbone's cost; or for each exit an index into `feature_info`
+            (int), a share of the cost (float) or a module path (str). By default three, or fewer where the backbone
+            has fewer stages, or heads fit the budget at fewer points.
+        head: Name of a registered head; "published" for the published one that suits each tap; or "auto" for the head
+            `proportional`, as wide as the budget allows.
+        head_kwargs: Further arguments of the head, for all exits or a mapping for each.
+        head_budget: Share of the backbone's multiply-accumulates that each of the default heads may cost; all of them
+            together may have 2.5 times this share of its parameters. 0.1 by default.
+        hint_adapter: Report each exit's feature through a trainable linear layer (the journal version).
+        small_stem: Replace a ResNet's stem by a 3x3 convolution with stride 1, for images of about 32 px.
+        image_size: Input height and width in pixels, of the dry run and of a backbone given by name that is built for
+            one size; the backbone's own by default.
+        pretrained: Load the pretrained weights of a backbone given by name.
+        model_kwargs: Further arguments of `timm.create_model` for a backbone given by name.
+
+    Returns:
+        The wrapped model.
+
+    Raises:
+        ValueError: If the backbone cannot be wrapped or is larger than the memory, or if an exit, head or option is
+            unknown; the message lists what is allowed.
+    """
+    if isinstance(backbone, SelfDistillModel):
+        raise ValueError("The model is wrapped already; wrap its .backbone to choose other exits.")
+    if isinstance(backbone, str):
+        kwargs = dict(model_kwargs or {}) | ({} if num_classes is None else {"num_classes": num_classes})
+        kwargs = with_image_size(backbone, kwargs, image_size)
+        check_size(backbone, kwargs)
+        backbone = create_backbone(backbone, pretrained, kwargs)
+    elif num_classes is not None or pretrained or model_kwargs:
+        raise ValueError(
+            "num_classes, pretrained and model_kwargs create a backbone from its name; for the "
+            f"{type(backbone).__name__} given, call its reset_classifier(num_classes) first."
+        )
+    if small_stem:
+        use_small_stem(backbone)
+    head = PROPORTIONAL if head == AUTO else head
+    share = resolve_budget(head, head_kwargs, head_budget)
+    if share is None:
+        taps, arguments = find_exit_points(backbone, exits, image_size), head_kwargs or {}
+    else:
+        fitted = fit_heads(HeadBudget(share, explore(backbone, image_size, exits), backbone), exits)
+        taps, arguments = fitted.taps, fitted.head_kwargs
+        if fitted.warning is not None:
+            warnings.warn(fitted.warning, stacklevel=2)
+    each = each_head_kwargs(arguments, len(taps.points))
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return SelfDistillModel(backbone, taps, WrapConfig(head, each, hint_adapter, small_stem, size))
 
 
 class SelfDistillModel(nn.Module, TimmInterface, HubInterface):
@@ -105,14 +172,11 @@ class SelfDistillModel(nn.Module, TimmInterface, HubInterface):
         return ExitOutput((*(out[0] for out in outputs), logits), (*(out[1] for out in outputs), feature))
 
     def forward_exit(self, x: Tensor, exit: int) -> Tensor:
-        """Classify a batch at one exit, without running what comes after it.
+        """Return the logits [B, num_classes] of a batch at one exit, without running what comes after it.
 
         Args:
             x: Images [B, C, H, W].
             exit: Index of the exit, 0 the shallowest; `num_exits` is the backbone's own classifier.
-
-        Returns:
-            Logits [B, num_classes].
 
         Raises:
             ValueError: If there is no such exit.
@@ -124,15 +188,14 @@ class SelfDistillModel(nn.Module, TimmInterface, HubInterface):
         return self.head_of(exit).classify(*call.taps[exit])
 
     def forward_while(self, x: Tensor, visit: Visit) -> Tensor | None:
-        """Run the backbone, letting images leave the batch at the exits.
+        """Run the backbone, letting images leave the batch at the exits, and return the logits of the rest.
+
+        Those are the backbone's [B', num_classes]; None if all images left.
 
         Args:
             x: Images [B, C, H, W].
             visit: Called at each exit with its index and the tensors that its head reads; returns the rows [B'], int64,
                 of the images that go on, or None for all of them. The forward ends where it returns no rows.
-
-        Returns:
-            The backbone's logits [B', num_classes] of the images that went on to the end; None if none did.
         """
         call = self._hooks.run(self.backbone, x, visit=visit)
         return None if call.output is None else _mean_logits(call.output)
@@ -218,63 +281,6 @@ class SelfDistillModel(nn.Module, TimmInterface, HubInterface):
         parts = [[pool_feature(recorded[name], axes[name]) for name in group] for group in self.taps.classifier.groups]
         features = [torch.cat(part, 1) if len(part) > 1 else part[0] for part in parts]
         return torch.stack(features).mean(0) if len(features) > 1 else features[0]
-
-
-class _Whole(nn.Module):
-    """A module around a wrapped model.
-
-    Args:
-        model: The wrapped model; its mode is this module's.
-    """
-
-    def __init__(self, model: SelfDistillModel) -> None:
-        super().__init__()
-        self.training = model.training
-        self.model = model
-
-
-class AllExits(_Whole):
-    """Runs all exits that have a weight, and combines their logits as the model's `ensemble` says."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images [B, C, H, W] to logits [B, num_classes]."""
-        ensemble = self.model.ensemble
-        found = _run(self.model, x, lambda index: bool(ensemble.weights[index]))
-        # What stands for a member without a weight is not looked at.
-        return ensemble([found.get(index, found[self.model.num_exits]) for index in range(self.model.num_exits + 1)])
-
-
-class EachExit(_Whole):
-    """Runs all exits, and returns the logits of each."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Map images [B, C, H, W] to K + 1 logits [B, num_classes], shallow to deep, the last the backbone's own."""
-        found = _run(self.model, x, lambda index: True)
-        return tuple(found[index] for index in range(self.model.num_exits + 1))
-
-
-def check_choice(model: SelfDistillModel, exit: int | str, words: Sequence[str] = (ENSEMBLE,)) -> None:
-    """Raise ValueError unless this is the index of an exit, `num_exits`, or one of the words."""
-    if exit in words:
-        return
-    if isinstance(exit, str):
-        allowed = [f"0 to {model.num_exits}", *map(repr, words)]
-        raise ValueError(f"There is no exit {exit!r:.100}; allowed are {', '.join(allowed[:-1])} and {allowed[-1]}.")
-    model.check_exit(exit)
-
-
-def _run(model: SelfDistillModel, x: Tensor, runs: Callable[[int], bool]) -> dict[int, Tensor]:
-    """Return the logits of the exits whose heads are to run, and of the backbone, by index."""
-    found: dict[int, Tensor] = {}
-
-    def visit(index: int, taps: tuple[Tensor, ...]) -> None:
-        if runs(index):
-            found[index] = model.head_of(index).classify(*taps)
-
-    last = model.forward_while(x, visit)
-    assert last is not None  # no image leaves
-    found[model.num_exits] = last
-    return found
 
 
 def _mean_logits(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:

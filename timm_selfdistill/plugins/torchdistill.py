@@ -185,11 +185,7 @@ _ENTRIES: tuple[tuple[dict[str, Any], str, Any], ...] = (
 
 
 def register() -> None:
-    """Register everything with torchdistill; it may be called again.
-
-    Raises:
-        ValueError: If another object has one of the keys; nothing is registered then.
-    """
+    """Register everything with torchdistill, again if need be; ValueError if another object has one of the keys."""
     for registry, name, entry in _ENTRIES:
         taken = registry.get(PREFIX + name, entry)
         if _path(taken) != _path(entry):

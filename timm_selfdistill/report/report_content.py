@@ -16,7 +16,7 @@ from timm_selfdistill.exits import unchanged
 from timm_selfdistill.measure import MacCounter, median_seconds, seconds_of
 from timm_selfdistill.metrics import ExitMetricsResult, OutputMetrics, paired_interval, wilson_interval
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.hooks import watch_usage
+from timm_selfdistill.truncation import watch_usage
 
 _BATCH_SIZE: Final = 16
 _WARM_UP_ROUNDS = 2

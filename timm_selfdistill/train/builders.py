@@ -20,10 +20,10 @@ from timm_selfdistill.exits import unchanged
 from timm_selfdistill.hub import BACKBONE, CONFIG, KEY, fetch, from_pretrained, read_json
 from timm_selfdistill.hub.start_weights import load_start_weights
 from timm_selfdistill.losses import OutsideTeacher, SelfDistillationLoss, get_loss, needs_of
-from timm_selfdistill.model import SelfDistillModel, scale_heads_lr, wrap
+from timm_selfdistill.model import SelfDistillModel, wrap
 from timm_selfdistill.recipe import REPO_ID, LossSection, Recipe, TeacherSection
 from timm_selfdistill.recipe.training_sections import LOCAL_MODEL
-from timm_selfdistill.task import Regime
+from timm_selfdistill.task import Regime, scale_heads_lr
 from timm_selfdistill.train.refusals import check_needs
 
 _logger = logging.getLogger(__name__)

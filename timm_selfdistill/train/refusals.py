@@ -16,7 +16,7 @@ from timm_selfdistill.data.sources import is_on_hub
 from timm_selfdistill.data.splits import open_splits
 from timm_selfdistill.heads import list_heads
 from timm_selfdistill.losses import list_divergences, list_losses, list_presets, list_teachers, needs_of
-from timm_selfdistill.model.wrapping import SOURCES, model_problem
+from timm_selfdistill.model.timm_models import SOURCES, model_problem
 from timm_selfdistill.recipe import REPO_ID, DataSection, Recipe
 
 # Which names are allowed for a key, by its section.

@@ -15,11 +15,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from timm_selfdistill.model import SelfDistillModel
-from timm_selfdistill.model.heads_rate import unscaled_rate
 from timm_selfdistill.program import NonFiniteLossError
 from timm_selfdistill.recipe import Recipe
 from timm_selfdistill.stop import StopSignals
-from timm_selfdistill.task import SelfDistillationTask
+from timm_selfdistill.task import SelfDistillationTask, unscaled_rate
 from timm_selfdistill.train.builders import Phase, build_optimizer, build_scheduler
 from timm_selfdistill.train.checkpoint import latest_checkpoint, load_checkpoint
 from timm_selfdistill.train.launch import Feed

@@ -1,8 +1,7 @@
-"""Wrap a backbone, given or named, and tell whether timm has a model of a name."""
+"""Models of timm by name: created, or refused with words about what is wrong."""
 
 import itertools
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import psutil
@@ -11,91 +10,16 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.models import get_pretrained_cfg, is_model_pretrained
-from torch import nn
 
-from timm_selfdistill.backbones import use_small_stem  # which also registers our networks with timm
 from timm_selfdistill.checks import did_you_mean
-from timm_selfdistill.exits import Backbone, Exits, choose, explore, named_modules
-from timm_selfdistill.heads import AUTO, PROPORTIONAL, HeadBudget, each_head_kwargs, fit_heads, resolve_budget
+from timm_selfdistill.exits import Backbone
 from timm_selfdistill.measure import BuildLimit, TooLargeError
-from timm_selfdistill.model.network import SelfDistillModel, WrapConfig
 from timm_selfdistill.program import failure_of_machine
 
 # Most parameters and modules of a model: timm's largest have about 2,500 and 6,000.
 _LIMITS = {"parameters": 25_000, "modules": 60_000}
 # What timm takes in front of a model's name: where its configuration is.
 SOURCES: Final = ("hf-hub:", "hf_hub:", "local-dir:")
-
-
-def wrap(
-    backbone: str | nn.Module,
-    *,
-    num_classes: int | None = None,
-    exits: Exits | None = None,
-    head: str = AUTO,
-    head_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-    head_budget: float | None = None,
-    hint_adapter: bool = False,
-    small_stem: bool = False,
-    image_size: int | tuple[int, int] | None = None,
-    pretrained: bool = False,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> SelfDistillModel:
-    """Turn a timm model into its own teacher by attaching classifiers to its intermediate features.
-
-    Args:
-        backbone: Name of a timm model, or a timm model (itself, not a copy; hooks are added to it).
-        num_classes: Number of classes of a backbone given by name; its default otherwise.
-        exits: How many exits, spread evenly over the backbone's cost; or for each exit an index into `feature_info`
-            (int), a share of the cost (float) or a module path (str). By default three, or fewer where the backbone
-            has fewer stages, or heads fit the budget at fewer points.
-        head: Name of a registered head; "published" for the published one that suits each tap; or "auto" for the head
-            `proportional`, as wide as the budget allows.
-        head_kwargs: Further arguments of the head, for all exits or a mapping for each.
-        head_budget: Share of the backbone's multiply-accumulates that each of the default heads may cost; all of them
-            together may have 2.5 times this share of its parameters. 0.1 by default.
-        hint_adapter: Report each exit's feature through a trainable linear layer (the journal version).
-        small_stem: Replace a ResNet's stem by a 3x3 convolution with stride 1, for images of about 32 px.
-        image_size: Input height and width in pixels, of the dry run and of a backbone given by name that is built for
-            one size; the backbone's own by default.
-        pretrained: Load the pretrained weights of a backbone given by name.
-        model_kwargs: Further arguments of `timm.create_model` for a backbone given by name.
-
-    Returns:
-        The wrapped model.
-
-    Raises:
-        ValueError: If the backbone cannot be wrapped or is larger than the memory, or if an exit, head or option is
-            unknown; the message lists what is allowed.
-    """
-    if isinstance(backbone, SelfDistillModel):
-        raise ValueError("The model is wrapped already; wrap its .backbone to choose other exits.")
-    if isinstance(backbone, str):
-        kwargs = dict(model_kwargs or {}) | ({} if num_classes is None else {"num_classes": num_classes})
-        kwargs = with_image_size(backbone, kwargs, image_size)
-        check_size(backbone, kwargs)
-        backbone = create_backbone(backbone, pretrained, kwargs)
-    elif num_classes is not None or pretrained or model_kwargs:
-        raise ValueError(
-            "num_classes, pretrained and model_kwargs create a backbone from its name; for the "
-            f"{type(backbone).__name__} given, call its reset_classifier(num_classes) first."
-        )
-    if small_stem:
-        use_small_stem(backbone)
-    head = PROPORTIONAL if head == AUTO else head
-    share = resolve_budget(head, head_kwargs, head_budget)
-    found = explore(backbone, image_size, named_modules(exits))
-    if share is None:
-        taps, arguments = choose(found, exits), head_kwargs or {}
-    else:
-        budget = HeadBudget(share, found, backbone)
-        fitted = fit_heads(budget, exits)
-        taps, arguments = fitted.taps, fitted.head_kwargs
-        if fitted.too_large:
-            warnings.warn(budget.excess(fitted), stacklevel=2)
-    each = each_head_kwargs(arguments, len(taps.points))
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return SelfDistillModel(backbone, taps, WrapConfig(head, each, hint_adapter, small_stem, size))
 
 
 def with_image_size(name: str, kwargs: dict[str, Any], image_size: int | tuple[int, int] | None) -> dict[str, Any]:
@@ -113,10 +37,7 @@ def with_image_size(name: str, kwargs: dict[str, Any], image_size: int | tuple[i
 
 
 def check_size(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError for a timm model that this machine's memory cannot hold, or with more parts than any of timm's.
-
-    Whatever else is wrong with the model is reported where it is built.
-    """
+    """Raise ValueError for a timm model larger than this machine's memory, or with more parts than any of timm's."""
     if torch.empty(0).is_meta:
         return
     what = f"{name!r} with {dict(kwargs)!s:.200} has"
@@ -126,7 +47,7 @@ def check_size(name: str, kwargs: Mapping[str, Any]) -> None:
         needed = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
     except TooLargeError as error:
         raise ValueError(f"{what} more than {_LIMITS[str(error)]:,} {error}.") from None
-    except Exception:  # timm checks few arguments, and fails wherever a wrong one leads
+    except Exception:  # whatever else is wrong with the model is reported where it is built
         return
     available = psutil.virtual_memory().total
     if needed > available:
@@ -136,11 +57,7 @@ def check_size(name: str, kwargs: Mapping[str, Any]) -> None:
 
 
 def create_backbone(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Backbone:
-    """Create a timm model; `kwargs` are further arguments of `timm.create_model`.
-
-    Raises:
-        ValueError: If the name or an argument is unknown (the message has similar names), or a download fails.
-    """
+    """Create a timm model; ValueError if that fails, with similar names if there is none of its name."""
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:  # timm checks few arguments, and fails wherever a wrong one leads
@@ -192,12 +109,7 @@ def _reason(error: Exception) -> str:
 
 
 def model_problem(name: str, *, pretrained: bool = False) -> str | None:
-    """Return what is wrong with the name of a timm model, None if nothing is known to be.
-
-    Args:
-        name: The name, with a tag of pretrained weights or without.
-        pretrained: Whether weights are wanted.
-    """
+    """Return what is wrong with the name of a timm model and, if wanted, of its weights; None if nothing is."""
     if name.startswith(SOURCES):
         return None
     architecture, _, tag = name.partition(".")
