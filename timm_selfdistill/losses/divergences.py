@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_selfdistill.checks import Number, check, is_number
-from timm_selfdistill.recipe.loss_settings import SelfDistillationConfig
-from timm_selfdistill.recipe.teacher_settings import OutsideTeacherConfig
+from timm_selfdistill.recipe.loss_settings import OutsideTeacherConfig, SelfDistillationConfig
 from timm_selfdistill.registry import Registry
 
 Settings = SelfDistillationConfig | OutsideTeacherConfig

@@ -70,9 +70,9 @@ def recipe_problems(recipe: Mapping[str, Any]) -> list[str]:
         elif isinstance(points := values.get(("exits", "points")), list | tuple):
             problems += _point_problems(name, arguments, points)
     name = values.get(("teacher", "name"))
-    is_timms = isinstance(name, str) and not (os.path.isdir(name) or REPO_ID.fullmatch(name))
-    if is_timms and (problem := model_problem(name)):
-        problems.append(f"teacher.name: {problem}")
+    if isinstance(name, str) and not (os.path.isdir(name) or REPO_ID.fullmatch(name)):
+        problem = model_problem(name)
+        problems += [f"teacher.name: {problem}"] if problem else []
     return problems
 
 
