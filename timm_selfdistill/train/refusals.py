@@ -70,9 +70,9 @@ def recipe_problems(recipe: Mapping[str, Any]) -> list[str]:
             problems.append(f"model.{'pretrained' if problem.startswith('must be false') else 'name'}: {problem}")
         elif isinstance(points := values.get(("exits", "points")), list | tuple):
             problems += _point_problems(name, arguments, points)
-    name = values.get(("teacher", "name"), "")
-    is_timms = isinstance(name, str) and not (os.path.isdir(name) or REPO_ID.fullmatch(name))
-    if is_timms and (problem := model_problem(name)):
+    teacher: Any = values.get(("teacher", "name"))
+    is_timms = isinstance(teacher, str) and not (os.path.isdir(teacher) or REPO_ID.fullmatch(teacher))
+    if is_timms and (problem := model_problem(teacher)):
         problems.append(f"teacher.name: {problem}")
     return problems
 
