@@ -158,7 +158,7 @@ def _warnings(report: CalibrationReport) -> list[str]:
     if (index := chosen.get("as_good")) is not None:
         found.append(
             f"Warning: exit {index} ({exits[index]['name']}) for all images is as accurate on the images that the "
-            f"settings were chosen by, and not dearer: `export --exit {index}` is simpler."
+            f"settings were chosen by, and costs no more: `export --exit {index}` is simpler."
         )
     return found
 

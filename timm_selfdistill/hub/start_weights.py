@@ -107,12 +107,12 @@ def _load_backbone(model: SelfDistillModel, state: State, path: Path) -> Iterato
     own = model.backbone.state_dict()
     classifiers = tuple(f"{name}." for name in model.taps.classifier.modules)
     other = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
-    anew = {name for name in other | (own.keys() ^ state.keys()) if name.startswith(classifiers)}
+    renewed = {name for name in other | (own.keys() ^ state.keys()) if name.startswith(classifiers)}
     problems = {
-        "missing are": sorted(own.keys() - state.keys() - anew),
-        "unexpected are": sorted(state.keys() - own.keys() - anew),
+        "missing are": sorted(own.keys() - state.keys() - renewed),
+        "unexpected are": sorted(state.keys() - own.keys() - renewed),
         "of another shape are": [
-            f"{name} ({_shape(state[name])}, here {_shape(own[name])})" for name in sorted(other - anew)
+            f"{name} ({_shape(state[name])}, here {_shape(own[name])})" for name in sorted(other - renewed)
         ],
     }
     if found := [f"{kind} {_listed(names)}" for kind, names in problems.items() if names]:
@@ -120,26 +120,28 @@ def _load_backbone(model: SelfDistillModel, state: State, path: Path) -> Iterato
             f"model.weights: {path} does not fit {model.pretrained_cfg.get('architecture', 'the backbone')}: "
             f"{'; '.join(found)}. Name the model, its arguments and image size that they were trained with."
         )
-    model.backbone.load_state_dict({**own, **{name: state[name] for name in own if name in state and name not in anew}})
-    if anew:
-        classes = next((f"{len(state[name])} classes" for name in sorted(anew) if name in state), "none")
+    model.backbone.load_state_dict(
+        {**own, **{name: state[name] for name in own if name in state and name not in renewed}}
+    )
+    if renewed:
+        classes = next((f"{len(state[name])} classes" for name in sorted(renewed) if name in state), "none")
         yield f"model.weights: the classifier is not loaded: {path} has {classes}, and the model {model.num_classes}."
 
 
 def _load_exits(model: SelfDistillModel, state: State, path: Path) -> Iterator[str]:
     """Load the heads of the same names and shapes, each as a whole but for a classifier of other classes."""
-    anew = []
+    renewed = []
     for index in range(model.num_exits):
         head: nn.Module = model.head_of(index)
         own = head.state_dict()
         given = _below(state, f"{index}.")
         differ = [name for name in own if name not in given or given[name].shape != own[name].shape]
         if own.keys() != given.keys() or any(not name.startswith("classifier.") for name in differ):
-            anew.append(model.exit_names[index])
+            renewed.append(model.exit_names[index])
             continue
         head.load_state_dict({**own, **{name: tensor for name, tensor in given.items() if name not in differ}})
-    if anew:
-        yield f"model.weights: the exits {', '.join(anew)} are not loaded, as those in {path} have other heads."
+    if renewed:
+        yield f"model.weights: the exits {', '.join(renewed)} are not loaded, as those in {path} have other heads."
 
 
 def _shape(tensor: Tensor) -> str:
