@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -104,7 +104,9 @@ class BuildLimit:
 
     def __init__(self, parameters: int, modules: int, calls: int | None = None) -> None:
         self._thread = threading.get_ident()
-        self._left = {"parameters": parameters, "modules": modules, "work": calls}
+        self._left = {"parameters": parameters, "modules": modules}
+        self._counts_calls = calls is not None
+        self._calls = calls or 0
 
     def __enter__(self) -> Self:
         self._handles = (
@@ -112,14 +114,14 @@ class BuildLimit:
             register_module_module_registration_hook(lambda *args: self._count("modules")),
         )
         self._profile: Any = sys.getprofile()
-        if self._left["work"] is not None:
-            sys.setprofile(lambda *args: self._count("work"))
+        if self._counts_calls:
+            sys.setprofile(self._count_call)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._left["work"] is not None:
+        if self._counts_calls:
             if hasattr(self._profile, "enable"):  # cProfile's, which sys.setprofile does not take
                 self._profile.enable()
             else:
@@ -131,11 +133,15 @@ class BuildLimit:
         # Hooks on the building of modules are those of all threads.
         if threading.get_ident() != self._thread:
             return
-        left = self._left[part]
-        assert left is not None
-        if left <= 0:
+        if self._left[part] <= 0:
             raise TooLargeError(part)
-        self._left[part] = left - 1
+        self._left[part] -= 1
+
+    def _count_call(self, frame: FrameType, event: str, arg: object) -> None:
+        # Millions of times, so nothing else is done here.
+        self._calls -= 1
+        if self._calls < 0:
+            raise TooLargeError("work")
 
 
 class _WholeRun(ModuleTracker):
