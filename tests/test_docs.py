@@ -11,6 +11,7 @@ import torch
 import timm_selfdistill as sd
 from timm_selfdistill.checks import Section
 from timm_selfdistill.cli import main as cli
+from timm_selfdistill.early_exit import stage_costs
 from timm_selfdistill.heads import HEADS
 from timm_selfdistill.losses import PRESETS, divergences, protocol, teachers
 from timm_selfdistill.recipe import EmaSection, PushSection, Recipe, RecipeError, TeacherSection, load_recipe
@@ -80,9 +81,11 @@ SHOWN = [
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch):
-    """Examples register heads and the like."""
+    """Examples register heads and the like, and measure times, here of few runs."""
     for registry in REGISTRIES:
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    for name, value in (("_WARM_UP_ROUNDS", 0), ("_MIN_ROUNDS", 1), ("_SECONDS", 0.0)):
+        monkeypatch.setattr(stage_costs, name, value)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ ON_TWO_CPUS = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACC
 # A network that does the same in any number of processes: no batch norm and no random draws.
 SAME = [
     "model.name=test_vit",
-    "model.kwargs={in_chans: 1, img_size: 16}",
+    "model.kwargs={in_chans: 1, img_size: 16, depth: 4}",
     "augment.scale=[1.0,1.0]",
     "augment.ratio=[1.0,1.0]",
     "optimizer.name=adamw",
