@@ -791,4 +791,4 @@ def test_a_named_backbone_of_one_size_is_built_for_the_image_size(tmp_path):
     with pytest.raises(ValueError, match=r"timm cannot create 'vit_tiny_patch16_224\.nonsense'"):
         wrap("vit_tiny_patch16_224.nonsense", image_size=64)
     with pytest.raises(ValueError, match="has more than"):
-        wrap("vit_tiny_patch16_224", image_size=64, model_kwargs={"depth": 10**6})
+        wrap("vit_tiny_patch16_224", image_size=64, model_kwargs={"depth": 10**5})
