@@ -44,14 +44,15 @@ def test_a_run_that_is_killed_at_random_ends_as_an_undisturbed_one(
     whole = train_for(forks, tmp_path / "whole", *overrides)
     assert whole is not None
     draw = random.Random(kills)
-    done = 0
-    while done < kills:
+    killed = finished = 0
+    while killed < kills:
         if train_for(forks, tmp_path / "cut", *overrides, seconds=draw.uniform(0.1, 0.7) * whole) is None:
-            done += 1
+            killed += 1
         else:
             # Finished before all kills were done: the rest of them hit a run of its own.
             assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
-            (tmp_path / "cut").rename(tmp_path / f"done {done}")
+            finished += 1
+            (tmp_path / "cut").rename(tmp_path / f"finished {finished}")
     assert train_for(forks, tmp_path / "cut", *overrides) is not None
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
