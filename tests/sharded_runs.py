@@ -1,4 +1,4 @@
-"""Runs of two processes, one after the other, as listed in a JSON file; started by torchrun in test_sharding.
+"""Runs of two processes, one after the other, as listed in a JSON file; started by test_sharding.
 
 Each entry is `{"folder", "overrides", "fsdp", "stop_at", "poison"}`: whether FSDP2 is asked for, the step in which the
 last process gets a SIGTERM, and the steps whose images are NaN. What each process holds in the last step of a run is

@@ -1,8 +1,6 @@
 import json
 import logging
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from forks import ForkServer
 from scipy import stats
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -193,14 +192,12 @@ def test_update_keeps_no_graph() -> None:
 
 
 @pytest.mark.multiprocess
-def test_two_processes_count_exactly_what_one_counts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+def test_two_processes_count_exactly_what_one_counts(tmp_path: Path, forks: ForkServer) -> None:
+    code = f"import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
     offline = {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_HOME": str(tmp_path / "unused")}
-    environment = os.environ | offline | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr
+    for process in forks.start_together(code, [str(tmp_path)], **offline):
+        status, _, errors = process.wait()
+        assert status == 0, errors
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1] == evaluate_everything(Accelerator(cpu=True))
     assert not (tmp_path / "unused").exists()

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from forks import ForkServer
 from once import once
 from sharded_runs import run
 from test_multiprocess import CONFIGS, accelerate, launch
@@ -63,12 +65,12 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """The folder of all runs of two processes, which one launch does one after the other; only to be read."""
-    return once(tmp_path_factory, "sharded", do_runs)
+def runs(tmp_path_factory, forks):
+    """The folder of all runs of two processes, which do one after the other; only to be read."""
+    return once(tmp_path_factory, "sharded", partial(do_runs, forks))
 
 
-def do_runs(folder: Path) -> None:
+def do_runs(forks: ForkServer, folder: Path) -> None:
     folder.mkdir()
     entries = []
     for name, overrides in OPTIONS.items():
@@ -94,7 +96,7 @@ def do_runs(folder: Path) -> None:
         started("to-one", True),
         {"folder": "pushing", "overrides": [*SAME, "push_to_hub={repo: me/net, every: 1}"]},
     ]
-    (folder / "errors.txt").write_text(run_two(folder, *entries))
+    (folder / "errors.txt").write_text(run_two(forks, folder, *entries))
     run(str(folder / "to-one"), SAME, fsdp=False)
 
 
@@ -230,20 +232,16 @@ def names_of(model: nn.Module, units: list[nn.Module]) -> list[str]:
     return [names[unit] for unit in units]
 
 
-def run_two(folder: Path, *entries: dict[str, Any]) -> str:
+def run_two(forks: ForkServer, folder: Path, *entries: dict[str, Any]) -> str:
     """Do runs in two processes, and return what they said."""
     plan = folder / "plan.json"
     plan.write_text(json.dumps([{**entry, "folder": str(folder / entry["folder"])} for entry in entries]))
     script = Path(__file__).parent / "sharded_runs.py"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, plan],
-        env=ON_TWO_CPUS,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    code = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    ended = [process.wait(1800) for process in forks.start_together(code, [str(plan)])]
+    said = "".join(errors for _, _, errors in ended)
+    assert [status for status, *_ in ended] == [0, 0], said
+    return said
 
 
 def assert_same(one: Path, other: Path, same_processes: bool = True) -> None:

@@ -14,6 +14,8 @@ VIT = {"img_size": 64, "embed_dim": 48, "depth": 4, "num_heads": 3}
 SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8)}
 NATIVE_VIT = {"embed_dim": 48, "depth": 4, "num_heads": 3}
 COAT = {"img_size": 64, "embed_dims": [24, 24, 24, 24], "serial_depths": [1, 1, 1, 1], "parallel_depth": 1}
+FORMER = {"img_size": 128, "depths": (1, 1, 2, 2), "num_vit": 1}
+LEVIT = {"embed_dim": (64, 96, 128), "num_heads": (2, 3, 4), "depth": (1, 2, 1)}
 CSAT = {"depths": (1, 1, 2, 2), "transformer_depths": (0, 0, 1, 1)}
 
 # By class, shallow where timm lets us choose. Heads are linear where the default ones would be the bulk of the time.
@@ -38,16 +40,16 @@ MEMBERS = {
     "DenseNet": Subject("densenet121", image_size=64, model_kwargs={"growth_rate": 8, "block_config": (2, 2, 2, 2)}),
     "EdgeNeXt": Subject("edgenext_xx_small", image_size=64),
     "EfficientFormer": Subject("efficientformer_l1"),
-    "EfficientFormerV2": Subject("efficientformerv2_s0", model_kwargs={"depths": (1, 1, 2, 2), "num_vit": 1}),
+    "EfficientFormerV2": Subject("efficientformerv2_s0", model_kwargs=FORMER),
     "EfficientNet": Subject("test_efficientnet", image_size=64),
-    "EfficientViM": Subject("efficientvim_m1", image_size=128),
-    "EfficientViMDistilled": Subject("efficientvim_m1_dist", image_size=128),
+    "EfficientViM": Subject("efficientvim_m1", image_size=128, model_kwargs={"depths": (1, 1, 1)}),
+    "EfficientViMDistilled": Subject("efficientvim_m1_dist", image_size=128, model_kwargs={"depths": (1, 1, 1)}),
     "EfficientVit": Subject("efficientvit_b0", image_size=64),
     "EfficientVitLarge": Subject("efficientvit_l1", image_size=64, head="linear"),
     "EfficientVitMsra": Subject("efficientvit_m0", model_kwargs={"depth": [1, 1, 2]}),
     "Eva": Subject("vit_tiny_patch16_dinov3_qkvb", model_kwargs=VIT),
     "FastVit": Subject("fastvit_t8", image_size=64, model_kwargs={"layers": (1, 1, 2, 1)}),
-    "FasterNet": Subject("fasternet_t0", image_size=64),
+    "FasterNet": Subject("fasternet_t0", image_size=64, model_kwargs={"depths": (1, 1, 2, 1)}),
     "FocalNet": Subject("focalnet_tiny_srf", image_size=64),
     "Gemma4VitClassifier": Subject("gemma4_vit_167m", image_size=96, model_kwargs=NATIVE_VIT),
     "Gemma4VitEncoder": Subject("gemma4_vit_167m_enc", image_size=96, model_kwargs={"depth": 1}),
@@ -61,8 +63,8 @@ MEMBERS = {
     "InceptionResnetV2": Subject("inception_resnet_v2", image_size=96, head="linear"),
     "InceptionV3": Subject("inception_v3", image_size=96, head="linear"),
     "InceptionV4": Subject("inception_v4", image_size=96, head="linear"),
-    "LCNetV2": Subject("lcnetv2_small", image_size=64),
-    "Levit": Subject("levit_256d", model_kwargs={"depth": (1, 2, 1)}),
+    "LCNetV2": Subject("lcnetv2_small", image_size=64, model_kwargs={"depths": (1, 1, 2, 1)}),
+    "Levit": Subject("levit_256d", model_kwargs=LEVIT),
     "LevitDistilled": Subject("levit_128s", model_kwargs={"depth": (1, 2, 1)}),
     "LowFormer": Subject("lowformer_b0", image_size=64, model_kwargs={"depth_list": [0, 1, 1, 1, 1]}),
     "MambaOut": Subject("test_mambaout", image_size=64),
@@ -81,7 +83,7 @@ MEMBERS = {
     "NormFreeNet": Subject("test_nfnet", image_size=64),
     "PNASNet5Large": Subject("pnasnet5large", image_size=96, head="linear"),
     "PoolingVisionTransformer": Subject("pit_ti_distilled_224", model_kwargs={"depth": [1, 2, 1]}),
-    "PyramidVisionTransformerV2": Subject("pvt_v2_b0", image_size=64),
+    "PyramidVisionTransformerV2": Subject("pvt_v2_b0", image_size=64, model_kwargs={"depths": (1, 1, 1, 1)}),
     "Qwen3VitClassifier": Subject("qwen3_vit_88m", image_size=64, model_kwargs=NATIVE_VIT),
     "Qwen3VitEncoder": Subject("qwen3_vit_88m_enc", image_size=64, model_kwargs={"depth": 1}),
     "RDNet": Subject("rdnet_tiny", image_size=64),
@@ -89,9 +91,9 @@ MEMBERS = {
     "RepGhostNet": Subject("repghostnet_050", image_size=64),
     "RepVit": Subject("repvit_m0_9", image_size=64, model_kwargs={"depth": (1, 1, 2, 1)}),
     "ResNet": Subject("test_resnet", image_size=64),
-    "ResNetV2": Subject("resnetv2_18", image_size=64),
-    "RexNet": Subject("rexnet_100", image_size=64),
-    "SENet": Subject("legacy_seresnet18", image_size=64),
+    "ResNetV2": Subject("resnetv2_18", image_size=64, model_kwargs={"layers": (1, 1, 1, 1)}),
+    "RexNet": Subject("rexnet_100", image_size=64, model_kwargs={"depth_mult": 0.5}),
+    "SENet": Subject("legacy_seresnet18", image_size=64, model_kwargs={"layers": (1, 1, 1, 1)}),
     "SHViT": Subject("shvit_s1", image_size=128),
     "SelecSls": Subject("selecsls42", image_size=128),
     "Sequencer2d": Subject("sequencer2d_s", model_kwargs={"img_size": 64}),
@@ -120,9 +122,9 @@ MEMBERS = {
 FORMS = {
     "CoaT without parallel blocks": Subject("coat_lite_tiny", model_kwargs={"img_size": 64, "serial_depths": [1] * 4}),
     "DeiT 3 with register tokens": Subject("vit_little_patch16_reg4_gap_256", model_kwargs=VIT),
-    "LeViT on maps": Subject("levit_conv_128s"),
+    "LeViT on maps": Subject("levit_conv_128s", model_kwargs={"depth": (1, 2, 1)}),
     "MViTv2 with a class token": Subject("mvitv2_small_cls", model_kwargs={"img_size": 64}),
-    "PiT without distillation": Subject("pit_ti_224"),
+    "PiT without distillation": Subject("pit_ti_224", model_kwargs={"depth": [1, 2, 1]}),
     "ResNetV2 of BiT": Subject("resnetv2_50x1_bit", image_size=64, head="linear"),
     "Twins of PCPVT": Subject("twins_pcpvt_small", model_kwargs={"img_size": 64}),
 }
@@ -136,8 +138,19 @@ ENCODERS = {name for name in MEMBERS if name.endswith("Encoder")}
 LARGE = {
     *("ConvMixer", "DaVit", "EfficientFormer", "EfficientVitLarge", "FocalNet", "GlobalContextVit", "HieraDet"),
     *("HighPerfGpuNet", "InceptionResnetV2", "InceptionV3", "InceptionV4", "MobileNetV5", "NASNetALarge", "NextViT"),
-    *("PNASNet5Large", "RDNet", "SelecSls", "Sequencer2d", "SwiftFormer", "TResNet", "TinyVit", "VGG", "VOLO"),
-    *("Visformer", "Xception", "MViTv2 with a class token", "ResNetV2 of BiT", "Twins of PCPVT"),
+    *(
+        "PNASNet5Large",
+        "RDNet",
+        "RepGhostNet",
+        "SelecSls",
+        "Sequencer2d",
+        "SwiftFormer",
+        "TResNet",
+        "TinyVit",
+        "VGG",
+        "VOLO",
+    ),
+    *("Visformer", "Xception", "XceptionAligned", "MViTv2 with a class token", "ResNetV2 of BiT", "Twins of PCPVT"),
 }
 
 

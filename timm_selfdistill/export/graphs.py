@@ -126,8 +126,9 @@ def trace(network: nn.Module, examples: Sequence[Tensor], interface: Interface) 
                 network,
                 tuple(examples),
                 dynamic_shapes=interface.dynamic_shapes(Dim("batch")),
-                # A cut network's forward ends by an exception, which only the strict tracer can follow.
-                strict=isinstance(network, TruncatedModel),
+                # Where an exception ends the forward of a cut network, only the strict tracer, several times slower, can
+                # follow it.
+                strict=isinstance(network, TruncatedModel) and not network.ends_by_itself,
             )
     except Exception as error:  # of the tracer or the network, of any kind
         how, hint = "at all", ""
