@@ -126,8 +126,7 @@ def trace(network: nn.Module, examples: Sequence[Tensor], interface: Interface) 
                 network,
                 tuple(examples),
                 dynamic_shapes=interface.dynamic_shapes(Dim("batch")),
-                # Where an exception ends the forward of a cut network, only the strict tracer, several times slower, can
-                # follow it.
+                # Only the strict tracer, which is several times slower, can follow the exception that ends a forward.
                 strict=isinstance(network, TruncatedModel) and not network.ends_by_itself,
             )
     except Exception as error:  # of the tracer or the network, of any kind

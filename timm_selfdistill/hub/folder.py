@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from timm_selfdistill.compat import save_config_for_hf
 from timm_selfdistill.early_exit import EarlyExitConfig
-from timm_selfdistill.hub.build import build, check_weights, create_from, load_weights, read_weights, sha256_of
+from timm_selfdistill.hub.build import (
+    build,
+    check_weights,
+    create_from,
+    load_weights,
+    on_meta_device,
+    read_weights,
+    sha256_of,
+)
 from timm_selfdistill.hub.card import card_with_early_exit, model_card
 from timm_selfdistill.hub.saved_config import CONFIG, KEY, Saved, check_config, complete_names, describe, read_config
 from timm_selfdistill.model import Ensemble, SelfDistillModel
@@ -210,7 +218,7 @@ def _write_config(folder: Path, config: dict[str, Any], saved: Saved) -> None:
 def _check_can_be_built(folder: Path, backbone: nn.Module) -> None:
     """Refuse a backbone that timm would not build from a folder with the names of its weights."""
     try:
-        with torch.device("meta"):
+        with on_meta_device():
             built = create_from(folder)
     except Exception:  # of whatever kind: some networks cannot be built without memory
         return
