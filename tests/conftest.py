@@ -28,6 +28,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 10, 20)
 
 
+def pytest_unconfigure() -> None:
+    """At the end of the process it looks at everything again: nanobind reports what is left."""
+    gc.unfreeze()
+
+
 # The tensors are tiny: more threads would only wait for one another.
 torch.set_num_threads(1)
 
