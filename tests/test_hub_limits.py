@@ -3,17 +3,22 @@
 import json
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import timm_selfdistill as sd
+from timm_selfdistill.compat import version_of
 from timm_selfdistill.heads import HEADS
 from timm_selfdistill.hub import CONFIG
+from timm_selfdistill.hub.build import on_meta_device
 from timm_selfdistill.hub.saved_config import read_json
 
 
@@ -178,3 +183,28 @@ def test_a_head_of_another_package_may_compute_numbers_while_it_is_built(tmp_pat
         assert torch.equal(loaded(x, return_exits=True).logits[1], model(x, return_exits=True).logits[1])
         assert torch.allclose(small(x), model.forward_exit(x, 1))
     assert loaded.wrap_config == model.wrap_config
+
+
+@pytest.mark.parametrize("act", [F.relu, F.gelu, F.silu, F.elu, F.mish, F.hardtanh, F.hardswish, F.hardsigmoid])
+def test_quick_shapes_are_those_of_the_meta_device(act: Callable[[Tensor], Tensor]) -> None:
+    with torch.device("meta"):
+        x, scale = torch.empty(2, 4, 3), torch.empty(4)
+        calls = [
+            lambda: act(x),
+            lambda: F.batch_norm(x, scale, scale),
+            lambda: F.layer_norm(x, (3,)),
+            lambda: F.group_norm(x, 2),
+        ]
+        expected = [call() for call in calls]
+    with on_meta_device():
+        found = [call() for call in calls]
+    assert [(y.shape, y.dtype, y.device) for y in found] == [(y.shape, y.dtype, y.device) for y in expected]
+
+
+@pytest.mark.parametrize("change", [Tensor.normal_, Tensor.uniform_, partial(F.relu, inplace=True)])
+def test_what_is_done_in_place_is_a_change_on_the_meta_device_too(change: Callable[[Tensor], Tensor]) -> None:
+    with on_meta_device():
+        x = torch.empty(2, 3)
+        before = version_of(x)
+        assert change(x) is x
+    assert version_of(x) > before
